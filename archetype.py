@@ -34,7 +34,7 @@ import architectures
 from architectures.parts import flat, paths
 from architectures.parts.config import ModelConfig
 from common.arguments import PositiveSize, Seed, Size, check_argument_types
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from configs import base
 from training import generate as generation, hub, objectives, parameters
 from training import plugins, runs
@@ -206,7 +206,7 @@ class Model:
     for text in texts:
       check_text(text, 'the prompt')
     stops = [stop] if isinstance(stop, str) else list(stop)
-    require('' not in stops, f'stop is {short(stop)}: every text begins with '
+    require('' not in stops, f'stop is {shorten(stop)}: every text begins with '
             "''")
     config = self._config_of_run()
     tokenizer = self._require_tokenizer()

@@ -21,7 +21,7 @@ from architectures.parts import flat, skeletons, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import HuggingFace
 from common.arguments import PositiveSize, check_argument_types
-from common.errors import RequestError, one_of, require
+from common.errors import RequestError, check_choice, require
 
 
 # Systems of files from outside the tree: {model.arch: its class}.
@@ -85,7 +85,7 @@ def system(arch: str) -> type[Any]:
     if getattr(cls, 'ARCH', arch) == arch:
       return cls
   # The name is not that of a file: `systems` imports all modules of the folder.
-  one_of('model.arch', arch, systems())
+  check_choice('model.arch', arch, systems())
   return systems()[arch]
 
 
@@ -117,7 +117,7 @@ def arch_of_model_type() -> dict[str, str]:
     hf_class = getattr(sys.modules[cls.__module__], 'HF', None)
     if hf_class is None:
       continue
-    for model_type in (hf_class.model_type, *hf_class.also):
+    for model_type in (hf_class.model_type, *hf_class.more_model_types):
       archs[model_type] = arch
   return archs
 

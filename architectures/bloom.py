@@ -39,7 +39,7 @@ class HF(hf.HuggingFace):
       'max_len': ('seq_length', 2048)}
   only = dict(apply_residual_connection_post_layernorm=False)
   # How it was computed; the result is one.
-  unread = ('slow_but_exact',)
+  fields_without_effect = ('slow_but_exact',)
   tied = {'lm_head.weight': 'transformer.word_embeddings.weight'}
   spellings = (('transformer.', ''),)
   heads = hf.task_heads('Bloom')

@@ -77,7 +77,7 @@ class HF(hf.HuggingFace):
       num_attention_heads=24, intermediate_size=6144, type_vocab_size=0,
       layer_norm_eps=1e-7, max_position_embeddings=512)
   only = dict(pooler_hidden_act='gelu', tie_word_embeddings=True)
-  unread = ('legacy',)
+  fields_without_effect = ('legacy',)
   tied = {f'{HEAD_PREFIX}decoder.weight':
           'deberta.embeddings.word_embeddings.weight',
           f'{HEAD_PREFIX}decoder.bias': f'{HEAD_PREFIX}bias'}

@@ -19,7 +19,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.hf import rope_fields
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import Decoder
-from common.errors import one_of, require
+from common.errors import check_choice, require
 
 
 class DeepSeekV2(Decoder):
@@ -183,7 +183,8 @@ class HF(llama.Family):
     """
     groups, chosen = reader('n_group', 1), reader('topk_group', 1)
     method = reader('topk_method', ALL_EXPERTS)
-    one_of('topk_method of config.json', method, (ALL_EXPERTS, BEST_GROUPS))
+    check_choice('topk_method of config.json', method,
+                 choices=(ALL_EXPERTS, BEST_GROUPS))
     model_fields = read_shared_fields(reader, fields=fields, dense=0,
                                       q_rank=1536)
     if method == BEST_GROUPS:

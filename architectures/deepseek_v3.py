@@ -39,7 +39,7 @@ def note_multi_token_prediction(reader: hf.Reader) -> None:
 class HF(deepseek_v2.HF):
   model_type = 'deepseek_v3'
   architecture = 'DeepseekV3ForCausalLM'
-  also = ('kimi_k2',)
+  more_model_types = ('kimi_k2',)
   fields = deepseek_v2.HF.fields | hf.fields_with_defaults(
       hidden_size=7168, num_hidden_layers=61, num_attention_heads=128,
       intermediate_size=18432, vocab_size=129280,

@@ -69,7 +69,7 @@ INDEXER_ROWS = hf.prefix_rows(
 class HF(deepseek_v3.HF):
   model_type = 'deepseek_v32'
   architecture = 'DeepseekV32ForCausalLM'
-  also = ()
+  more_model_types = ()
   fields = deepseek_v3.HF.fields | hf.fields_with_defaults(
       max_position_embeddings=163840, index_topk=2048, index_n_heads=64,
       index_head_dim=128)

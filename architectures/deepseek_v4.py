@@ -173,7 +173,8 @@ class HF(hf.HuggingFace):
   only = dict(num_key_value_heads=1, n_shared_experts=1, norm_topk_prob=True,
               scoring_func='sqrtsoftplus', hc_eps=1e-6,
               tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
-  unread = ('expert_dtype', 'router_aux_loss_coef', 'router_jitter_noise')
+  fields_without_effect = (
+      'expert_dtype', 'router_aux_loss_coef', 'router_jitter_noise')
   spellings = (('model.', ''), ('embed_tokens.', 'embed.'),
                ('hc_head.hc_', 'hc_head_'))
   ignored = (r'(model\.)?mtp\..*',)

@@ -53,7 +53,7 @@ class HF(llama.HF):
           hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
           intermediate_size=8192, rms_norm_eps=1e-5))
   only = {}
-  unread = ('lambda_std_dev',)  # It says how weights are drawn.
+  fields_without_effect = ('lambda_std_dev',)  # It says how weights are drawn.
   heads = hf.task_heads('DiffLlama', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:

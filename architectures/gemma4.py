@@ -21,7 +21,7 @@ from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from common.errors import require, short
+from common.errors import require, shorten
 
 SLIDING, FULL = layer_types.SLIDING_ATTENTION, layer_types.FULL_ATTENTION
 ROPE_OF_LAYER_TYPE = {SLIDING: dict(theta=1e4, fraction=1.0,
@@ -74,7 +74,7 @@ def _read_heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
     sizes_of_each = _find_sizes_of_each(per_layer_config, numbers,
                                         sizes.keys())
     require(sizes_of_each is not None, f'config.json has per_layer_config '
-            f'{short(per_layer_config)}: it must have the same '
+            f'{shorten(per_layer_config)}: it must have the same '
             f'{" and ".join(sizes)} for each layer of {FULL}, and nothing else')
     sizes = dict(head_dim=fields['head_dim'], num_key_value_heads=num_kv_heads)
     sizes |= sizes_of_each
@@ -119,8 +119,9 @@ class HF(gemma2.HF):
   only = dict(enable_moe_block=False, num_kv_shared_layers=0,
               rope_scaling=None, rope_theta=None,
               use_bidirectional_attention='vision')  # causal for text
-  unread = ('use_double_wide_mlp', 'vocab_size_per_layer_input', 'num_experts',
-            'top_k_experts', 'moe_intermediate_size')
+  fields_without_effect = (
+      'use_double_wide_mlp', 'vocab_size_per_layer_input', 'num_experts',
+      'top_k_experts', 'moe_intermediate_size')
   heads = {}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:

@@ -53,7 +53,7 @@ class HF(hf.HuggingFace):
   only = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
               add_cross_attention=False)
   # Ours always takes it in float32.
-  unread = ('reorder_and_upcast_attn',)
+  fields_without_effect = ('reorder_and_upcast_attn',)
   tied = {'lm_head.weight': 'transformer.wte.weight'}
   spellings = (('transformer.', ''),)
   # Causal masks.

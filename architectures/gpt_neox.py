@@ -61,7 +61,7 @@ class HF(hf.HuggingFace):
       intermediate_size=24576, vocab_size=50432, max_position_embeddings=2048,
       layer_norm_eps=1e-5, tie_word_embeddings=False) | {
           'ffn': ('hidden_act', 'gelu', hf.FFN_OF_ACTIVATION)}
-  unread = ('is_decoder',)  # The system has no other way to be.
+  fields_without_effect = ('is_decoder',)  # The system has no other way to be.
   tied = {'embed_out.weight': 'gpt_neox.embed_in.weight'}
   spellings = (('gpt_neox.', ''),)
   ignored = (r'.*\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)',)

@@ -134,7 +134,7 @@ class HF(llama.Family):
           'mamba2.conv': ('mamba_d_conv', 4),
           'mamba2.conv_bias': ('mamba_conv_bias', True)}
   only = dict(hidden_act='silu', mamba_proj_bias=False)
-  unread = ('mamba_chunk_size',)
+  fields_without_effect = ('mamba_chunk_size',)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
     """Returns the rows that map our parameters to the tensors of a Hugging Face

@@ -35,7 +35,7 @@ from architectures.parts.hf import layer_types
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import EncoderDecoder
 from common import kinds
-from common.errors import one_of, require
+from common.errors import check_choice, require
 
 
 class GShard(EncoderDecoder):
@@ -83,12 +83,12 @@ class HF(hf.HuggingFace):
               router_bias=False, router_dtype='float32',
               router_ignore_padding_tokens=False, pad_token_id=1,
               batch_prioritized_routing=False)
-  unread = (*transformer.LAYERDROP_FIELDS, 'expert_capacity',
-            'router_z_loss_coef')
+  fields_without_effect = (*transformer.LAYERDROP_FIELDS, 'expert_capacity',
+                           'router_z_loss_coef')
   tied = transformer.HF.tied
   spellings = transformer.HF.spellings
   ignored = transformer.HF.ignored
-  fixed = ('pad_token_id',)  # Positions there count from it.
+  fixed_token_ids = ('pad_token_id',)  # Positions there count from it.
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Returns the fields of our config.model that take more than looking up one
@@ -126,8 +126,8 @@ class HF(hf.HuggingFace):
 
     # The second expert of a token.
     policy = reader('second_expert_policy', 'all')
-    one_of('second_expert_policy of config.json', policy,
-           ROUTER_OF_SECOND_EXPERT_POLICY)
+    check_choice('second_expert_policy of config.json', policy,
+                 ROUTER_OF_SECOND_EXPERT_POLICY)
     if policy == 'random':
       reader.notes.append(
           "config.json has second_expert_policy 'random': transformers leaves "

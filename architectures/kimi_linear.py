@@ -137,8 +137,8 @@ class HF(hf.HuggingFace):
               moe_router_activation_func='sigmoid', moe_layer_freq=1,
               num_nextn_predict_layers=0)
   # Fields of positions, which this model has not.
-  unread = ('head_dim', 'qk_head_dim', 'rope_theta', 'rope_scaling',
-            'rope_parameters')
+  fields_without_effect = ('head_dim', 'qk_head_dim', 'rope_theta',
+                           'rope_scaling', 'rope_parameters')
   # transformers writes the network of a dense layer as that of experts.
   spellings = (*llama.HF.spellings, ('.mlp.', '.block_sparse_moe.'))
   ignored = llama.Family.ignored

@@ -91,7 +91,7 @@ class HF(llama.Family):
           'moe.d_ff': ('intermediate_size', 8192),
           'moe.ffn': hf.GATED_FFN_FIELD}
   only = dict(num_experts_per_tok=1)
-  unread = ('router_jitter_noise',)  # transformers reads none.
+  fields_without_effect = ('router_jitter_noise',)  # transformers reads none.
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Returns the fields of our config.model that take more than looking up one

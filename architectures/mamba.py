@@ -60,10 +60,10 @@ class HF(hf.HuggingFace):
               rescale_prenorm_residual=False)
   # How it is computed, how its first weights are drawn, and fields that
   # published files have and transformers does not read.
-  unread = ('residual_in_fp32', 'use_mambapy', 'use_associative_scan', *(
-      f'time_step_{name}' for name in (
-          'min', 'max', 'floor', 'scale', 'init_scheme')),
-            'intermediate_size')
+  fields_without_effect = (
+      'residual_in_fp32', 'use_mambapy', 'use_associative_scan',
+      'time_step_min', 'time_step_max', 'time_step_floor', 'time_step_scale',
+      'time_step_init_scheme', 'intermediate_size')
   tied = {'lm_head.weight': 'backbone.embeddings.weight'}
   # The second spelling is that of the authors' own files.
   spellings = (('backbone.embeddings.', 'backbone.embedding.'),)

@@ -14,7 +14,7 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.recurrent.mamba2 import Mamba2Config
 from architectures.parts.skeletons import Decoder
-from common.errors import require, short
+from common.errors import require, shorten
 
 
 class Mamba2(Decoder):
@@ -43,7 +43,7 @@ def read_step_limits(reader: hf.Reader) -> dict[str, float]:
   """
   bounds = reader.read_list('time_step_limit')
   wrong = (
-      f'config.json has time_step_limit {short(bounds)}: it must be two '
+      f'config.json has time_step_limit {shorten(bounds)}: it must be two '
       'numbers, of which the second is above 0 and may be infinite')
   if not bounds:
     return dict(least_step=0.0, most_step=0.0)
@@ -100,7 +100,7 @@ class HF(mamba.HF):
               rescale_prenorm_residual=False)
   # How it is computed, how its first weights are drawn, and fields that
   # published files have and transformers does not read.
-  unread = ('chunk_size', 'residual_in_fp32', *(
+  fields_without_effect = ('chunk_size', 'residual_in_fp32', *(
       f'time_step_{name}' for name in ('rank', 'min', 'max', 'floor')))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:

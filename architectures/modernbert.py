@@ -76,8 +76,8 @@ class HF(hf.HuggingFace):
           'ffn': ('hidden_activation', 'gelu', hf.GATED_FFN_OF_ACTIVATION),
           'logits_bias': ('decoder_bias', True)}
   only = dict(classifier_bias=False, classifier_activation='gelu')
-  unread = ('deterministic_flash_attn', 'sparse_prediction',
-            'sparse_pred_ignore_index')
+  fields_without_effect = ('deterministic_flash_attn', 'sparse_prediction',
+                           'sparse_pred_ignore_index')
   tied = {'decoder.weight': 'model.embeddings.tok_embeddings.weight'}
   spellings = (('model.', ''),)
   optional = {hf.MASKED_WORD_HEAD: r'(head|decoder)\..*'}

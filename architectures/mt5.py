@@ -34,7 +34,7 @@ class HF(t5.HF):
   model_type = 'mt5'
   architecture = 'MT5ForConditionalGeneration'
   fields = hf.drop_entries(t5.FIELDS | DEFAULT_SIZES, 'tie_embeddings')
-  unread = (*t5.HF.unread, 'tie_word_embeddings')
+  fields_without_effect = (*t5.HF.fields_without_effect, 'tie_word_embeddings')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Returns the fields of our config.model that take more than looking up one

@@ -163,13 +163,13 @@ class HF(hf.HuggingFace):
           'mamba2.least_step': ('time_step_min', 0.001)}
   only = dict(tie_word_embeddings=False, use_bias=False, sliding_window=None,
               mlp_hidden_act='relu2', mamba_hidden_act='silu')
-  unread = ('chunk_size', 'expand', 'mamba_proj_bias',
-            'mamba_ssm_cache_dtype', 'moe_shared_expert_overlap',
-            'mtp_hybrid_override_pattern', 'mtp_layers_block_type',
-            'n_shared_experts', 'num_logits_to_keep',
-            'partial_rotary_factor', 'rescale_prenorm_residual',
-            'residual_in_fp32', 'rope_theta', 'time_step_floor',
-            'time_step_limit', 'time_step_max', 'use_mamba_kernels')
+  fields_without_effect = (
+      'chunk_size', 'expand', 'mamba_proj_bias', 'mamba_ssm_cache_dtype',
+      'moe_shared_expert_overlap', 'mtp_hybrid_override_pattern',
+      'mtp_layers_block_type', 'n_shared_experts', 'num_logits_to_keep',
+      'partial_rotary_factor', 'rescale_prenorm_residual',
+      'residual_in_fp32', 'rope_theta', 'time_step_floor',
+      'time_step_limit', 'time_step_max', 'use_mamba_kernels')
   spellings = (('backbone.', 'model.'),)
   module = ('backbone.', 'model.')
   optional = qwen3_next.HF.optional

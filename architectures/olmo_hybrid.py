@@ -73,8 +73,9 @@ class HF(llama.Family):
           'ffn': qwen3_next.SWIGLU_FIELD,
           'deltanet.negative': ('linear_allow_neg_eigval', True)}
   # How weights are drawn.
-  unread = ('linear_a_log_min', 'linear_a_log_max', 'linear_dt_min',
-            'linear_dt_max', 'linear_dt_init_floor')
+  fields_without_effect = (
+      'linear_a_log_min', 'linear_a_log_max', 'linear_dt_min',
+      'linear_dt_max', 'linear_dt_init_floor')
   # transformers writes it so in the layers that attend, too.
   spellings = (*llama.HF.spellings, ('post_attention_layernorm',
                                      'feedforward_layer_norm'))

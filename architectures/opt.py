@@ -45,7 +45,8 @@ class HF(hf.HuggingFace):
   only = dict(do_layer_norm_before=True, enable_bias=True,
               layer_norm_elementwise_affine=True,
               _remove_final_layer_norm=False)
-  unread = ('layerdrop', 'init_std')  # They are of training alone.
+  # They are of training alone.
+  fields_without_effect = ('layerdrop', 'init_std')
   tied = {'lm_head.weight': 'model.decoder.embed_tokens.weight'}
   spellings = (('model.decoder.', 'decoder.'), ('model.decoder.', ''))
 

@@ -32,7 +32,7 @@ class HF(qwen3_5.HF):
           moe_intermediate_size=512, num_experts=256, num_experts_per_tok=8,
           router_aux_loss_coef=0.001)
   ) | {'moe.ffn': qwen3_next.SWIGLU_FIELD}
-  unread = ('intermediate_size',)
+  fields_without_effect = ('intermediate_size',)
   heads = {}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:

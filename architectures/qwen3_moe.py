@@ -45,7 +45,7 @@ class HF(llama.Family):
           'moe.ffn': hf.GATED_FFN_FIELD,
           'moe.num_experts': ('num_local_experts|num_experts', 128)}
   only = dict(use_sliding_window=False)
-  unread = ('sliding_window',)
+  fields_without_effect = ('sliding_window',)
   heads = hf.task_heads('Qwen3Moe', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:

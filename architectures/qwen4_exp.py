@@ -27,7 +27,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.lookup import NGramsConfig
 from architectures.parts.skeletons import Decoder
-from common.errors import require, short
+from common.errors import require, shorten
 
 LAYER_KINDS = dict(
     linear=dict(mixer='deltanet'), full=dict(attention='indexed'),
@@ -108,8 +108,9 @@ class HF(qwen3_5_moe.HF):
           'deltanet.gate': ('output_gate_type', 'silu', {
               'silu': 'silu', 'sigmoid': 'sigmoid'})}
   only = dict(attn_output_gate=True)
-  unread = (*qwen3_5_moe.HF.unread, 'number_of_conv_states')
-  fixed = ('eos_token_id',)
+  fields_without_effect = (*qwen3_5_moe.HF.fields_without_effect,
+                           'number_of_conv_states')
+  fixed_token_ids = ('eos_token_id',)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
     """Returns the rows that map our parameters to the tensors of a Hugging Face
@@ -168,7 +169,7 @@ class HF(qwen3_5_moe.HF):
         linear_layers.append(n)
     ngram_layers = reader.read_list('ple_layer_ids')
     is_known = len(ngram_layers) == 1 and ngram_layers[0] in linear_layers
-    require(is_known, f'config.json has ple_layer_ids {short(ngram_layers)}: '
+    require(is_known, f'config.json has ple_layer_ids {shorten(ngram_layers)}: '
             'n-grams are known in one layer, of linear_attention')
     kind_names[ngram_layers[0] - 1] = 'ngrams'
 

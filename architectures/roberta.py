@@ -51,7 +51,7 @@ class HF(hf.HuggingFace):
           'lm_head.decoder.bias': 'lm_head.bias'}
   spellings = (('roberta.', ''),)
   ignored = (r'(roberta\.)?embeddings\.position_ids',)
-  fixed = ('pad_token_id',)
+  fixed_token_ids = ('pad_token_id',)
   optional = {'pooler': r'(roberta\.)?pooler\..*',
               hf.MASKED_WORD_HEAD: r'lm_head\..*'}
   heads = hf.task_heads('Roberta', sequence='classifier.out_proj')

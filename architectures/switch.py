@@ -84,8 +84,8 @@ class HF(hf.HuggingFace):
               router_dtype='float32', is_gated_act=False,
               router_type='tokens_masked', batch_prioritized_routing=False)
   # The reference does not read the last two.
-  unread = ('is_decoder', 'add_cross_attention',
-            'router_ignore_padding_tokens', 'add_router_probs')
+  fields_without_effect = ('is_decoder', 'add_cross_attention',
+                           'router_ignore_padding_tokens', 'add_router_probs')
   tied = t5.HF.tied
   ignored = t5.HF.ignored
 

@@ -153,7 +153,7 @@ class HF(hf.HuggingFace):
   architecture = 'T5ForConditionalGeneration'
   fields = FIELDS | {'ffn': ('feed_forward_proj', 'relu', FFN_OF_ACTIVATION)}
   only = dict(is_encoder_decoder=True)
-  unread = ('is_decoder',)  # It is a field of the stacks.
+  fields_without_effect = ('is_decoder',)  # It is a field of the stacks.
   tied = {'encoder.embed_tokens.weight': 'shared.weight',
           'decoder.embed_tokens.weight': 'shared.weight',
           'lm_head.weight': 'shared.weight'}

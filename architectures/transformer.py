@@ -126,7 +126,7 @@ class HF(hf.HuggingFace):
               tie_word_embeddings=True, normalize_before=False,
               normalize_embedding=False, add_final_layer_norm=False,
               add_bias_logits=False, static_position_embeddings=True)
-  unread = (*LAYERDROP_FIELDS, 'is_decoder')
+  fields_without_effect = (*LAYERDROP_FIELDS, 'is_decoder')
   tied = {'model.encoder.embed_tokens.weight': 'model.shared.weight',
           'model.decoder.embed_tokens.weight': 'model.shared.weight',
           'lm_head.weight': 'model.shared.weight'}

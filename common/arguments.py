@@ -16,7 +16,7 @@ import types
 import typing
 from typing import Annotated, Any, TypeVar
 
-from common.errors import RequestError, one_of, require, short
+from common.errors import RequestError, check_choice, require, shorten
 from common.fields import check_number
 
 F = TypeVar('F', bound=Callable)
@@ -83,11 +83,11 @@ def parse_assignments(words: Iterable[str], flag: str,
   for word in words:
     name, equals, value = word.strip().partition('=')
     if choices:
-      one_of(f'name in {flag}', name, choices)
+      check_choice(f'name in {flag}', name, choices)
     require(bool(name and equals),
-            f'{flag} has {short(word)}: write it as NAME=VALUE')
+            f'{flag} has {shorten(word)}: write it as NAME=VALUE')
     require(name not in value_of_name, f'{flag} has {name} twice, as '
-            f'{short(value_of_name.get(name))} and {short(value)}: give it '
+            f'{shorten(value_of_name.get(name))} and {shorten(value)}: give it '
             'once')
     value_of_name[name] = value
   return value_of_name
@@ -103,8 +103,8 @@ def _check_argument(name: str, value: Any, annotation: Any) -> None:
   # long in the making.
   if not _is_of_type(value, annotation):
     raise RequestError(
-        f'{name} is {short(value)}, of type {type(value).__name__}: it must be '
-        f'of type {inspect.formatannotation(annotation)}')
+        f'{name} is {shorten(value)}, of type {type(value).__name__}: it must '
+        f'be of type {inspect.formatannotation(annotation)}')
   if bounds:
     check_number(name, value, bounds)
 

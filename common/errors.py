@@ -35,7 +35,7 @@ class Stopped(Exception):
   command goes on, and the exit code is STOPPED."""
 
 
-def one_of(name: str, value: str, choices: Collection[str]) -> None:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
   """Raises RequestError unless `value` is one of `choices`. The message lists
   them and the one that is spelt most like it.
 
@@ -50,7 +50,7 @@ def one_of(name: str, value: str, choices: Collection[str]) -> None:
   similar = difflib.get_close_matches(str(value), list(choices), n=1)
   if similar:
     question = f' Did you mean {similar[0]!r}?'
-  raise RequestError(f'unknown {name} {short(value)}: choose from '
+  raise RequestError(f'unknown {name} {shorten(value)}: choose from '
                      f'{join_choices(choices)}.{question}')
 
 
@@ -112,7 +112,7 @@ def require(condition: bool, sentence: str) -> None:
     raise RequestError(sentence)
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
   """Returns the text of a value in a message, which is cut off where it is
   long."""
   if type(value) is int and value.bit_length() > 80:

@@ -13,7 +13,7 @@ import math
 import operator
 from typing import Any, NamedTuple
 
-from common.errors import RequestError, one_of, short
+from common.errors import RequestError, check_choice, shorten
 
 LARGEST_INT = 2**31 - 1  # A device counts in 32 bits.
 # A program has an operation for each token that a short convolution sees.
@@ -141,12 +141,12 @@ class FieldValue(NamedTuple):
   Attributes:
     leaf: the field.
     value: the value that it is to have.
-    who: the text that a refusal begins with.
+    subject: the text that a refusal begins with.
     choices: the choices in place of those that are declared, if any.
   """
   leaf: DeclaredField
   value: Any
-  who: str
+  subject: str
   choices: Collection[str] = ()
 
 
@@ -161,14 +161,14 @@ def check_values(values: Iterable[FieldValue]) -> None:
     RequestError: for a value that is not of its field's type, in its range and
       among its choices.
   """
-  for declared, value, who, choices in values:
+  for declared, value, subject, choices in values:
     value_type = type(declared.default)
     is_scalar_array = getattr(value, 'shape', None) == ()
     if value_type is not str and is_scalar_array:
       continue
-    check_type(value, declared.default, who)
+    check_type(value, declared.default, subject)
     if value_type in (int, float):
-      check_number(who, value, declared.rule.bounds)
+      check_number(subject, value, declared.rule.bounds)
 
     # A text is one of the choices, or several of them.
     choices = choices or declared.rule.choices
@@ -179,17 +179,17 @@ def check_values(values: Iterable[FieldValue]) -> None:
       names = value.split(',')
     for name in names:
       if name not in choices:
-        one_of(who, name, choices)
+        check_choice(subject, name, choices)
 
 
-def check_type(value: Any, default: Any, who: str) -> None:
+def check_type(value: Any, default: Any, subject: str) -> None:
   """Raises RequestError unless `value` is of the type that a field's default
   has; an integer may stand where a float is expected.
 
   Args:
     value: the value that the field is to have.
     default: the default of the field.
-    who: the text that a refusal begins with.
+    subject: the text that a refusal begins with.
   """
   expected_type = type(default)
   if type(value) is expected_type:
@@ -203,16 +203,16 @@ def check_type(value: Any, default: Any, who: str) -> None:
   expected = f'of type {expected_type.__name__}, as its default {default!r} is'
   if is_group:
     expected = 'a group of fields'
-  raise RequestError(f'{who} is {short(value)}, of type '
+  raise RequestError(f'{subject} is {shorten(value)}, of type '
                      f'{type(value).__name__}: it must be {expected}')
 
 
-def check_number(who: str, value: float, bounds: Collection[tuple[str, float]]
-                 ) -> None:
+def check_number(subject: str, value: float,
+                 bounds: Collection[tuple[str, float]]) -> None:
   """Raises RequestError unless a number is finite and within its bounds.
 
   Args:
-    who: the name of what has the number, with which the message begins.
+    subject: the name of what has the number, with which the message begins.
     value: the number.
     bounds: pairs of a sign and a number, such as ('>=', 1).
   """
@@ -230,4 +230,4 @@ def check_number(who: str, value: float, bounds: Collection[tuple[str, float]]
       number = f'{bound:,}'
     limits.append(f'{sign} {number}')
   expected = ' and '.join(limits) or 'a finite number'
-  raise RequestError(f'{who} is {short(value)}: it must be {expected}')
+  raise RequestError(f'{subject} is {shorten(value)}: it must be {expected}')

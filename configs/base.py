@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from architectures.parts import flat
-from common.errors import RequestError, short
+from common.errors import RequestError, shorten
 from common.fields import AT_START, check_values, field
 from common.fields import DeclaredField, declared_fields, Effect, INCOMPATIBLE
 from common.fields import OPTIMISATION
@@ -368,13 +368,13 @@ def find_field(name: str) -> DeclaredField | None:
   return FIELDS.get(name)
 
 
-def check_config(tree: Mapping[str, Any], who: str = '') -> None:
+def check_config(tree: Mapping[str, Any], subject: str = '') -> None:
   """Checks the values of a config; fields may be missing. How the fields of a
   model fit each other is checked where it is built.
 
   Args:
     tree: the tree of a config, as dicts.
-    who: the words that the sentence of an error begins with.
+    subject: the words that the sentence of an error begins with.
 
   Raises:
     RequestError: for what is no field of a config, or of another type than its
@@ -384,12 +384,12 @@ def check_config(tree: Mapping[str, Any], who: str = '') -> None:
   for name, value in flat.flatten_groups(tree).items():
     declared_field = FIELDS.get(name) or find_field(name)
     if declared_field is None:
-      raise RequestError(f'{who}{short(name)} is no config field')
+      raise RequestError(f'{subject}{shorten(name)} is no config field')
     values.append(
-        FieldValue(leaf=declared_field, value=value, who=who + name))
+        FieldValue(leaf=declared_field, value=value, subject=subject + name))
   check_values(values)
   kinds = tree.get('model', {}).get('kinds', {})
-  flat.check_kinds(kinds, f'{who}model.kinds')
+  flat.check_kinds(kinds, f'{subject}model.kinds')
 
 
 def find_effect_of_change(name: str, old: Mapping[str, Any],

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 import architectures
-from common.errors import one_of
+from common.errors import check_choice
 from configs import base
 
 # The training of a small size, for minutes of one CPU core.
@@ -67,7 +67,7 @@ def make_config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
   Raises:
     RequestError: where there is no such size.
   """
-  one_of('size', size, sizes)
+  check_choice('size', size, sizes)
 
   # A size sets fields of the training, of the run, and of the model.
   training_fields = dict(PUBLISHED_TRAINING | training)

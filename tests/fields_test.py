@@ -13,7 +13,7 @@ import pytest
 
 import architectures
 from architectures.parts import flat, tables
-from common.errors import RequestError, short
+from common.errors import RequestError, shorten
 from configs import base
 from tests.helpers import forked, models
 from training import cli, plugins, preflight
@@ -80,7 +80,7 @@ def test_a_wrong_value_is_refused_by_name_and_value(case):
   with pytest.raises(RequestError) as refusal:
     base.check_config(config.to_dict())
     flat.check_fields(config.model.to_dict())
-  assert name in str(refusal.value) and short(value) in str(refusal.value)
+  assert name in str(refusal.value) and shorten(value) in str(refusal.value)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -159,7 +159,7 @@ def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
   assert flat.make_model(flat.to_dict(c)) == c
   for group, part in flat.GROUPS.items():
     gone = all(name in unread for name in flat.fields_of_group(group))
-    assert (c.find(part) is None) == gone or group == flat.GROUP_OF_LORA
+    assert (c.find_part(part) is None) == gone or group == flat.GROUP_OF_LORA
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ import numpy as np
 
 import architectures
 from architectures.parts.moe.routing import MoEConfig
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from common.fields import check_number
 from configs import base
 from training import cli, hub, objectives, parameters, progress, runs
@@ -229,7 +229,7 @@ def convert_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   # All tensors of the file must have been read.
   for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
     require(not loaded[kind], f'{file} is not a whole model: of its tensors '
-            f'transformers names as {kind} {short(sorted(loaded[kind]))}')
+            f'transformers names as {kind} {shorten(sorted(loaded[kind]))}')
   # It passes over names that it does not know, and ties what it has not found.
   size_of_storage = {x.data_ptr(): x.numel()
                      for x in model.state_dict().values()}

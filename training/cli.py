@@ -28,7 +28,8 @@ import ml_collections
 
 from architectures.parts import flat
 from common.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
-from common.errors import suggest_name, one_of, cut_long_words, require, short
+from common.errors import check_choice, cut_long_words, require, shorten
+from common.errors import suggest_name
 from common.fields import DeclaredField, check_number
 from configs import base
 from training import plugins
@@ -231,13 +232,13 @@ def define_choices(name: str, default: Sequence[str], choices: Collection[str],
   """
   flags.DEFINE_list(name, [*default], f'{text} Of {", ".join(choices)}.')
 
-  # absl calls a validator whenever the flag is set; `one_of` raises a
+  # absl calls a validator whenever the flag is set; `check_choice` raises a
   # RequestError that names the choices.
 
   @flags.validator(name)
   def check_names(values: Sequence[str]) -> bool:
     for value in values:
-      one_of(f'--{name}', value, choices)
+      check_choice(f'--{name}', value, choices)
     return True
 
 
@@ -313,7 +314,7 @@ def _check_value(flag: str, value: Any) -> None:
   if isinstance(value, float):
     check_number(flag, value, ())
   if isinstance(value, list) and len(set(value)) < len(value):
-    raise RequestError(f'{flag} is {short(",".join(value))}: name each once')
+    raise RequestError(f'{flag} is {shorten(",".join(value))}: name each once')
 
 
 def overridden_fields() -> tuple[str, ...]:
@@ -352,8 +353,8 @@ def _refuse_unknown_word(word: str):
   """
   name = word.partition('=')[0].lstrip('-')
   if not word.startswith('-') or not name:
-    raise RequestError(f'unexpected argument {short(word)}: every setting is a '
-                       '--flag')
+    raise RequestError(f'unexpected argument {shorten(word)}: every setting is '
+                       'a --flag')
   # A misspelt word may be meant for a flag, or for a field of the config.
   help_of_flag = {flag: flags.FLAGS[flag].help for flag in _flags_of_program()}
   sentence_of_name = dict(help_of_flag)
@@ -521,7 +522,7 @@ def parse_value(text: str, default: Any, flag: str) -> Any:
           RecursionError) as error:  # the last two for too deep a nesting
     expected = _WORDS_FOR_TYPE.get(
         value_type, "a group of fields, as {'NAME': VALUE}")
-    raise RequestError(f'{flag} is {short(text)}: it must be {expected}'
+    raise RequestError(f'{flag} is {shorten(text)}: it must be {expected}'
                        ) from error
 
 
@@ -553,7 +554,7 @@ def declare_field(config: ml_collections.ConfigDict,
   choices: Collection[str] = flat.FIELDS_OF_LAYER_KINDS
   if name_in_model in flat.GROUPS:
     choices = [f'{name}.{x}' for x in flat.default_tree()[name_in_model]]
-  one_of(f'field of model.kinds.{layer_kind}', field, choices)
+  check_choice(f'field of model.kinds.{layer_kind}', field, choices)
   flat.check_kinds({layer_kind: {}})
 
   # A field that the kind lacks gets the model's value.

@@ -41,7 +41,7 @@ from architectures.parts import blocks, positions
 from architectures.parts.cache import Cache
 from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import unstack_layers
-from common.errors import one_of
+from common.errors import check_choice
 from common.fields import check_number
 
 # A step runs up to this many layers one by one, which is faster; a deeper stack
@@ -467,7 +467,7 @@ class Beams:
 
   def __post_init__(self):
     check_number('beams', self.num_beams, [('>=', 1), ('<=', MOST_BEAMS)])
-    one_of('penalty', self.penalty, LENGTH_PENALTY_BASES)
+    check_choice('penalty', self.penalty, LENGTH_PENALTY_BASES)
     check_number('length_penalty', self.length_penalty,
                  [('>=', -10), ('<=', 10)])
 

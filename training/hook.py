@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from common.errors import one_of, require
+from common.errors import check_choice, require
 from training import plugins, progress
 from training.program import Program
 from training.runs import TrainState
@@ -175,6 +175,6 @@ def load_hooks(config: ml_collections.ConfigDict) -> list[Hook]:
       is_hook = inspect.isclass(value) and issubclass(value, Hook)
       if is_hook and value is not Hook:
         class_of_name[name_in_file] = value
-    one_of(f'train.hooks of {file}', class_name, class_of_name)
+    check_choice(f'train.hooks of {file}', class_name, class_of_name)
     hooks.append(plugins.call_user_function(file, class_of_name[class_name]))
   return hooks

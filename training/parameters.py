@@ -34,7 +34,7 @@ from architectures.parts import paths
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.heads import GeneratorConfig
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from training import hub, objectives, runs
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
@@ -225,8 +225,8 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
   if our_labels and their_labels and our_labels != their_labels:
     raise RequestError(
         f'init_from {str(source)!r} has the labels '
-        f'{short(", ".join(their_labels))}, in this order, and the run '
-        f'{short(", ".join(our_labels))}: set data.labels to the first')
+        f'{shorten(", ".join(their_labels))}, in this order, and the run '
+        f'{shorten(", ".join(our_labels))}: set data.labels to the first')
 
 
 def _path_of_source(source: str | epath.Path) -> epath.Path:
@@ -392,7 +392,7 @@ def _check_unfitting(our_model: ModelConfig, their_model: ModelConfig,
   # Beside a generator, an encoder may have a table of tokens that is the sum of
   # the generator's and one of its own: neither fits a model by itself.
   from training.hf import weights
-  generator = their_model.find(GeneratorConfig)
+  generator = their_model.find_part(GeneratorConfig)
   if generator is not None and generator.num_layers and (
       generator.sharing != 'whole'):
     raise RequestError(

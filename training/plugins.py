@@ -51,7 +51,7 @@ import ml_collections
 
 import architectures
 from architectures.parts import flat
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 import configs
 from configs import base
 
@@ -140,7 +140,7 @@ def find_config_file(name: str, asked_in: str, folders: tuple[str, ...] = ('',),
   if similar_paths:
     question = f'. Did you mean {" or ".join(similar_paths)}?'
   places = ' or '.join(str(configs.FOLDER / folder) for folder in folders)
-  raise RequestError(f'unknown {asked_in} {short(name)}: write the path of a '
+  raise RequestError(f'unknown {asked_in} {shorten(name)}: write the path of a '
                      f'file, or the name of one in {places}{question}')
 
 
@@ -216,27 +216,27 @@ def call_user_function(file: str, function: Callable, *args):
     raise RequestError(f'{place}: {type(error).__name__}: {reason}') from error
 
 
-def check_config(config: Any, who: str) -> None:
+def check_config(config: Any, subject: str) -> None:
   """Checks that what a user's function returned is a config: that it has the
   fields of configs/base.py, each of the type and in the range declared there.
 
   Args:
     config: what was returned.
-    who: the function, as the subject of a sentence.
+    subject: the function, as the subject of a sentence.
 
   Raises:
     RequestError: where it is none.
   """
   if not isinstance(config, ml_collections.ConfigDict):
     raise RequestError(
-        f'{who} returned {short(config)}, which is no ConfigDict: end it with '
-        '`return c`, where c began as base.base()')
+        f'{subject} returned {shorten(config)}, which is no ConfigDict: end it '
+        'with `return c`, where c began as base.base()')
   missing_fields = base.FIELDS.keys() - flat.flatten_groups(config)
   if missing_fields:
     raise RequestError(
-        f'{who}: the fields {short(sorted(missing_fields))} are missing: begin '
-        'with base.base() of configs/base.py')
-  base.check_config(config.to_dict(), f'{who}: ')
+        f'{subject}: the fields {shorten(sorted(missing_fields))} are missing: '
+        'begin with base.base() of configs/base.py')
+  base.check_config(config.to_dict(), f'{subject}: ')
 
 
 def execute_file(file: str, text: str) -> types.ModuleType:

@@ -10,7 +10,7 @@ import ml_collections
 import architectures
 from architectures.parts import blocks, flat, positions
 from architectures.parts.config import ModelConfig
-from common.errors import RequestError, one_of, require
+from common.errors import RequestError, check_choice, require
 from configs import base
 from configs import sharding as sharding_tables
 from training import evals, hook, objectives, runs
@@ -43,11 +43,11 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   base.check_config(config.to_dict())
   objectives.check_objective(config)
   _check_enabling_fields(config)
-  one_of('mesh.rules', config.mesh.rules, sharding_tables.RULES)
+  check_choice('mesh.rules', config.mesh.rules, sharding_tables.RULES)
   pipeline.check_ramp(config)
   optimizers.check_optim(config.optim)
   _check_best_figure(config.eval)
-  one_of('eval.part', config.eval.part, tokens.HELD_OUT_PARTS)
+  check_choice('eval.part', config.eval.part, tokens.HELD_OUT_PARTS)
   metrics.check_writers(config.log)
 
   # The model, and what depends on it.
@@ -94,7 +94,7 @@ def _check_best_figure(eval_config: ml_collections.ConfigDict) -> None:
   Raises:
     RequestError: where it does not, or eval.best_is is none of its values.
   """
-  one_of('eval.best_is', eval_config.best_is, ('', 'least', 'largest'))
+  check_choice('eval.best_is', eval_config.best_is, ('', 'least', 'largest'))
   best = eval_config.best
   if not best:
     return

@@ -539,6 +539,6 @@ def count_branches(config: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
   """
   count = 0
   for kind in kinds:
-    block = BLOCKS[config.of_kind(kind.name).block]
+    block = BLOCKS[config.layer_config(kind.name).block]
     count += block.count_branches(kind)
   return count

@@ -318,7 +318,7 @@ class ModelConfig:
   # The parts that any layer has, one of each class.
   parts: tuple[Any, ...] = ()
 
-  def find(self, kind: type[Part]) -> Optional[Part]:
+  def find_part(self, kind: type[Part]) -> Optional[Part]:
     """Returns the part of a class, such as RopeConfig; None where no layer has
     it."""
     for part in self.parts:
@@ -328,7 +328,7 @@ class ModelConfig:
 
   def part(self, kind: type[Part]) -> Part:
     """Returns the part of a class, such as RopeConfig, which some layer has."""
-    part = self.find(kind)
+    part = self.find_part(kind)
     assert part is not None, f'no layer of this model has a {kind.__name__}'
     return part
 
@@ -345,7 +345,7 @@ class ModelConfig:
     Returns:
       The new config; the config itself where no layer has the part.
     """
-    part = self.find(kind)
+    part = self.find_part(kind)
     if part is None:
       return self
     # The order of the parts stays, so that equal configs compare as equal.
@@ -417,21 +417,22 @@ class ModelConfig:
     return self.attention_scale * (self.base_head_dim / self.head_dim)
 
   def layers(self, num_layers: int) -> tuple['ModelConfig', ...]:
-    """Returns the config of each layer that a token goes through, as `of_kind`
+    """Returns the config of each layer that a token goes through, as
+    `layer_config`
     does; layers of one kind are one value.
 
     Args:
       num_layers: the number of layers of the stack, each counted once.
     """
     kinds_of_layers = self.layer_kinds(num_layers)
-    return tuple([self.of_kind(kind.name) for kind in kinds_of_layers])
+    return tuple([self.layer_config(kind.name) for kind in kinds_of_layers])
 
   @functools.cached_property
   def distinct_layers(self) -> tuple['ModelConfig', ...]:
     """The layers of each kind, once, in the order of the layers."""
-    return tuple([self.of_kind(name) for name in self.kinds_used])
+    return tuple([self.layer_config(name) for name in self.kinds_used])
 
-  def of_kind(self, name: str) -> 'ModelConfig':
+  def layer_config(self, name: str) -> 'ModelConfig':
     """Returns the config of the layers of one kind, where a model has several
     kinds of layer.
 
@@ -451,7 +452,8 @@ class ModelConfig:
 
   @functools.cached_property
   def _configs_by_kind(self) -> dict[str, 'ModelConfig']:
-    """The configs that `of_kind` has returned, so that layers of one kind are
+    """The configs that `layer_config` has returned, so that layers of one kind
+    are
     one value."""
     return {}
 
@@ -496,7 +498,7 @@ class ModelConfig:
   @property
   def shares_keys(self) -> bool:
     """Whether a layer is to read the keys and values of one before it."""
-    attention = self.find(AttentionConfig)
+    attention = self.find_part(AttentionConfig)
     return attention is not None and attention.kv_sharing
 
   @property
@@ -558,7 +560,7 @@ class ModelConfig:
       cross: whether the layers attend to the encoder's tokens too.
     """
     num_before = len(names_before)
-    configs = [self.of_kind(name) for name in (*names_before, *names)]
+    configs = [self.layer_config(name) for name in (*names_before, *names)]
     layer_kinds = []
     for i, name in enumerate(names):
       config = configs[num_before + i]

@@ -202,7 +202,7 @@ def get_field(config: ModelConfig, name: str) -> Any:
   if group == GROUP_OF_LORA:
     part = config.lora
   elif group:
-    part = config.find(GROUPS[group])
+    part = config.find_part(GROUPS[group])
   if part is None:
     return DEFAULTS[name]
   return getattr(part, name.rpartition('.')[2])
@@ -359,7 +359,7 @@ def _conditions_of_reading(config: ModelConfig) -> dict[str, declared.ReadIf]:
   # The sizes of a feed-forward network that is not there. A model of experts
   # has no dense network of its own: d_ff is then read only as the default of
   # moe.d_ff, and the dropout by the experts that all tokens go through.
-  moe = config.find(MoEConfig)
+  moe = config.find_part(MoEConfig)
   if config.ffn == layers.NO_FFN:
     for name in ('d_ff', 'ffn_bias', 'ffn_dropout'):
       conditions[name] = declared.ReadIf('ffn', f'is not {layers.NO_FFN}')
@@ -401,7 +401,7 @@ def fields_that_are_read(config: ModelConfig) -> set[str]:
       replaced.add('attention')
     # These are read beside the layers too.
     replaced -= {'position', 'ffn', 'block'}
-    fields |= fields_of_layers(config.of_kind(kind_name)) - replaced
+    fields |= fields_of_layers(config.layer_config(kind_name)) - replaced
   if positions.position_of(config).of_stack:
     fields |= fields_of_layers(config)
   return fields
@@ -471,7 +471,7 @@ def _unread_fields_of_layer_kind(config: ModelConfig, kind_name: str
     For each such field, by its name in the kind, when it would be read, and the
     fields that decide on it.
   """
-  layer = config.of_kind(kind_name)
+  layer = config.layer_config(kind_name)
   read, conditions = fields_of_layers(layer), _conditions_of_reading(layer)
   sources = blocks.mixer_of_layers(layer).sources
   unread = {}
@@ -615,7 +615,7 @@ class ConfigWithAllParts(ModelConfig):
 
   def part(self, kind: type[Part]) -> Part:
     """Returns the part of a class."""
-    part = self.find(kind)
+    part = self.find_part(kind)
     if part is None:
       part = _make_part(kind, {}, self)
     return part
@@ -893,51 +893,51 @@ def _sizes_of_mup_base(fields: Mapping[str, Any], head_dim: int
 # Checks of the values of fields.
 
 
-def check_fields(tree: Mapping[str, Any], who: str = 'model') -> None:
+def check_fields(tree: Mapping[str, Any], subject: str = 'model') -> None:
   """Checks the fields of config.model one by one: their names, types, ranges
   and choices.
 
   Args:
     tree: config.model, or some of its fields, as nested dicts.
-    who: the name of the tree in messages.
+    subject: the name of the tree in messages.
 
   Raises:
     RequestError: for a name that is no field, or a value that its field cannot
       have.
   """
-  declared.check_type(tree, {}, who)
+  declared.check_type(tree, {}, subject)
   values = []
   for name, value in tree.items():
     if name not in _NAMES_IN_TREE:
-      raise _error_of_unknown_field(name, who, _NAMES_IN_TREE)
+      raise _error_of_unknown_field(name, subject, _NAMES_IN_TREE)
     if name == 'kinds':
-      check_kinds(value, f'{who}.kinds')
+      check_kinds(value, f'{subject}.kinds')
     else:
-      values += _values_to_check(name, field=name, value=value, who=who)
+      values += _values_to_check(name, field=name, value=value, subject=subject)
   declared.check_values(values)
 
 
-def check_kinds(kinds: Any, who: str = 'model.kinds') -> None:
+def check_kinds(kinds: Any, subject: str = 'model.kinds') -> None:
   """Checks the kinds of layer of config.model one by one: their names, and the
   names and values of the fields that they override.
 
   Args:
     kinds: config.model.kinds: the fields of each kind, by its name.
-    who: the name of this dict in messages.
+    subject: the name of this dict in messages.
 
   Raises:
     RequestError: for a kind whose name is no identifier, with a field that
       kinds do not have, or with a value that the model's own field could not
       have.
   """
-  declared.check_type(kinds, {}, who)
+  declared.check_type(kinds, {}, subject)
   values = []
   for kind_name, fields in kinds.items():
     is_text = isinstance(kind_name, str)
     if not is_text or not re.fullmatch(r'[A-Za-z]\w*', kind_name):
-      raise RequestError(f'{who} has a kind called {kind_name!r}: call it by '
-                         'letters, digits and _')
-    name_of_kind = f'{who}.{kind_name}'
+      raise RequestError(f'{subject} has a kind called {kind_name!r}: call it '
+                         'by letters, digits and _')
+    name_of_kind = f'{subject}.{kind_name}'
     declared.check_type(fields, {}, name_of_kind)
     for name, value in fields.items():
       if name not in FIELDS_OF_LAYER_KINDS:
@@ -949,11 +949,11 @@ def check_kinds(kinds: Any, who: str = 'model.kinds') -> None:
         more_choices = (layer_kinds.DENSE_NETWORK,)
       values += _values_to_check(
           name, field=FIELDS_OF_LAYER_KINDS[name], value=value,
-          who=name_of_kind, more_choices=more_choices)
+          subject=name_of_kind, more_choices=more_choices)
   declared.check_values(values)
 
 
-def _values_to_check(name: str, field: str, value: Any, who: str,
+def _values_to_check(name: str, field: str, value: Any, subject: str,
                      more_choices: Collection[str] = ()
                      ) -> list[declared.FieldValue]:
   """Returns a field's value together with all that it is checked against; for
@@ -964,7 +964,7 @@ def _values_to_check(name: str, field: str, value: Any, who: str,
     field: its name in FIELDS, which a kind of layer may call otherwise; or the
       name of a group.
     value: the value that it is to have; for a group, a dict.
-    who: the name of the dict in messages.
+    subject: the name of the dict in messages.
     more_choices: choices beside those that are declared.
 
   Returns:
@@ -973,13 +973,13 @@ def _values_to_check(name: str, field: str, value: Any, who: str,
   Raises:
     RequestError: for a name that is no field of the group.
   """
-  full_name = f'{who}.{name}'
+  full_name = f'{subject}.{name}'
   if field not in GROUPS:
     choices = tables.CHOICES.get(field, ())
     if more_choices:
       choices = *choices, *more_choices
-    return [declared.FieldValue(leaf=FIELDS[field], value=value, who=full_name,
-                                choices=choices)]
+    return [declared.FieldValue(leaf=FIELDS[field], value=value,
+                                subject=full_name, choices=choices)]
   # A group, each of whose fields is such a value.
   if not hasattr(value, 'items'):
     declared.check_type(value, {}, full_name)
@@ -990,19 +990,19 @@ def _values_to_check(name: str, field: str, value: Any, who: str,
       raise _error_of_unknown_field(inner_name, full_name, names_in_group)
     values += _values_to_check(
         inner_name, field=f'{field}.{inner_name}', value=inner_value,
-        who=full_name)
+        subject=full_name)
   return values
 
 
-def _error_of_unknown_field(name: str, who: str, names: Iterable[str]
+def _error_of_unknown_field(name: str, subject: str, names: Iterable[str]
                             ) -> RequestError:
   """Returns the error for a name that is no field.
 
   Args:
     name: the name.
-    who: the name of the dict in which it stands.
+    subject: the name of the dict in which it stands.
     names: the names of the fields that this dict may have.
   """
   names = list(names)
-  return RequestError(f'{who}.{name} is no field of {who}: choose from '
+  return RequestError(f'{subject}.{name} is no field of {subject}: choose from '
                       f'{", ".join(names)}.{suggest_name(name, names)}')

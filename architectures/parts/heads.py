@@ -137,7 +137,7 @@ class Unembed(nn.Module):
                 softcap=config.logits_softcap, tied=config.tie_embeddings)
 
 
-class Task(nn.Module):
+class TaskHead(nn.Module):
   """The head of a task, which gives scores: dropout, then a product.
 
   Attributes:

@@ -88,7 +88,7 @@ def _initializer(config: ModelConfig, role: Role, residual: bool,
   # By a standard deviation, smaller for what is added to the residual stream.
   stddev = config.init_stddev
   if config.init == 'scaled_normal' and residual:
-    loops = config.find(LoopsConfig)
+    loops = config.find_part(LoopsConfig)
     depth = config.num_layers if loops is None else loops.depth
     stddev /= (2 * depth) ** 0.5
   # The number of inputs without a logical axis does not grow with the width.
@@ -857,7 +857,8 @@ class FFN(nn.Module):
     """
     config = self.config
     D, F = config.d_model, self.width or config.d_ff
-    compute_hidden = HiddenUnits(kind=self.kind, clamp=config.find(ClampConfig))
+    clamp = config.find_part(ClampConfig)
+    compute_hidden = HiddenUnits(kind=self.kind, clamp=clamp)
     multiply = functools.partial(product, self,
                                  deterministic=ctx.deterministic)
     in_axes, out_axes = ('embed', 'mlp'), ('mlp', 'embed')
@@ -1019,7 +1020,7 @@ def count_reads_of_weight(config: ModelConfig, path: str, back: bool = False
     path: the path of the parameter.
     back: whether the backward pass is meant, and not the forward one.
   """
-  loops = config.find(LoopsConfig)
+  loops = config.find_part(LoopsConfig)
   is_in_loop = '/layers/' in path or '/loop/' in path
   if loops is None or not is_in_loop:
     return 1

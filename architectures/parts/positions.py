@@ -31,7 +31,7 @@ from architectures.parts.attention import disentangled
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.sharding import Role, declare
-from common.errors import require, short
+from common.errors import require, shorten
 from common.fields import field, FUNCTION, SHAPES
 
 # Rotary positions, and how they stretch past training.
@@ -294,9 +294,9 @@ class LongRope(Scaling):
       factors = getattr(rope, name)
       positive = [x for x in factors if type(x) in (int, float) and x > 0]
       if len(factors) != num_pairs or len(positive) != len(factors):
-        return (f'model.rope.{name} is {short(factors)}: it needs {num_pairs} '
-                f'numbers > 0, one for each pair of the {dim} features that '
-                'turn')
+        return (f'model.rope.{name} is {shorten(factors)}: it needs '
+                f'{num_pairs} numbers > 0, one for each pair of the {dim} '
+                'features that turn')
     if rope.original_len > 1:
       return ''
     return (f'model.rope.original_len is {rope.original_len}: it needs it '
@@ -631,7 +631,7 @@ def lengths_that_change_rotation(config: ModelConfig) -> tuple[int, ...]:
   """
   lengths = set()
   for layer in config.distinct_layers:
-    rope = layer.find(RopeConfig)
+    rope = layer.find_part(RopeConfig)
     if rope is not None and SCALINGS[rope.scaling].depends_on_length:
       lengths.add(rope.original_len)
   return tuple(sorted(lengths))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
-from common.errors import one_of, require
+from common.errors import check_choice, require
 
 # Pairs of a logical axis and its mesh axes: see configs/sharding.py.
 AxisRules = Sequence[tuple[str, tuple[str, ...]]]
@@ -52,7 +52,7 @@ def check_logical_axes(axes) -> tuple[str | None, ...]:
     ValueError: for a name that is not in LOGICAL_AXES.
   """
   for axis in {*axes} - {None, *LOGICAL_AXES}:
-    one_of('logical axis', axis, LOGICAL_AXES)
+    check_choice('logical axis', axis, LOGICAL_AXES)
   return tuple(axes)
 
 

@@ -31,7 +31,7 @@ from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.passes import project_concatenation
 from architectures.parts.stack import add_distances, find_cache_of_tokens
 from architectures.parts.stack import is_cache, Period, Stack
-from common.errors import require, short
+from common.errors import require, shorten
 from common.kinds import SECTIONS
 
 
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
       hidden_BLD, head = unfold(inputs, x_BLD.shape[1])
       return Output(hidden=hidden_BLD, head=head)
     # Scores of each row, which have no bias here, or of each token.
-    task = heads.Task(config, bias=not kind.is_for_rows, name='task')
+    task = heads.TaskHead(config, bias=not kind.is_for_rows, name='task')
     scores = task(inputs, deterministic=ctx.deterministic)
     return Output(hidden=x_BLD, head=None, extra=dict(scores=scores))
 
@@ -272,7 +272,7 @@ def _check_segments_are_contiguous(segment_ids_BL: np.ndarray) -> None:
     ids_of_pieces = ids_L[(ids_L != 0) & is_start_L]
     require(len(np.unique(ids_of_pieces)) == len(ids_of_pieces),
             'a row of segment ids, or of a mask, is '
-            f'{short(ids_L.tolist())}: each id but 0, which is padding, lies '
+            f'{shorten(ids_L.tolist())}: each id but 0, which is padding, lies '
             'in one piece')
 
 
@@ -331,7 +331,7 @@ class Mtp(nn.Module):
       period = Period(config, (kind,), name=f'depth_{depth}')
       (x, _), results = period((x, None), None, ctx_k, {})
       x_BLD = streams.EndOfStreams(config, name=f'streams_{depth}')(x)
-      if blocks.BLOCKS[config.of_kind(kind.name).block].FINAL_NORM:
+      if blocks.BLOCKS[config.layer_config(kind.name).block].FINAL_NORM:
         x_BLD = norm(config, f'norm_{depth}')(x_BLD)
       inputs_of_head.append(x_BLD)
       reports += results.reports
@@ -461,7 +461,7 @@ class Encoder(nn.Module):
     # With a generator, the encoder reads the tokens that the generator puts at
     # the masked places.
     generated, drawn = None, {}
-    generator = config.find(GeneratorConfig)
+    generator = config.find_part(GeneratorConfig)
     has_own_table = False
     if generator is not None and generator.num_layers > 0:
       has_own_table = generator.sharing == 'apart'
@@ -563,7 +563,7 @@ class Encoder(nn.Module):
       act = self._activation()
       inputs = act(self._dense('detector', inputs, config.d_model))
     # Its scores.
-    task = heads.Task(config, name='task')
+    task = heads.TaskHead(config, name='task')
     scores = task(inputs, deterministic=deterministic)
     return Output(hidden=x_BLD, head=None,
                   extra=extra | dict(scores=scores) | more_extra)
@@ -869,7 +869,7 @@ def init_cache(config: ModelConfig, batch: int, length: int
   for section in config.sections(config.num_decoder_layers):
     num_rows = section.periods * section.passes
     for kind in section.kinds:
-      layer = config.of_kind(kind.name)
+      layer = config.layer_config(kind.name)
       entries.append(
           blocks.empty_cache_of_layer(layer, (num_rows, batch, length)))
   return tuple(entries)

@@ -126,7 +126,7 @@ class Stack(nn.Module):
     """Returns the norm after the last layer or, where the wiring of that layer
     needs none, the identity."""
     config = self.config
-    if BLOCKS[config.of_kind(last_kind.name).block].FINAL_NORM:
+    if BLOCKS[config.layer_config(last_kind.name).block].FINAL_NORM:
       return layers.norm(config, 'final_norm')
     return _identity
 
@@ -168,7 +168,7 @@ class Stack(nn.Module):
     """Returns an empty place for the values of the first layer, which later
     layers read with model.value_residual; None: they do not."""
     config = self.config
-    attention = config.find(AttentionConfig)
+    attention = config.find_part(AttentionConfig)
     if attention is None or not attention.value_residual:
       return None
     layers_of_attention = [layer for layer in config.distinct_layers
@@ -645,7 +645,7 @@ class Period(nn.Module):
       The residual stream after the layer, its cache with the new tokens (None:
       there is none), and its Report.
     """
-    config = self.config.of_kind(kind.name)
+    config = self.config.layer_config(kind.name)
     # Outside a loop, XLA may merge the second computation of a layer with the
     # first (common subexpression elimination) and so keep what was to be
     # dropped; prevent_cse adds a barrier against it.

@@ -92,14 +92,14 @@ def check_model(config: ModelConfig, stack: str,
   # The message for a kind says which kind it is about.
   for name in dict.fromkeys(('', *config.kinds_used)):
     try:
-      _check_layers(config.of_kind(name), stack)
+      _check_layers(config.layer_config(name), stack)
     except RequestError as error:
       if not name:
         raise
       raise RequestError(f'model.kinds.{name}: {error}') from error
   # All layers together, and what stands beside them.
   _check_value_residual(config)
-  if config.find(LoopsConfig):
+  if config.find_part(LoopsConfig):
     _check_loop(config)
   _check_stack(config, stack, archs)
   _check_products(config)
@@ -130,7 +130,7 @@ def _check_head(config: ModelConfig, stack: str,
     raise RequestError(
         f'model.head is {config.head!r}, which model.arch {config.arch!r} does '
         'not have: an encoder-decoder answers in text (objective seq2seq)')
-  if config.find(GeneratorConfig) and stack != 'encoder':
+  if config.find_part(GeneratorConfig) and stack != 'encoder':
     raise RequestError(
         f'model.head is {config.head!r}, which model.arch {config.arch!r} does '
         f'not have: choose model.arch from {", ".join(archs("encoder"))}')
@@ -180,7 +180,7 @@ def _check_pattern(config: ModelConfig) -> None:
     for kind in section.kinds:
       if kind.name:
         _check_position(config, kind.name)
-      if config.of_kind(kind.name).shares_keys:
+      if config.layer_config(kind.name).shares_keys:
         _check_shared_keys(
             config, kind=kind, layers=section.kinds, prefix=sections[0].kinds)
 
@@ -203,7 +203,7 @@ def _check_shared_keys(config: ModelConfig, kind: LayerKind,
     RequestError: for a layer that is no attention, that has no such layer
       before it, or whose own keys would be of another size or encoding.
   """
-  reader = config.of_kind(kind.name)
+  reader = config.layer_config(kind.name)
   where = 'model.'
   if kind.name:
     where = f'model.kinds.{kind.name}.'
@@ -222,12 +222,13 @@ def _check_shared_keys(config: ModelConfig, kind: LayerKind,
   kind_of_lender = layers[source]
   if source < 0:
     kind_of_lender = prefix[source]
-  lender = config.of_kind(kind_of_lender.name)
+  lender = config.layer_config(kind_of_lender.name)
   # The fields that both must have in common.
   values_of_both: dict[str, tuple[Any, Any]] = {}
   for field in ('num_kv_heads', 'head_dim', 'position'):
     values_of_both[field] = getattr(reader, field), getattr(lender, field)
-  values_of_both['rope'] = reader.find(RopeConfig), lender.find(RopeConfig)
+  values_of_both['rope'] = (reader.find_part(RopeConfig),
+                            lender.find_part(RopeConfig))
   for field, (of_reader, of_lender) in values_of_both.items():
     require(of_reader == of_lender,
             f'{setting}model.{field} of the layer is {of_reader!r}, and '
@@ -249,7 +250,7 @@ def _check_position(config: ModelConfig, kind_name: str) -> None:
     RequestError: for a kind that alone has such an encoding, or has another
       number of heads than a bias that is shared.
   """
-  layer = config.of_kind(kind_name)
+  layer = config.layer_config(kind_name)
   position = positions.position_of(layer)
   if layer.position != config.position and position.of_stack:
     choices = [choice for choice, entry in positions.POSITIONS.items()
@@ -343,7 +344,7 @@ def _check_value_residual(config: ModelConfig) -> None:
   Raises:
     RequestError: for kinds of layer with other num_kv_heads or head_dim.
   """
-  attention = config.find(AttentionConfig)
+  attention = config.find_part(AttentionConfig)
   if attention is None or not attention.value_residual:
     return
   sizes = set()
@@ -380,7 +381,8 @@ def _check_loop(config: ModelConfig) -> None:
         f'model.residual {config.residual!r}: several streams are handed on as '
         'they '
         "are, by loop 'plain' and boundary 'none'")
-  last_layer = config.of_kind(config.layer_kinds(config.num_layers)[-1].name)
+  last_kind = config.layer_kinds(config.num_layers)[-1]
+  last_layer = config.layer_config(last_kind.name)
   if has_norm and not BLOCKS[last_layer.block].FINAL_NORM:
     raise RequestError(
         f"{setting}model.loops.boundary is 'norm', and after layers of "
@@ -502,7 +504,7 @@ def _check_stack(c: ModelConfig, stack: str,
             f'model.{field} {value!r} has no meaning with model.arch '
             f'{c.arch!r}: set it to {unset!r}, or choose model.arch from '
             f'{", ".join(archs(stack_of_field))}')
-  attention = c.find(AttentionConfig)
+  attention = c.find_part(AttentionConfig)
   if stack != 'decoder' and attention is not None:
     for config in configs:
       conv = config.part(AttentionConfig).attention_conv
@@ -536,7 +538,7 @@ def _check_further_tokens(config: ModelConfig) -> None:
   setting = (
       f'model.mtp_depth is {config.mtp_depth}, but the last layer, whose kind '
       'the modules that predict further tokens have, reads ')
-  memory = config.of_kind(last_kind.name).memory
+  memory = config.layer_config(last_kind.name).memory
   require(memory == lookup.NAME_OF_NO_MEMORY,
           f'{setting}tables of model.memory: end with a kind of memory '
           f'{lookup.NAME_OF_NO_MEMORY!r}')

@@ -54,7 +54,7 @@ def test_a_record_names_nothing_that_is_not_there(system):
   names = {name.format(n=0, m=0, e=0) for *_, name, _ in page.rows(c)}
   known = [name for names, *_ in page.fields.values()
            for name in names.split('|')]
-  asked = [*known, *page.only, *page.unread]
+  asked = [*known, *page.only, *page.fields_without_effect]
   assert len(asked) == len(set(asked))
   fields = run_config.flatten(base.base().model)
   assert not page.fields.keys() - fields.keys()
@@ -62,4 +62,4 @@ def test_a_record_names_nothing_that_is_not_there(system):
   assert all(any(part in name for name in names) for part, _ in page.spellings)
   assert not [name for name in names for pattern in page.ignored
               if re.fullmatch(pattern, name)]
-  assert set(page.fixed) <= page.write(c).keys()
+  assert set(page.fixed_token_ids) <= page.write(c).keys()

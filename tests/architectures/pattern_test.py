@@ -51,7 +51,8 @@ def test_each_layer_is_that_of_its_kind():
   ctx = Context(jnp.arange(tokens.shape[1])[None])
   @functools.partial(jax.jit, static_argnums=0)
   def alone(name, layer, x_BLD):
-    plain = stack.Period(c.of_kind(name), c.of_kind(name).layer_kinds(1))
+    config = c.layer_config(name)
+    plain = stack.Period(config, config.layer_kinds(1))
     return plain.apply({'params': {'block_0': layer}}, (x_BLD, None), None,
                        ctx, {})[0][0]
   for n, (name, layer) in enumerate(zip(names, each_layer)):
@@ -119,7 +120,7 @@ def test_what_follows_from_heads_is_of_their_kind():
       a=dict(num_heads=2, head_dim=32), b={})))
   assert c.kinds['a'].overrides == dict(
       num_heads=2, num_kv_heads=2, head_dim=32, attention_scale=32 ** -0.5)
-  assert c.of_kind('b').score_scale == 8 ** -0.5
+  assert c.layer_config('b').score_scale == 8 ** -0.5
   assert architectures.resolve(flat.to_dict(c)) == c
   t5 = architectures.resolve(models.small_config('t5'))
   assert t5.logits_scale == 32 ** -0.5

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from common.errors import one_of, require, short
+from common.errors import check_choice, require, shorten
 from common.fields import check_number, check_type
 from configs import base as base_config
 from tools.compare import cost, curves, layout, phases, spec
@@ -264,7 +264,7 @@ def _check_type_of_constant(file: str, name: str, value: Any) -> None:
     expected_type = numbers.Real if is_fraction else type(default)
     example = default
   require(isinstance(value, expected_type), f'{file}: {name} is '
-          f'{short(value)}: write it as {example!r}')
+          f'{shorten(value)}: write it as {example!r}')
 
 
 def _check_seeds(file: str, seeds: Mapping[str, Any]) -> dict[str, int]:
@@ -274,7 +274,7 @@ def _check_seeds(file: str, seeds: Mapping[str, Any]) -> dict[str, int]:
     RequestError: for a phase that is none, and for a number out of its range.
   """
   for name in seeds:
-    one_of('phase of SEEDS', name, phases.PHASES)
+    check_choice('phase of SEEDS', name, phases.PHASES)
   seeds_in_order = {}
   for phase in phases.phases_of_study(seeds):
     num_seeds = seeds[phase.name]
@@ -308,7 +308,7 @@ def _check_ranges(file: str, constants: Mapping) -> None:
   cost that can be matched."""
   for name, bounds in _BOUNDS_OF_CONSTANT.items():
     check_number(f'{file}: {name}', constants[name], bounds)
-  one_of('MATCH', constants['MATCH'], ('', *spec.MATCHABLE_COSTS))
+  check_choice('MATCH', constants['MATCH'], ('', *spec.MATCHABLE_COSTS))
 
 
 def _check_sizes_and_workloads(file: str, constants: Mapping) -> None:
@@ -319,7 +319,7 @@ def _check_sizes_and_workloads(file: str, constants: Mapping) -> None:
       is_name = re.fullmatch(r'[\w=+-]+', str(name)) is not None
       require(is_name and isinstance(fields, Mapping),
               f'{file}: {constant} has {name!r}: '
-              f'{short(fields)}: write a name of letters and digits, and the '
+              f'{shorten(fields)}: write a name of letters and digits, and the '
               "fields that it changes, as 'small': {'model.d_model': 64}")
 
   # The largest size may be one that is predicted by the others.
@@ -355,7 +355,7 @@ def _make_tuning(file: str, entries: Mapping, base) -> plans.Tuning:
     RequestError: for values that cannot be tried, or a search that cannot be.
   """
   for key in entries:
-    one_of('entry of TUNING', key, ('fields', 'keep', 'rungs', 'extend'))
+    check_choice('entry of TUNING', key, ('fields', 'keep', 'rungs', 'extend'))
   rate = base.optim.lr
   fields = entries.get('fields', {'optim.lr': (rate / 2, rate, 2 * rate)})
   tuning = plans.Tuning(**{**entries, 'fields': fields})
@@ -365,15 +365,15 @@ def _make_tuning(file: str, entries: Mapping, base) -> plans.Tuning:
     subject = f'{file}: TUNING of {field}'
     are_several = isinstance(values, tuple | list) and len(values) > 1
     require(are_several and _are_positive_and_rising(values),
-            f'{subject} is {short(values)}: write two values or more above 0, '
-            'rising')
+            f'{subject} is {shorten(values)}: write two values or more above '
+            '0, rising')
     for value in values:
       spec.apply_changes(base, {field: value}, subject)
 
   # The numbers of the search.
   is_search = (_is_integer_within(tuning.rungs, 1, 10) and 0 < tuning.keep < 1
                and _is_integer_within(tuning.extend, 0, 10))
-  require(is_search, f'{file}: TUNING is {short(entries)}: keep '
+  require(is_search, f'{file}: TUNING is {shorten(entries)}: keep '
           'is a share between 0 and 1, rungs from 1 to 10, extend from 0 to 10')
   return tuning
 

@@ -34,7 +34,7 @@ import zlib
 from etils import epath
 
 from architectures.parts import flat
-from common.errors import EnvironmentFailure, RequestError, require, short
+from common.errors import EnvironmentFailure, RequestError, require, shorten
 from tools.compare import spec
 from training import evals, plugins, runs
 from training.workdir import metrics as metrics_lib
@@ -506,8 +506,8 @@ def load_evaluation(folder: pathlib.Path) -> dict:
   path = folder / 'eval.json'
   if not path.is_file():
     return {}
-  who = f'{path} (which can be removed: the evaluation is then done again)'
-  return storage.parse_json_object(path.read_bytes(), who)
+  subject = f'{path} (which can be removed: the evaluation is then done again)'
+  return storage.parse_json_object(path.read_bytes(), subject)
 
 
 def is_evaluated(folder: pathlib.Path, tasks: Iterable[str]) -> bool:
@@ -659,7 +659,7 @@ class Ledger:
     self._connection.close()
     aside = self._path.with_name(f'{self._path.name}.aside-{time.time_ns()}')
     self._path.rename(aside)
-    print(f'warning: {self._path} is damaged ({short(damage)}): it is set '
+    print(f'warning: {self._path} is damaged ({shorten(damage)}): it is set '
           f'aside as {aside.name}, and {self.note_on_rewritten}',
           file=sys.stderr)
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 import fnmatch
 import math
 
-from common.errors import one_of, require, short
+from common.errors import check_choice, require, shorten
 from tools.compare import plan as plans
 from training import evals, objectives
 from training.data import probes
@@ -32,10 +32,10 @@ def complete_measures(entries: Sequence, workloads: Collection[str], file: str
   """
   measures: list[dict] = []
   for entry in entries:
-    subject = f'{file}: the measure {short(entry)}'
+    subject = f'{file}: the measure {shorten(entry)}'
     _check_entry(entry, subject)
     workload = entry.get('workload', plans.TEXT)
-    one_of('workload of a measure', workload, workloads)
+    check_choice('workload of a measure', workload, workloads)
     better = _better_direction(entry, subject)
     names = [measure['name'] for measure in measures]
     name = _name_measure(entry, workload, names_in_use=names)
@@ -67,7 +67,7 @@ def _check_entry(entry, subject: str) -> None:
   require(isinstance(entry, dict) and 'figure' in entry, f'{subject} has no '
           "figure: write {'workload': 'text', 'figure': 'loss'}")
   for key, value in entry.items():
-    one_of('entry of a measure', key, _KEYS_OF_MEASURE)
+    check_choice('entry of a measure', key, _KEYS_OF_MEASURE)
     if key == 'chance':
       is_right = type(value) in (int, float) and math.isfinite(value)
       expected = 'number'
@@ -75,7 +75,7 @@ def _check_entry(entry, subject: str) -> None:
       is_right = isinstance(value, str)
       expected = 'text'
     require(is_right,
-            f'{subject} has {short(value)} as {key}: write a {expected}')
+            f'{subject} has {shorten(value)} as {key}: write a {expected}')
 
 
 def _better_direction(entry: dict, subject: str) -> str:
@@ -88,7 +88,8 @@ def _better_direction(entry: dict, subject: str) -> str:
   """
   figure = entry['figure'].rpartition('/')[2]
   if 'better' in entry:
-    one_of('better of a measure', entry['better'], (plans.LOWER, plans.HIGHER))
+    check_choice('better of a measure', entry['better'],
+                 choices=(plans.LOWER, plans.HIGHER))
     return entry['better']
   if figure in metrics.FIGURES_BEST_WHEN_LEAST:
     return plans.LOWER

@@ -120,22 +120,23 @@ def check_phases(file: str) -> None:
   """
   name_of_block: dict[int, str] = {}
   for name, phase in PHASES.items():
-    who = f'{file}: PHASES has {name!r}'
+    subject = f'{file}: PHASES has {name!r}'
     # The key and the name of the phase itself must agree: both are used to look
     # it up.
-    require(isinstance(phase, Phase) and phase.name == name, f'{who}, which is '
-            f'no Phase of that name: write {{{name!r}: Phase(name={name!r}, '
-            '...)}')
-    require(re.fullmatch('[a-z_]+', name) is not None, f'{who}, which names a '
-            'folder and a row of results.json: choose lower-case letters and _')
+    require(isinstance(phase, Phase) and phase.name == name, f'{subject}, '
+            f'which is no Phase of that name: write {{{name!r}: '
+            f'Phase(name={name!r}, ...)}}')
+    require(re.fullmatch('[a-z_]+', name) is not None, f'{subject}, which '
+            'names a folder and a row of results.json: choose lower-case '
+            'letters and _')
     # Each phase draws its seeds from a block of its own, so that no phase
     # decides by runs whose data and initial weights an earlier one has seen.
     require(0 <= phase.block < NUM_SEED_BLOCKS,
-            f'{who} with block={phase.block}: '
+            f'{subject} with block={phase.block}: '
             f'choose a whole number from 0 to {NUM_SEED_BLOCKS - 1}')
     owner = name_of_block.setdefault(phase.block, name)
-    require(owner == name, f'{who} with block={phase.block}, which is that of '
-            f'{owner!r}, so that both would have the same seeds: choose '
+    require(owner == name, f'{subject} with block={phase.block}, which is that '
+            f'of {owner!r}, so that both would have the same seeds: choose '
             f'another, from 0 to {NUM_SEED_BLOCKS - 1}')
 
 

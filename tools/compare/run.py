@@ -6,7 +6,7 @@ import pathlib
 import shlex
 import sys
 
-from common.errors import STOPPED, one_of, require
+from common.errors import STOPPED, check_choice, require
 from common.fields import check_number
 from tools.compare import check, layout, local, phases, plan, slurm, status
 from training import cli
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
   is_study = check.check_arguments(args)
   launchers = ('local', 'slurm') if is_study else LAUNCHERS
-  one_of('--launcher', args.launcher, launchers)
+  check_choice('--launcher', args.launcher, launchers)
   check_number('--jobs', args.jobs, (('>=', 0), ('<=', 100_000)))
   for flag in ('jobs', 'slurm'):
     require(args.launcher == 'slurm' or not getattr(args, flag), f'--{flag} is '

@@ -132,7 +132,7 @@ class Runs(NamedTuple):
   flops_per_token: np.ndarray
 
 
-def runs_of_ladder(points, count: str, who: str, beside: str = '') -> Runs:
+def runs_of_ladder(points, count: str, subject: str, beside: str = '') -> Runs:
   """Returns the finished runs of a ladder, that is of a sweep over the size of
   one model and the length of its training.
 
@@ -140,7 +140,7 @@ def runs_of_ladder(points, count: str, who: str, beside: str = '') -> Runs:
     points: the points of one ladder (curves.Point), each a size and a length
       with its runs over seeds.
     count: the parameters that are counted, 'params' or 'active_params'.
-    who: what the ladder is called in messages.
+    subject: what the ladder is called in messages.
     beside: a field that the points may set though it is no size; '': none.
 
   Returns:
@@ -156,7 +156,7 @@ def runs_of_ladder(points, count: str, who: str, beside: str = '') -> Runs:
     _check_point_sets_sizes(point, beside)
   # A run that diverged or is not over has no final loss.
   finished = [point for point in points if point.final_losses]
-  require(bool(finished), f'{who} has no finished run')
+  require(bool(finished), f'{subject} has no finished run')
   finished.sort(key=lambda point: (point.tokens, getattr(point, count)))
   _check_rungs_differ(finished, count)
   # One entry for each run; the runs of a point differ in their loss alone.
@@ -641,7 +641,7 @@ def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
   runs, laws, drawn = {}, {}, {}
   for value, points in ladders.items():
     runs[value] = runs_of_ladder(points, count=count,
-                                 who=f'{field}={value} of {sweep.name}',
+                                 subject=f'{field}={value} of {sweep.name}',
                                  beside=field)
     laws[value] = fit_law(runs[value].params, runs[value].tokens,
                           runs[value].losses)

@@ -19,7 +19,7 @@ import ml_collections
 
 from architectures.parts import flat
 from common.arguments import check_argument_types
-from common.errors import RequestError, suggest_name, require, short
+from common.errors import RequestError, suggest_name, require, shorten
 from common.fields import check_type
 from configs import base as fields
 from training import cli, evals, plugins
@@ -104,7 +104,7 @@ class PointCollector:
   @check_argument_types
   def __call__(self, name: str, **changes: Any) -> None:
     is_name = re.fullmatch(r'[^\W_][\w.=+-]*', name) is not None
-    require(is_name, f'{self._file}: a point is called {short(name)}: begin '
+    require(is_name, f'{self._file}: a point is called {shorten(name)}: begin '
             'with a letter or a digit, and go on with these and . _ = + - '
             'alone, since it names a folder and stands in tables and commands')
     require(name not in self.points,
@@ -137,12 +137,12 @@ class PointCollector:
 
 
 @contextlib.contextmanager
-def prefix_errors(who: str) -> Iterator[None]:
-  """Lets a RequestError inside begin with the name of who is wrong."""
+def prefix_errors(subject: str) -> Iterator[None]:
+  """Puts words before the message of a RequestError that is raised inside."""
   try:
     yield
   except RequestError as error:
-    raise RequestError(f'{who}: {error}') from error
+    raise RequestError(f'{subject}: {error}') from error
 
 
 def is_study(file: str) -> bool:
@@ -200,13 +200,13 @@ def read_sweep_file(file: str, seeds: int = 0,
 
 
 def apply_changes(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
-                  who: str) -> ml_collections.ConfigDict:
+                  subject: str) -> ml_collections.ConfigDict:
   """Returns a locked copy of a config in which some fields are changed.
 
   Args:
     base: the config.
     changes: the values by dotted key, such as {'model.norm': 'rmsnorm'}.
-    who: what sets these values, named in messages.
+    subject: what sets these values, named in messages.
 
   Raises:
     RequestError: for a key that is no field, or a value of another type.
@@ -215,13 +215,13 @@ def apply_changes(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   for key, value in changes.items():
     value, leaf = lists_to_tuples(value), cli.declare_field(config, key)
     if key == 'model.kinds':
-      flat.check_kinds(value, f'{who}: model.kinds')
+      flat.check_kinds(value, f'{subject}: model.kinds')
       value = ml_collections.ConfigDict(value)
     elif leaf is None:
-      raise RequestError(f'{who} sets {key!r}, which is no config field.'
+      raise RequestError(f'{subject} sets {key!r}, which is no config field.'
                          f'{suggest_name(key, fields.SENTENCES)}')
     else:
-      check_type(value, leaf.default, f'{who}: {key}')
+      check_type(value, leaf.default, f'{subject}: {key}')
     config.update_from_flattened_dict({key: value})
   return config.lock()
 

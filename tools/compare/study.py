@@ -17,7 +17,7 @@ import textwrap
 import time
 from typing import Any
 
-from common.errors import EnvironmentFailure, one_of, require
+from common.errors import EnvironmentFailure, check_choice, require
 from tools.compare import curves, freeze, layout
 from tools.compare import comparison, local, outcomes, phases, report, results
 from tools.compare import plan as plans
@@ -209,7 +209,8 @@ def run(args, submit: Callable[..., None]) -> int:
   """
   layout.check_workdir(args.workdir, 'study.json')
   frozen = freeze.freeze_plan(args.file, plans.load_last_plan(args.workdir))
-  one_of('--until', args.until, ('freeze', *frozen.plan.seeds, plans.REPORT))
+  check_choice('--until', args.until,
+               choices=('freeze', *frozen.plan.seeds, plans.REPORT))
   # From here on the plan is fixed in study.json, or its change is recorded.
   frozen = plans.adopt_plan(args.workdir, frozen, args.amend)
   print(described(frozen), flush=True)

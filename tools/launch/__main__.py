@@ -25,7 +25,7 @@ import sys
 
 from absl import flags
 
-from common.errors import one_of
+from common.errors import check_choice
 from training import cli
 
 PLACES = ('local', 'slurm', 'tpu_vm')
@@ -47,7 +47,7 @@ def main() -> int:
 
   # Each place is a module with flags of its own, which are defined before the
   # command line is parsed.
-  one_of('place to launch on', place, PLACES)
+  check_choice('place to launch on', place, PLACES)
   module = importlib.import_module(f'tools.launch.{place}')
   from tools.launch import job
   cli.define_config()

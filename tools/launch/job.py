@@ -10,7 +10,7 @@ import shutil
 from absl import flags
 
 from common.arguments import parse_assignments
-from common.errors import RequestError, STOPPED, require, short
+from common.errors import RequestError, STOPPED, require, shorten
 from training import cli
 from training.workdir import storage
 
@@ -134,7 +134,7 @@ def environment_of_processes(args, compile_cache: str) -> dict[str, str]:
     if name.isidentifier() and name not in taken:
       continue
     raise RequestError(
-        f'--env is {short(f"{name}={value}")}: write NAME=VALUE, of a name '
+        f'--env is {shorten(f"{name}={value}")}: write NAME=VALUE, of a name '
         'that the launcher does not set itself, as it does '
         f'{", ".join(taken)}')
   return env | added

@@ -23,7 +23,7 @@ import os
 import sys
 from typing import Any, NamedTuple, Optional
 
-from common.errors import RequestError, one_of, require
+from common.errors import RequestError, check_choice, require
 
 GIB = 2 ** 30
 _GB = 1e9
@@ -149,7 +149,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     RequestError: for a name of no chip, or a shape that no pod has.
   """
   chip_name, _, text = name.partition(':')
-  one_of('chip in --topology', chip_name, CHIPS)
+  check_choice('chip in --topology', chip_name, CHIPS)
   chip = CHIPS[chip_name]
   shape = _parse_shape(name, chip_name=chip_name, text=text)
   if slices != 1 and (chip.platform != 'tpu' or slices < 1):

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from architectures.parts import paths
-from common.errors import RequestError, one_of, require
+from common.errors import RequestError, check_choice, require
 from tools.plan import chips, collectives, predict
 from training import generate, objectives, progress, runs
 from training.costs import flops, memory, totals
@@ -166,7 +166,7 @@ def check_program(run: runs.Run, topology: chips.Topology, name: str) -> None:
     topology: the devices.
     name: the name of the program.
   """
-  one_of('program in --programs', name, ('train', *NEW_TOKENS_OF_PROGRAM))
+  check_choice('program in --programs', name, ('train', *NEW_TOKENS_OF_PROGRAM))
   if name == 'train':
     return
 

@@ -17,7 +17,7 @@ from etils import epath
 import ml_collections
 import numpy as np
 
-from common.errors import Stopped, one_of, require
+from common.errors import Stopped, check_choice, require
 from tools.compare import page, spec, statistics
 from training import plugins
 from training.data import probes
@@ -83,7 +83,7 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
   """
   from training import preflight
   file = plugins.find_config_file(file, asked_in='--suite', folders=('probes',),
-                          defines='suite')
+                                  defines='suite')
   module = plugins.run_user_file(file)
   for name in ('LRS', 'suite'):
     require(hasattr(module, name), f'{file} has no {name}: a suite has LRS '
@@ -91,7 +91,7 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
   configs: dict[str, ml_collections.ConfigDict] = {}
 
   def add(task: str, label: str = '', **fields: Any) -> None:
-    one_of(f'{file}: task', task, probes.PROBES)
+    check_choice(f'{file}: task', task, probes.PROBES)
     label = label or task
     require(label not in configs, f'{file} adds {label!r} twice')
     require(re.fullmatch(r'\w+', label) is not None, f'{file}: {label!r} names '
@@ -119,7 +119,7 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
 
   plugins.call_user_function(file, module.suite, add)
   for task in only:
-    one_of('--only', task, configs)
+    check_choice('--only', task, configs)
   seeds = seeds or getattr(module, 'SEEDS', spec.DEFAULT_NUM_SEEDS)
   chosen = {task: config for task, config in configs.items()
             if not only or task in only}

@@ -106,7 +106,7 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
       num_unread=num_unread, prefix=prefix)
 
   # If everything is trained, the backward pass costs two forward passes.
-  loops = config.find(LoopsConfig)
+  loops = config.find_part(LoopsConfig)
   has_passes_without_gradient = loops is not None and loops.gradient_passes > 0
   trains_everything = not freeze and not config.lora.rank
   if trains_everything and not has_passes_without_gradient:
@@ -174,7 +174,7 @@ def _config_for_counting(config: ModelConfig, reach: int) -> ModelConfig:
   # Each token chooses top_k experts, unless the experts choose their tokens.
   # Then a token has another number of experts in the mean.
   factor = 1.0
-  moe = config.find(MoEConfig)
+  moe = config.find_part(MoEConfig)
   if moe is not None and routing.router_of(moe).experts_choose:
     factor = routing.mean_active_experts(moe) / moe.top_k
 

@@ -17,7 +17,7 @@ import architectures
 from architectures.parts import flat
 from architectures.parts.config import ModelConfig
 from common import fields as declared
-from common.errors import RequestError, one_of
+from common.errors import RequestError, check_choice
 from training.runs import resolve_model_without_tokenizer
 from training.workdir import run_config
 
@@ -111,9 +111,9 @@ def changes_to_system(config: ml_collections.ConfigDict, arch: str,
     RequestError: if the system cannot have the sizes of this model, or stacks
       something else than it, such as an encoder in place of a decoder.
   """
-  one_of('model.arch', arch, architectures.systems())
+  check_choice('model.arch', arch, architectures.systems())
   sizes = _configs_by_size(arch)
-  one_of(f'size of {arch}', size, sizes)
+  check_choice(f'size of {arch}', size, sizes)
   _check_stack(resolve_model_without_tokenizer(config), arch)
   system = sizes[size]
 
@@ -309,7 +309,7 @@ def _value_in_layer_kind(model: ModelConfig, kind: str, field: str) -> Any:
     model_field = flat.FIELDS_OF_LAYER_KINDS[name]
     if inner:
       model_field += f'.{inner}'
-    value = flat.get_field(model.of_kind(kind), model_field)
+    value = flat.get_field(model.layer_config(kind), model_field)
   if isinstance(value, str | bool) or inner:
     return value
   return bool(value)

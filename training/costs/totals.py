@@ -230,7 +230,7 @@ def describe_kinds_of_layer(model: ModelConfig) -> list[dict]:
   # A row for each kind, with what it changes of the model's own fields.
   rows = []
   for name in model.kinds_used:
-    layer = model.of_kind(name)
+    layer = model.layer_config(name)
     per_token, per_row = _cache_bytes_of_layer(layer)
     changes = {}
     if name:
@@ -301,7 +301,7 @@ def _parameter_sizes(module: nn.Module) -> tuple[dict, dict]:
     The size of each parameter, and the used part of that size, both by the path
     of the parameter.
   """
-  moe = module.config.find(MoEConfig)
+  moe = module.config.find_part(MoEConfig)
   roles = paths.flatten_by_path(parameter_roles(module))
   shapes = paths.flatten_by_path(parameter_shapes(module))
   # The share of all experts that one token goes through.
@@ -386,7 +386,7 @@ def cache_bytes(model: ModelConfig) -> tuple[int, int]:
   """
   per_token = per_row = 0
   for kind in model.layer_kinds(model.num_decoder_layers):
-    keys, state = _cache_bytes_of_layer(model.of_kind(kind.name))
+    keys, state = _cache_bytes_of_layer(model.layer_config(kind.name))
     per_token += keys
     per_row += state
   return per_token, per_row

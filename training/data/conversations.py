@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import RequestError, one_of, require, short
+from common.errors import RequestError, check_choice, require, shorten
 from training import hub
 from training.data import texts
 from training.data.tokenizers import Tokenizer, read_special_tokens
@@ -93,12 +93,12 @@ def parse_turns(turns: Sequence, where: str) -> list[tuple[str, str]]:
   """
   parts = []
   for turn in turns:
-    require(isinstance(turn, dict), f'{where} holds {short(turn)}, and no '
+    require(isinstance(turn, dict), f'{where} holds {shorten(turn)}, and no '
             'turn: an object with role and content, or from and value')
     # Both spellings are published: role and content, from and value.
     role = turn.get('role', turn.get('from'))
     role = str(role)
-    one_of(f'role in {where}', role, ROLE_OF_SPELLING)
+    check_choice(f'role in {where}', role, ROLE_OF_SPELLING)
     content = turn.get('content', turn.get('value'))
     text = texts.check_text(content, f'{where} turn of {role!r}')
     parts.append((ROLE_OF_SPELLING[role], text))
@@ -536,8 +536,8 @@ def read_template_text(spec: str) -> tuple[str, str]:
     text = texts.read_text(str(path))
   if text is None:
     raise RequestError(
-        f'data.chat_template is {short(spec)}, which is no file, and no folder '
-        f'with a {CHAT_TEMPLATE_FILE} or a template in its '
+        f'data.chat_template is {shorten(spec)}, which is no file, and no '
+        f'folder with a {CHAT_TEMPLATE_FILE} or a template in its '
         'tokenizer_config.json: choose from published, a Jinja file, and a '
         'Hugging Face folder')
   return str(path), text

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import require, short
+from common.errors import require, shorten
 
 # By what a model stacks: how a caller names an input, and the argument of the
 # module that takes it.
@@ -92,7 +92,7 @@ def array_of_rows(name: str, value: Any) -> Any:
     except (TypeError, ValueError):
       array = np.zeros(())
   is_numbers = array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number)
-  require(is_numbers and array.ndim in (1, 2), f'{name} is {short(value)}: '
+  require(is_numbers and array.ndim in (1, 2), f'{name} is {shorten(value)}: '
           'pass numbers, in one row or in rows of one length')
   if array.ndim == 1:
     return array[None]

@@ -43,7 +43,7 @@ import itertools
 import re
 from typing import Any, NamedTuple
 
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from training.data import texts
 
 TEXTS = 'labelled texts'
@@ -363,7 +363,7 @@ def _record_of_row(where: str, row: dict[str, Any], columns: Sequence[str],
 def _label_as_text(value: Any, where: str) -> str:
   """Returns a label, which may be a number, as text."""
   require(isinstance(value, str | int | float), f'{where} has the label '
-          f'{short(value)}: a label is a text or a number')
+          f'{shorten(value)}: a label is a text or a number')
   return str(value)
 
 
@@ -741,7 +741,7 @@ def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
   Raises:
     RequestError: for an answer that does not stand where it says, or none.
   """
-  where = f'{path}, question {short(asked["id"])}'
+  where = f'{path}, question {shorten(asked["id"])}'
   if 'answers' not in asked and 'is_impossible' not in asked:
     return Question(id=_check_not_empty(asked['id'], where), answers=None,
                     where=where, question=_check_not_empty(asked['question'],
@@ -757,8 +757,8 @@ def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
     start = answer['answer_start']
     text_there = context[start:start + len(text)] if start >= 0 else ''
     require(text_there == text,
-            f'{where}, has the answer {short(text)}, but its '
-            f'context has {short(text_there)} at answer_start={start}')
+            f'{where}, has the answer {shorten(text)}, but its '
+            f'context has {shorten(text_there)} at answer_start={start}')
     answers.append((text, start))
 
   # A question without an answer must say that it is impossible: otherwise it

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.errors import RequestError, one_of, require, short
+from common.errors import RequestError, check_choice, require, shorten
 from training.data import labelled, sources, tokens
 from training.data.tokenizers import Tokenizer
 
@@ -405,7 +405,7 @@ class Classes(Texts):
     # The place ends in a comma where a message goes on about the record.
     where = record.where.rstrip(',')
     try:
-      one_of(f'label in {where}:', record.label, self._number)
+      check_choice(f'label in {where}:', record.label, self._number)
     except RequestError as error:
       raise RequestError(
           f'{error}{labelled.advice_for_line_of_names(where)}') from error
@@ -431,7 +431,7 @@ class Numbers(Texts):
     except ValueError:
       number = math.nan
     require(math.isfinite(number), f'{record.where} has the label '
-            f'{short(record.label)}, which is no number: objective '
+            f'{shorten(record.label)}, which is no number: objective '
             "'regression' learns numbers"
             + labelled.advice_for_line_of_names(record.where))
     return number
@@ -632,7 +632,7 @@ class Sentences(Rows):
     """Returns the number of the label of each word; 0 where it has none."""
     numbers_W = np.zeros(len(sentence.words), np.int32)
     for i, (label, where) in enumerate(zip(sentence.labels, sentence.lines)):
-      one_of(f'label in {where}:', label, self._number)
+      check_choice(f'label in {where}:', label, self._number)
       numbers_W[i] = self._number[label]
     return numbers_W
 

@@ -16,7 +16,7 @@ import os
 import pathlib
 from typing import Any
 
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 
 MOST_BYTES_OF_LINE = 1 << 28  # bytes
 _CHECKED_BYTES = 1 << 20
@@ -148,7 +148,7 @@ def check_text(text: Any, where: str) -> str:
     RequestError: for any other value.
   """
   if not isinstance(text, str):
-    raise RequestError(f'{where} is {short(text)}, not a string.')
+    raise RequestError(f'{where} is {shorten(text)}, not a string.')
   try:
     text.encode('utf-8')
   except UnicodeEncodeError as error:
@@ -239,12 +239,12 @@ def check_columns(columns: Iterable[str], names: Iterable[str], where: str
             f'{", ".join(columns)}')
 
 
-def import_extra(module: str, who: str, extra: str) -> Any:
+def import_extra(module: str, subject: str, extra: str) -> Any:
   """Returns a module of an optional package.
 
   Args:
     module: the dotted name of the module.
-    who: the thing that needs it, for messages.
+    subject: the thing that needs it, for messages.
     extra: the extra of this project that installs it.
 
   Raises:
@@ -256,5 +256,5 @@ def import_extra(module: str, who: str, extra: str) -> Any:
     return importlib.import_module(module)
   except ImportError as error:
     raise RequestError(
-        f'{who} needs the package {module.partition(".")[0]}: '
+        f'{subject} needs the package {module.partition(".")[0]}: '
         f"pip install 'archetype[{extra}]'.") from error

@@ -40,7 +40,7 @@ import zlib
 from etils import epath
 import numpy as np
 
-from common.errors import EnvironmentFailure, require, short
+from common.errors import EnvironmentFailure, require, shorten
 from training.data import conversations, labelled
 from training.data.tokenizers import Tokenizer
 from training.workdir import storage
@@ -459,9 +459,9 @@ def read_begun(folder: epath.Path) -> dict[str, Any]:
     raise damaged_file(folder / BEGUN_FILE, 'it has another checksum')
   written = begun.get('format')
   require(
-      written == FORMAT_VERSION, f'{folder} has the format {short(written)} of '
-      f'tokens, and this program reads {FORMAT_VERSION}: tokenise into another '
-      'folder')
+      written == FORMAT_VERSION, f'{folder} has the format {shorten(written)} '
+      f'of tokens, and this program reads {FORMAT_VERSION}: tokenise into '
+      'another folder')
   return begun
 
 

@@ -201,7 +201,7 @@ def _check_layer_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
   """
   # The parameters of the mixer (attention, or what stands in its place) that
   # the tensor axis cuts.
-  layer = model.of_kind(name)
+  layer = model.layer_config(name)
   mixer = blocks.mixer_of_layers(layer)
   for path, size in mixer.sizes_over_tensor(layer, shape['tensor']).items():
     require(size % shape['tensor'] == 0, f'mesh.tensor is {shape["tensor"]}, '

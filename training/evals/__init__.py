@@ -18,7 +18,7 @@ from absl import flags
 from etils import epath
 import jax
 
-from common.errors import RequestError, one_of, require, short
+from common.errors import RequestError, check_choice, require, shorten
 from training import objectives, parameters, plugins, progress, runs
 from training.distributed import devices
 from training.evals import tasks
@@ -231,7 +231,7 @@ def get_task(name: str, where: str = '--tasks') -> Task:
   """
   # The argument is not used here: _options_of_task reads it.
   base_name, colon, argument = name.partition(':')
-  one_of(where, base_name, TASKS)
+  check_choice(where, base_name, TASKS)
   task = TASKS[base_name]
   if colon and not task.argument_flag:
     raise RequestError(f'{where} has {name!r}: write {base_name}')
@@ -354,7 +354,7 @@ def choose_tasks(names: Sequence[str], values: flags.FlagValues, text: str = ''
   _check_set_flags_are_read(chosen, values)
   if text and not any(get_task(name).reads_held_out for name in chosen):
     raise RequestError(
-        f'--text is {short(text)}, which {", ".join(chosen)} would not read: '
+        f'--text is {shorten(text)}, which {", ".join(chosen)} would not read: '
         'leave it out, or add a task that does to --tasks')
   return chosen
 

@@ -18,7 +18,7 @@ from lm_eval.models import utils as model_utils
 import numpy as np
 
 from common.arguments import PositiveSize, check_argument_types
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from training import evals, generate, objectives, progress
 from training.data import conversations, inputs
 from training.evals import Evaluation, scoring
@@ -206,7 +206,7 @@ class Model(api.TemplateLM):
     special_texts = self._tokenizer.special_texts
     if any(special_text in string for special_text in special_texts):
       ids, _ = self._tokenizer.encode_with_special_tokens(string)
-      inputs.check_ids(f'the text {short(string)}', ids,
+      inputs.check_ids(f'the text {shorten(string)}', ids,
                        self.evaluation.run.model.vocab_size)
     # A text that begins with the prefix needs no second one.
     if add_special_tokens is None:
@@ -259,9 +259,9 @@ class Model(api.TemplateLM):
     Raises:
       RequestError: where the continuation has no token, or too many.
     """
-    require(num_scored > 0, f'the continuation {short(text)} has no token of '
+    require(num_scored > 0, f'the continuation {shorten(text)} has no token of '
             'its own, so there is nothing to score')
-    require(num_scored <= self.max_length, f'the continuation {short(text)} '
+    require(num_scored <= self.max_length, f'the continuation {shorten(text)} '
             f'has {num_scored} tokens, and the model takes {self.max_length}')
     # The last token is predicted, and not shown.
     last_ids = ids[-(self.max_length + 1):]

@@ -152,7 +152,7 @@ def _run_and_keep_layers(module: nn.Module, params: Any,
 
   # There is no logit lens without a head of tokens. The head of a generator
   # (ELECTRA's) reads no layer of the encoder.
-  has_generator = module.config.find(GeneratorConfig)
+  has_generator = module.config.find_part(GeneratorConfig)
   if output.head is None or has_generator or not top:
     return kept
 

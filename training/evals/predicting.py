@@ -16,7 +16,7 @@ import numpy as np
 from scipy import special
 
 import architectures
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from training import objectives
 from training.data import labelled, records, sources, texts
 from training.evals import answers
@@ -225,7 +225,7 @@ def _make_text_record(row: Any, where: str) -> labelled.Record:
   texts_of_row = [row] if isinstance(row, str) else row
   is_sequence = isinstance(texts_of_row, Sequence)
   if not is_sequence or len(texts_of_row) not in (1, 2):
-    raise RequestError(f'{where} is {short(row)}: pass a text, or a pair of '
+    raise RequestError(f'{where} is {shorten(row)}: pass a text, or a pair of '
                        'texts')
   names = ('first', 'second') if len(texts_of_row) == 2 else ('text',)
   checked_texts = tuple(_check_not_empty(text, where) for text in texts_of_row)
@@ -245,7 +245,7 @@ def _make_sentence(row: Any, where: str) -> labelled.Sentence:
   """
   words = row.split() if isinstance(row, str) else row
   if not isinstance(words, Sequence) or not len(words):
-    raise RequestError(f'{where} is {short(row)}: pass a sentence, or a list '
+    raise RequestError(f'{where} is {shorten(row)}: pass a sentence, or a list '
                        'of its words')
   checked_words = [_check_not_empty(word, where) for word in words]
   return labelled.Sentence(words=checked_words, labels=[],
@@ -265,7 +265,7 @@ def _make_paragraph(row: Any, where: str) -> labelled.Paragraph:
   """
   is_pair = isinstance(row, Sequence) and not isinstance(row, str)
   if not is_pair or len(row) != 2:
-    raise RequestError(f'{where} is {short(row)}: pass a pair of a question '
+    raise RequestError(f'{where} is {shorten(row)}: pass a pair of a question '
                        'and the text that has the answer')
   question_text, context = (_check_not_empty(text, where) for text in row)
   question = labelled.Question(id=where, question=question_text, answers=None,

@@ -30,7 +30,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from architectures.parts.moe.routing import MoEConfig
 from common import fields as declared
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from training import hub
 from training.hf import files as hf_files
 from training.workdir import run_config, storage
@@ -135,7 +135,7 @@ class Reader:
       same_type = isinstance(value, bool) == isinstance(known, bool)
       if value != known or not same_type:
         raise RequestError(f'config.json has {self._full(name)} '
-                           f'{short(value)}: only {known!r} is known here')
+                           f'{shorten(value)}: only {known!r} is known here')
 
   def read_choice(self, name: str, default: str,
                   choices: dict[str, Any]) -> Any:
@@ -151,7 +151,7 @@ class Reader:
     """
     value = self(name, default)
     require(value in choices, f'config.json has {self._full(name)} '
-            f'{short(value)}: choose from {", ".join(map(str, choices))}')
+            f'{shorten(value)}: choose from {", ".join(map(str, choices))}')
     return choices[value]
 
   @property
@@ -178,7 +178,7 @@ class Reader:
       if name in self.names_read or has_no_effect or value is None:
         continue
       if known is None or name in known:
-        refused.append(f'{self._full(name)} {short(value)}')
+        refused.append(f'{self._full(name)} {shorten(value)}')
       else:
         unread.append(self._full(name))
     # The objects in it, such as text_config, have fields of their own.
@@ -192,7 +192,7 @@ class Reader:
   def _full(self, name: str) -> str:
     """Returns the name of a field with that of its object before it."""
     if not name.isidentifier():
-      name = short(name)
+      name = shorten(name)
     if self._name:
       return f'{self._name}.{name}'
     return name
@@ -227,9 +227,9 @@ def _check_type(what: str, value: Any, default: Any) -> Any:
   expected_type = type(default)
   words, is_valid = CHECK_OF_TYPE[expected_type]
   if not is_valid(value):
-    raise RequestError(f'{what} {short(value)}: it must be {words}')
+    raise RequestError(f'{what} {shorten(value)}: it must be {words}')
   if expected_type is int and default and not value:
-    raise RequestError(f'{what} {short(value)}: it must be 1 or more')
+    raise RequestError(f'{what} {shorten(value)}: it must be 1 or more')
   if expected_type is float:
     return float(value)
   return value
@@ -334,7 +334,7 @@ def _refuse_quantised(reader: Reader) -> None:
           'dequantize=True)).save_pretrained(NEW), and take NEW')
     raise RequestError(
         f'config.json has {name}: these weights are quantised '
-        f'({short(method)}), and weights are read from '
+        f'({shorten(method)}), and weights are read from '
         f'{", ".join(hf_files.DTYPES)}. {remedy}')
 
 
@@ -346,7 +346,7 @@ def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
   page = architectures.hugging_face(arch)
   fields = _read_table(reader, page)
   reader.require_values(**page.only)
-  reader.ignore_fields(*page.unread)
+  reader.ignore_fields(*page.fields_without_effect)
   fields |= _read_head(reader, page)
 
   # The defaults, what the system always has, what the table has read, and what
@@ -442,7 +442,7 @@ def read_labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
     return ()
   if not _is_numbered(table):
     raise RequestError(
-        f'config.json has id2label {short(table)}: it must be an object with '
+        f'config.json has id2label {shorten(table)}: it must be an object with '
         'the keys 0, 1, ..., whose values are strings, none of them twice')
   # JSON has the numbers as texts, in any order.
   names = [table[str(i)] for i in range(len(table))]
@@ -512,7 +512,7 @@ def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
   tree = {}
   for our_name, (hf_names, _, *choices) in page.fields.items():
     group = our_name.rpartition('.')[0]
-    if group and config.find(flat.GROUPS[group]) is None:
+    if group and config.find_part(flat.GROUPS[group]) is None:
       continue  # No layer reads it, so the default of its readers does.
     value = flat.get_field(config, our_name)
     if choices:
@@ -563,7 +563,7 @@ def _capacity_in_evaluation(config: ModelConfig) -> tuple | None:
   """Returns what decides which tokens an expert drops in evaluation: the size
   of a group and how many tokens of it an expert takes, or 0 and the share that
   it takes of a batch. None: it drops none."""
-  moe = config.find(MoEConfig)
+  moe = config.find_part(MoEConfig)
   if moe is None or not config.has_experts:
     return None
   # An expert with room for all tokens drops none; a factor of 0 is no limit.
@@ -643,7 +643,7 @@ def _config_of_kind(config: ModelConfig, name: str) -> ModelConfig:
   is '', as all layers are alike."""
   if not name:
     return config
-  return config.of_kind(name)
+  return config.layer_config(name)
 
 
 def fields_of_function(config: ModelConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import zipfile
 
 import numpy as np
 
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from training import hub
 from training.workdir import storage
 
@@ -275,6 +275,6 @@ def refuse_files_left(folder: pathlib.Path, written: Collection[str],
     for file in folder.glob(pattern):
       left.add(str(file.relative_to(folder)))
   left -= {*written}
-  require(not left, f'{folder} holds {short(", ".join(sorted(left)))}, which '
+  require(not left, f'{folder} holds {shorten(", ".join(sorted(left)))}, which '
           'would stay and may be loaded with what is written: choose another '
           'folder, or remove them')

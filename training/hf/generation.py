@@ -93,7 +93,7 @@ def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
 
   # Some ids are fixed by the module of the system's Hugging Face format
   # (architectures.hugging_face), whatever the tokenizer says.
-  fixed = architectures.hugging_face(model.arch).fixed
+  fixed = architectures.hugging_face(model.arch).fixed_token_ids
   fields = {name: value for name, value in ids.items() if name not in fixed}
   return Generation(fields=fields, options=options)
 

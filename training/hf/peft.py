@@ -22,7 +22,7 @@ from architectures.parts import paths
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
 from architectures.parts.sharding import parameter_shapes
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from common.fields import check_number, check_type
 from training import hub
 from training.hf import files as hf_files, weights
@@ -246,15 +246,15 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
     both_empty = not value and not known
     is_rslora = name == 'use_rslora' and value is True
     if value != known and not both_empty and not is_rslora:
-      raise RequestError(f'{file} has {name} {short(value)}: only {known!r} is '
-                         'known here')
+      raise RequestError(f'{file} has {name} {shorten(value)}: only {known!r} '
+                         'is known here')
   # Some initialisations change the weights of the model, too.
   init = tree.get('init_lora_weights')
   word = init.lower() if isinstance(init, str) else init
   if word not in KNOWN_INITIALISATIONS:
     choices = ', '.join(str(x) for x in KNOWN_INITIALISATIONS if x is not None)
     raise RequestError(
-        f'{file} has init_lora_weights {short(init)}, with which A and B '
+        f'{file} has init_lora_weights {shorten(init)}, with which A and B '
         f"belong to other weights than the model's (choose from {choices}): "
         "save them anew by PEFT's save_pretrained with "
         'path_initial_model_for_weight_conversion, or merge them there')

@@ -44,7 +44,7 @@ from architectures.parts.hf import tensor_map
 from architectures.parts.lora import LoraConfig
 from architectures.parts.sharding import parameter_shapes
 from common.arguments import PositiveSize, Seed, check_argument_types
-from common.errors import RequestError, one_of
+from common.errors import RequestError, check_choice
 from training import progress
 from training.hf import config as hf_config
 from training.hf import files as hf_files
@@ -78,7 +78,7 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
       honour, or lack.
   """
   # The module that the config.json describes.
-  one_of('dtype', dtype, ('', *DTYPES))
+  check_choice('dtype', dtype, ('', *DTYPES))
   path = pathlib.Path(path)
   folder = path.parent if path.is_file() else path
   files = hf_files.Files(path)
@@ -484,7 +484,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
     ValueError: naming a part of the model that transformers does not have, or
       what the folder holds: a run, or weights that would stay.
   """
-  one_of('dtype', dtype, ('', *DTYPES, 'float16'))
+  check_choice('dtype', dtype, ('', *DTYPES, 'float16'))
   storage.check_folder_is_writable(folder, 'the folder')
   storage.refuse_folder_of_run(folder, 'the folder')
   module, params = merge_adapters(module, params)
@@ -609,7 +609,7 @@ def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
     params: its parameters.
   """
   config = module.config
-  generator = config.find(GeneratorConfig)
+  generator = config.find_part(GeneratorConfig)
   if generator is None or not generator.num_layers:
     return module, params
 

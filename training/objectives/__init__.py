@@ -30,7 +30,7 @@ import numpy as np
 import architectures
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Output
-from common.errors import RequestError, one_of, require, short
+from common.errors import RequestError, check_choice, require, shorten
 from configs import base
 from training import plugins
 from training.data import conversations, records, sources
@@ -600,7 +600,7 @@ def find_objective(config: Config) -> Objective:
   Raises:
     RequestError: where there is none of that name.
   """
-  one_of('objective', config.objective, OBJECTIVES)
+  check_choice('objective', config.objective, OBJECTIVES)
   return OBJECTIVES[config.objective]
 
 
@@ -722,7 +722,7 @@ def _check_mtp(config: Config, objective: Objective) -> None:
     return
   choices = [name for name, other in OBJECTIVES.items() if other.mtp]
   raise RequestError(
-      f'model.mtp_depth is {short(depth)}, which objective '
+      f'model.mtp_depth is {shorten(depth)}, which objective '
       f'{config.objective!r} does not train: set it to 0, or choose the '
       f'objective from {", ".join(choices)}')
 

@@ -27,7 +27,7 @@ import jax
 
 from architectures.parts.config import ModelConfig
 from architectures.parts.sharding import Role
-from common.errors import one_of
+from common.errors import check_choice
 
 # The arguments of each rule: how many times as wide as in the base model the
 # inputs and the outputs of a parameter are, and what its product is divided by.
@@ -56,8 +56,8 @@ FACTOR_OF_OPTIMIZER = {'adamw': _factor_of_adam, 'lion': _factor_of_adam,
 def check_optimizer(config: ModelConfig, optimizer: str) -> None:
   """Raises RequestError where muP has no learning rates for the optimiser."""
   if config.parametrization == 'mup':
-    one_of("optim.name with model.parametrization 'mup'", optimizer,
-           FACTOR_OF_OPTIMIZER)
+    check_choice("optim.name with model.parametrization 'mup'", optimizer,
+                 FACTOR_OF_OPTIMIZER)
 
 
 def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any):

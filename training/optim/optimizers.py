@@ -32,7 +32,7 @@ import optax
 
 from architectures.parts import paths
 from architectures.parts.sharding import Role
-from common.errors import one_of, require
+from common.errors import check_choice, require
 from configs import base as base_config
 from training.optim import matrices, shares
 from training.optim.soap import scale_by_soap
@@ -269,7 +269,7 @@ def _check_fields(selector: str, table: Mapping[str, Entry], optim: Optim,
     defaults: config.optim at its defaults.
   """
   choice = optim[selector]
-  one_of(f'optim.{selector}', choice, table)
+  check_choice(f'optim.{selector}', choice, table)
   # The choices that read each field, by the name of the field.
   readers: dict[str, list[str]] = {}
   for name, entry in table.items():

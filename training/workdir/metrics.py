@@ -251,8 +251,8 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
   lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
   rows = []
   for number, line in enumerate(lines[:-1], 1):
-    who = f'{path}, line {number},'
-    rows.append(storage.parse_json_object(line, who, TYPE_OF_ROW_FIELD))
+    subject = f'{path}, line {number},'
+    rows.append(storage.parse_json_object(line, subject, TYPE_OF_ROW_FIELD))
   if lines:
     last_row = _parse_whole_row(lines[-1])
     if last_row:

@@ -21,7 +21,7 @@ import ml_collections
 import architectures
 from architectures.parts import flat
 from architectures.parts.config import ModelConfig
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from common.fields import INCOMPATIBLE, OPTIMISATION, SAFE
 from configs import base
 from training import plugins
@@ -158,9 +158,9 @@ def _load_config_json(workdir: epath.Path) -> dict[str, Any]:
       path, {_DERIVED_KEY: dict, _STARTS_KEY: list})
   tree = lists_to_tuples(json_tree)
   require(tree.get(_FORMAT_KEY) == FORMAT_VERSION, f'{path} is of format '
-          f'{short(tree.get(_FORMAT_KEY))}, and this version of the code reads '
-          f'{FORMAT_VERSION}: go on with the version that wrote it, or train '
-          'anew')
+          f'{shorten(tree.get(_FORMAT_KEY))}, and this version of the code '
+          f'reads {FORMAT_VERSION}: go on with the version that wrote it, or '
+          'train anew')
   # A part that a file from outside the tree declares, and its fields, are known
   # only after that file is read.
   plugins.restore_declared_parts(tree.get(_FILES_KEY, {}))
@@ -335,7 +335,7 @@ def format_changes(changes: list[FieldChange]) -> str:
   field, old, new, class and why."""
   rows = [('field', 'old', 'new', 'class', 'why')]
   for change in changes:
-    rows.append((change.name, short(change.old), short(change.new),
+    rows.append((change.name, shorten(change.old), shorten(change.new),
                  change.kind, change.why))
   widths = [max(map(len, column)) for column in zip(*rows)]
   lines = []

@@ -33,7 +33,7 @@ from typing import Any
 
 from etils import epath
 
-from common.errors import EnvironmentFailure, RequestError, require, short
+from common.errors import EnvironmentFailure, RequestError, require, shorten
 
 # In the folder of a run.
 CONFIG_FILE = 'config.json'
@@ -256,13 +256,13 @@ def read_json(file: epath.Path, fields: Mapping[str, Any] = {}
   return parse_json_object(read_small(file), str(file), fields)
 
 
-def parse_json_object(text: str | bytes, who: str,
+def parse_json_object(text: str | bytes, subject: str,
                       fields: Mapping[str, Any] = {}) -> dict[str, Any]:
   """Returns the object that JSON text holds, and checks its fields.
 
   Args:
     text: the text of a whole file, or of a line.
-    who: the file, as the subject of a sentence.
+    subject: the file, as the subject of a sentence.
     fields: the types of fields that must be there, by name.
 
   Raises:
@@ -272,12 +272,13 @@ def parse_json_object(text: str | bytes, who: str,
   try:
     tree = json.loads(text)
   except (ValueError, RecursionError) as error:  # of UTF-8, or of JSON
-    raise RequestError(f'{who} is damaged, and is no JSON: {error}') from error
-  require(isinstance(tree, dict), f'{who} is damaged: it is {short(tree)}, and '
-          'must be an object')
+    raise RequestError(
+        f'{subject} is damaged, and is no JSON: {error}') from error
+  require(isinstance(tree, dict), f'{subject} is damaged: it is '
+          f'{shorten(tree)}, and must be an object')
   for name, field_type in fields.items():
     require(isinstance(tree.get(name), field_type),
-            f'{who} is damaged: its {name!r} is {short(tree.get(name))}')
+            f'{subject} is damaged: its {name!r} is {shorten(tree.get(name))}')
   return tree
 
 

@@ -562,7 +562,7 @@ def check_indexer(config: ModelConfig, stack: str) -> None:
           'global')
   require(config.parametrization != 'mup', f'{request}, for whose indexer '
           "model.parametrization 'mup' has no rule: choose standard")
-  attention = config.find(AttentionConfig)
+  attention = config.find_part(AttentionConfig)
   if attention is not None and attention.kv_sharing:
     raise RequestError(f'{request}, and model.kv_sharing is True: a layer '
                        'chooses of keys of its own, so set it to False')

@@ -957,7 +957,7 @@ def reason_of_refusal(name: str, config: ModelConfig, mask: Mask, q_length: int,
     return ('which adds no bias to the scores and drops no weights, as '
             f'model.position {config.position} and model.attention_dropout '
             f'{config.attention_dropout} do')
-  attention = config.find(AttentionConfig)
+  attention = config.find_part(AttentionConfig)
   if attention is not None and attention.attention_difference:
     return 'which takes no values of two heads (model.attention_difference)'
   reason = _refuse_platform(name, device)

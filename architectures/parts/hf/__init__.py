@@ -104,10 +104,11 @@ class HuggingFace:
     only: {field of config.json: the one value that is known here}. The export
       does not write it, so it must be the default of transformers, unless
       `write` has the field too.
-    also: further model_types, of published folders whose model is this one.
-    unread: fields of config.json that transformers declares or reads, and that
-      do not change what is computed. A field that transformers does not know
-      needs no name.
+    more_model_types: further model_types, of published folders whose model is
+      this one.
+    fields_without_effect: fields of config.json that transformers declares or
+      reads, and that do not change what is computed. A field that transformers
+      does not know needs no name.
     tied: {tensor: the tensor whose values it must have}.
     spellings: (part of a name, what some files have in its place).
     module: (what the names begin with, what the names of transformers' modules
@@ -115,8 +116,8 @@ class HuggingFace:
     ignored: patterns of the names of tensors that hold no weights.
     integers: a pattern of the names of tensors of whole numbers, which are
       written as such.
-    fixed: token ids that an export writes as `write` has them, whatever the
-      tokenizer of the run says.
+    fixed_token_ids: token ids that an export writes as `write` has them,
+      whatever the tokenizer of the run says.
     heads: the heads that transformers has for tasks, by model.head.
     optional: {its name in words: a pattern of the names of its tensors} of
       each part that only a pre-training needs. A folder may lack such a part as
@@ -128,14 +129,14 @@ class HuggingFace:
   names: Sequence[Row] = ()
   fields: Mapping[str, tuple] = {}
   only: Mapping[str, Any] = {}
-  also: Sequence[str] = ()
-  unread: Sequence[str] = ()
+  more_model_types: Sequence[str] = ()
+  fields_without_effect: Sequence[str] = ()
   tied: Mapping[str, str] = {}
   spellings: Sequence[tuple[str, str]] = ()
   module: tuple[str, str] = ('', '')
   ignored: Sequence[str] = ()
   integers: str = ''
-  fixed: Sequence[str] = ()
+  fixed_token_ids: Sequence[str] = ()
   heads: Mapping[str, TaskHead] = {}
   optional: Mapping[str, str] = {}
 
@@ -333,7 +334,7 @@ def rows_of_each_block(
   all_rows: list[Row] = []
   for section in config.sections(config.num_layers):
     for i, kind in enumerate(section.kinds):
-      layer = config.of_kind(kind.name)
+      layer = config.layer_config(kind.name)
       folder = f'decoder/{section.name}/block_{i}'
       all_rows += prefix_rows(folder, layer_prefix, *rows_of_layer(layer))
   return tuple(all_rows)

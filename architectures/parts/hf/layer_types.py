@@ -8,7 +8,7 @@ from architectures.parts import hf
 from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
 from common import kinds as layer_kinds
-from common.errors import require, short
+from common.errors import require, shorten
 
 SLIDING_ATTENTION, FULL_ATTENTION = 'sliding_attention', 'full_attention'
 LINEAR_ATTENTION = 'linear_attention'
@@ -45,7 +45,7 @@ def fields_of_attention_types(
       a window where there is none.
   """
   require(len(types) == layers and _are_words(types, KIND_OF_ATTENTION),
-          f'config.json has layer_types {short(types)}: it must have one for '
+          f'config.json has layer_types {shorten(types)}: it must have one for '
           f'each of {layers} layers, of {", ".join(KIND_OF_ATTENTION)}')
   require(window > 0 or SLIDING_ATTENTION not in types,
           'config.json has layers of '
@@ -192,8 +192,8 @@ def read_layers_with_rope(reader: hf.Reader, layers: int) -> list[int]:
       entries[last] = 0
   are_known = all(type(entry) is int and entry in (0, 1) for entry in entries)
   require(are_known and len(entries) == layers,
-          f'config.json has no_rope_layers {short(entries)}: it must have a 1, '
-          f'or 0 for no positions, for each of {layers} layers')
+          f'config.json has no_rope_layers {shorten(entries)}: it must have a '
+          f'1, or 0 for no positions, for each of {layers} layers')
   return entries
 
 
@@ -294,7 +294,7 @@ def read_entry_of_each_layer(reader: hf.Reader, field: str, layers: int,
   if not reader.has(field):
     return entries
   require(len(entries) == layers and _are_words(entries, words),
-          f'config.json has {field} {short(entries)}: it must have an entry '
+          f'config.json has {field} {shorten(entries)}: it must have an entry '
           f'for each of {layers} layers, one of {", ".join(words)}')
   return entries
 

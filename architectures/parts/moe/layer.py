@@ -132,7 +132,8 @@ class MoE(nn.Module):
       [A], which assignments found room.
     """
     config, moe = self.config, self.config.part(MoEConfig)
-    hidden = layers.HiddenUnits(kind=moe.ffn, clamp=config.find(ClampConfig))
+    clamp = config.find_part(ClampConfig)
+    hidden = layers.HiddenUnits(kind=moe.ffn, clamp=clamp)
     return dispatch.compute_experts(
         moe, x_TD, routed=routing.void_zero_experts(moe, routed),
         w=self._weights(), hidden=hidden, groups=inputs.groups,
@@ -386,7 +387,7 @@ def without_capacity(config: ModelConfig) -> ModelConfig:
   Over the tokens of one step a capacity would be one or two, and whether a row
   is served would depend on the other rows of the batch, padding included.
   """
-  moe = config.find(MoEConfig)
+  moe = config.find_part(MoEConfig)
   if moe is None or routing.router_of(moe).experts_choose:
     return config  # the capacity of experts that choose is what they choose
   # The padded batch needs a capacity.
@@ -394,7 +395,7 @@ def without_capacity(config: ModelConfig) -> ModelConfig:
   if dispatch_name == 'sorted':
     dispatch_name = 'dropless'
   return config.with_part(MoEConfig, eval_capacity_factor=0.0, group_size=0,
-                     dispatch=dispatch_name)
+                          dispatch=dispatch_name)
 
 
 def routing_groups(size: int, tokens: int) -> int:

@@ -182,7 +182,7 @@ def test_text_is_written_without_a_capacity():
   c = architectures.resolve(models.small_config('mixtral', moe=dict(
       dispatch='sorted', capacity_factor=1.0, eval_capacity_factor=1.0,
       group_size=8)))
-  moe = without_capacity(c).find(MoEConfig)
+  moe = without_capacity(c).find_part(MoEConfig)
   assert moe.dispatch == 'dropless'
   assert moe.eval_capacity_factor == moe.group_size == 0
   dense = architectures.resolve(models.small_config('llama'))

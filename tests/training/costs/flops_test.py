@@ -70,7 +70,7 @@ def test_a_weight_is_two_flops_and_a_pair_four_of_each_feature(fields):
   assert rows['weights'] == pytest.approx(2 * LENGTH * weights, rel=1e-12)
   token = flops.decode_flops(c, LENGTH)
   assert token['weights'] == pytest.approx(2 * weights, rel=1e-12)
-  seen = [[min(at, c.of_kind(kind.name).sliding_window or at)
+  seen = [[min(at, c.layer_config(kind.name).sliding_window or at)
            for at in range(1, LENGTH + 1)]
           for kind in c.layer_kinds(c.num_layers)]
   # A pair of heads weighs the values of both.

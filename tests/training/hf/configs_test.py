@@ -117,7 +117,7 @@ def test_what_transformers_knows_and_a_page_does_not_is_refused(system):
   tree = recording.load_recording(recording.files(system)[0]).config
   page = architectures.hugging_face(system)
   known = hf_config.known_fields(page.model_type)
-  assert {*page.unread} <= known
+  assert {*page.fields_without_effect} <= known
   for name in known - readings.asked(tree):
     if not hf_config.FIELDS_WITHOUT_EFFECT.fullmatch(name):
       with pytest.raises(RequestError, match=f"knows and .*, {name} 'x'"):
@@ -347,7 +347,7 @@ def test_modernberts_layers_are_those_that_its_config_json_names():
   local = ['full_attention', *5 * ['sliding_attention'], 'full_attention']
   other = hf_config.model_of_config_json(MODERNBERT | dict(
       num_hidden_layers=7, layer_types=local))
-  assert [other.of_kind(kind.name).sliding_window > 0
+  assert [other.layer_config(kind.name).sliding_window > 0
           for kind in other.layer_kinds(7)] == [False, *5 * [True], False]
   with pytest.raises(RequestError, match='an entry for each of 22 layers'):
     hf_config.model_of_config_json(MODERNBERT | dict(layer_types=local))

@@ -15,7 +15,7 @@ import pkgutil
 import ml_collections
 import numpy as np
 
-from common.errors import RequestError, one_of, require
+from common.errors import RequestError, check_choice, require
 from training.data import labelled
 from training.data.probes.record import Level, Probe, Row, Settings
 
@@ -61,7 +61,7 @@ def parse_probe_name(source: str) -> str:
           "objective 'probe' reads a probe: write probe:NAME, with a NAME of "
           f'{", ".join(PROBES)}')
   name = source.removeprefix(PREFIX_OF_SOURCE)
-  one_of('probe', name, PROBES)
+  check_choice('probe', name, PROBES)
   return name
 
 

@@ -20,7 +20,7 @@ import markupsafe
 import numpy as np
 
 import architectures
-from common.errors import RequestError, require, short
+from common.errors import RequestError, require, shorten
 from training import generate, objectives
 from training.costs import totals
 from training.data import texts as text_files
@@ -153,9 +153,9 @@ class Inspect(Task):
     target = evaluation.options.target
     stack = architectures.stack(evaluation.run.model)
     if target and stack != 'encoder-decoder':
-      raise RequestError(f'--target is {short(target)}, but a {stack} has no '
+      raise RequestError(f'--target is {shorten(target)}, but a {stack} has no '
                          'other text to be shown than its prompt')
-    require(len(tokenizer.encode(prompt)) > 0, f'the prompt {short(prompt)} '
+    require(len(tokenizer.encode(prompt)) > 0, f'the prompt {shorten(prompt)} '
             f'has no token that the tokenizer {tokenizer.name!r} knows')
 
     text = _lay_out_text(evaluation, stack)

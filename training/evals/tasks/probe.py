@@ -25,7 +25,7 @@ import ml_collections
 import numpy as np
 
 from architectures.parts import positions
-from common.errors import one_of
+from common.errors import check_choice
 from training import objectives
 from training.data import probes
 from training.distributed import devices
@@ -293,7 +293,7 @@ def score_constant_answer(config: ml_collections.ConfigDict,
   Raises:
     RequestError: for another figure.
   """
-  one_of('figure', figure, CONSTANT_FIGURES)
+  check_choice('figure', figure, CONSTANT_FIGURES)
   return _cross_validate_constant(
       name=probes.parse_probe_name(config.data.source),
       settings=probes.read_settings(config), seed=probes.held_out_seed(config),

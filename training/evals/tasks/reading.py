@@ -25,7 +25,7 @@ import numpy as np
 
 import architectures
 from architectures.parts.moe.layer import without_capacity
-from common.errors import RequestError, one_of, require, short
+from common.errors import RequestError, check_choice, require, shorten
 from training import objectives, progress
 from training.data import probes
 from training.data import texts as text_files
@@ -75,7 +75,7 @@ class Embed(Task):
     require(bool(options.texts), 'task embed reads texts: pass --texts=FILE')
     require(options.vectors.endswith('.npy'), '--vectors is '
             f'{options.vectors!r}: choose a file OUT.npy')
-    one_of('--pooling', options.pooling, POOLINGS)
+    check_choice('--pooling', options.pooling, POOLINGS)
     storage.checked_output_file(options.vectors, '--vectors')
     read_texts(options.texts)
 
@@ -338,10 +338,10 @@ class FillMask(Task):
     rows = []
     for text in evaluation.options.prompt.split('|||'):
       ids = encode_with_masks(text, tokenizer)
-      require(tokenizer.mask_id in ids, f'the prompt {short(text)} has no '
+      require(tokenizer.mask_id in ids, f'the prompt {shorten(text)} has no '
               'mask: write [MASK] where a token is to be filled in')
       row_L = np.concatenate([[cls], ids, [sep]]).astype(np.int32)
-      require(len(row_L) <= max_len, f'the prompt {short(text)} has '
+      require(len(row_L) <= max_len, f'the prompt {shorten(text)} has '
               f'{len(row_L)} tokens, [CLS] and [SEP] included, and the model '
               f'takes max_len {max_len}: shorten it')
       rows.append(row_L)
