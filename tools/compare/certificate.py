@@ -19,7 +19,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from architectures.parts.config import DTYPES
-from common.errors import RequestError, short
+from common.errors import RequestError, shorten
 from common.fields import AT_START, SAFE, Effect
 from configs import base as fields_lib
 from tools.compare import cost, curves, layout, spec
@@ -470,7 +470,7 @@ def certify_told(name: str, told: Mapping[str, str], base: Certificate,
       try:
         values[column] = float(text)
       except ValueError as error:
-        raise RequestError(f'{column} of {name} is {short(text)}: write a '
+        raise RequestError(f'{column} of {name} is {shorten(text)}: write a '
                            f'number, or {SAME!r} for that of the base'
                            ) from error
   # The FLOPs of a run follow from those of a token.
@@ -544,8 +544,8 @@ def _describe_difference(base: Any, variant: Any, tolerance: float | None,
   words = []
   for name in differing_names(base, variant):
     if name not in asked:
-      before = short(base.get(name, run_config.MISSING_VALUE))
-      after = short(variant.get(name, run_config.MISSING_VALUE))
+      before = shorten(base.get(name, run_config.MISSING_VALUE))
+      after = shorten(variant.get(name, run_config.MISSING_VALUE))
       words.append(f'{name} {before} -> {after}')
   return ', '.join(words)
 

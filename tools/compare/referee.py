@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import join_choices, one_of, require
+from common.errors import check_choice, join_choices, require
 from common.fields import check_number
 from tools.compare import decide, figures, foreign, items, page, statistics
 from tools.compare.statistics import PooledDeviation
@@ -103,8 +103,8 @@ def main(args) -> int:
   require(args.target is None or not args.figure,
           '--figure draws comparisons, of which --target has none')
   if args.figure:
-    one_of('ending of --figure', pathlib.Path(args.figure).suffix[1:],
-           figures.FILE_FORMATS)
+    check_choice('ending of --figure', pathlib.Path(args.figure).suffix[1:],
+                 figures.FILE_FORMATS)
   groups = group_by_entry([pathlib.Path(x) for x in args.sources], args.entries)
   answer = judge_entries(groups, args)
 
@@ -201,7 +201,7 @@ def choose_metric(groups: Mapping[str, tuple[list, int | None]], asked: str
       if isinstance(run, foreign.ForeignRun):
         names |= dict.fromkeys(run.curves)
   if asked:
-    one_of('--metric', asked, names)
+    check_choice('--metric', asked, names)
     return asked
   if not names:
     has_means = any(isinstance(run, foreign.ReportedMean)
