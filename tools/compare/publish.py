@@ -13,7 +13,8 @@ it holds is refused.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import gzip
 import io
@@ -41,7 +42,8 @@ PATTERNS_OF_BUNDLED_FILES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('workdirs', nargs='*', metavar='WORKDIR',
-                      help='of studies that are over; none: the page is '
+                      help='of studies that are over, or their bundles, whose '
+                      'results are then computed anew; none: the page is '
                       'written again')
   parser.add_argument('--bundles', default=DEFAULT_FOLDER_OF_BUNDLES,
                       help='their folder '
@@ -51,22 +53,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   folder, target = pathlib.Path(args.bundles), pathlib.Path(args.page)
-  studies = {}
-  for workdir in args.workdirs:
-    studies[workdir] = comparison_lib.load_comparison(workdir)
-  for workdir, comparison in studies.items():
-    missing = comparison.results['missing'] or 'it is none'
-    require(comparison.is_study
-            and 'confirm' in comparison.results, f'{workdir} is no study '
-            f'whose confirmation is over ({missing}): there is no verdict to '
-            'publish')
+  # What is no study that is over is refused before anything is written.
+  content_of_bundle = {}
+  for source in args.workdirs:
+    with _folder_of_study(pathlib.Path(source)) as workdir:
+      comparison = comparison_lib.load_comparison(workdir)
+      missing = comparison.results['missing'] or 'it is none'
+      require(comparison.is_study and 'confirm' in comparison.results,
+              f'{source} is no study whose confirmation is over ({missing}): '
+              'there is no verdict to publish')
+      name = f'{comparison.plan.name}-{comparison.frozen.hash}.tar.gz'
+      content_of_bundle[name] = bundle_study(workdir, comparison.results)
 
   # The bundles, and then the page, of all that there are.
-  for workdir, comparison in studies.items():
+  for name, content in content_of_bundle.items():
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f'{comparison.plan.name}-{comparison.frozen.hash}.tar.gz'
-    storage.write_file(path, bundle_study(workdir, comparison.results))
-    print(path)
+    storage.write_file(folder / name, content)
+    print(folder / name)
   published = [_load_bundle(path) for path in folder.glob('*.tar.gz')]
   published.sort(key=lambda comparison: (comparison.frozen.time,
                                          comparison.plan.name), reverse=True)
@@ -111,13 +114,7 @@ def _load_bundle(path: pathlib.Path) -> Comparison:
     RequestError: where the file is no bundle, or this code does not compute
       the verdicts that it holds.
   """
-  with tempfile.TemporaryDirectory() as folder:
-    try:
-      with tarfile.open(path) as tar:
-        tar.extractall(folder, filter='data')
-    except (tarfile.TarError, OSError, EOFError) as error:
-      raise RequestError(f'{path} is no bundle ({error}): remove it, and '
-                         'publish its study again') from error
+  with _folder_of_study(path) as folder:
     comparison = comparison_lib.load_comparison(folder)
     published = results_lib.load(folder)
 
@@ -126,10 +123,34 @@ def _load_bundle(path: pathlib.Path) -> Comparison:
   codes = ', '.join(statistics['codes']) or 'code of no known commit'
   others = '; '.join(comparison.results['unlike_saved'])
   require(not others, f'{path} has verdicts, computed by {codes}, that do not '
-          f'follow from its runs by this code ({others}): publish the study '
+          f'follow from its runs by this code ({others}): publish {path} '
           'again, or write the page by that code')
   results = {**comparison.results, 'statistics': statistics}
   return dataclasses.replace(comparison, results=results)
+
+
+@contextlib.contextmanager
+def _folder_of_study(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives the folder of a study, into which its bundle is unpacked for as long
+  as it is used.
+
+  Args:
+    path: the folder itself, or the bundle.
+
+  Raises:
+    RequestError: where a file is no bundle.
+  """
+  if not path.is_file():
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      with tarfile.open(path) as tar:
+        tar.extractall(folder, filter='data')
+    except (tarfile.TarError, OSError, EOFError) as error:
+      raise RequestError(f'{path} is no bundle ({error}): remove it, and '
+                         'publish its study again') from error
+    yield pathlib.Path(folder)
 
 
 def is_any_at_edge(comparison: Comparison) -> bool:

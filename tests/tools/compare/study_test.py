@@ -828,8 +828,10 @@ def test_no_effect_that_was_saved_is_believed(whole, tmp_path):
   packed = shutil.make_archive(str(path).removesuffix('.tar.gz'), 'gztar',
                                tmp_path / 'unpacked')
   assert packed == str(path)
-  with pytest.raises(RequestError, match=f'{words}.* publish the study again'):
+  with pytest.raises(RequestError, match=f'{words}.* publish {path} again'):
     _publish(tmp_path)
+  # Published anew from its runs, it has what follows from them.
+  assert f'| worse | {true_effect:+.4f} [' in _publish(tmp_path, path)
 
 
 def _lower_losses(workdir, pattern, by):
