@@ -70,8 +70,9 @@ def test_a_folder_and_a_run_are_loaded_as_they_were_saved(tmp_path):
   folder = archetype.load(tmp_path / 'hf')
   np.testing.assert_allclose(folder(tokens_BL), model(tokens_BL), atol=1e-5)
   assert folder.tokenizer is None
-  convert.import_(tmp_path / 'hf', epath.Path(tmp_path / 'run'), partial=False,
-                  seed=0)
+  convert.import_model(
+      tmp_path / 'hf', epath.Path(tmp_path / 'run'), partial=False,
+      seed=0)
   run = archetype.load(tmp_path / 'run')
   assert jax.tree.all(jax.tree.map(
       lambda a, b: bool((a == b).all()), folder.params, run.params))

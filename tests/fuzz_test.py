@@ -211,7 +211,7 @@ def _place(tmp_path_factory, model):
   place = tmp_path_factory.mktemp('place') / 'at'
   model.save(place / 'hf')
   (place / 'configs').symlink_to(pathlib.Path('configs').absolute())
-  convert.import_(place / 'hf', epath.Path(place / 'run'),
+  convert.import_model(place / 'hf', epath.Path(place / 'run'),
                   partial=False, seed=0)
   with contextlib.chdir(place):
     yield place

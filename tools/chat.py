@@ -55,19 +55,26 @@ NOTE_OF_END_REASON = {
 
 
 def main() -> None:
+  """Talks with the model that the flags name."""
+  # Check the flags.
   cli.parse(__doc__)
   args = flags.FLAGS
   require(bool(args.workdir) != bool(args.folder), 'pass either --workdir DIR, '
           'the folder of a run, or --folder DIR, in the Hugging Face format')
   require(args.step is None or not args.folder,
           f'{args.folder} is no run: it has no --step')
+
+  # Collect the options of the draws, and refuse values out of range before the
+  # model is loaded.
   overrides = {}
   for flag in writing.SAMPLING_FLAGS:
     value = args[flag.name].value
     if value is not None:
       overrides[flag.name] = value
-  # refuses what is out of range
   writing.make_sampling(_sampling_options({}, overrides))
+
+  # Standard output is for the answers alone, so what is printed while the model
+  # is loaded goes to the standard error.
   sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
   with contextlib.redirect_stdout(sys.stderr):
     session = _make_session(args, overrides)
@@ -76,12 +83,14 @@ def main() -> None:
 
 def _sampling_options(generation: dict[str, Any], overrides: dict[str, Any]
                       ) -> types.SimpleNamespace:
-  """Returns how tokens are drawn: the temperature, top_k and so on, the options
-  of writing.SAMPLING_FLAGS.
+  """Returns the options with which tokens are drawn, such as the temperature
+  and
+  top_k: those of writing.SAMPLING_FLAGS.
 
   The command line comes first, then a folder's generation_config.json, then the
-  defaults of the flags. One option of the draws on the command line sets aside
-  all those of the file, as these belong together.
+  defaults of the flags. If one of the options `temperature`, `top_k`, `top_p`
+  and `min_p` is set on the command line, all of them in the file are ignored,
+  because they belong together.
 
   Args:
     generation: the fields of a folder's generation_config.json; {}: none.
@@ -90,7 +99,8 @@ def _sampling_options(generation: dict[str, Any], overrides: dict[str, Any]
   options = {flag.name: flag.default for flag in writing.SAMPLING_FLAGS}
   draw_options = {'temperature', 'top_k', 'top_p', 'min_p'}
   if generation and not draw_options & overrides.keys():
-    # Where the file says nothing, transformers takes these.
+    # The values of transformers, in place of what the file does not say: it
+    # draws only with do_sample, and then from the 50 likeliest tokens.
     if generation.get('do_sample'):
       options['top_k'] = 50
       for name in draw_options & generation.keys():
@@ -104,13 +114,18 @@ def _sampling_options(generation: dict[str, Any], overrides: dict[str, Any]
 
 
 def _make_session(args: Any, overrides: dict[str, Any]) -> Any:
-  """Loads the model of a run or of a folder, and returns a conversation with
-  it, which is described on the screen.
+  """Loads the model of a run or of a folder, and begins a conversation with it.
+
+  In a terminal, a line that describes the model and the options is printed.
 
   Args:
     args: the flags.
     overrides: the options of the draws that were set on the command line.
+
+  Returns:
+    The conversation, a training.chat.ChatSession.
   """
+  # Load the model and its template.
   from training import chat
   from training import hub
   from training.workdir import checkpoints, storage
@@ -123,6 +138,7 @@ def _make_session(args: Any, overrides: dict[str, Any]) -> Any:
     speaker = chat.load_from_run(storage.checked_path(args.workdir), step,
                                  args.template)
 
+  # Begin the conversation.
   options = _sampling_options(speaker.options, overrides)
   context = min(args.context, speaker.module.config.max_len)
   engine = chat.CachedDecoder(
@@ -133,9 +149,12 @@ def _make_session(args: Any, overrides: dict[str, Any]) -> Any:
       max_new_tokens=args.max_new_tokens,
       stops=writing.split_stop_strings(options), system=args.system)
 
+  # Describe it to a person.
   if sys.stdin.isatty():
-    words = [f'{name} {value}' for name, value in vars(options).items()
-             if value]
+    words = []
+    for name, value in vars(options).items():
+      if value:
+        words.append(f'{name} {value}')
     print(f'the model {speaker.talk.words}; {", ".join(words)}; room for '
           f'{context:,} tokens')
   return session
@@ -146,12 +165,17 @@ def converse(session: Any, in_terminal: bool) -> None:
 
   Args:
     session: the training.chat.ChatSession with the model.
-    in_terminal: whether a person types. A wrong request then is printed, and
+    in_terminal: whether a person types. Then a wrong request is printed, and
       does not end the conversation.
+
+  Raises:
+    RequestError: for a message that the model cannot answer, if no person
+      types.
   """
   from training.data import texts
   for number, line in enumerate(_read_messages(in_terminal), 1):
     try:
+      # A line is a command, a message, or empty.
       if line.strip() == '/exit':
         return
       if line.strip() == '/reset':
@@ -168,15 +192,23 @@ def converse(session: Any, in_terminal: bool) -> None:
 
 
 def _read_messages(in_terminal: bool) -> Iterator[str]:
-  """Yields the messages: the lines that are typed in a terminal, or those of
-  standard input."""
+  """Yields the messages, one for each line of the standard input.
+
+  Args:
+    in_terminal: whether a person types them. Then a prompt is printed before
+      each, and Ctrl-C does not end the program.
+  """
+  # Through a pipe.
   if not in_terminal:
     from training.data import texts
     for data in sys.stdin.buffer:
       yield texts.decode_text(data, 'standard input')
     return
+
+  # In a terminal. Once readline is imported, `input` lets lines be edited and
+  # brings earlier ones back; some builds of Python are without it.
   with contextlib.suppress(ImportError):
-    import readline as _  # noqa: F401  lines can be edited, and come back
+    import readline as _  # noqa: F401
   while True:
     try:
       yield input('\n> ')
@@ -188,9 +220,17 @@ def _read_messages(in_terminal: bool) -> Iterator[str]:
 
 
 def _print_answer(session: Any, message: str) -> None:
-  """Prints the answer to a message as it is written. Ctrl-C ends the answer
-  between two tokens, so that the cache of the model holds whole tokens."""
-  # The handler only notes Ctrl-C; the conversation asks for it between tokens.
+  """Prints the answer to a message while it is generated.
+
+  Ctrl-C ends the answer between two tokens, so that the cache of the model
+  holds whole tokens.
+
+  Args:
+    session: the training.chat.ChatSession with the model.
+    message: the text of the message.
+  """
+  # The handler only notes Ctrl-C. The session asks between tokens whether it
+  # was pressed.
   interrupts = []
   handler_before = signal.signal(
       signal.SIGINT, lambda *_: interrupts.append(True))

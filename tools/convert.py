@@ -64,36 +64,42 @@ from training.hf import tokenizer as hf_tokenizer, upcycling, weights
 from training.workdir import checkpoints, run_config, storage
 
 
-def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
+def import_model(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
             seed: int, adapter: pathlib.Path | None = None,
             dtype: str = '') -> None:
-  """Makes the folder of a run at step 0 of weights in Hugging Face's format.
+  """Makes the workdir of a run at step 0 from weights in Hugging Face's format.
 
   Args:
     source: the folder of the weights, or one of its files.
-    workdir: the folder that is made.
-    partial: whether to initialise at random what the files lack.
-    seed: the seed of what is initialised.
+    workdir: the workdir to make.
+    partial: whether to initialise parameters that the files lack at random.
+    seed: the seed of these parameters.
     adapter: a folder of low-rank adapters in PEFT's format, which the run gets
       too; None: none.
     dtype: the type of the parameters; '': float32.
   """
-  with _making_workdir(workdir):
+  with _make_workdir(workdir):
+    # Load the model, and add the adapters.
     config, module, params = _load_from_hugging_face(
         source, partial=partial, seed=seed, dtype=dtype)
     if adapter:
       model, adapters = peft.read_adapters(module.config, adapter)
       config.model.lora.update(dataclasses.asdict(model.lora))
       params = weights.add_adapters(params, adapters)
+
+    # Copy the tokenizer. Without one that can be read, the run has a stand-in
+    # with as many ids.
     folder = _folder_of_source(source)
     copied = hf_tokenizer.import_tokenizer(folder, workdir, config)
     if hf_tokenizer.is_stand_in(config.data.tokenizer):
-      though = ''
+      copied_files = ''
       if copied:
-        though = f', though {", ".join(copied)}'
-      print(f'warning: {folder} has no tokenizer that is read here{though}: '
+        copied_files = f', though {", ".join(copied)}'
+      print(f'warning: {folder} has no tokenizer that is read '
+            f'here{copied_files}: '
             f'data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
             'something else than those of its training', file=sys.stderr)
+
     _write_workdir(workdir, config, params=params,
                    generation=hf_generation.read_generation(folder),
                    trained=False, what=f'of {module.config.arch}')
@@ -101,29 +107,33 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | str | None, seed: int) -> None:
-  """Makes the folder of a run at step 0 whose model is a mixture of experts
+  """Makes the workdir of a run at step 0 whose model is a mixture of experts
   with the weights of a dense model (Komatsuzaki et al. 2023).
 
   Args:
-    source: the folder of the dense model: of a run, or in Hugging Face's
-    format. workdir: the folder that is made.
-    moe: 'FIELD=VALUE' of config.model.moe, and 'every=N'.
-    step: the checkpoint of a run that is taken; None: the newest.
+    source: the dense model: the workdir of a run, or a folder in Hugging Face's
+      format.
+    workdir: the workdir to make.
+    moe: words 'FIELD=VALUE' with fields of config.model.moe, and 'every=N'.
+    step: the step of the checkpoint if the dense model is of a run; None: the
+      newest one.
     seed: the seed of the routers.
   """
-  with _making_workdir(workdir):
-    # The dense model: of a run, or of a Hugging Face folder.
+  with _make_workdir(workdir):
+    # Load the dense model, of a run or of a Hugging Face folder.
     folder = _folder_of_source(source)
     if checkpoints.checkpoint_folder(source).exists():
-      config, module, params, at = _load_from_workdir(source, step)
+      config, module, params, loaded_step = _load_from_workdir(source, step)
       generation = hf_generation.load_generation(source)
-      trained = not hf_generation.is_published(source, at)
+      trained = not hf_generation.is_published(source, loaded_step)
     else:
       require(step is None, f'{source} is no workdir: it has no step {step}')
-      config, module, params = _load_from_hugging_face(source, False, seed)
-      generation, trained = hf_generation.read_generation(folder), False
+      config, module, params = _load_from_hugging_face(
+          source, partial=False, seed=seed)
+      generation = hf_generation.read_generation(folder)
+      trained = False
 
-    # The config of the mixture.
+    # Make the config of the mixture. Adapters are merged into the weights.
     module, params = weights.merge_adapters(module, params)
     config.model.lora = base.base().model.lora
     config.model = upcycling.upcycle_config(
@@ -132,10 +142,10 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     config.init_from = ''
     hf_tokenizer.import_tokenizer(folder, workdir, config)
 
-    # Its parameters.
+    # Copy the dense weights to the experts, and initialise the routers.
     model, derived = _resolve_model(config)
     run = runs.build(config, model)
-    made = upcycling.upcycle_parameters(
+    mixture_params = upcycling.upcycle_parameters(
         run.module, like=run.abstract_state.params, dense=params, seed=seed)
     if not upcycling.keeps_function(run.model):
       print('warning: it starts from another function than the dense model\'s: '
@@ -143,7 +153,8 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             'shared', file=sys.stderr)
     num_dense = runs.count_parameters(params)
     _write_workdir(
-        workdir, config, params=made, generation=generation, trained=trained,
+        workdir, config, params=mixture_params, generation=generation,
+        trained=trained,
         what=f'of {run.model.arch}, from the {num_dense:,} of {source}',
         derived=derived)
 
@@ -155,28 +166,32 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
 
   Args:
     workdir: the folder of the run.
-    folder: the folder that is written.
-    step: the checkpoint; None: the newest.
+    folder: the folder to write.
+    step: the step of the checkpoint; None: the newest one.
     dtype: the type of the weights; '': that of the parameters.
-    dropless: whether to write a model whose experts take every token, where the
-      run's own evaluation drops some and config.json cannot say that.
-    adapter: whether to write the low-rank adapters alone, in PEFT's format.
+    dropless: whether to write a model whose experts take every token, although
+      the run's own evaluation drops some. config.json cannot express that.
+    adapter: whether to write only the low-rank adapters, in PEFT's format.
   """
   storage.refuse_folder_of_run(folder, 'FOLDER')
   require(not (adapter and dropless), '--dropless has no meaning with '
           '--adapter, which writes the adapters alone: leave it out')
   config, module, params, step = _load_from_workdir(workdir, step)
+
+  # Adapters are written by themselves, or merged into the weights.
   if adapter:
     size = peft.write_adapters(module.config, params=params, folder=folder,
                                base=config.init_from, dtype=dtype)
     print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
     return
   module, params = weights.merge_adapters(module, params)
+
+  # Write the weights, the tokenizer and a model card.
   if dropless:
     module = architectures.build(module.config.with_part(
         MoEConfig, eval_capacity_factor=0.0, dispatch='dropless'))
-  generation = _generation_fields(workdir, config, model=module.config,
-                                  step=step)
+  generation = _generation_of_export(workdir, config, model=module.config,
+                                     step=step)
   hf_tokenizer.refuse_files_left(workdir, config, folder=folder, step=step)
   weights.to_hf(module, params, folder, dtype=dtype, generation=generation,
                 labels=run_config.load_labels(workdir))
@@ -188,12 +203,19 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
 
 def convert_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   """Converts a GGUF file to a folder in Hugging Face's format, by transformers.
-  Quantised weights are written as the float32 that they stand for.
+
+  Quantised weights are written as the float32 numbers that they stand for. If
+  anything is refused, no folder is made.
+
+  Args:
+    file: the GGUF file.
+    folder: the folder to write.
 
   Raises:
-    RequestError: where it does not read all weights of the file, or an import
-      would refuse the folder, as that of a damaged file; none is made.
+    RequestError: if transformers does not read all weights of the file, or if
+      an import would refuse the folder, as it does with that of a damaged file.
   """
+  # Check the file, and import packages that are not installed by default.
   storage.refuse_folder_of_run(folder, 'DIR')
   require(file.is_file() and file.open('rb').read(4) == b'GGUF',
           f'{file} is no GGUF file: it does not begin with GGUF')
@@ -227,10 +249,13 @@ def convert_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
                        + ' '.join(str(error).split())[:200]) from error
 
   # All tensors of the file must have been read.
-  for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
-    require(not loaded[kind], f'{file} is not a whole model: of its tensors '
-            f'transformers names as {kind} {shorten(sorted(loaded[kind]))}')
-  # It passes over names that it does not know, and ties what it has not found.
+  for list_name in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+    names = loaded[list_name]
+    require(not names, f'{file} is not a whole model: of its tensors '
+            f'transformers names as {list_name} {shorten(sorted(names))}')
+  # These lists do not have all of them: transformers passes over names that it
+  # does not know, and ties weights that it has not found. So the numbers of
+  # weights are compared, of tied ones once.
   size_of_storage = {x.data_ptr(): x.numel()
                      for x in model.state_dict().values()}
   num_read = sum(size_of_storage.values())
@@ -238,8 +263,8 @@ def convert_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
           f'which transformers reads {num_read:,}: it does not know the name '
           'of a tensor')
 
-  # The weights are whole numbers no longer, and save_pretrained refuses what
-  # still says so.
+  # The weights are no longer quantised. save_pretrained would refuse a model
+  # that still says so.
   model.hf_quantizer = None
   if hasattr(model.config, 'quantization_config'):
     del model.config.quantization_config
@@ -261,23 +286,25 @@ def convert_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _folder_of_source(source: Any) -> Any:
-  """Returns the folder of a source, which may be one of its files."""
+  """Returns the folder of a model. `source` is the folder or a file in it."""
   return source.parent if source.is_file() else source
 
 
-def _generation_fields(workdir: epath.Path, config: Any, model: Any, step: int
-                       ) -> hf_generation.Generation:
-  """Returns what generation needs of an exported run: the ids of the tokens
-  that begin, end and pad a text, and the fields of generation_config.json.
+def _generation_of_export(workdir: epath.Path, config: Any, model: Any,
+                          step: int) -> hf_generation.Generation:
+  """Returns the settings of generation of an exported run: the ids of the
+  tokens that begin, end and pad a text, and the fields of
+  generation_config.json.
 
   Args:
     workdir: the folder of the run.
-    config: its config.
-    model: its model's config.
+    config: the config of the run.
+    model: the config of its model.
     step: the step of the checkpoint.
   """
-  # The fields that an import kept hold until training has given the ids of a
-  # tokenizer that was not read another meaning.
+  # An imported run has kept the settings that it was published with. They are
+  # no longer right if it has been trained with a stand-in for its tokenizer,
+  # which gives ids another meaning.
   kept = hf_generation.load_generation(workdir)
   if kept and (hf_generation.is_published(workdir, step)
                or not hf_tokenizer.is_stand_in(config.data.tokenizer)):
@@ -287,12 +314,17 @@ def _generation_fields(workdir: epath.Path, config: Any, model: Any, step: int
 
 
 @contextlib.contextmanager
-def _making_workdir(workdir: epath.Path) -> Iterator[None]:
-  """Returns a context in which the folder of a run is made. Where that fails,
-  the files that were written are removed, so that the next try is not refused.
+def _make_workdir(workdir: epath.Path) -> Iterator[None]:
+  """Returns a context in which the workdir of a run is made.
+
+  If that fails, the files that were written are removed, so that the next try
+  is not refused.
+
+  Args:
+    workdir: the workdir to make.
 
   Raises:
-    RequestError: where the folder holds a run already.
+    RequestError: if the folder already holds a run.
   """
   require(not (storage.has_config(workdir) or run_config.has_begun(workdir)),
           f'{workdir} holds a run already: choose another WORKDIR')
@@ -314,14 +346,15 @@ def _load_from_hugging_face(source: pathlib.Path, partial: bool, seed: int,
   """Loads a model in Hugging Face's format.
 
   Args:
-    source: its folder, or one of its files.
-    partial: whether to initialise at random what the files lack.
-    seed: the seed of what is initialised.
+    source: the folder of the model, or one of its files.
+    partial: whether to initialise parameters that the files lack at random.
+    seed: the seed of these parameters.
     dtype: the type of the parameters; '': that of the model's config.
 
   Returns:
     The config of a run with this model, the module, and its parameters.
   """
+  # Read config.json, and make the model that it describes.
   tree = hf_config.load_config_json(_folder_of_source(source))
   files = hf_files.Files(source)
   model, notes = hf_config.read_fields_and_notes(tree, files)
@@ -329,16 +362,22 @@ def _load_from_hugging_face(source: pathlib.Path, partial: bool, seed: int,
     print(f'warning: {note}', file=sys.stderr)
   model.param_dtype = dtype or model.param_dtype
   module = architectures.build(model)
+
+  # Make the config of a run with this model, with an objective and labels that
+  # suit its head.
   config = run_config.default_config_of_system(model.arch)
   config.model = model
   if model.head != objectives.find_objective(config).head:
     config.objective = objectives.find_objective_of_head(module.config)
   if model.head != 'lm':
-    count = model.num_labels
-    config.data.labels = hf_config.read_labels(tree) or (
-        hf_config.default_labels(count) if count > 1 else ())
+    labels = hf_config.read_labels(tree)
+    if not labels and model.num_labels > 1:
+      labels = hf_config.default_labels(model.num_labels)
+    config.data.labels = labels or ()
   config.data.length = min(model.max_len, 1024)
   config.data.tokenizer = hf_tokenizer.stand_in_tokenizer(model.vocab_size)
+
+  # Read the weights.
   loaded = weights.read_params(module, source=files, partial=partial, seed=seed)
   for line in loaded.skipped:
     print(f'skipped: {line}')
@@ -346,8 +385,15 @@ def _load_from_hugging_face(source: pathlib.Path, partial: bool, seed: int,
 
 
 def _load_from_workdir(workdir: epath.Path, step: int | str | None):
-  """Returns the config, module, parameters and step of a checkpoint of a
-  run."""
+  """Loads a checkpoint of a run.
+
+  Args:
+    workdir: the folder of the run.
+    step: the step of the checkpoint; None: the newest one.
+
+  Returns:
+    The config of the run, the module, its parameters, and the step.
+  """
   config = runs.fit_mesh_to_this_machine(runs.load_run_config(workdir))
   run = runs.build(config, runs.load_run_model_config(workdir))
   restored = parameters.read_parameters_of_run(run, workdir, step)
@@ -355,42 +401,47 @@ def _load_from_workdir(workdir: epath.Path, step: int | str | None):
 
 
 def _resolve_model(config: Any):
-  """Returns the model's config of a run's config, and the fields of it that
-  were derived from the tokenizer and the data."""
+  """Returns the config of a run's model, and those of its fields that were
+  derived from the tokenizer and the data."""
   return runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
 
 
 def _write_workdir(workdir: epath.Path, config: Any, params: Any,
                    generation: hf_generation.Generation | None, trained: bool,
                    what: str, derived=()) -> None:
-  """Writes the folder of a run at step 0, and prints what it is.
+  """Writes the workdir of a run at step 0, and prints a line about it.
 
   Args:
-    workdir: the folder.
+    workdir: the workdir to write.
     config: the config of the run.
-    params: its parameters.
-    generation: what generation needs of it; None: nothing is known.
+    params: the parameters of its model.
+    generation: the settings of generation; None: none are known.
     trained: whether the model was trained here after an import.
-    what: the words that follow 'N parameters' in what is printed.
-    derived: the fields of the model's config that were derived.
+    what: the words that follow 'N parameters' in the printed line.
+    derived: the fields of the model's config that were derived, as pairs or a
+      dict.
   """
   hf_generation.save_generation(workdir, generation, trained)
   with progress.show_task('saving'), checkpoints.Checkpoints(
       workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)
-  # Last: a run whose import was cut short would begin without them.
+  # The config is written last. With it, a run whose import was cut short would
+  # begin without its parameters.
   run_config.save_config(workdir, config, dict(derived))
   print(f'{workdir}: {runs.count_parameters(params):,} parameters {what}')
   print(f'to go on: {run_config.training_command(workdir, config)}')
 
 
-_STEP = ('of the checkpoint; best; of several, for the mean of their '
+_HELP_OF_STEP = ('of the checkpoint; best; of several, for the mean of their '
          'parameters: 100,200 or last:5; the newest')
 
 
 def _make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command line, with a subcommand for each way to
+  convert."""
   parser = cli.Parser(prog='python -m tools.convert', description=__doc__)
   add = parser.add_subparsers(dest='command', required=True).add_parser
+
   into = add('import', help='Hugging Face to a workdir')
   into.add_argument('source')
   into.add_argument('workdir')
@@ -401,10 +452,11 @@ def _make_parser() -> argparse.ArgumentParser:
                     help='of the parameters (model.param_dtype); float32')
   into.add_argument('--adapter', metavar='PEFT_DIR',
                     help='low-rank adapters of the model, in PEFT\'s format')
+
   out = add('export', help='a workdir to Hugging Face')
   out.add_argument('workdir')
   out.add_argument('folder')
-  out.add_argument('--step', help=_STEP)
+  out.add_argument('--step', help=_HELP_OF_STEP)
   out.add_argument('--dtype', default='', choices=(
       '', 'float32', 'bfloat16', 'float16'), help="the parameters' own")
   out.add_argument('--dropless', action='store_true', help='as a model whose '
@@ -412,14 +464,16 @@ def _make_parser() -> argparse.ArgumentParser:
                    'some that config.json cannot tell')
   out.add_argument('--adapter', action='store_true', help='the low-rank '
                    "adapters alone, in PEFT's format; else they are merged")
+
   up = add('upcycle', help='a dense model to experts')
   up.add_argument('source')
   up.add_argument('workdir')
   up.add_argument('--moe', nargs='*', default=[], metavar='FIELD=VALUE',
                   help='of config.model.moe; every=N: the last of every N '
                   'layers has experts; default: each has')
-  up.add_argument('--step', help=_STEP)
+  up.add_argument('--step', help=_HELP_OF_STEP)
   up.add_argument('--seed', type=int, default=0, help='of the routers')
+
   gguf = add('gguf', help='a GGUF file to Hugging Face')
   gguf.add_argument('source', type=pathlib.Path)
   gguf.add_argument('folder', type=pathlib.Path)
@@ -427,12 +481,15 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+  """Converts what the command line names."""
   args = _make_parser().parse_args()
   if args.command == 'gguf':
     storage.check_folder_is_writable(args.folder, 'DIR')
     convert_gguf(args.source, args.folder)
     return
-  # Not configure_cpu(), with which what is freed would stay.
+
+  # Only the threads are set: with configure_cpu(), freed memory would stay with
+  # the process.
   cpu.set_number_of_threads()
   step = checkpoints.parse_step(getattr(args, 'step', None))
   args.workdir = storage.checked_path(args.workdir, 'WORKDIR')
@@ -442,13 +499,15 @@ def main() -> None:
       export(args.workdir, folder=folder, step=step, dtype=args.dtype,
              dropless=args.dropless, adapter=args.adapter)
     return
+
+  # import and upcycle make a workdir.
   check_number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
   storage.check_folder_is_writable(args.workdir, 'WORKDIR')
   if args.command == 'import':
     adapter = args.adapter
     if adapter:
       adapter = pathlib.Path(hub.download_if_on_hub(adapter))
-    import_(pathlib.Path(hub.download_if_on_hub(args.source)),
+    import_model(pathlib.Path(hub.download_if_on_hub(args.source)),
             workdir=args.workdir, adapter=adapter, partial=args.partial,
             seed=args.seed, dtype=args.dtype)
   else:

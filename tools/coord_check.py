@@ -42,7 +42,7 @@ WIDENED_FIELDS = {'size': ('head_dim', 'key_dim', 'value_dim'),
 # A slope up to this is called flat; one of twice as much, growing.
 MAX_FLAT_SLOPE = 0.1
 
-LAYERS, LENGTH, BATCH = 2, 32, 4
+NUM_LAYERS, LENGTH, BATCH = 2, 32, 4
 # The batch is its bytes, which are those with which docs/mup.md was measured.
 TEXT = (
     'Checks how activations grow with width: in muP they should stay flat.\n\n'
@@ -51,7 +51,8 @@ TEXT = (
 
 
 def define_flags() -> None:
-  """Defines the flags of this program; other programs have some alike."""
+  """Defines the flags of this program. They are not defined when this module is
+  imported, because other programs have some of the same name."""
   cli.define_choices('systems', [], architectures.files('decoder'),
                      'Decoders; default: all that muP has rules for.')
   flags.DEFINE_list('widths', ['64', '128', '256', '512'],
@@ -75,6 +76,9 @@ def define_flags() -> None:
 
 
 def main() -> int:
+  """Measures the systems that the flags name, and prints and writes the
+  figures."""
+  # Check the flags.
   cli.parse(__doc__)
   args = flags.FLAGS
   widths = sorted({int(width) for width in args.widths if width.isdecimal()})
@@ -87,44 +91,49 @@ def main() -> int:
     lr = args.lr
   json_file = storage.checked_output_file(args.json, '--json')
 
-  # The systems for which muP has rules.
+  # Choose the systems. Without --systems, those for which muP has no rules are
+  # left out; whether it has shows when the widest model is resolved.
   measured = []
   for system in args.systems or architectures.files('decoder'):
     for mixer in args.mixers or ['']:
-      how = Setting(optimizer=args.optimizer, lr=lr, steps=args.steps,
-                    mixer=mixer, widen=args.widen)
-      widest = config_at_width(system, parametrization='mup', width=widths[-1],
-                               base=widths[0], how=how)
+      setting = TrainingSetting(
+          optimizer=args.optimizer, lr=lr, steps=args.steps, mixer=mixer,
+          widen=args.widen)
+      widest = config_at_width(
+          system, parametrization='mup', width=widths[-1], base=widths[0],
+          setting=setting)
       try:
         architectures.resolve(widest.model)
       except RequestError as error:
         if args.systems:
           raise
-        print(f'left out: {how.name(system)}: {error}')
+        print(f'left out: {setting.name(system)}: {error}')
         continue
-      measured.append((system, how))
+      measured.append((system, setting))
 
-  # Their figures.
+  # Train them in both parametrizations, and print the figures.
   rows = []
-  for system, how in measured:
-    for name in ('standard', 'mup'):
-      row = measure_growth_over_widths(system, parametrization=name,
-                                       widths=widths, how=how, seeds=args.seeds)
+  for system, setting in measured:
+    for parametrization in ('standard', 'mup'):
+      row = measure_growth_over_widths(
+          system, parametrization=parametrization, widths=widths,
+          setting=setting, seeds=args.seeds)
       print(format_figures(row), flush=True)
       rows.append(row)
   storage.write_json(json_file, rows)
   return 0
 
 
-class Setting(NamedTuple):
-  """How systems are trained, and how they grow.
+class TrainingSetting(NamedTuple):
+  """How systems are trained, and how they grow with the width.
 
   Attributes:
-    optimizer: the optimiser.
+    optimizer: the name of the optimiser.
     lr: the learning rate.
     steps: the number of training steps.
-    mixer: the mixer of all layers; '': that of the system.
-    widen: an entry of WIDENED_FIELDS.
+    mixer: the mixer of all layers (attention, or a recurrence); '': that of the
+      system.
+    widen: a key of WIDENED_FIELDS, which names the fields that grow.
   """
   optimizer: str
   lr: float
@@ -140,92 +149,114 @@ class Setting(NamedTuple):
 
 
 def config_at_width(system: str, parametrization: str, width: int, base: int,
-                    how: Setting) -> ml_collections.ConfigDict:
-  """Returns the system's `tiny` at `width`, with two layers or, where its
-  pattern is longer, with the fewest that it allows.
+                    setting: TrainingSetting) -> ml_collections.ConfigDict:
+  """Returns the config of a system's smallest size (tiny), widened to a width.
+
+  It has NUM_LAYERS layers, or more if the system's pattern of layers needs
+  them.
 
   Args:
-    system: a file of configs/.
+    system: the name of a file of configs/.
     parametrization: standard or mup.
     width: model.d_model.
-    base: the width at which both parametrizations are one.
-    how: how it is trained, and how it grows.
+    base: the width at which both parametrizations are the same.
+    setting: how the system is trained, and how it grows with the width.
   """
   config = importlib.import_module(f'configs.{system}').get_config('tiny')
-  model, is_mup = config.model, parametrization == 'mup'
-  wider = width / model.d_model
+  model = config.model
+  is_mup = parametrization == 'mup'
+  factor_of_width = width / model.d_model
   head_dim = model.head_dim or model.d_model // model.num_heads
 
-  # The training.
+  # Set how it is trained: at a constant rate, without decay and clipping.
   config.optim = base_config.base().optim
-  config.optim.update(name=how.optimizer, lr=how.lr, warmup_steps=0,
+  config.optim.update(name=setting.optimizer, lr=setting.lr, warmup_steps=0,
                       schedule='constant', weight_decay=0.0, clip_norm=0.0)
-  config.train.steps = how.steps
+  config.train.steps = setting.steps
 
-  # The sizes.
-  model.update(num_layers=kinds.fewest_layers(model, LAYERS), vocab_size=256,
-               max_len=LENGTH, parametrization=parametrization, d_model=width,
-               d_ff=round(model.d_ff * wider), mixer=how.mixer or model.mixer,
-               mup_base_width=base if is_mup else 0)
-  model.moe.d_ff = round(model.moe.d_ff * wider)
-  if how.widen == 'heads':
+  # Widen the model and its feed-forward networks. The vocabulary is all bytes.
+  model.update(
+      num_layers=kinds.fewest_layers(model, NUM_LAYERS), vocab_size=256,
+      max_len=LENGTH, parametrization=parametrization, d_model=width,
+      d_ff=round(model.d_ff * factor_of_width),
+      mixer=setting.mixer or model.mixer,
+      mup_base_width=base if is_mup else 0)
+  model.moe.d_ff = round(model.moe.d_ff * factor_of_width)
+  if setting.widen == 'heads':
     model.update(head_dim=head_dim,
                  mup_base_head_dim=head_dim if is_mup else 0)
 
-  # The heads of the attention and of each recurrence.
+  # Widen the heads of attention, and those of each recurrence, which has a
+  # group of fields of its own.
   groups = [model]
   for name, mixer in blocks.MIXERS.items():
     if isinstance(mixer, Recurrence) and name in model:
       groups.append(model[name])
   for group in groups:
-    for field in WIDENED_FIELDS[how.widen]:
+    for field in WIDENED_FIELDS[setting.widen]:
       if field in group:
-        group[field] = round(group[field] * wider)
+        group[field] = round(group[field] * factor_of_width)
   return config
 
 
 def measure_growth_over_widths(system: str, parametrization: str,
                                widths: Sequence[int],
-                               how: Setting, seeds: int) -> dict:
-  """Trains a system at each width, and returns the mean |x| of its outputs with
-  their slopes over the width, on logarithmic axes.
+                               setting: TrainingSetting, seeds: int) -> dict:
+  """Trains a system at each width, and measures how its outputs grow with the
+  width.
 
   Args:
-    system: a file of configs/.
+    system: the name of a file of configs/.
     parametrization: standard or mup.
     widths: the widths, the base first.
-    how: how it is trained, and how it grows.
+    setting: how the system is trained, and how it grows.
     seeds: the number of initialisations that are averaged.
-  """
-  sizes = []
-  for width in progress.show_items(widths,
-                                   f'{system}, {parametrization}: widths'):
-    config = config_at_width(system, parametrization=parametrization,
-                             width=width, base=widths[0], how=how)
-    sizes.append(
-        np.asarray(mean_sizes_of_outputs(config, how.steps, seeds), np.float64))
 
-  # The slope of each output after the last step, over the width.
-  last = np.log2([size[-1] for size in sizes])
-  slopes = np.polyfit(np.log2(widths), last, 1)[0]
-  outputs = [f'block {i}' for i in range(len(last[0]) - 1)] + ['logits']
-  return how._asdict() | dict(
-      system=how.name(system), parametrization=parametrization,
+  Returns:
+    A row for JSON with the fields of the setting, the names of the outputs
+    (each block's and the logits), their mean |x| (`sizes`, for each width
+    [steps + 1, outputs]), and for each output the slope of its mean |x| over
+    the width, on logarithmic axes.
+  """
+  # Measure the outputs at each width.
+  sizes = []
+  title = f'{system}, {parametrization}: widths'
+  for width in progress.show_items(widths, title):
+    config = config_at_width(
+        system, parametrization=parametrization, width=width, base=widths[0],
+        setting=setting)
+    sizes_of_width = mean_sizes_of_outputs(
+        config, steps=setting.steps, seeds=seeds)
+    sizes.append(np.asarray(sizes_of_width, np.float64))
+
+  # Fit a line to each output after the last step, [widths, outputs], over the
+  # width.
+  log_sizes = np.log2([size[-1] for size in sizes])
+  slopes = np.polyfit(np.log2(widths), log_sizes, 1)[0]
+  num_blocks = len(log_sizes[0]) - 1
+  outputs = [f'block {i}' for i in range(num_blocks)] + ['logits']
+  return setting._asdict() | dict(
+      system=setting.name(system), parametrization=parametrization,
       widths=list(widths), outputs=outputs,
       sizes=[size.tolist() for size in sizes], slopes=slopes.tolist())
 
 
 def mean_sizes_of_outputs(config: ml_collections.ConfigDict, steps: int,
                           seeds: int) -> jax.Array:
-  """Trains a model on one batch, and returns the mean |x| of each block's
-  output and of the logits, [steps + 1, outputs]: before each step and after the
-  last, averaged over initialisations.
+  """Trains a model on one batch, and measures its outputs before each step and
+  after the last one.
 
   Args:
     config: the config of the run.
     steps: the number of training steps.
     seeds: the number of initialisations.
+
+  Returns:
+    [steps + 1, outputs], the mean |x| of each block's output and of the logits,
+    averaged over the initialisations.
   """
+  # The model, its training step, and the batch: bytes of TEXT, whose targets
+  # are the next bytes.
   module = architectures.build(config.model)
   tx = build_optimizer(module, config.optim, steps)
   step = make_train_step(module, tx, config)
@@ -243,20 +274,21 @@ def mean_sizes_of_outputs(config: ml_collections.ConfigDict, steps: int,
                       jnp.abs(output.logits).mean())
 
   def train_from_key(key: jax.Array) -> jax.Array:
-    """Returns [steps + 1, outputs] of one initialisation."""
-    def body(state, _):
+    """Returns the sizes of one initialisation, [steps + 1, outputs]."""
+    def measure_and_step(state, _):
       return step(state, batch)[0], sizes_of_outputs(state.params)
 
-    first = init_state(module, tx=tx, key=key, optim=config.optim)
-    state, sizes = jax.lax.scan(body, first, length=steps)
+    first_state = init_state(module, tx=tx, key=key, optim=config.optim)
+    state, sizes = jax.lax.scan(measure_and_step, first_state, length=steps)
     return jnp.concatenate([sizes, sizes_of_outputs(state.params)[None]])
 
+  # All initialisations are trained as one program.
   keys = jax.random.split(jax.random.key(1), seeds)
   return jax.jit(lambda keys: jax.vmap(train_from_key)(keys).mean(0))(keys)
 
 
 def describe_slope(slope: float) -> str:
-  """Returns 'flat', 'growing', 'falling' or 'unclear' for a slope."""
+  """Returns a word for a slope: 'flat', 'growing', 'falling' or 'unclear'."""
   if abs(slope) <= MAX_FLAT_SLOPE:
     return 'flat'
   if slope >= 2 * MAX_FLAT_SLOPE:

@@ -36,6 +36,8 @@ flags.DEFINE_bool('json', False, 'Print JSON.')
 
 
 def main() -> None:
+  """Counts the config that the flags name, or all sizes of all systems, and
+  prints the figures."""
   cli.parse(__doc__)
   args = flags.FLAGS
   has_config = args.config is not None
@@ -46,9 +48,10 @@ def main() -> None:
   # Every size of every system.
   if args.all:
     if args.json:
-      print(json.dumps(list(everything()), indent=2))
+      print(json.dumps(list(count_all_sizes()), indent=2))
     else:
-      for line in _table(everything()):  # each row as it is counted
+      # Each row is printed as soon as it is counted.
+      for line in _table_of_sizes(count_all_sizes()):
         print(line, flush=True)
     return
 
@@ -61,23 +64,27 @@ def main() -> None:
   if args.json:
     print(json.dumps(figures, indent=2))
   else:
-    print(_text(figures, systems.describe_differences(model)))
+    print(_format_figures(figures, systems.describe_differences(model)))
 
 
-def everything() -> Iterator[dict]:
+def count_all_sizes() -> Iterator[dict]:
   """Counts every published model size in configs/, and yields a row for each.
 
   Yields:
-    size: 'FILE:SIZE', marked where its figures are rumoured. parameters,
-    active_parameters: those that the publication counts too (active: those that
-    one token uses). published: its own figure, or None. difference: the
-    counted over the published figure, minus 1, or None without one.
+    A row for JSON:
+    size: 'FILE:SIZE', with a mark if its figures are rumoured.
+    parameters: the parameters that the publication counts.
+    active_parameters: those of them that one token uses.
+    published: the number of parameters by the publication; None: it gives none.
+    difference: the counted number over the published one, minus 1; None: there
+      is none.
     training_flops_per_token: the FLOPs of both passes for a token.
   """
   for path in sorted(configs.FOLDER.glob('*.py')):
     module = importlib.import_module(f'configs.{path.stem}')
-    # UNCOUNTED gives, by size, the parameters that our model has and that the
-    # published figure leaves out. They are subtracted for a fair comparison.
+    # The file of a system gives in UNCOUNTED, by size, the number of parameters
+    # that the published figure leaves out. They are subtracted here, so that
+    # the same parameters are compared.
     uncounted = getattr(module, 'UNCOUNTED', {})
     for size, fields in getattr(module, 'SIZES', {}).items():
       figures = totals.count_briefly(module.get_config(size))
@@ -102,18 +109,18 @@ def everything() -> Iterator[dict]:
       }
 
 
-def _line(name: str, value: float, more: str = '') -> str:
-  """Returns the line of a figure, and what is said after it."""
-  return f'{name:<28}{value:>20,.0f}{more}'
+def _format_figure(name: str, value: float, note: str = '') -> str:
+  """Returns a line with the name of a figure, its value, and a note."""
+  return f'{name:<28}{value:>20,.0f}{note}'
 
 
-def _text(figures: dict, unlike: str) -> str:
-  """Renders the figures of a config for a terminal.
+def _format_figures(figures: dict, unlike: str) -> str:
+  """Returns the figures of a config as text for a terminal.
 
   Args:
-    figures: the figures of totals.count.
-    unlike: the line that says in which parts the model is not the system; '':
-      in none.
+    figures: the figures, as totals.count_costs returns them.
+    unlike: a line that says how the model differs from the system that it is
+      named after; '': it does not.
   """
   name = figures['model']
   if figures['rumoured']:
@@ -121,78 +128,108 @@ def _text(figures: dict, unlike: str) -> str:
   lines = [name]
   if unlike:
     lines.append(unlike)
-  lines += _parameters(figures)
-  lines += _kinds(figures)
-  lines += _flops(figures)
-  lines += _bytes(figures)
+  lines += _lines_of_parameters(figures)
+  lines += _lines_of_layer_kinds(figures)
+  lines += _lines_of_flops(figures)
+  lines += _lines_of_bytes(figures)
   return '\n'.join(lines)
 
 
-def _parameters(figures: dict) -> list[str]:
-  """Returns the lines of the parameters: all, the active, and by part."""
+def _lines_of_parameters(figures: dict) -> list[str]:
+  """Returns lines with the numbers of parameters: all of them, those that a
+  token uses, those that are trained, and those of each part.
+
+  Args:
+    figures: the figures, as totals.count_costs returns them.
+  """
   parameters = figures['parameters']
-  lines = [_line('parameters', parameters)]
+  lines = [_format_figure('parameters', parameters)]
   for name in ('active', 'trained'):
     count = figures[f'{name}_parameters']
     if count != parameters:
-      lines.append(_line(f'  {name}', count))
+      lines.append(_format_figure(f'  {name}', count))
   for part, size in figures['by_part'].items():
-    active, more = figures['active_by_part'][part], ''
+    active = figures['active_by_part'][part]
+    note = ''
     if active != size:
-      more = f'{active:>20,} active'
-    lines.append(_line(f'  {part}', size, more))
+      note = f'{active:>20,} active'
+    lines.append(_format_figure(f'  {part}', size, note))
   return lines
 
 
-def _kinds(figures: dict) -> list[str]:
-  """Returns a line for each kind of layer."""
+def _lines_of_layer_kinds(figures: dict) -> list[str]:
+  """Returns a line for each kind of layer: how many layers are of this kind,
+  and which fields it changes.
+
+  Args:
+    figures: the figures, as totals.count_costs returns them.
+  """
   lines = []
   for row in figures['kinds_of_layer']:
     changes = [f'{field}={value}' for field, value in row['changes'].items()]
-    more = ', '.join(changes) or 'as the model'
+    note = ', '.join(changes) or 'as the model'
     kind = row['kind'] or 'no kind'
-    lines.append(_line(f'layers of {kind}', row['layers'], f' {more}'))
+    lines.append(_format_figure(f'layers of {kind}', row['layers'], f' {note}'))
   return lines
 
 
-def _flops(figures: dict) -> list[str]:
-  """Returns the lines of the FLOPs for a token."""
+def _lines_of_flops(figures: dict) -> list[str]:
+  """Returns lines with the FLOPs of a token in training and in inference.
+
+  Args:
+    figures: the figures, as totals.count_costs returns them.
+  """
   lines = [f'FLOPs per token at length {figures["length"]:,}']
-  for kind, value in figures['flops_per_token'].items():
+  for phase, value in figures['flops_per_token'].items():
+    # The figure is None in a phase that the model does not have.
     if value is None:
       continue
-    more = ''
-    if kind == 'training' and len(figures['training_lengths']) == 2:
+    # An encoder-decoder trains on rows with two lengths.
+    note = ''
+    if phase == 'training' and len(figures['training_lengths']) == 2:
       source, target = figures['training_lengths']
-      more = f' ({source:,} tokens of the source, {target:,} of the target)'
-    lines.append(_line(f'  {kind}', value, more))
+      note = f' ({source:,} tokens of the source, {target:,} of the target)'
+    lines.append(_format_figure(f'  {phase}', value, note))
   return lines
 
 
-def _bytes(figures: dict) -> list[str]:
-  """Returns the lines of the bytes of caches, states and checkpoints."""
+def _lines_of_bytes(figures: dict) -> list[str]:
+  """Returns lines with the bytes of caches, states and checkpoints.
+
+  Args:
+    figures: the figures, as totals.count_costs returns them.
+  """
+  # The cache of a token, and what each kind of layer has of it.
   lines = []
   if figures['kv_cache_bytes_per_token'] is not None:
-    lines.append(_line('KV-cache bytes per token',
+    lines.append(_format_figure('KV-cache bytes per token',
                        figures['kv_cache_bytes_per_token']))
     for row in figures['kinds_of_layer']:
       kind = row['kind'] or 'no kind'
-      lines.append(_line(f'  of a layer of {kind}',
+      lines.append(_format_figure(f'  of a layer of {kind}',
                          row['kv_cache_bytes_per_token']))
-  for name, key in (
-      ('state bytes per row', 'state_bytes_per_row'),
-      ('  per token of the source', 'memory_cache_bytes_per_token'),
-      ('parameter bytes', 'parameter_bytes'),
-      ('optimizer bytes', 'optimizer_bytes'),
-      ('average bytes', 'average_bytes'),
-      ('checkpoint bytes', 'checkpoint_bytes')):
+
+  # The other figures, but those that are 0 or do not apply to the model.
+  key_of_name = {
+      'state bytes per row': 'state_bytes_per_row',
+      '  per token of the source': 'memory_cache_bytes_per_token',
+      'parameter bytes': 'parameter_bytes',
+      'optimizer bytes': 'optimizer_bytes',
+      'average bytes': 'average_bytes',
+      'checkpoint bytes': 'checkpoint_bytes',
+  }
+  for name, key in key_of_name.items():
     if figures[key]:
-      lines.append(_line(name, figures[key]))
+      lines.append(_format_figure(name, figures[key]))
   return lines
 
 
-def _table(rows: Iterable[dict]) -> Iterator[str]:
-  """Yields the lines of a table of sizes."""
+def _table_of_sizes(rows: Iterable[dict]) -> Iterator[str]:
+  """Yields the lines of a table of model sizes.
+
+  Args:
+    rows: the rows, as `count_all_sizes` yields them.
+  """
   yield (f'{"system:size":<26}{"parameters":>20}{"active":>20}'
          f'{"published":>20}{"difference":>12}')
   for row in rows:

@@ -27,6 +27,7 @@ FORMATS_OF_PLOT = ('html', *figures.FILE_FORMATS)
 
 
 def main() -> int:
+  """Draws the curves of the runs that the command line names."""
   parser = cli.Parser(prog='python -m tools.curves', description=__doc__)
   parser.add_argument('runs', nargs='+', metavar='WORKDIR',
                       help='the folder of a run')
@@ -39,37 +40,47 @@ def main() -> int:
                       'in which what came before weighs W, as 0.9')
   args = parser.parse_args()
 
-  # The request.
+  # Check the options.
   require(0 <= args.smooth < 1, f'--smooth is {args.smooth}: choose 0 to .999')
   file = storage.checked_output_file(args.plot, '--plot')
   require(file is not None and file.suffix[1:] in FORMATS_OF_PLOT, f'--plot is '
           f'{args.plot!r}: its name must end in one of '
           f'.{", .".join(FORMATS_OF_PLOT)}')
 
-  # The lines of each run, and the figures that any of them has.
-  drawn = {folder: _curves_of_run(folder, args.smooth) for folder in args.runs}
-  panels = {}
-  for figure, words in TITLE_OF_FIGURE.items():
-    if any(figure in lines for lines in drawn.values()):
-      panels[figure] = words
+  # Read the curves of each run. Each figure that any run has gets a panel.
+  curves_of_runs = {}
+  for folder in args.runs:
+    curves_of_runs[folder] = _curves_of_run(folder, args.smooth)
+  title_of_panel = {}
+  for figure, title in TITLE_OF_FIGURE.items():
+    if any(figure in lines for lines in curves_of_runs.values()):
+      title_of_panel[figure] = title
+
+  # Draw them as a page or a picture.
   if file.suffix == '.html':
-    storage.write_file(file, _render_page(drawn, panels, args.by))
+    html = _render_page(curves_of_runs, title_of_panel, axis=args.by)
+    storage.write_file(file, html)
   else:
-    storage.write_picture(file, _draw_picture(drawn, panels, args.by))
+    picture = _draw_picture(curves_of_runs, title_of_panel, axis=args.by)
+    storage.write_picture(file, picture)
   print(f'curves: {file}')
   return 0
 
 
 def _curves_of_run(folder: str, weight: float) -> dict[str, dict[str, list]]:
-  """Returns the curve of each figure that a run has, by the name of the figure;
-  a curve has the columns of curves.curve_from_rows.
+  """Reads the curve of each figure of a run, such as its loss, over the steps.
 
   Args:
     folder: the folder of the run.
-    weight: the weight of --smooth.
+    weight: the weight with which figures of training are smoothed; 0: they are
+      not.
+
+  Returns:
+    The curves by the name of their figure, with the columns of
+    curves.curve_from_rows. The column of values is `loss`, whatever the figure.
 
   Raises:
-    RequestError: where no run lies there, or it has no figures yet.
+    RequestError: if there is no run in the folder, or it has no figures yet.
   """
   file = storage.checked_path(folder) / metrics.METRICS_FILE
   config = runs.load_run_config(file.parent)
@@ -78,7 +89,9 @@ def _curves_of_run(folder: str, weight: float) -> dict[str, dict[str, list]]:
     rows = metrics.read_metrics(file)
   require(rows, f'{file} has no figures yet (log.every_steps)')
 
-  spent, lines = cost.cost_of_run(config), {}
+  # The costs give the axes of tokens and of FLOPs.
+  spent = cost.cost_of_run(config)
+  lines = {}
   for figure in TITLE_OF_FIGURE:
     split, name = figure.split('/')
     line = curves.curve_from_rows(rows, split, name, run_config.flatten(config),
@@ -92,13 +105,16 @@ def _curves_of_run(folder: str, weight: float) -> dict[str, dict[str, list]]:
 
 
 def smooth_curve(values: Sequence[float], weight: float) -> list[float]:
-  """Returns the exponential moving average of some values, without the bias to
+  """Returns the exponential moving average of a curve, without the bias towards
   a start of 0: a_t = sum_s w^(t - s) x_s / sum_s w^(t - s).
 
   Args:
-    values: the values x; one that is not finite stays, and is in no average.
-    weight: w, from 0 (no smoothing) to below 1.
+    values: the values x_t. A value that is not finite stays as it is, and is in
+      no average.
+    weight: the weight w, from 0 (no smoothing) to below 1.
   """
+  # The numerator and the denominator at t are w times those at t - 1, plus x_t
+  # and 1.
   total = weights = 0.0
   result = []
   for value in values:
@@ -111,58 +127,74 @@ def smooth_curve(values: Sequence[float], weight: float) -> list[float]:
   return result
 
 
-def _draw_picture(drawn: Mapping[str, Mapping], panels: Mapping[str, str],
-                  by: str) -> Any:
+def _draw_picture(curves_of_runs: Mapping[str, Mapping],
+                  title_of_panel: Mapping[str, str], axis: str) -> Any:
   """Returns a matplotlib figure with a panel for each figure of the runs.
 
   Args:
-    drawn: the lines of each run, by its folder.
-    panels: the figures, and the words for each.
-    by: the entry of curves.AXES to draw against.
+    curves_of_runs: the curves of each run, by its folder.
+    title_of_panel: the title of each panel, by the name of its figure.
+    axis: the name of the horizontal axis, a key of curves.AXES.
   """
   from matplotlib import ticker
   from matplotlib.figure import Figure
   with figures.drawing_style('curves'):
-    names = list(drawn)
-    look, label = figures.line_styles('', names), figures.shorten_labels(names)
-    rows = math.ceil(len(panels) / 2)
+    names = list(curves_of_runs)
+    style_of_run = figures.line_styles('', names)
+    label_of_run = figures.shorten_labels(names)
+    rows = math.ceil(len(title_of_panel) / 2)
     figure = Figure(figsize=(figures.PAGE_WIDTH, 1.9 * rows + 0.5))
-    for place, panel in enumerate(panels, 1):
-      axes = figure.add_subplot(rows, 2, place)
-      for name, lines in drawn.items():
-        line = lines.get(panel, {by: [], 'loss': []})
+
+    # Draw a panel for each figure, with a line for each run.
+    for number, panel in enumerate(title_of_panel, 1):
+      axes = figure.add_subplot(rows, 2, number)
+      for name, lines in curves_of_runs.items():
+        line = lines.get(panel, {axis: [], 'loss': []})
+        # A line of one point could not be seen without a marker.
         marker = ''
-        if len(line[by]) == 1:  # a line of one point cannot be seen
+        if len(line[axis]) == 1:
           marker = 'o'
-        axes.plot(line[by], line['loss'], marker=marker, label=label[name],
-                  **look[name])
-      axes.set(title=panels[panel], xlabel=curves.AXES[by])
+        axes.plot(line[axis], line['loss'], marker=marker,
+                  label=label_of_run[name], **style_of_run[name])
+      axes.set(title=title_of_panel[panel], xlabel=curves.AXES[axis])
       axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
       axes.locator_params(axis='x', nbins=5)
       axes.grid(axis='y')
+
+    # All panels have one legend. The figure is laid out here, because its style
+    # ends with this block.
     figure.legend(*axes.get_legend_handles_labels(), ncols=4,
                   loc='outside lower center')
-    figure.draw_without_rendering()  # under this style, wherever it is written
+    figure.draw_without_rendering()
   return figure
 
 
-def _render_page(drawn: Mapping[str, Mapping], panels: Mapping[str, str],
-                 by: str) -> str:
-  """Returns an HTML page on which a reader chooses the figure and the axis; the
-  arguments are those of `_draw_picture`."""
+def _render_page(curves_of_runs: Mapping[str, Mapping],
+                 title_of_panel: Mapping[str, str], axis: str) -> str:
+  """Returns an HTML page on which a reader chooses the figure and the axis.
+
+  Args:
+    curves_of_runs: the curves of each run, by its folder.
+    title_of_panel: the title of each figure to choose from, by its name.
+    axis: the axis that is chosen at first, a key of curves.AXES.
+  """
+  # `look` names the classes of CSS of a line: its colour, and its dashes. There
+  # are 6 colours.
   series = []
-  for i, (name, lines) in enumerate(drawn.items()):
+  for i, (name, lines) in enumerate(curves_of_runs.items()):
     thinned = {figure: plots.thin_curve(line) for figure, line in lines.items()}
     series.append({'name': name, 'base': False, 'look': f'c{i % 6} d{i // 6}',
                    'mean': thinned})
   plot = {
       'id': 'curves-0', 'title': 'curves', 'curves': True, 'log': False,
-      'x': {by: curves.AXES[by]} | curves.AXES, 'y': panels, 'series': series,
+      'x': {axis: curves.AXES[axis]} | curves.AXES, 'y': title_of_panel,
+      'series': series,
       'caption': 'Seconds are of training steps on the machine that ran them, '
       'without compiling, evaluating and saving.'}
   section = page.Section('curves', 'Curves', plots=[plot])
-  return page.html([section], title=', '.join(drawn), about=[], answer='',
-                   warnings=[])
+  return page.html(
+      [section], title=', '.join(curves_of_runs), about=[], answer='',
+      warnings=[])
 
 
 if __name__ == '__main__':

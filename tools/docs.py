@@ -44,12 +44,15 @@ _INDENTED_LINES = re.compile(r'(?<=\n\n)((?:  .*(?:\n|$)|\n(?=  ))+)')
 
 
 class Blocks(griffe.Extension):
-  """Makes code blocks of the paragraphs of docstrings that are indented by two
-  spaces: equations, commands and small tables, whose lines Markdown would
-  join."""
+  """An extension of griffe that turns indented paragraphs of docstrings into
+  code blocks.
+
+  Such paragraphs, indented by two spaces, are equations, commands and small
+  tables, whose lines Markdown would join.
+  """
 
   def on_object(self, *, obj: griffe.Object, **_) -> None:
-    """Changes the docstring of an object that griffe has read."""
+    """Changes the docstring of an object; griffe calls it for each object."""
     if obj.docstring:
       obj.docstring.value = _INDENTED_LINES.sub(_make_code_block,
                                                 obj.docstring.value)
@@ -61,30 +64,34 @@ class Blocks(griffe.Extension):
 
 
 def _make_code_block(match: re.Match) -> str:
-  """Returns indented lines as a code block of Markdown."""
+  """Returns a match of _INDENTED_LINES as a code block of Markdown."""
   lines = re.sub('(?m)^  ', '', match[1]).rstrip()
   return f'```text\n{lines}\n```\n'
 
 
 def on_files(files, config):
-  """Adds the pages that are made here to the files of the site; MkDocs calls it
-  once it has listed docs/.
+  """Adds the pages that are made here to the files of the site. MkDocs calls it
+  after it has listed docs/.
 
   Args:
     files: the files of docs/, as MkDocs has them.
     config: MkDocs' config.
+
+  Returns:
+    The files, with the pages.
   """
+  # Files of the repository that are pages as they are.
   text_of_page = {page: (ROOT / path).read_text()
                   for page, path in FILE_OF_PAGE.items()}
 
-  # Notebooks, each in place of its file.
+  # Notebooks. The page of each takes the place of its file.
   for path in sorted(ROOT.glob('docs/**/*.ipynb')):
     notebook = path.relative_to(ROOT / 'docs').as_posix()
     files.remove(files.get_file_from_path(notebook))
     page = notebook.replace('.ipynb', '.md')
     text_of_page[page] = render_notebook(path.read_text())
 
-  # The reference.
+  # The reference of the Python API, of the fields of a config, and of programs.
   entries = [f'::: {name}\n    options:\n      heading_level: 2\n'
              for name in MODULES_OF_API]
   text_of_page['reference/api.md'] = '# Python API\n\n' + '\n'.join(entries)
@@ -93,21 +100,29 @@ def on_files(files, config):
   text_of_page['reference/commands.md'] = '\n'.join(
       ['# Command-line programs', *helps])
   text_of_page['llms.txt'] = render_llms_txt(config)
+
+  # Hand the pages to MkDocs.
   for page, text in text_of_page.items():
     files.append(File.generated(config, page, content=text))
   return files
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-  """Returns the Markdown of a page with its links, which lead to files of the
-  repository, as links of the site; MkDocs calls it for each page. A link to a
-  file that is no page of the site becomes its text alone.
+  """Turns the links of a page, which lead to files of the repository, into
+  links of the site. MkDocs calls it for each page.
+
+  A link to a file that is no page of the site becomes its text alone.
 
   Args:
     markdown: the text of the page.
-    page: the page, whose weight in a search is set.
-    config, files: as MkDocs passes them; not used.
+    page: the page, as MkDocs has it. Its weight in searches is set.
+    config: MkDocs' config, which is not used.
+    files: the files of the site, which are not used.
+
+  Returns:
+    The text of the page with the new links.
   """
+  # The weight of the page in searches, by the beginning of its path.
   uri = page.file.src_uri
   weight = 1
   for start, weight_of_start in SEARCH_WEIGHT_OF_PATH.items():
@@ -115,11 +130,14 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
       weight = weight_of_start
       break
   page.meta['search'] = {'boost': weight}
+
+  # The folder that links of the page start from, and the page of each file.
   folder = os.path.dirname(FILE_OF_PAGE.get(uri, f'docs/{uri}'))
   page_of_file = {file: name for name, file in FILE_OF_PAGE.items()}
 
   def link_within_site(match: re.Match) -> str:
-    """Returns a link of the repository as one of the site."""
+    """Returns a link to a file as a link to its page, or as its text alone if
+    the file has no page."""
     target = os.path.normpath(os.path.join(folder, match[2]))
     target_page = page_of_file.get(target)
     if not target_page and target.startswith('docs/'):
@@ -137,18 +155,25 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 
 
 def on_post_build(config) -> None:
-  """Removes the page for missing addresses, whose links hold only where the
-  site is at the root of its server; MkDocs calls it after the build."""
+  """Removes the page for missing addresses (404.html). MkDocs calls it after
+  the build. The links of that page work only if the site is at the root of its
+  server."""
   pathlib.Path(config.site_dir, '404.html').unlink()
 
 
 def render_llms_txt(config) -> str:
-  """Returns llms.txt: the navigation of the site, for programs that read it."""
+  """Returns the text of llms.txt: the navigation of the site, for programs that
+  read the site.
+
+  Args:
+    config: MkDocs' config. An entry of its navigation is a page, or a group of
+      pages with a title.
+  """
   lines = [f'# {config.site_name}', '', f'> {config.site_description}', '']
   for entry in config.nav:
     for title, pages in entry.items():
       pages_of_entry = pages
-      if isinstance(pages, str):  # a page at the top, and no group
+      if isinstance(pages, str):
         pages_of_entry = [entry]
       else:
         lines += ['', f'## {title}', '']
@@ -159,7 +184,7 @@ def render_llms_txt(config) -> str:
 
 
 def render_notebook(text: str) -> str:
-  """Returns a notebook as Markdown, with what its cells printed.
+  """Returns a notebook as Markdown, with the output of its cells.
 
   Args:
     text: the text of its .ipynb file, which is JSON.
@@ -171,11 +196,12 @@ def render_notebook(text: str) -> str:
       parts.append(source)
     else:
       parts.append(f'```python\n{source}\n```')
+
+    # HTML is put on one line, so that nothing of it is taken for Markdown.
     for output in cell.get('outputs', ()):
       data = output.get('data', {})
       printed = ''.join(output.get('text') or data['text/plain']).rstrip()
       if 'text/html' in data:
-        # HTML in one line, so that nothing of it is taken for Markdown.
         lines = ''.join(data['text/html']).splitlines()
         parts.append(' '.join(lines))
       else:
@@ -184,8 +210,8 @@ def render_notebook(text: str) -> str:
 
 
 def render_config_fields() -> str:
-  """Returns the page that lists the fields of a config in a table for each
-  group, with the default and the meaning of each."""
+  """Returns the page of the fields of a config as Markdown: a table for each
+  group of fields, with their defaults and meanings."""
   lines = ['# Fields of a config', '',
            'Each field is a flag: `--config.optim.lr=3e-4`.']
   group_before = None
@@ -195,6 +221,8 @@ def render_config_fields() -> str:
       lines += ['', f'## {group or "The run"}', '', '| field | default | |',
                 '|---|---|---|']
     group_before = group
+
+    # A row: the signs that Markdown would read as markup are escaped.
     text = leaf.rule.doc
     if leaf.rule.choices:
       text += f' One of {", ".join(leaf.rule.choices)}.'
@@ -204,11 +232,13 @@ def render_config_fields() -> str:
 
 
 def _render_help(program: str) -> str:
-  """Returns what a program prints for --help, as a section of Markdown.
+  """Runs a program with --help, and returns what it prints as a section of
+  Markdown.
 
   Args:
     program: the words after `python`, such as '-m tools.plan'.
   """
-  ran = subprocess.run([sys.executable, *program.split(), '--help'], cwd=ROOT,
-                       capture_output=True, text=True, check=True)
-  return f'\n## python {program}\n\n```text\n{ran.stdout.rstrip()}\n```'
+  command = [sys.executable, *program.split(), '--help']
+  result = subprocess.run(
+      command, cwd=ROOT, capture_output=True, text=True, check=True)
+  return f'\n## python {program}\n\n```text\n{result.stdout.rstrip()}\n```'

@@ -34,7 +34,7 @@ from training.runs import RANDOM_STREAMS, abstract_params
 # The devices of a mesh: to make them takes seconds, and grows as the square.
 MAX_DEVICES = 4096
 # The names that jax and flax add to a module's path.
-_ADDED = re.compile(r'jit|jvp|closed_call|checkpoint|while|body|[A-Z]')
+_ADDED_NAMES = re.compile(r'jit|jvp|closed_call|checkpoint|while|body|[A-Z]')
 
 
 def describe_array(run: runs.Run, name: str, x: Any,
@@ -49,49 +49,58 @@ def describe_array(run: runs.Run, name: str, x: Any,
       map to mesh axes; None for a dimension that is never sharded.
 
   Returns:
-    name and shape: those of the array. dimensions: a sentence for each
-    dimension, with its size and mesh axes. bytes_per_device: its share.
+    A dict for JSON with the `name` and `shape` of the array; in `dimensions`
+    words for each dimension, with its size and mesh axes; and the
+    `bytes_per_device`.
   """
-  mesh, rules = run.mesh.shape, run.config.mesh.rules
+  # Find the mesh axes that each dimension is sharded over. An entry of the spec
+  # is the name of one, a tuple of names, or None.
+  mesh = run.mesh.shape
+  rules = run.config.mesh.rules
   spec = devices.partition_spec(x.shape, names=axes, mesh=run.mesh, rules=rules)
-  places: list[tuple[str, ...]] = []  # the mesh axes of each dimension
+  mesh_axes_of_dimensions: list[tuple[str, ...]] = []
+  used_axes: set[str] = set()
   for entry in spec:
     if isinstance(entry, str):
       entry = entry,
-    places.append(tuple(entry or ()))
-  taken = {name for place in places for name in place}
+    mesh_axes = tuple(entry or ())
+    mesh_axes_of_dimensions.append(mesh_axes)
+    used_axes.update(mesh_axes)
 
-  # Each dimension in words. Mesh axes of one device shard nothing, so they are
-  # left out.
+  # Describe each dimension in words. Mesh axes of one device shard nothing, so
+  # they are left out.
   dimensions = []
   table = dict(tables.RULES[rules])
-  for size, axis, place in zip(x.shape, axes, places):
-    asked_for = [name for name in table.get(axis, ()) if mesh[name] > 1]
+  for size, axis, mesh_axes in zip(x.shape, axes, mesh_axes_of_dimensions):
+    rule_axes = [name for name in table.get(axis, ()) if mesh[name] > 1]
     words = f'{axis or "-"} {size:,}'
-    over = [name for name in place if mesh[name] > 1]
-    if over:
-      words += f' over {" x ".join(over)}'
-    dimensions.append(words + _why_not_sharded(asked_for, place, taken))
+    sharding_axes = [name for name in mesh_axes if mesh[name] > 1]
+    if sharding_axes:
+      words += f' over {" x ".join(sharding_axes)}'
+    words += _why_not_sharded(
+        rule_axes, mesh_axes=mesh_axes, used_axes=used_axes)
+    dimensions.append(words)
 
-  # A mesh axis shards one dimension at most, so the sizes can be multiplied.
-  parts = math.prod(mesh[name] for name in taken)
+  # A mesh axis shards at most one dimension, so the sizes can be multiplied.
+  num_shards = math.prod(mesh[name] for name in used_axes)
   nbytes = math.prod(x.shape) * x.dtype.itemsize
   return dict(name=name, shape=list(x.shape), dimensions=dimensions,
-              bytes_per_device=nbytes // parts)
+              bytes_per_device=nbytes // num_shards)
 
 
-def _why_not_sharded(asked_for: list[str], place: tuple[str, ...],
-                     taken: set[str]
-                     ) -> str:
-  """Returns why a dimension is not sharded as its rule says; '': it is.
+def _why_not_sharded(rule_axes: list[str], mesh_axes: tuple[str, ...],
+                     used_axes: set[str]) -> str:
+  """Returns words that say why a dimension is not sharded as its rule says; ''
+  if it is.
 
   Args:
-    asked_for: the mesh axes that the rule names.
-    place: the mesh axes that the dimension lies on.
-    taken: the mesh axes that any dimension of the array lies on.
+    rule_axes: the mesh axes that the rule of the dimension names.
+    mesh_axes: the mesh axes that shard the dimension.
+    used_axes: the mesh axes that shard any dimension of the array.
   """
-  missing = [name for name in asked_for if name not in place]
-  elsewhere = [name for name in missing if name in taken]
+  missing = [name for name in rule_axes if name not in mesh_axes]
+  # A mesh axis can shard only one dimension of an array.
+  elsewhere = [name for name in missing if name in used_axes]
   if elsewhere:
     return f' ({elsewhere[0]} shards another dimension)'
   if missing:
@@ -100,13 +109,23 @@ def _why_not_sharded(asked_for: list[str], place: tuple[str, ...],
 
 
 def describe_parameters(run: runs.Run) -> list[dict]:
-  """Returns how each parameter of the model is sharded, as `describe_array`
-  does."""
+  """Describes the sharding of each parameter of the model.
+
+  Args:
+    run: the run, on the mesh.
+
+  Returns:
+    A dict of `describe_array` for each parameter.
+  """
+  # A leaf is a box of Flax with the shape of the parameter and its logical
+  # axes.
   leaves, _ = jax.tree_util.tree_flatten_with_path(
       abstract_params(run.module), is_leaf=lambda x: hasattr(x, 'names'))
-  return [describe_array(run, paths.path_to_string(path), box.value,
-                         axes=box.names)
-          for path, box in leaves]
+  rows = []
+  for path, box in leaves:
+    name = paths.path_to_string(path)
+    rows.append(describe_array(run, name=name, x=box.value, axes=box.names))
+  return rows
 
 
 def describe_activations(run: runs.Run) -> list[dict]:
@@ -117,7 +136,7 @@ def describe_activations(run: runs.Run) -> list[dict]:
 
   Returns:
     A dict of `describe_array` for each activation, in the order of the forward
-    pass. Layers that are alike share one.
+    pass. Equal layers share one.
   """
   objective = objectives.find_objective(run.config)
 
@@ -132,32 +151,35 @@ def describe_activations(run: runs.Run) -> list[dict]:
         run.module, params, batch, deterministic=False, rngs=rngs)
     return objective.loss(output, batch, run.config)[0]
 
-  # The traced program holds each constraint as an operation of its own.
+  # The traced program has each constraint as an operation of its own.
   with run.context():
     jaxpr = jax.make_jaxpr(loss)(run.abstract_state.params, batch)
 
   # The description itself is the key, so that equal ones are kept once.
   rows = {}
   for name, x, axes in _find_constraints(jaxpr.jaxpr, ''):
-    description = describe_array(run, name, x, axes=axes)
+    description = describe_array(run, name=name, x=x, axes=axes)
     rows[json.dumps(description)] = description
   return list(rows.values())
 
 
-def _find_constraints(jaxpr: Any, above: str
+def _find_constraints(jaxpr: Any, names_above: str
                       ) -> Iterator[tuple[str, Any, list[str | None]]]:
-  """Yields each named constraint on the sharding of an array in a traced
-  program: the path of its module, its shape and dtype, and its logical axes.
+  """Finds the named constraints on the sharding of arrays in a traced program.
 
   Args:
-    jaxpr: the traced program, or one inside it.
-    above: the stack of names around it.
+    jaxpr: the traced program, or a program inside of it.
+    names_above: the stack of names of the program that it is inside of.
+
+  Yields:
+    For each constraint the path of its module, the array's shape and dtype, and
+    the logical axis of each dimension.
   """
-  # The model wraps each constraint in a named scope that lists its logical
-  # axes, and the trace keeps that name: SCOPE(batch,None,embed).
+  # The model puts each constraint into a named scope that lists its logical
+  # axes, SCOPE(batch,None,embed), and the trace keeps that name.
   scope = re.compile(rf'{sharding.SCOPE_OF_CONSTRAINT}\(([^()]*)\)')
   for eqn in jaxpr.eqns:
-    name = f'{above}/{eqn.source_info.name_stack}'
+    name = f'{names_above}/{eqn.source_info.name_stack}'
     declared = scope.search(name)
     if eqn.primitive.name == 'sharding_constraint' and declared:
       axes: list[str | None] = []
@@ -165,40 +187,44 @@ def _find_constraints(jaxpr: Any, above: str
         if axis:
           axes.append(None if axis == 'None' else axis)
       yield _path_of_module(scope.sub('', name)), eqn.invars[0].aval, axes
-    # Scans and checkpoints hold programs of their own.
+    # Operations such as scans and checkpoints have programs inside of them.
     for inner in jex.jaxprs_in_params(eqn.params):
       yield from _find_constraints(inner, name)
 
 
 def _path_of_module(stack: str) -> str:
-  """Returns the path of the module in a stack of names of JAX, without the
-  names that JAX and Flax add, such as jit(...)."""
+  """Returns the path of a module, given JAX's stack of names inside of it,
+  which
+  also has names that JAX and Flax add, such as jit(...)."""
   parts = []
   for part in stack.split('/'):
-    if part and not _ADDED.match(part):
+    if part and not _ADDED_NAMES.match(part):
       parts.append(part.split('.')[0])
   return '/'.join(dict.fromkeys(parts)) or 'loss'
 
 
 def explain_sharding(config: Any, mesh: dict[str, int]) -> dict:
-  """Returns how every parameter and activation of a run is sharded on a mesh,
-  and the collectives (communication of devices) that follow.
+  """Describes how every parameter and activation of a run is sharded on a mesh,
+  and which collectives (communication between devices) follow.
 
   Args:
-    config: the config of the run, which was checked.
+    config: the config of the run, checked.
     mesh: the number of devices of each mesh axis.
 
   Returns:
-    model, mesh, rules: the architecture, the mesh and the name of its table of
-    sharding rules. parameters, activations: a dict of `describe_array` for
-    each. collectives: those of a training step, summed by kind.
+    A dict for JSON:
+    model, mesh, rules: the architecture, the mesh, and the name of its table of
+      sharding rules.
+    parameters, activations: a dict of `describe_array` for each.
+    collectives: the collectives of a training step, summed by kind.
   """
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
   count = math.prod(mesh.values())
   device_mesh = devices.make_mesh(mesh, jax.devices()[:count])
   run = runs.build(config, model, device_mesh)
-  # The host of each device: all are on host 0, so that no bytes are counted as
-  # sent between hosts.
+
+  # All devices are taken to be on host 0, so that no bytes count as sent
+  # between hosts.
   host_of_device = np.zeros(count, int)
   predicted = predict.predict_collectives(run, host_of_device)
   return dict(
@@ -209,7 +235,7 @@ def explain_sharding(config: Any, mesh: dict[str, int]) -> dict:
 
 
 def format_report(report: dict) -> str:
-  """Returns what `explain_sharding` returns as text for a terminal."""
+  """Returns the result of `explain_sharding` as text for a terminal."""
   total = sum(row['bytes_per_device'] for row in report['parameters'])
   mesh = ' '.join(f'{axis}={n}' for axis, n in report['mesh'].items())
   lines = [f'{report["model"]}, mesh {mesh}, rules {report["rules"]!r}: '
@@ -226,6 +252,7 @@ def format_report(report: dict) -> str:
 
 
 def main() -> int:
+  """Explains the sharding of the run and the mesh that the flags name."""
   cli.define_config()
   flags.DEFINE_string('mesh', '', 'fsdp=8,expert=8 (others: 1), or a preset of '
                       "configs/sharding.py; '': config.mesh, where -1 is 1.")
@@ -233,6 +260,9 @@ def main() -> int:
   cli.parse(__doc__)
   args = flags.FLAGS
   require(args.config is not None, 'pass --config FILE.py:SIZE')
+
+  # The mesh of the config has -1 for an axis that takes all other devices,
+  # which counts as 1 here.
   mesh = {axis: abs(args.config.mesh[axis]) for axis in tables.MESH_AXES}
   if args.mesh:
     mesh = devices.parse_mesh(args.mesh, 0)
@@ -241,6 +271,8 @@ def main() -> int:
           f'a mesh of {count:,} devices is asked for: choose '
           f'one of {MAX_DEVICES:,} at most, as each becomes a virtual '
           'CPU device')
+
+  # Make as many virtual CPU devices as the mesh has.
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', count)
   preflight.check_config(args.config, cli.overridden_fields())

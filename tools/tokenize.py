@@ -24,7 +24,8 @@ from training.data import conversations, sources, tokenizers, tokens
 from training.workdir import storage
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command line of this program."""
   parser = cli.Parser(prog='python -m tools.tokenize', description=__doc__)
   parser.add_argument('source', help=sources.list_forms((sources.TEXT,)))
   parser.add_argument('--out', required=True, metavar='FOLDER',
@@ -43,15 +44,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-  args = _parser().parse_args(argv)
-  if args.job is None:  # alone, or one of an array
-    args.job = int(os.environ.get('SLURM_ARRAY_TASK_ID', 0))
-    args.job = args.job if args.jobs > 1 else 0
-  for name, least, most in (
-      ('shard_mib', 1, 2**20), ('jobs', 1, 100_000), ('job', 0, args.jobs - 1)):
+  """Writes the shards that the command line asks for, and prints figures.
+
+  Args:
+    argv: the words of the command line; None: those of this process.
+  """
+  args = _make_parser().parse_args(argv)
+
+  # Without --job, the number of the job is that in an array of SLURM; a job
+  # that shares its work with no other is job 0.
+  if args.job is None:
+    args.job = 0
+    if args.jobs > 1:
+      args.job = int(os.environ.get('SLURM_ARRAY_TASK_ID', 0))
+
+  # Check the numbers.
+  bounds_of_option = {
+      'shard_mib': (1, 2**20),
+      'jobs': (1, 100_000),
+      'job': (0, args.jobs - 1),
+  }
+  for name, (lowest, highest) in bounds_of_option.items():
     check_number(f'--{name}', getattr(args, name),
-                 (('>=', least), ('<=', most)))
-  figures = tokenise(args)
+                 (('>=', lowest), ('<=', highest)))
+
+  figures = write_shards_of_job(args)
   if args.json:
     print(json.dumps(figures))
   else:
@@ -60,11 +77,12 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-class _Plain(conversations.Layout):
-  """Refuses conversations, whose layout a run chooses.
+class _PlainText(conversations.Layout):
+  """A layout of documents that takes plain text and refuses conversations,
+  whose layout a run chooses.
 
   Args:
-    spec: the source, for messages.
+    spec: the source as it was written, for messages.
   """
 
   key = ''
@@ -73,15 +91,27 @@ class _Plain(conversations.Layout):
     self._spec = spec
 
   def lay_out(self, document: Any) -> Any:
+    """Returns a document that is a text as it is.
+
+    Raises:
+      RequestError: for a conversation.
+    """
     require(isinstance(document, str), f'{self._spec!r} holds conversations, '
             'and tools.tokenize writes plain text: a run reads these from '
             'their own files')
     return document
 
 
-def _source(spec: str) -> sources.Source:
-  """Returns the one source of plain text that a spec names."""
-  (_, source), *others = sources.parse_sources(spec, lambda: _Plain(spec))
+def _parse_text_source(spec: str) -> sources.Source:
+  """Returns the one source of plain text that a spec names.
+
+  Args:
+    spec: the source as it was written on the command line.
+
+  Raises:
+    RequestError: for a mixture of sources, or a source of something else.
+  """
+  (_, source), *others = sources.parse_sources(spec, lambda: _PlainText(spec))
   require(not others, f'data source {spec!r} is a mixture: tokenise each of '
           "its sources, and mix them in the run, '0.7*tokens:A,0.3*tokens:B'")
   require(sources.TEXT in source.holds and not source.tokens, 'data source '
@@ -90,35 +120,62 @@ def _source(spec: str) -> sources.Source:
   return source
 
 
-def tokenise(args: argparse.Namespace) -> dict[str, Any]:
-  """Makes the shards that are this job's and not finished; returns figures."""
-  started, out = time.monotonic(), storage.checked_path(args.out,
-                                                        '--out').expanduser()
+def write_shards_of_job(args: argparse.Namespace) -> dict[str, Any]:
+  """Writes those shards of a source that this job is to write and that are not
+  finished yet.
+
+  Args:
+    args: the options of the command line.
+
+  Returns:
+    Figures by name: the number of finished shards, and the seconds; once all
+    shards are finished, also their documents, bytes and tokens, and how a run
+    reads them.
+  """
+  # Check the folder, and read the source and the tokenizer.
+  started = time.monotonic()
+  out = storage.checked_path(args.out, '--out').expanduser()
   storage.check_folder_is_writable(out, '--out')
   storage.refuse_folder_of_run(out, '--out', tokens.BEGUN_FILE)
-  tokenizer, source = tokenizers.load(args.tokenizer), _source(args.source)
+  tokenizer = tokenizers.load(args.tokenizer)
+  source = _parse_text_source(args.source)
+
+  # Cut the source into shards, and begin the folder. If it was begun before, it
+  # must be for the same source: names and sizes of files tell that.
   parts, sizes = sources.plan_shards(source, args.shard_mib << 20)
-  content = tokens.digest_json([source.reader, source.content, [
-      [os.path.basename(path), size]
-      for path, size, _ in sources.file_stats(source)]])
-  begun = sources.begin_folder(out, source=source, parts=parts, content=content,
-                               tokenizer=tokenizer)
-  done = tokens.find_finished_shards(out, begun)
-  # Each job has about as much to do.
-  order = sorted(range(len(parts)), key=lambda i: -sizes[i])
-  for i in order[args.job::args.jobs]:
-    if not done[i]:
-      sources.write_shard(out, i=i, part=parts[i], tokenizer=tokenizer,
-                          begun=begun)
-  done = tokens.find_finished_shards(out, begun)
-  figures = {'shards': f'{sum(done)} of {len(done)}',
-             'seconds': round(time.monotonic() - started, 1)}
-  if all(done):
-    whole = tokens.Split(tokens.load_tokens(str(out), f'tokens:{out}'),
-                         every=None, split='train', part='', separator=0)
-    figures |= {'documents': whole.documents, 'bytes': whole.num_bytes,
-                'tokens': whole.num_tokens - whole.documents,
-                'read_as': f'data.source=tokens:{out}'}
+  files = [[os.path.basename(path), size]
+           for path, size, _ in sources.file_stats(source)]
+  content = tokens.digest_json([source.reader, source.content, files])
+  begun = sources.begin_folder(
+      out, source=source, parts=parts, content=content, tokenizer=tokenizer)
+
+  # Write the shards of this job. The jobs take turns, from the largest shard to
+  # the smallest, so that each has about as much to do.
+  is_finished = tokens.find_finished_shards(out, begun)
+  largest_first = sorted(range(len(parts)), key=lambda i: -sizes[i])
+  for i in largest_first[args.job::args.jobs]:
+    if not is_finished[i]:
+      sources.write_shard(
+          out, i=i, part=parts[i], tokenizer=tokenizer, begun=begun)
+
+  # Other jobs may have finished theirs meanwhile.
+  is_finished = tokens.find_finished_shards(out, begun)
+  seconds = round(time.monotonic() - started, 1)
+  figures = {
+      'shards': f'{sum(is_finished)} of {len(is_finished)}',
+      'seconds': seconds,
+  }
+  if all(is_finished):
+    loaded = tokens.load_tokens(str(out), f'tokens:{out}')
+    everything = tokens.Split(
+        loaded, every=None, split='train', part='', separator=0)
+    # Split counts a separator for each document, which is no token of the text.
+    figures |= {
+        'documents': everything.documents,
+        'bytes': everything.num_bytes,
+        'tokens': everything.num_tokens - everything.documents,
+        'read_as': f'data.source=tokens:{out}',
+    }
   return figures
 
 

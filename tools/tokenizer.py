@@ -24,13 +24,13 @@ class Algorithm(NamedTuple):
   """How the package tokenizers trains one kind of tokenizer.
 
   Attributes:
-    model: the model.
-    pre_tokenizer: what cuts a text into words.
-    decoder: what joins words to a text.
+    model: the model of the tokenizer, without a vocabulary.
+    pre_tokenizer: it cuts a text into words.
+    decoder: it joins words to a text.
     trainer: the class of the trainer.
     special: the special tokens, in the order of their ids.
-    options: more options of the trainer.
-    normalizer: what a text becomes before it is cut; None: it stays.
+    options: further options of the trainer.
+    normalizer: it changes a text before it is cut; None: the text stays.
   """
   model: Any
   pre_tokenizer: Any
@@ -71,20 +71,24 @@ def train_tokenizer(kind: str, documents: Iterator[str], size: int,
   """Trains a tokenizer on documents.
 
   Args:
-    kind: the algorithm, an entry of ALGORITHMS.
+    kind: the algorithm, a key of ALGORITHMS.
     documents: the texts.
     size: the number of ids, special tokens included.
-    more_special_tokens: special tokens beside those of the algorithm.
+    more_special_tokens: special tokens in addition to those of the algorithm.
 
   Raises:
-    RequestError: where the training fails, or `size` is too small.
+    RequestError: if the training fails, or `size` is too small.
   """
+  # Put the parts of the algorithm together.
   algorithm = ALGORITHMS[kind]
   tokenizer = hf.Tokenizer(algorithm.model)
   tokenizer.pre_tokenizer = algorithm.pre_tokenizer
   tokenizer.decoder = algorithm.decoder
   if algorithm.normalizer is not None:
     tokenizer.normalizer = algorithm.normalizer
+
+  # Train it. The source of the documents raises errors of its own, which say
+  # what is wrong; tokenizers raises bare Exception.
   try:
     trainer = algorithm.trainer(
         vocab_size=size,
@@ -92,9 +96,11 @@ def train_tokenizer(kind: str, documents: Iterator[str], size: int,
         show_progress=False, **algorithm.options)
     tokenizer.train_from_iterator(documents, trainer)
   except (RequestError, OSError):
-    raise  # by the source, which says itself what is wrong
-  except Exception as error:  # tokenizers raises bare Exception
+    raise
+  except Exception as error:
     raise RequestError(f'training {kind} failed: {error}.') from error
+
+  # The trainer exceeds a size that is too small without an error.
   least_size = tokenizer.get_vocab_size(with_added_tokens=True)
   require(least_size <= size, f'--vocab_size={size} is too small: the special '
           f'tokens and the alphabet alone are {least_size}')
@@ -106,15 +112,18 @@ def _training_texts(spec: str, every: int) -> Iterator[str]:
 
   Args:
     spec: the source, as data.source names it.
-    every: one document of so many is held out (data.holdout_every).
+    every: one of this many documents is held out (data.holdout_every).
   """
   for _, source in sources.parse_sources(spec):
     require(sources.TEXT in source.holds, f'data source {source.name!r} holds '
             f'{source.holds[0]}, and no text: choose another')
-    for i, document in enumerate(
-        sources.hold_out_end_of_text(source, every).documents()):
+
+    # A run selects its documents in the same way.
+    documents = sources.hold_out_end_of_text(source, every).documents()
+    for i, document in enumerate(documents):
       if not tokens.select_documents(np.array([i]), every, 'train').any():
         continue
+      # A conversation is a list of pairs, in which the text comes second.
       if isinstance(document, str):
         yield document
       else:
@@ -123,6 +132,11 @@ def _training_texts(spec: str, every: int) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+  """Trains the tokenizer that the command line asks for, and writes it.
+
+  Args:
+    argv: the words of the command line; None: those of this process.
+  """
   parser = cli.Parser(prog='python -m tools.tokenizer', description=__doc__)
   parser.add_argument('command', choices=['train'])
   parser.add_argument('--kind', choices=ALGORITHMS, default='bpe',
@@ -139,6 +153,8 @@ def main(argv: list[str] | None = None) -> None:
       '--holdout_every', type=int, default=base.base().data.holdout_every,
       help='leave out what data.holdout_every holds out of training')
   args = parser.parse_args(argv)
+
+  # Refuse a file that cannot be written before anything is trained.
   require(args.out.endswith('.json'), f'--out={args.out} must end in .json')
   storage.check_file_is_writable(args.out, '--out')
   with progress.show_task(f'training {args.kind}'):

@@ -15,8 +15,9 @@ WIDTHS = [32, 128]
     system for system in models.SYSTEMS_WITH_MUP
     if models.mixers_of(system) == {'attention'}])
 def rows(request):
+  setting = coord_check.TrainingSetting('adamw', 2e-3, 8)
   return {name: coord_check.measure_growth_over_widths(
-      request.param, name, WIDTHS, coord_check.Setting('adamw', 2e-3, 8), 6)
+      request.param, name, WIDTHS, setting, 6)
           for name in ('standard', 'mup')}
 
 
@@ -33,7 +34,7 @@ def test_flat_in_mup_and_growing_in_the_standard_form(rows):
   assert set(deeper) <= {'flat', 'unclear'}, rows['mup']['slopes']
   # A branch that ends in a norm adds no more at one width than at another.
   c = coord_check.config_at_width(rows['mup']['system'], 'mup', 32, 32,
-                                  coord_check.Setting('adamw', 1.0, 1))
+                                  coord_check.TrainingSetting('adamw', 1.0, 1))
   ends_in_a_norm = c.model.block in ('sandwich', 'out_norm')
   grows = words['standard'][-1:] if ends_in_a_norm else words['standard']
   assert set(grows) == {'growing'}, rows['standard']['slopes']

@@ -57,7 +57,7 @@ def save(folder, template=OF_FOLDER, **generation):
 def test_a_folder_is_asked_by_its_template_or_by_another(tmp_path):
   """And so is a run that was imported from it."""
   save(tmp_path, do_sample=True, temperature=0.6)
-  convert.import_(tmp_path, tmp_path / 'run', partial=False, seed=0)
+  convert.import_model(tmp_path, tmp_path / 'run', partial=False, seed=0)
   for speaker in (chat.load_from_folder(tmp_path),
                   chat.load_from_run(tmp_path / 'run')):
     assert speaker.talk.encode(ASK).tolist() == [1, 18, 2]
@@ -73,7 +73,7 @@ def test_an_import_that_was_trained_goes_on_as_in_training(
     tmp_path, monkeypatch):
   """After the separator, and not after the folder's bos."""
   save(tmp_path, template='')
-  convert.import_(tmp_path, tmp_path / 'run', partial=False, seed=0)
+  convert.import_model(tmp_path, tmp_path / 'run', partial=False, seed=0)
   imported = chat.load_from_run(tmp_path / 'run')
   assert imported.talk.encode(ASK).tolist() == [17, 1]
   read = chat.parameters.read_parameters_on_one_device

@@ -37,7 +37,7 @@ def folder(made, tmp_path_factory):
 @pytest.fixture(scope='module')
 def imported(folder, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('imported') / 'run'
-  convert.import_(folder, workdir, partial=False, seed=0)
+  convert.import_model(folder, workdir, partial=False, seed=0)
   return workdir
 
 

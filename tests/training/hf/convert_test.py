@@ -98,7 +98,7 @@ def imported(tmp_path_factory, texts):
   folder = tmp_path_factory.mktemp('imported')
   module, params = models.make_model('llama', vocab_size=384)
   weights.to_hf(module, params, folder / 'in')
-  convert.import_(folder / 'in', folder / 'run', partial=False, seed=0)
+  convert.import_model(folder / 'in', folder / 'run', partial=False, seed=0)
   file = folder / 'run/config.json'
   tree = json.loads(file.read_text())
   tree['data'].update(source=texts.partition('=')[2], length=16, batch_size=8,
@@ -115,7 +115,8 @@ def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
   weights.to_hf(*models.make_model('llama', vocab_size=384), tmp_path / 'in')
 
   def to_run():
-    convert.import_(tmp_path / 'in', tmp_path / 'run', partial=False, seed=0)
+    convert.import_model(
+        tmp_path / 'in', tmp_path / 'run', partial=False, seed=0)
 
   def fail(*_, **__):
     raise EnvironmentFailure('the disk is full')
@@ -225,7 +226,7 @@ def published(tmp_path_factory):
   weights.to_hf(module, params, folder / 'in',
                 generation=hf_generation.Generation(**GIVEN))
   (folder / 'in/chat_template.jinja').write_text(TEMPLATE)
-  convert.import_(folder / 'in', folder / 'run', partial=False, seed=0)
+  convert.import_model(folder / 'in', folder / 'run', partial=False, seed=0)
   return folder / 'run'
 
 
@@ -256,14 +257,14 @@ def test_training_gives_the_ids_another_meaning(published):
   config = run_config.load_config(published)
   model = architectures.resolve(config.model)
   kept = hf_generation.load_generation(published)
-  assert convert._generation_fields(published, config, model, 0) == kept
+  assert convert._generation_of_export(published, config, model, 0) == kept
   assert checkpoints.checkpoint_folder(published).exists()
   ids = tokenizers.load('bytes:61').special_ids
-  assert convert._generation_fields(published, config, model, 9).fields == {
+  assert convert._generation_of_export(published, config, model, 9).fields == {
       f'{name}_token_id': ids[name] for name in ('bos', 'eos', 'pad')}
   with config.unlocked():
     config.data.tokenizer = 'a/tokenizer.json'
-  assert convert._generation_fields(published, config, model, 9) == kept
+  assert convert._generation_of_export(published, config, model, 9) == kept
 
 
 @pytest.mark.slow
@@ -274,7 +275,7 @@ def test_a_tokenizer_that_is_not_read_goes_along(tmp_path, capsys):
   kept = ('source.spm', 'target.spm', 'vocab.json')
   for name in kept:
     (tmp_path / 'in' / name).write_text(name)
-  convert.import_(tmp_path / 'in', tmp_path / 'run', partial=False, seed=0)
+  convert.import_model(tmp_path / 'in', tmp_path / 'run', partial=False, seed=0)
   assert ('no tokenizer that is read here, though vocab.json, source.spm'
           in capsys.readouterr().err)
   assert run_config.load_config(tmp_path / 'run').data.tokenizer == 'bytes'
@@ -318,7 +319,7 @@ def test_a_folder_may_lack_heads(kind, tmp_path, capsys):
   drop, next_sentence, new = FOLDERS[kind]
   given = _folder(tmp_path / 'in', drop, kind)
   run = epath.Path(tmp_path / 'run')
-  convert.import_(given, run, partial=False, seed=0)
+  convert.import_model(given, run, partial=False, seed=0)
   lines = [line for line in capsys.readouterr().out.splitlines()
            if 'new, drawn from the seed' in line]
   config, _, params, _ = convert._load_from_workdir(run, None)

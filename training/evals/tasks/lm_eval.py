@@ -23,20 +23,20 @@ from training.objectives import Config
 
 # The folder of the tasks that are ours, as files of lm_eval.
 OWN_TASKS_FOLDER = pathlib.Path(__file__).parents[1] / 'lm_eval_tasks'
-# How often a figure is resampled for its standard error; a mean has one without
-# that.
+# How often a figure is resampled for its standard error. That of a mean needs
+# no resampling.
 NUM_BOOTSTRAPS = 100
 # The packages whose code may run in a task of lm_eval: its own, and ours.
 KNOWN_PACKAGES = ('common', 'configs', 'lm_eval', 'training')
 
 
 class LMEval(Task):
-  """Prints and returns the figures of tasks of lm_eval.
+  """Evaluates a run by tasks of lm_eval.
 
-  Of one task the figures have their own names, and of several TASK/FIGURE; the
-  tasks of a group of lm_eval have names likewise. The names are lm_eval's
-  without that of a filter that does nothing: 'acc,none' is acc, and
-  'exact_match,strict' is exact_match (strict).
+  If one task is asked for, its figures have their own names; if several are, or
+  a group of tasks, they are named TASK/FIGURE. The names are those of lm_eval,
+  without the name of a filter that does nothing: 'acc,none' becomes acc, and
+  'exact_match,strict' becomes exact_match (strict).
   """
 
   help = 'tasks of lm_eval, named as lm_eval:NAME'
@@ -63,7 +63,17 @@ class LMEval(Task):
     return scoring.why_not_scorable(config)
 
   def check(self, options: Any, config: Any) -> None:
-    """Raises RequestError where a task is not there, or its files are not."""
+    """Checks that the tasks exist, and that their files can be loaded.
+
+    Args:
+      options: the flags of this task.
+      config: the config of the run, which is not read.
+
+    Raises:
+      RequestError: for a task that does not exist or cannot be loaded, or if
+        the package lm_eval is not installed.
+    """
+    # The flags, and the package.
     names = _parse_names(options)
     require(bool(names), 'task lm_eval is told what to evaluate: '
             '--tasks=lm_eval:NAME, or --tasks=lm_eval --lm_eval=NAME,NAME')
@@ -72,13 +82,15 @@ class LMEval(Task):
     folder = options.lm_eval_tasks
     require(not folder or os.path.isdir(folder), '--lm_eval_tasks is '
             f'{folder!r}, which is no folder')
+
+    # The tasks. Those that are not lm_eval's own have all of their files on
+    # this machine, so they are loaded here.
     with report_failures(', '.join(names)):
       manager = _choose_task_manager(options)
       for name in names:
         require(name in manager.all_tasks, f'lm_eval has no task {name!r}: '
                 '`lm_eval ls tasks` lists its own, and blimp_files and '
                 'cloze_files are here.' + suggest_name(name, manager.all_tasks))
-      # Without lm_eval's own tasks, all files are on this machine: load them.
       without_own = _make_task_manager(folder, options.lm_eval_data,
                                        without_own=True)
       if manager is without_own:
@@ -91,14 +103,15 @@ class LMEval(Task):
       evaluation: the evaluation of the run: its model, parameters and options.
 
     Returns:
-      The figures by name; `stderr`, their standard errors; `examples`, the
-      number of examples of each task; and `items`, what each item scores.
+      The figures by name; and in `stderr` their standard errors, in `examples`
+      the number of examples of each task, and in `items` the scores of each
+      item, such as a question.
     """
     asked_tasks = _parse_names(evaluation.options)
     results = _run_lm_eval(evaluation, asked_tasks)
 
-    # Sort the results into figures, their standard errors, and what each item
-    # scores. Where one task was asked for, its name is left out.
+    # Sort the results into figures, their standard errors, and the scores of
+    # each item. If one task was asked for, its name is left out.
     figures: dict[str, float] = {}
     errors: dict[str, float] = {}
     records: dict[str, dict] = {}
@@ -119,8 +132,7 @@ class LMEval(Task):
       for name, record in records_of_task.items():
         records[prefix + name] = record
 
-    # Print a line for each figure, with its standard error where lm_eval has
-    # one.
+    # Print a line for each figure, with its standard error if lm_eval has one.
     for name, value in figures.items():
       line = f'  {name:<40} {value:>10.4f}'
       if name in errors:
@@ -142,14 +154,15 @@ def _run_lm_eval(evaluation: Evaluation, tasks: Sequence[str]
     tasks: the names of lm_eval's tasks.
 
   Returns:
-    The results as lm_eval has them.
+    The results as lm_eval returns them.
   """
   # lm_eval is an optional package, and slow to import.
   from training.evals import harness
   options = evaluation.options
+  # None leaves the number of examples before a question to the task.
   num_fewshot = options.lm_eval_fewshot
   if num_fewshot < 0:
-    num_fewshot = None  # as the task says
+    num_fewshot = None
 
   # None for a seed leaves the random generators of the process alone.
   with report_failures(', '.join(tasks)):
@@ -163,8 +176,13 @@ def _run_lm_eval(evaluation: Evaluation, tasks: Sequence[str]
 
 
 def _samples_of_task(results: Mapping[str, Any], task: str) -> list[dict]:
-  """Returns the samples that lm_eval logged of a task; or those of all tasks of
-  a group, which has none of its own."""
+  """Returns the samples that lm_eval logged of a task; for a group of tasks,
+  which has no samples itself, those of all of its tasks.
+
+  Args:
+    results: the results of lm_eval.
+    task: the name of the task or group.
+  """
   samples = results['samples'].get(task)
   if samples:
     return samples
@@ -176,25 +194,25 @@ def _samples_of_task(results: Mapping[str, Any], task: str) -> list[dict]:
 
 @contextlib.contextmanager
 def report_failures(task_names: str) -> Iterator[None]:
-  """Turns a failure of lm_eval inside a `with` statement into a sentence that
-  says what it fails at.
+  """Turns a failure of lm_eval inside a `with` statement into an error whose
+  message is a sentence with the names of the tasks.
 
   Args:
-    task_names: what lm_eval works on there, for the message.
+    task_names: the names of the tasks that lm_eval works on, for the message.
 
   Raises:
-    EnvironmentFailure: where lm_eval cannot load the data.
-    RequestError: where it refuses the request.
+    EnvironmentFailure: if lm_eval cannot load the data.
+    RequestError: if lm_eval refuses the request.
   """
-  # lm_eval's own progress bars would stand beside ours.
+  # lm_eval's own progress bars would be shown beside ours.
   os.environ.setdefault('TQDM_DISABLE', '1')
-  # It resamples in forks of the process, which may stand still: a fork has
-  # one of JAX's threads, and the locks of them all.
+  # lm_eval would resample in forks of the process, which may wait for ever: a
+  # fork has only one of JAX's threads, but the locks of all of them.
   os.environ['DISABLE_MULTIPROC'] = '1'
   logging.getLogger('lm_eval').setLevel(logging.ERROR)
 
-  # An error that was raised by other code than lm_eval's is a bug of ours, and
-  # goes on with its traceback.
+  # An error that other code than lm_eval's raises is a bug of ours, and passes
+  # with its traceback.
   try:
     yield
   except (ConnectionError, FileNotFoundError) as error:
@@ -210,8 +228,15 @@ def report_failures(task_names: str) -> Iterator[None]:
 
 
 def _package_that_raised(error: Exception) -> str:
-  """Returns which of KNOWN_PACKAGES raised an error, or called what did: what
-  lm_eval's own code refuses is a wrong request, what ours raises is a bug."""
+  """Returns which of KNOWN_PACKAGES raised an error, or called the package that
+  did; '': none of them.
+
+  An error of lm_eval's own code means a wrong request, and one of ours a bug.
+
+  Args:
+    error: the error, with its traceback.
+  """
+  # The innermost frame of a known package decides.
   package_that_raised = ''
   for frame, _ in traceback.walk_tb(error.__traceback__):
     package = frame.f_globals.get('__name__', '').partition('.')[0]
@@ -221,14 +246,20 @@ def _package_that_raised(error: Exception) -> str:
 
 
 def _parse_names(options: Any) -> list[str]:
-  """Returns the names of tasks that --lm_eval lists."""
+  """Returns the names of the tasks that the flag --lm_eval lists."""
   names = [name.strip() for name in options.lm_eval.split(',')]
   return [name for name in names if name]
 
 
 def _choose_task_manager(options: Any) -> Any:
-  """Returns lm_eval's list of tasks: ours and those of --lm_eval_tasks, and
-  where one of --lm_eval is none of these, lm_eval's own thousands, too."""
+  """Returns lm_eval's manager of tasks, which lists and loads them.
+
+  It has our tasks and those of --lm_eval_tasks. If --lm_eval names any other,
+  it also has lm_eval's own thousands of tasks.
+
+  Args:
+    options: the flags of this task.
+  """
   folder = options.lm_eval_tasks
   data_folder = options.lm_eval_data
   manager = _make_task_manager(folder, data_folder, without_own=True)
@@ -239,7 +270,7 @@ def _choose_task_manager(options: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _make_task_manager(folder: str, data_folder: str, without_own: bool) -> Any:
-  """Returns lm_eval's list of tasks.
+  """Returns lm_eval's manager of tasks, which lists and loads them.
 
   Args:
     folder: a folder of further task files; '': none.
