@@ -61,12 +61,15 @@ def test_a_folder_is_asked_by_its_template_or_by_another(tmp_path):
   for speaker in (chat.load_from_folder(tmp_path),
                   chat.load_from_run(tmp_path / 'run')):
     assert speaker.talk.encode(ASK).tolist() == [1, 18, 2]
+    assert speaker.talk.words == 'answers by its chat template'
     assert speaker.talk.ends == {18, 19}
     assert speaker.options['temperature'] == 0.6
   (tmp_path / 'b.jinja').write_text('{{ messages[0].content }}<end>')
   other = chat.load_from_run(tmp_path / 'run',
                              template=str(tmp_path / 'b.jinja'))
   assert other.talk.encode(ASK).tolist() == [1, 19]
+  assert other.talk.words == (
+      f'answers by the chat template {tmp_path / "b.jinja"}')
 
 
 def test_an_import_that_was_trained_goes_on_as_in_training(

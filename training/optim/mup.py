@@ -83,8 +83,7 @@ def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any):
   num_heads = width / head_dim
   widening = {'embed': width, 'mlp': width, 'heads': num_heads,
               'kv_heads': num_heads, 'joined': width, 'head': head_dim,
-              'vocab': 1.0, 'rows': 1.0, 'table': 1.0, 'experts': 1.0,
-              'groups': 1.0, None: 1.0}
+              'vocab': 1.0, 'rows': 1.0, 'groups': 1.0, None: 1.0}
   optimizer_factor = FACTOR_OF_OPTIMIZER[optimizer]
 
   def factor_of_parameter(role: Role) -> float:

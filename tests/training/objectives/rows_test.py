@@ -13,6 +13,7 @@ import pytest
 import tokenizers as hf
 
 import architectures
+from common.errors import RequestError
 from common.fields import SAFE
 from configs import base
 from tests.helpers import data_files as files
@@ -79,6 +80,19 @@ def test_rows_are_laid_out_as_pictured(tmp_path):
                                [END, a, b, c, a, END, b, END]]
   assert decoder['segment_ids'] == pair['segment_ids']
   assert 'types' not in decoder
+
+
+def test_the_ids_of_a_row_are_those_that_the_model_has(tmp_path):
+  """Where it lacks the last ones of its tokenizer: numbers are no ids."""
+  (tmp_path / 'a.tsv').write_text('ab\t1000\nc\t-1000\n')
+  c = files.make_run_config(f'labelled:{tmp_path}/a.tsv', 'regression', 8,
+                            'bert', batch_size=2)
+  c.model.vocab_size = BYTES.vocab_size - 1
+  batch = pipeline.make_training_loader(c, BYTES).batch(0)
+  assert sorted(batch['targets']) == [-1000, 1000]
+  c.model.vocab_size = int(batch['tokens'].max())
+  with pytest.raises(RequestError, match=f'is {c.model.vocab_size}, and the'):
+    pipeline.make_training_loader(c, BYTES).batch(0)
 
 
 def test_a_batch_is_as_long_as_its_longest_row_needs(tmp_path):

@@ -73,7 +73,8 @@ PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
     (system, parts) for system in models.SYSTEMS_WITH_MUP for parts in (
         dict(), *[PARTS] * (models.mixers_of(system) == {'attention'}),
         *[PARTS | dict(qk_norm_over='projection',
-                       attention_gate='elementwise')] * (system == 'gpt'))])
+                       attention_gate='elementwise')] * (system == 'gpt'),
+        *[dict(mamba2=dict(groups=2))] * (system == 'mamba2'))])
 def test_rates_agree_with_the_shapes(system, parts):
   """Which axes are widths is seen by comparing two models, as the authors'
   package does; table 8 goes by how many of them a parameter has."""
