@@ -49,16 +49,24 @@ def test_greedy_equals_the_forward_pass_row_by_row(model, prompts):
     np.testing.assert_array_equal(best[length - 1:-1], new)
 
 
-@pytest.mark.parametrize('system, scaling', [
-    ('phi3', LONGROPE), ('llama', dict(scaling='dynamic'))])
+# A later layer, which sees what has turned, has a state.
+STATE = dict(pattern='seen,state', kinds=dict(seen={}, state=dict(
+    mixer='short_conv', attention='global')))
+
+
+@pytest.mark.parametrize('system, scaling, changes', [
+    ('phi3', LONGROPE, STATE), ('phi3', LONGROPE, dict(num_layers=4)),
+    ('llama', dict(scaling='dynamic'), {})])
 @pytest.mark.parametrize('write', [greedy, pytest.param(
     searched, marks=pytest.mark.long)])
 def test_a_text_depends_neither_on_the_others_nor_on_its_room(
-    system, scaling, write, prompts):
-  """Where rows of more than 5 tokens turn otherwise."""
-  module, params = models.make_model(system, num_layers=1, head_dim=8,
-                                     rope=dict(
-      scaling, original_len=5, factor=4.0))
+    system, scaling, changes, write, prompts, monkeypatch):
+  """Where rows of more than 5 tokens turn otherwise. With the caches of layers
+  apart, or stacked, as those of a deep model."""
+  monkeypatch.setattr(generate, 'UNROLLED_LAYERS', 2)
+  module, params = models.make_model(
+      system, **dict(num_layers=2, head_dim=8, rope=dict(
+          scaling, original_len=5, factor=4.0)) | changes)
   model = module, jax.tree.map(lambda x: 3 * x, params)
   written = write(model, prompts)
   # Which text is the likeliest of all depends on how long it is.
