@@ -347,6 +347,16 @@ def test_no_row_is_missing_and_none_is_there_twice(
                 (2, 1.0, 2), (4, 1.0, 4), (6, 1.0, 6)]
 
 
+@pytest.mark.parametrize('every', [0, 1, 2, 4, 5, STEPS, 99])
+def test_a_rehearsal_counts_the_evaluations_that_a_run_makes(train, cheap,
+                                                             every):
+  _, (member,), _ = train({}, eval__every_steps=every)
+  data = [types.SimpleNamespace(first=lambda most: 3),
+          types.SimpleNamespace(first=lambda most: 4)]
+  assert loop._count_eval_batches(member.config, data) == 7 * len(
+      _steps(member, 'eval'))
+
+
 def test_a_signal_meanwhile_trains_no_further(
     train, cheap, monkeypatch):
   """Otherwise the evaluation of that step would never be done."""

@@ -245,7 +245,8 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('causal, window', [(True, 0), (False, 100)])
+@pytest.mark.parametrize('causal, window', [
+    (True, 0), (False, 100), (False, 0)])
 def test_splash_with_split_queries_equals_one_device(causal, window):
   """In interpret mode: each shard's kernel has the mask of its queries."""
   L, H, J, K = 512, 2, 1, 16

@@ -2,6 +2,8 @@
 is in recurrent_laws_test.py; short convolutions, and what transformers has of
 Mamba-2, are compared with its recordings (tests/training/hf/parity_test.py)."""
 
+import dataclasses
+import re
 
 import flax.linen as nn
 import jax
@@ -12,6 +14,7 @@ import pytest
 import architectures
 from architectures.parts import blocks
 from architectures.parts.context import Context
+from architectures.parts.recurrent import rwkv7
 from architectures.parts.recurrent.mamba2 import Mamba2Config
 from configs import sharding as tables
 from tests.helpers import models
@@ -285,6 +288,33 @@ def test_decays_are_born_as_in_the_authors_programs(mixer, least):
   first = np.log1p(np.exp(p['decay_bias']))
   assert 0.00099 < first.min() and first.max() < 0.1001
   assert np.median(first) == pytest.approx(0.01, rel=0.5)
+
+
+def test_rwkv7_mixes_tokens_at_first_as_the_authors_program_does():
+  """Half way up its layers: train_temp/src/model.py of RWKV-LM has
+  1 - (n / N)^(p r) for x_r, x_w, x_k, x_v, x_a and x_g, where r falls from 1
+  to 0."""
+  powers = 0.5 * np.array([0.2, 0.9, 0.7, 0.7, 0.9, 0.2])
+  got = rwkv7.initial_shares_of_shift(None, (6, 32), np.float32)
+  np.testing.assert_allclose(
+      got, 1 - (np.arange(32) / 32) ** powers[:, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize('mixer', [
+    name for name, mixer in blocks.MIXERS.items() if mixer.settings])
+def test_a_size_that_is_left_open_is_what_its_field_says(mixer):
+  """'derived: 2 head_dim', say, of the same group or of the model."""
+  c = architectures.resolve(models.small_config(
+      'llama', mixer=mixer, d_model=48, num_heads=4, head_dim=10))
+  group = settings_of_mixer(c, mixer)
+  for field in dataclasses.fields(group):
+    _, _, text = getattr(field.metadata.get('rule'), 'doc', '').partition(
+        'derived: ')
+    formula = re.fullmatch(r'(?:(\d+) )?(\w+)(?: / (\d+))?\.?', text)
+    if formula:
+      times, name, parts = formula.groups('1')
+      base = getattr(group, name, None) or getattr(c, name)
+      assert getattr(group, field.name) == int(times) * base / int(parts)
 
 
 def test_tokens_of_zeros_have_a_gradient():

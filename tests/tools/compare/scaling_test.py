@@ -110,6 +110,33 @@ def test_the_optimum_is_the_papers_formula_and_the_least_loss():
   assert loss(best) <= min(map(loss, best * np.geomspace(0.1, 10, 400)))
 
 
+@pytest.mark.parametrize('law, flat, known', [
+    (STEEP, 0, True), (STEEP, 5, True), (STEEP, 6, False),
+    (dataclasses.replace(STEEP, a=0.0), 0, False),
+    (dataclasses.replace(STEEP, b=0.01), 0, False)])
+def test_a_best_size_is_claimed_if_almost_all_laws_have_one(law, flat, known):
+  drawn = (100 - flat) * [STEEP] + flat * [dataclasses.replace(STEEP, b=0.0)]
+  got = scaling._optimum_with_intervals(law, drawn, scaling.Cost(), 1e15)
+  params, tokens = scaling.optimal_size(STEEP, scaling.Cost(), 1e15)
+  size = {'parameters': params, 'tokens': tokens,
+          'loss': STEEP.loss(params, tokens)}
+  assert got == {'budget': 1e15} | (known and {
+      name: dict.fromkeys(('value', 'low', 'high'), pytest.approx(value))
+      for name, value in size.items()} or {})
+
+
+@pytest.mark.parametrize('changes, is_cool', [
+    (dict(), True), (dict(schedule='linear'), True),
+    (dict(schedule='wsd'), True),
+    (dict(schedule='constant'), False), (dict(schedule='rsqrt'), False),
+    (dict(decay_steps=100), True), (dict(decay_steps=101), False),
+    (dict(final_fraction=0.5), True), (dict(final_fraction=0.51), False)])
+def test_a_run_has_cooled_down_if_its_rate_fell_to_a_half(changes, is_cool):
+  fields = dict(schedule='cosine', decay_steps=80, final_fraction=0.1) | changes
+  assert curves.ends_cooled_down({'train.steps': 100} | {
+      f'optim.{name}': value for name, value in fields.items()}) is is_cool
+
+
 def _point(name, changes, params, tokens, losses):
   return sweep_folder.point(
       name, changes, seeds=range(len(losses)), params=int(params),

@@ -266,6 +266,13 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
     pipeline.make_training_loader(config, BYTES)
 
 
+def test_conversations_without_an_answer_are_refused(tmp_path):
+  (tmp_path / 'talks.jsonl').write_text(json.dumps(dict(messages=TALK[:1])))
+  config = _config(tmp_path, f'jsonl:{tmp_path}/talks.jsonl:messages')
+  with pytest.raises(RequestError, match='of the assistant, .* holds none'):
+    pipeline.make_training_loader(config, BYTES)
+
+
 def test_a_run_keeps_the_text_of_its_template(tmp_path):
   """So that it is laid out, asked and exported alike when the file changes."""
   file = tmp_path / 'own.jinja'

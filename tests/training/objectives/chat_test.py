@@ -1,7 +1,9 @@
 """Conversations are laid out as Vicuna's and Alpaca's published code does."""
 
 import json
+import types
 
+import jinja2
 import numpy as np
 import pytest
 import tokenizers as hf
@@ -73,6 +75,25 @@ def test_a_question_is_the_start_of_a_conversation(talks):
   assert _text(asked) == f'</s>{SYSTEM} USER: Hello! ASSISTANT:'
   assert BYTES.decode(row[len(asked):]).startswith(' Hi!')
   assert causal.encode_question('', config, BYTES).tolist() == [row[0]]
+
+
+@pytest.mark.parametrize('ids, end', [
+    (dict(eos=1), 'eos'), (dict(sep=1), 'sep'), (dict(eos=2, sep=1), 'sep')])
+@pytest.mark.parametrize('source', ['jsonl:x:y', 'alpaca:x'])
+def test_the_template_of_an_export_writes_what_training_data_are(source, ids,
+                                                                 end):
+  """By Jinja, to which another separator than this one is nothing."""
+  template = causal.write_chat_template(
+      files.make_run_config(source, 'chat'),
+      types.SimpleNamespace(special_ids=ids, separator_id=1))
+  alpaca = source == 'alpaca:x'
+  messages = TALK[:2] if alpaca else [*TALK[:2], *(
+      dict(role=role, content=content) for role, content in (
+          ('user', 'How are you?'), ('assistant', 'I am good.')))]
+  asked = LAID_OUT[1].replace('Sing!', 'Hello!') + 'Hi!</s>'
+  written = jinja2.Template(template).render(
+      messages=messages, **{f'{end}_token': '</s>'})
+  assert written == '</s>' + (asked if alpaca else VICUNA)
 
 
 def _llama_like(tmp_path):

@@ -107,6 +107,17 @@ def test_a_target_shows_what_it_is_and_no_more():
       targets=[4, 5, 6, 9, 9], weights=[1, 1, 1, 0, 0])
 
 
+def test_a_window_of_text_is_a_source_and_then_its_target(tmp_path):
+  text = ''.join(map(chr, range(33, 120)))
+  (tmp_path / 'a.txt').write_text(text)
+  config = files.make_run_config(f'text:{tmp_path}/a.txt', 'seq2seq', 5,
+                                 target_length=3, cache_dir=str(tmp_path))
+  batch = pipeline.make_training_loader(config, TOKENIZER).batch(0)
+  for source, target in zip(batch['tokens'], batch['targets']):
+    window = TOKENIZER.decode(np.concatenate([source, target]))
+    assert len(window) == 8 and window in text
+
+
 def test_translation_counts_pairs_and_reads_to_the_end(monkeypatch):
   batch = dict(
       tokens=np.zeros((3, 4), np.int32), segment_ids=np.ones((3, 4), np.int32),

@@ -261,10 +261,6 @@ def test_muon_is_that_of_optax_on_any_mesh(sizes, capfd):
         homes[name] = NamedSharding(mesh, PartitionSpec(*(
             names or None for names in sharding.mesh_axes_of_weight(
                 SHAPES[name], (None,) * lead + role.axes))))
-      if 'data' in sizes:  # four experts, not three layers, divide the devices
-        placements = matrices._placements_to_whole_matrices(
-            SHAPES['experts'], EXPERTS, EXPERTS.split(4))
-        assert sharding.count_devices_along(placements[-1][0]) == 1
       ours, text = muon_steps(tx, lambda tree: jax.device_put(tree, homes))
     # A product over a side that is split would be summed.
     assert 'all-reduce(' not in text and 'reduce-scatter(' not in text
@@ -274,3 +270,15 @@ def test_muon_is_that_of_optax_on_any_mesh(sizes, capfd):
   for a, b in zip(ours, muon_of_optax(), strict=True):
     for name, x in a.items():
       np.testing.assert_allclose(x, b[name], atol=3e-4, err_msg=name)
+
+
+@pytest.mark.parametrize('layers, experts, split', [
+    (3, 4, (1, 4)), (4, 3, (4, 1)), (8, 4, (4, 1)), (3, 3, (4, 1))])
+def test_matrices_move_to_where_they_divide_the_devices(layers, experts, split):
+  """Or to the first axis, where they do nowhere."""
+  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1) | dict(
+      data=2, tensor=4))
+  with jax.set_mesh(mesh), sharding.install_rules(tables.RULES['default']):
+    *_, last = matrices._placements_to_whole_matrices(
+        (layers, experts, 8, 8), EXPERTS, EXPERTS.split(4))
+    assert tuple(map(sharding.count_devices_along, last)) == (*split, 1, 1)
