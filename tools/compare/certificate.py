@@ -467,16 +467,29 @@ def certify_told(name: str, told: Mapping[str, str], base: Certificate,
     elif quantity.tolerance is None:
       values[column] = text
     else:
-      try:
-        values[column] = float(text)
-      except ValueError as error:
-        raise RequestError(f'{column} of {name} is {shorten(text)}: write a '
-                           f'number, or {SAME!r} for that of the base'
-                           ) from error
+      values[column] = _parse_number(f'{column} of {name}', text)
   # The FLOPs of a run follow from those of a token.
   if 'tokens' in values and 'flops_per_token' in values:
     values.setdefault('flops', values['tokens'] * values['flops_per_token'])
   return Certificate(**values)
+
+
+def _parse_number(what: str, text: str) -> float:
+  """Returns the finite number that a cell of a CSV holds.
+
+  Args:
+    what: what it is of, for the message.
+    text: the cell.
+
+  Raises:
+    RequestError: where it holds none.
+  """
+  with contextlib.suppress(ValueError):
+    number = float(text)
+    if math.isfinite(number):
+      return number
+  raise RequestError(f'{what} is {shorten(text)}: write a number, or {SAME!r} '
+                     'for that of the base')
 
 
 # Comparing.
@@ -550,6 +563,14 @@ def _describe_difference(base: Any, variant: Any, tolerance: float | None,
   return ', '.join(words)
 
 
+def format_value(value: Value) -> str:
+  """Returns a quantity that is no number as a text, '' where it is not known.
+  """
+  if isinstance(value, Mapping):
+    return ', '.join(f'{name}: {part}' for name, part in value.items())
+  return str(value or '')
+
+
 def differing_names(base: Any, variant: Any) -> list[str]:
   """Returns the names of what differs between two values of a quantity that is
   no number; [] where one of them is not known, or told in words."""
@@ -584,5 +605,6 @@ def describe(variant: str, differences: Differences) -> list[str]:
     titles = [f'{QUANTITIES[name].title} ({name})'
               for name in differences.unknown]
     sentences.append(f'Not known of both {variant} and the base: '
-                     f'{", ".join(titles)}.')
+                     f'{", ".join(titles)}. Rows of a CSV can tell it, in '
+                     'columns of the names in brackets.')
   return sentences

@@ -22,6 +22,7 @@ from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
 from tools.compare import tables
+from tools.compare.certificate import QUANTITIES
 from tools.compare.comparison import Comparison, changes_from_base
 from tools.compare.comparison import first_row_with, format_changes
 from tools.compare.page import UNKNOWN, Section
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--json', action='store_true', help='print JSON')
   parser.add_argument('--rows', default='', metavar='FILE.csv', help='of a '
                       'sweep: losses of variants that were trained elsewhere, '
-                      'in columns variant, seed, loss and, maybe, step')
+                      'in columns variant, seed, loss and, maybe, step, and '
+                      f'what each was given, in {", ".join(QUANTITIES)}: a '
+                      'number, words, or same as the base')
   parser.add_argument('--target', type=float, help='a held-out loss: what each '
                       'variant spends to reach it (default: TARGET of a study)')
 
@@ -75,10 +78,13 @@ def format_report(comparison: Comparison) -> str:
 
 def report_as_json(comparison: Comparison) -> dict[str, Any]:
   """Returns the figures that --json prints: the estimates, what each variant
-  changes and costs, and the runs that are left out."""
+  changes, costs and was given, and the runs that are left out."""
   target = []
   for row in tables.target_table(comparison).rows:
     target.append({name: cell.value for name, cell in row.items()})
+  certificates = {}
+  for variant, given in comparison.certificates.items():
+    certificates[variant] = dataclasses.asdict(given)
   return {'name': comparison.plan.name, 'file': comparison.plan.file,
           'match': comparison.plan.match,
           'base': comparison.plan.base,
@@ -86,6 +92,7 @@ def report_as_json(comparison: Comparison) -> dict[str, Any]:
           'warnings': comparison.warnings,
           'target': target, 'estimates': comparison.estimates,
           'points': metrics.as_json_value(comparison.frozen.points),
+          'certificates': certificates,
           'excluded': comparison.excluded}
 
 
@@ -191,7 +198,8 @@ def render_page(comparison: Comparison, drawn: Sequence[page.Figure]) -> str:
       Section(name='methods', heading='Methods', paragraphs=method,
               tables=[tables.config_table(comparison)]),
       Section(name='provenance', heading='Provenance and cost',
-              tables=[tables.spent_table(comparison),
+              tables=[tables.certificate_table(comparison),
+                      tables.spent_table(comparison),
                       tables.provenance_table(comparison)])]
   return page.html(sections, title=comparison.plan.name, about=comparison.about,
                    answer=answer_in_a_sentence(comparison),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.compare import curves, decide, page, statistics
+from tools.compare import certificate, curves, decide, page, statistics
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
 from tools.compare.comparison import BASE, Comparison, changes_from_base
@@ -737,6 +737,26 @@ def _sums(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     for key in sums:
       sums[key] += row[key] or 0.0
   return sums
+
+
+def certificate_table(comparison: Comparison) -> Table:
+  """Returns the table of what each variant and the base were given (its
+  certificate), but for the fields of configs, which other tables have.
+
+  Args:
+    comparison: the sweep or study.
+  """
+  rows = []
+  for variant, given in comparison.certificates.items():
+    cells = {'variant': label(variant)}
+    for name, quantity in certificate.QUANTITIES.items():
+      value = getattr(given, name)
+      if quantity.tolerance is not None:
+        cells[quantity.title] = page.number(value, '.4g')
+      elif name in ('tuning', 'seeds', 'code', 'devices'):
+        cells[quantity.title] = label(certificate.format_value(value))
+    rows.append(cells)
+  return page.table('given', 'What both sides were given', rows)
 
 
 def config_table(comparison: Comparison) -> Table:

@@ -245,6 +245,12 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path):
   assert '; tokens (1e+06 -> 2e+06, +100.0%)' in text
   assert 'Not known of both bare and the base: model (model)' in text
   assert 'float16' in text
+  given = report.report_as_json(compared)['certificates']
+  assert given['torch']['flops_per_token'] == 8e5
+  assert given['torch']['batches'] == given['base']['batches']
+  (tmp_path / 'rows.csv').write_text('variant,seed,loss,tokens\na,0,1.7,many')
+  with pytest.raises(RequestError, match="tokens of a is 'many'"):
+    comparison.load_comparison(tmp_path, str(tmp_path / 'rows.csv'))
 
 
 def test_a_study_names_what_is_not_alike(tmp_path):

@@ -636,7 +636,7 @@ def test_the_page_of_a_sweep_sorts_and_fetches_nothing(page, written, sweep):
   assert page.evaluate(
       '[...document.querySelectorAll("h2")].map(h => h.textContent)') == [
           'Verdict', 'Loss curves', 'Sizes and measures', 'Tuning', 'Left out',
-          'Methods']
+          'Methods', 'Provenance and cost']
   assert page.requests == [written['index.html'].as_uri()]
   means = {row['variant']: row['mean'] for row in sweep.verdicts()}
   rising = sorted(means.values())
