@@ -10,6 +10,8 @@ from configs import base
 from tests.helpers import study_folder, sweep_folder
 from tests.helpers.sweep_folder import point
 from tools.compare import certificate, comparison, judge, report, spec
+from tools.compare import plan as plans
+from tools.compare import results as results_lib
 from training.workdir import provenance, run_config
 
 TEXT = 'text:here/*.txt'
@@ -254,5 +256,19 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path):
 
 
 def test_a_study_names_what_is_not_alike(tmp_path):
-  study_folder.write(tmp_path)
-  assert not comparison.load_comparison(tmp_path).differences('rope').named
+  tree = results_lib.NOTHING | study_folder.write(tmp_path)
+  frozen = plans.load_frozen_plan(tmp_path)
+  fair = comparison.compare_study(tmp_path, frozen, tree)
+  assert not fair.differences('rope').named
+  # More recipes for one, and at the largest size more FLOPs for another.
+  for row in tree['tuned']:
+    if row['variant'] == 'rope':
+      row['tried'].append(row['tried'][0] | {'changes': {'optim.lr': 8e-3}})
+  point = frozen.point('alibi', frozen.plan.sizes[-1], plans.TEXT)
+  point['flops_per_token'] *= 2
+  unfair = comparison.compare_study(tmp_path, frozen, tree)
+  assert unfair.differences('rope').named == {
+      'tuning': 'recipes tried 3 -> 4'}
+  assert [*unfair.differences('alibi').named] == ['flops_per_token', 'flops']
+  rows = {row['variant']: row['not_alike'] for row in unfair.verdicts()}
+  assert rows['rope'] == 'tuning' and 'FLOPs of a token' in rows['alibi']
