@@ -124,7 +124,8 @@ def check_phases(file: str) -> None:
     # The key and the name of the phase itself must agree: both are used to look
     # it up.
     require(isinstance(phase, Phase) and phase.name == name, f'{subject}, '
-            f'which is no Phase of that name: write {{{name!r}: '
+            f'which is no Phase of that name: write '
+            f'{{{name!r}: '
             f'Phase(name={name!r}, ...)}}')
     require(re.fullmatch('[a-z_]+', name) is not None, f'{subject}, which '
             'names a folder and a row of results.json: choose lower-case '

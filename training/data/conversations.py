@@ -77,13 +77,13 @@ _PATTERN_OF_ANSWER_BLOCK = re.compile(r'\{%-?\s*generation\s*-?%\}')
 Messages = Sequence[dict[str, str]]
 
 
-def parse_turns(turns: Sequence, where: str) -> list[tuple[str, str]]:
+def parse_turns(turns: Sequence, location: str) -> list[tuple[str, str]]:
   """Reads the turns of a conversation as (role, text).
 
   Args:
     turns: the turns as a file has them, objects with role and content, or with
       from and value.
-    where: where the conversation stands, for messages.
+    location: where the conversation stands, for messages.
 
   Returns:
     The turns, whose roles are system, user and assistant.
@@ -93,14 +93,14 @@ def parse_turns(turns: Sequence, where: str) -> list[tuple[str, str]]:
   """
   parts = []
   for turn in turns:
-    require(isinstance(turn, dict), f'{where} holds {shorten(turn)}, and no '
+    require(isinstance(turn, dict), f'{location} holds {shorten(turn)}, and no '
             'turn: an object with role and content, or from and value')
     # Both spellings are published: role and content, from and value.
     role = turn.get('role', turn.get('from'))
     role = str(role)
-    check_choice(f'role in {where}', role, ROLE_OF_SPELLING)
+    check_choice(f'role in {location}', role, ROLE_OF_SPELLING)
     content = turn.get('content', turn.get('value'))
-    text = texts.check_text(content, f'{where} turn of {role!r}')
+    text = texts.check_text(content, f'{location} turn of {role!r}')
     parts.append((ROLE_OF_SPELLING[role], text))
   return parts
 
@@ -248,11 +248,11 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
   Raises:
     RequestError: naming the record that has no instruction or no output.
   """
-  for where, record in texts.read_rows(path):
+  for location, record in texts.read_rows(path):
     instruction = texts.check_text(record.get('instruction'),
-                                   f'{where}, instruction')
-    context = texts.check_text(record.get('input', ''), f'{where}, input')
-    answer = texts.check_text(record.get('output'), f'{where}, output')
+                                   f'{location}, instruction')
+    context = texts.check_text(record.get('input', ''), f'{location}, input')
+    answer = texts.check_text(record.get('output'), f'{location}, output')
     question = alpaca_prompt(instruction, context)
     yield [('question', question), ('answer', answer)]
 

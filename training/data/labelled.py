@@ -77,7 +77,7 @@ class Record(NamedTuple):
   Attributes:
     texts: one or two, neither of them empty.
     label: as it is written; '': the row has none.
-    where: the file and the line, for messages.
+    location: the file and the line, for messages.
     names: the names of the columns of `texts`.
   """
   texts: tuple[str, ...]
@@ -227,8 +227,8 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
   is_table = path.endswith(texts.TABLE_ENDINGS)
   if not is_table or (fields and not fields[0].isdigit()):
     columns = fields or ('text', 'label')
-    for where, row in texts.read_rows(path):
-      yield _record_of_row(where, row=row, columns=columns, names=columns)
+    for location, row in texts.read_rows(path):
+      yield _record_of_row(location, row=row, columns=columns, names=columns)
     return
 
   # Read columns by number. The first line may still be one of names: then it is
@@ -237,10 +237,10 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
   columns = fields
   names: tuple[str, ...] = ()
   size = 0
-  for number, (where, row) in enumerate(texts.read_rows(path, names=False)):
+  for number, (location, row) in enumerate(texts.read_rows(path, names=False)):
     if number == 0:
       size = len(row)
-      named = _find_named_columns(where, row, fields)
+      named = _find_named_columns(location, row, fields)
       if named:
         columns = named
         cells = [row.get(column, '') for column in named]
@@ -250,20 +250,21 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
     has_size_of_first = bool(fields) or len(row) == size
     if len(columns) not in (2, 3) or not has_size_of_first:
       raise RequestError(
-          f'{where}, has {len(row)} columns: name those of the text and of the '
-          'label, as in labelled:GLOB:sentence+label where line 1 has names, '
-          'or labelled:GLOB:0+1')
-    yield _record_of_row(where, row=row, columns=columns,
+          f'{location}, has {len(row)} columns: name those of the text and of '
+          'the label, as in labelled:GLOB:sentence+label where line 1 has '
+          'names, or labelled:GLOB:0+1')
+    yield _record_of_row(location, row=row, columns=columns,
                          names=names or _USUAL_COLUMN_NAMES[len(columns)])
 
 
-def _find_named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
+def _find_named_columns(location: str, row: dict[str, str],
+                        fields: tuple[str, ...]
                         ) -> tuple[str, ...]:
   """Finds out whether the first line of a table names its columns, and which
   ones are read.
 
   Args:
-    where: the file and the line, for messages.
+    location: the file and the line, for messages.
     row: the line as {number of the column: cell}.
     fields: the numbers of the columns that are read; (): the names say it.
 
@@ -304,31 +305,31 @@ def _find_named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
   all_named = len(read) + len(named_numbers) == len(row)
   if len(named_texts) > 2 or len(named_labels) > 1 or not all_named:
     raise RequestError(
-        f'{where}, names the columns {", ".join(row.values())}: say which are '
-        'the text and the label, as in labelled:GLOB:sentence+label')
+        f'{location}, names the columns {", ".join(row.values())}: say which '
+        'are the text and the label, as in labelled:GLOB:sentence+label')
   return tuple(read)
 
 
-def advice_for_line_of_names(where: str) -> str:
+def advice_for_line_of_names(location: str) -> str:
   """Returns advice, as the end of a message, where a record of a table may be
   the line that names its columns; '' where it cannot be that.
 
   Args:
-    where: the file and the line of the record.
+    location: the file and the line of the record.
   """
-  match = re.fullmatch(r'(.*), line 1,?', where)
+  match = re.fullmatch(r'(.*), line 1,?', location)
   if match is None or not match[1].endswith(texts.TABLE_ENDINGS):
     return ''
   return ('. If that is a line of names, name the columns: labelled:GLOB:'
           'sentence+label')
 
 
-def _record_of_row(where: str, row: dict[str, Any], columns: Sequence[str],
+def _record_of_row(location: str, row: dict[str, Any], columns: Sequence[str],
                    names: Sequence[str]) -> Record:
   """Makes a labelled record of one text or two from a row of a table.
 
   Args:
-    where: the file and the line, for messages.
+    location: the file and the line, for messages.
     row: {column: cell}.
     columns: the columns of the texts and, last, of the label; '': there is
       none.
@@ -338,31 +339,31 @@ def _record_of_row(where: str, row: dict[str, Any], columns: Sequence[str],
     RequestError: for a cell that is missing or empty.
   """
   # Take the cells of the texts and, last, of the label, which may be a number.
-  where = f'{where},'
+  location = f'{location},'
   *text_columns, label_column = columns
-  texts.check_columns(row, filter(None, columns), where)
+  texts.check_columns(row, filter(None, columns), location)
   values = [row[column] for column in text_columns]
   if label_column:
-    values.append(_label_as_text(row[label_column], where))
+    values.append(_label_as_text(row[label_column], location))
 
   # Each must be text that can be written as UTF-8, and none may be empty. Both
   # are checked for all cells, the kind of a value first.
   cells = []
   for name, value in zip(names, values):
-    cells.append(texts.check_text(value, f'{where} field {name!r},'))
+    cells.append(texts.check_text(value, f'{location} field {name!r},'))
   for name, cell in zip(names, cells):
-    require(bool(cell.strip()), f'{where} column {name!r}, is empty: a record '
-            'has a text, or two, and a label')
+    require(bool(cell.strip()), f'{location} column {name!r}, is empty: a '
+            'record has a text, or two, and a label')
 
   # The label is the last cell. It is stripped, as '1' and ' 1' are one label.
   written = cells.pop().strip() if label_column else ''
-  return Record(texts=tuple(cells), label=written, where=where,
+  return Record(texts=tuple(cells), label=written, where=location,
                 names=tuple(names[:-1]))
 
 
-def _label_as_text(value: Any, where: str) -> str:
+def _label_as_text(value: Any, location: str) -> str:
   """Returns a label, which may be a number, as text."""
-  require(isinstance(value, str | int | float), f'{where} has the label '
+  require(isinstance(value, str | int | float), f'{location} has the label '
           f'{shorten(value)}: a label is a text or a number')
   return str(value)
 
@@ -391,21 +392,22 @@ def read_dataset_rows(name: str, fields: Sequence[str],
   # are loaded; others may be large, such as pictures.
   columns = {*fields, 'id'} & {*dataset.column_names}
   for number, row in enumerate(dataset.select_columns([*columns]), 1):
-    where = f'{name}, row {number}'
+    location = f'{name}, row {number}'
     for column, value in row.items():
       names = label_names.get(column)
       if not names or value is None:
         continue
       if isinstance(value, list):
-        row[column] = [_name_of_label(label, names, where) for label in value]
+        row[column] = [_name_of_label(label, names,
+                                      location) for label in value]
       else:
-        row[column] = _name_of_label(value, names, where)
-    yield where, row
+        row[column] = _name_of_label(value, names, location)
+    yield location, row
 
 
-def _name_of_label(label: int, names: Sequence[str], where: str) -> str:
+def _name_of_label(label: int, names: Sequence[str], location: str) -> str:
   """Returns the name of a label that is a number."""
-  require(0 <= label < len(names), f'{where} has the label {label}, and the '
+  require(0 <= label < len(names), f'{location} has the label {label}, and the '
           f'set has {len(names)}: one whose labels are kept back has -1 for '
           'them')
   return names[label]
@@ -440,8 +442,8 @@ def choose_reader_of_rows(
 
     def records(rows: texts.Rows) -> Iterator[Record]:
       """Yields a text, or a pair of texts, of each row."""
-      for where, row in rows:
-        yield _record_of_row(where, row=row, columns=fields, names=fields)
+      for location, row in rows:
+        yield _record_of_row(location, row=row, columns=fields, names=fields)
     return TEXTS, records
 
   # Sentences have words and, for each word, a label.
@@ -452,8 +454,8 @@ def choose_reader_of_rows(
 
   def sentences(rows: texts.Rows) -> Iterator[Sentence]:
     """Yields the sentence of each row."""
-    for where, row in rows:
-      yield _sentence_of_words(where, *[row[field] or [] for field in named])
+    for location, row in rows:
+      yield _sentence_of_words(location, *[row[field] or [] for field in named])
   return SENTENCES, sentences
 
 
@@ -466,7 +468,7 @@ def _read_questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
   """
   def asked() -> Iterator[_WrittenQuestion]:
     """Yields the question of each row as SQuAD's files have it."""
-    for where, row in rows:
+    for location, row in rows:
       # The data set has the answers' texts and starts in two lists, and the
       # files have an object for each answer. No answer at all means there that
       # the question is impossible.
@@ -475,38 +477,38 @@ def _read_questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
                              row['answers']['answer_start']):
         answers.append(dict(text=text, answer_start=start))
       question = dict(
-          id=str(row.get('id', where)), question=row['question'],
+          id=str(row.get('id', location)), question=row['question'],
           is_impossible=not row['answers']['text'], answers=answers)
-      yield _WrittenQuestion(where=where, context=row['context'],
+      yield _WrittenQuestion(where=location, context=row['context'],
                              question=question, paragraph=row['context'])
   return _group_into_paragraphs(asked())
 
 
-def _sentence_of_words(where: str, words: list[Any], labels: list[Any]
+def _sentence_of_words(location: str, words: list[Any], labels: list[Any]
                        | None = None) -> Sentence:
   """Makes a record of the words of a sentence, with a label for each word or
   none at all.
 
   Args:
-    where: the row, for messages.
+    location: the row, for messages.
     words: the words.
     labels: the labels, in the order of the words; None: there are none.
 
   Raises:
     RequestError: for no words, or another number of labels.
   """
-  require(bool(words), f'{where}, has no words')
+  require(bool(words), f'{location}, has no words')
   if labels is None:
     labels = []
   elif len(labels) != len(words):
-    raise RequestError(f'{where}, has {len(words)} words and {len(labels)} '
+    raise RequestError(f'{location}, has {len(words)} words and {len(labels)} '
                        'labels: there is one for each word')
 
   # The place of each word is kept for messages about it or its label.
   sentence = Sentence(words=[], labels=[], lines=[])
   for number, word in enumerate(words, 1):
-    sentence.words.append(texts.check_text(word, f'{where},'))
-    sentence.lines.append(f'{where}, word {number}')
+    sentence.words.append(texts.check_text(word, f'{location},'))
+    sentence.lines.append(f'{location}, word {number}')
   for label, line in zip(labels, sentence.lines):
     sentence.labels.append(_label_as_text(label, f'{line},'))
   return sentence
@@ -527,18 +529,18 @@ def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
   """
   # A .jsonl has objects with a source and a target.
   if path.endswith('.jsonl'):
-    for where, row in texts.read_rows(path):
+    for location, row in texts.read_rows(path):
       parts = []
       for kind in PAIR:
-        text = texts.check_text(row.get(kind), f'{where}, field {kind!r},')
+        text = texts.check_text(row.get(kind), f'{location}, field {kind!r},')
         parts.append((kind, text))
       yield parts
     return
 
   # Any other file has lines of a source, a tab and a target.
-  for where, text in texts.read_lines(path):
+  for location, text in texts.read_lines(path):
     pair = text.split('\t')
-    require(len(pair) == 2, f'{where}, has {len(pair)} fields: a pair is a '
+    require(len(pair) == 2, f'{location}, has {len(pair)} fields: a pair is a '
             'source, one tab and a target')
     yield list(zip(PAIR, pair))
 
@@ -562,7 +564,7 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
   # The shape of the first line that is surely a word's: whether it has a tab,
   # and how many columns.
   shape_of_words = None
-  for where, text in texts.read_lines(path, all_lines=True):
+  for location, text in texts.read_lines(path, all_lines=True):
     # Split the line into columns, at tabs or else at plain spaces. A word may
     # hold other spaces, such as one that breaks no line.
     has_tab = '\t' in text
@@ -588,24 +590,25 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
     # Any other line has a word, and its label if `columns` names two.
     if shape_of_words is None:
       shape_of_words = shape
-    word, *labels = _word_and_label(fields, columns, where)
+    word, *labels = _word_and_label(fields, columns, location)
     sentence.words.append(word)
     sentence.labels.extend(labels)
-    sentence.lines.append(where)
+    sentence.lines.append(location)
 
   # The last sentence may have no empty line after it.
   if sentence.words:
     yield sentence
 
 
-def _word_and_label(fields: Sequence[str], columns: tuple[int, ...], where: str
+def _word_and_label(fields: Sequence[str], columns: tuple[int, ...],
+                    location: str
                     ) -> list[str]:
   """Returns the word and, if it has one, the label of a line.
 
   Args:
     fields: the cells of the line.
     columns: the columns that `parse_columns` returns.
-    where: the file and the line, for messages.
+    location: the file and the line, for messages.
 
   Raises:
     RequestError: for a line without one of these columns.
@@ -621,7 +624,7 @@ def _word_and_label(fields: Sequence[str], columns: tuple[int, ...], where: str
   missing = f'word in {columns[0]}'
   if len(columns) > 1:
     missing = f'word and label in {columns[0]} and {columns[1]}'
-  raise RequestError(f'{where}, has {len(fields)} columns, and no {missing}')
+  raise RequestError(f'{location}, has {len(fields)} columns, and no {missing}')
 
 
 def check_entities(sentence: Sentence) -> None:
@@ -636,13 +639,13 @@ def check_entities(sentence: Sentence) -> None:
   """
   # An I-TYPE follows B-TYPE or I-TYPE. 'O' has no type, so that it fits none.
   previous_label = 'O'
-  for label, where in zip(sentence.labels, sentence.lines):
+  for label, location in zip(sentence.labels, sentence.lines):
     require(bool(_PATTERN_OF_ENTITY_LABEL.fullmatch(label)),
-            f'{where}, has the label {label!r} '
+            f'{location}, has the label {label!r} '
             'among labels of entities, which are O, B-TYPE and I-TYPE')
     if label.startswith('I') and previous_label[2:] != label[2:]:
       first_label = 'B' + label[1:]
-      raise RequestError(f'{where}, has the label {label!r} after '
+      raise RequestError(f'{location}, has the label {label!r} after '
                          f'{previous_label!r}: an entity begins with '
                          f'{first_label!r}')
     previous_label = label
@@ -697,7 +700,7 @@ class _WrittenQuestion(NamedTuple):
   """A question as a file has it, before it is checked.
 
   Attributes:
-    where: the file, and the row if it has rows, for messages.
+    location: the file, and the row if it has rows, for messages.
     context: the text of the paragraph.
     question: its id, question, answers and is_impossible.
     paragraph: a value that tells one paragraph from the next.
@@ -723,10 +726,11 @@ def _group_into_paragraphs(
   """Yields the paragraphs of questions, of which neighbours may share one."""
   for _, group in itertools.groupby(asked, lambda row: row.paragraph):
     rows = list(group)
-    where = rows[0].where
+    location = rows[0].where
     context = rows[0].context
-    text = _check_not_empty(context, where)
-    questions = [_check_question(row.question, context, where) for row in rows]
+    text = _check_not_empty(context, location)
+    questions = [_check_question(row.question, context,
+                                 location) for row in rows]
     yield Paragraph(context=text, questions=tuple(questions))
 
 
@@ -741,11 +745,11 @@ def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
   Raises:
     RequestError: for an answer that does not stand where it says, or none.
   """
-  where = f'{path}, question {shorten(asked["id"])}'
+  location = f'{path}, question {shorten(asked["id"])}'
   if 'answers' not in asked and 'is_impossible' not in asked:
-    return Question(id=_check_not_empty(asked['id'], where), answers=None,
-                    where=where, question=_check_not_empty(asked['question'],
-                                                           where))
+    return Question(id=_check_not_empty(asked['id'], location), answers=None,
+                    where=location, question=_check_not_empty(asked['question'],
+                                                           location))
 
   # Check each answer against the characters at its start. For an impossible
   # question, a file may hold answers that only look right; they do not count.
@@ -753,26 +757,26 @@ def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
   written_answers = [] if is_impossible else asked['answers']
   answers = []
   for answer in written_answers:
-    text = _check_not_empty(answer['text'], where)
+    text = _check_not_empty(answer['text'], location)
     start = answer['answer_start']
     text_there = context[start:start + len(text)] if start >= 0 else ''
     require(text_there == text,
-            f'{where}, has the answer {shorten(text)}, but its '
+            f'{location}, has the answer {shorten(text)}, but its '
             f'context has {shorten(text_there)} at answer_start={start}')
     answers.append((text, start))
 
   # A question without an answer must say that it is impossible: otherwise it
   # may only be one whose answer is not known.
-  require(is_impossible or bool(answers), f'{where}, has no answer, and '
+  require(is_impossible or bool(answers), f'{location}, has no answer, and '
           'is_impossible is not true: leave out `answers` where they are not '
           'known')
-  return Question(id=_check_not_empty(asked['id'], where),
-                  question=_check_not_empty(asked['question'], where),
-                  answers=tuple(answers), where=where)
+  return Question(id=_check_not_empty(asked['id'], location),
+                  question=_check_not_empty(asked['question'], location),
+                  answers=tuple(answers), where=location)
 
 
-def _check_not_empty(value: Any, where: str) -> str:
+def _check_not_empty(value: Any, location: str) -> str:
   """Returns a text, after a check that it has more than spaces."""
-  require(bool(texts.check_text(value, f'{where}, a text,').strip()),
-          f'{where}, has an empty text')
+  require(bool(texts.check_text(value, f'{location}, a text,').strip()),
+          f'{location}, has an empty text')
   return value

@@ -403,12 +403,12 @@ class Classes(Texts):
       RequestError: for a label that is none of the run's.
     """
     # The place ends in a comma where a message goes on about the record.
-    where = record.where.rstrip(',')
+    location = record.where.rstrip(',')
     try:
-      check_choice(f'label in {where}:', record.label, self._number)
+      check_choice(f'label in {location}:', record.label, self._number)
     except RequestError as error:
       raise RequestError(
-          f'{error}{labelled.advice_for_line_of_names(where)}') from error
+          f'{error}{labelled.advice_for_line_of_names(location)}') from error
     return self._number[record.label]
 
   def labels_with_places(self) -> Iterator[tuple[str, str]]:
@@ -631,8 +631,8 @@ class Sentences(Rows):
   def _numbers(self, sentence: labelled.Sentence) -> np.ndarray:
     """Returns the number of the label of each word; 0 where it has none."""
     numbers_W = np.zeros(len(sentence.words), np.int32)
-    for i, (label, where) in enumerate(zip(sentence.labels, sentence.lines)):
-      check_choice(f'label in {where}:', label, self._number)
+    for i, (label, location) in enumerate(zip(sentence.labels, sentence.lines)):
+      check_choice(f'label in {location}:', label, self._number)
       numbers_W[i] = self._number[label]
     return numbers_W
 
@@ -768,11 +768,11 @@ def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
       an answer without a token.
   """
   # The question and the special tokens take up a part of each row.
-  where = question.where
+  location = question.where
   length = corpus.config.data.length
   between = separators_between_texts(corpus.config)
   room = length - count_special_tokens(2, between) - len(asked)
-  require(room > 0, f'{where}, has {len(asked)} tokens, which leave no room '
+  require(room > 0, f'{location}, has {len(asked)} tokens, which leave no room '
           f'for its paragraph in data.length {length}: choose a larger one')
 
   # Training has one answer for each question, the first; the others are for
@@ -781,13 +781,13 @@ def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
   if question.answers:
     text, start = question.answers[0]
     answer = find_tokens(spans_T2, start, start + len(text))
-    require(answer is not None, f'{where}, has an answer without a token that '
-            f'the tokenizer {corpus.tokenizer.name!r} knows')
+    require(answer is not None, f'{location}, has an answer without a token '
+            f'that the tokenizer {corpus.tokenizer.name!r} knows')
 
   # Cut the paragraph. A row that shows only a part of the answer, or nothing of
   # it, counts as one without an answer: its target is the null token (BERT's
   # run_squad.py does this too). Tokens are counted from the row's own part on.
-  shared = choose_stride(corpus.config, room, f'the paragraph of {where}')
+  shared = choose_stride(corpus.config, room, f'the paragraph of {location}')
   windows = []
   for first, end in cut_into_windows(len(ids), room, shared):
     answer_in_row = None
@@ -801,7 +801,7 @@ def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
   return windows
 
 
-def choose_stride(config: Any, room: int, where: str) -> int:
+def choose_stride(config: Any, room: int, location: str) -> int:
   """Returns how many tokens two neighbouring parts (windows) of a long text
   share.
 
@@ -809,7 +809,7 @@ def choose_stride(config: Any, room: int, where: str) -> int:
     config: the config of a run: its data.stride, or where that is 0 a third of
       data.length, as in BERT's 128 of 384, but at most half a window.
     room: the most tokens of a window.
-    where: names the text that is cut, for messages.
+    location: names the text that is cut, for messages.
 
   Raises:
     RequestError: where nothing of a window would be new.
@@ -819,7 +819,7 @@ def choose_stride(config: Any, room: int, where: str) -> int:
     return min(data.length // 3, room // 2)
   require(data.stride < room, f'data.stride is {data.stride}, but in '
           f'data.length {data.length} there is room for {room} tokens of '
-          f'{where}: choose a smaller stride, or a larger length')
+          f'{location}: choose a smaller stride, or a larger length')
   return data.stride
 
 

@@ -398,16 +398,16 @@ def _read_field(rows: texts.Rows, field: str) -> Iterator[Document]:
     rows: (where it stands, row) of each row.
     field: the name of the field.
   """
-  for where, row in rows:
-    texts.check_columns(row, [field], where)
+  for location, row in rows:
+    texts.check_columns(row, [field], location)
     value = row[field]
-    where = f'{where}, field {field!r},'
+    location = f'{location}, field {field!r},'
     if isinstance(value, list):
-      yield conversations.parse_turns(value, where)
+      yield conversations.parse_turns(value, location)
     elif value is None:
       yield ''
     else:
-      yield texts.check_text(value, where)
+      yield texts.check_text(value, location)
 
 
 def _read_parquet_rows(name: str, field: str, path: str) -> texts.Rows:

@@ -38,12 +38,12 @@ TABLE_ENDINGS = ('.tsv', '.csv')
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where it stands, and what it has
 
 
-def decode_text(data: bytes, where: str) -> str:
+def decode_text(data: bytes, location: str) -> str:
   """Decodes UTF-8 bytes, and refuses those that were not written as text.
 
   Args:
     data: the bytes.
-    where: where they stand, for messages.
+    location: where they stand, for messages.
 
   Raises:
     RequestError: for bytes that are not UTF-8, or hold so many control
@@ -52,7 +52,7 @@ def decode_text(data: bytes, where: str) -> str:
   # A file of another form, such as one that is compressed, is known by how it
   # begins.
   for first_bytes, advice in _ADVICE_FOR_FIRST_BYTES.items():
-    require(not data.startswith(first_bytes), f'{where} is {advice}')
+    require(not data.startswith(first_bytes), f'{location} is {advice}')
 
   # Damaged and binary data may be valid UTF-8, too. Count the control
   # characters of each stretch, so that a damaged end is found in a long text; a
@@ -61,28 +61,28 @@ def decode_text(data: bytes, where: str) -> str:
     part = data[start:start + _CHECKED_BYTES]
     controls = len(part) - len(part.translate(None, _CONTROL_CHARACTERS))
     most_controls = max(_ALLOWED_CONTROL_CHARACTERS, len(part) // 20)
-    require(controls <= most_controls, f'{where} is no text: of '
+    require(controls <= most_controls, f'{location} is no text: of '
             f'{len(part):,} bytes from byte {start:,} on {controls:,} are '
             'control characters, as in UTF-16, of which UTF-8 has to be made, '
             'or in a damaged or binary file')
   try:
     return data.decode('utf-8')
   except UnicodeDecodeError as error:
-    raise RequestError(f'{where} is not UTF-8: {error}.') from error
+    raise RequestError(f'{location} is not UTF-8: {error}.') from error
 
 
-def check_size(where: str, size: int) -> None:
+def check_size(location: str, size: int) -> None:
   """Raises RequestError for a file, or a part of one, that does not fit into
   this machine's memory twice: as bytes, and as text.
 
   Args:
-    where: the file or the part, for messages.
+    location: the file or the part, for messages.
     size: its bytes, which are read at once.
   """
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  require(2 * size <= memory, f'{where} has {size / 2**30:,.1f} GiB, which are '
-          f'read at once, and this machine has {memory / 2**30:,.1f} GiB of '
-          'memory: cut it into several')
+  require(2 * size <= memory, f'{location} has {size / 2**30:,.1f} GiB, which '
+          f'are read at once, and this machine has {memory / 2**30:,.1f} GiB '
+          'of memory: cut it into several')
 
 
 def read_text(path: str) -> str:
@@ -111,48 +111,48 @@ def read_lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
     number = 0
     while line := file.readline(MOST_BYTES_OF_LINE):
       number += 1
-      where = f'{path}, line {number}'
+      location = f'{path}, line {number}'
       require(len(line) < MOST_BYTES_OF_LINE,
-              f'{where}, has {MOST_BYTES_OF_LINE:,} bytes or '
+              f'{location}, has {MOST_BYTES_OF_LINE:,} bytes or '
               'more: it is no file of lines')
-      text = decode_text(line, f'{where},').rstrip('\r\n')
+      text = decode_text(line, f'{location},').rstrip('\r\n')
       # Some editors begin a file with a byte order mark.
       if number == 1:
         text = text.removeprefix('\ufeff')
       if all_lines or text.strip():
-        yield where, text
+        yield location, text
 
 
-def parse_json(data: bytes | str, where: str) -> Any:
+def parse_json(data: bytes | str, location: str) -> Any:
   """Returns the value that UTF-8 JSON holds.
 
   Raises:
     RequestError: for broken JSON.
   """
-  text = data if isinstance(data, str) else decode_text(data, where)
+  text = data if isinstance(data, str) else decode_text(data, location)
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise RequestError(f'{where} is broken JSON: {error}.') from error
+    raise RequestError(f'{location} is broken JSON: {error}.') from error
 
 
-def check_text(text: Any, where: str) -> str:
+def check_text(text: Any, location: str) -> str:
   """Returns a string, after a check that it can be written as UTF-8: JSON may
   hold half of a surrogate pair.
 
   Args:
     text: the value.
-    where: where it stands, for messages.
+    location: where it stands, for messages.
 
   Raises:
     RequestError: for any other value.
   """
   if not isinstance(text, str):
-    raise RequestError(f'{where} is {shorten(text)}, not a string.')
+    raise RequestError(f'{location} is {shorten(text)}, not a string.')
   try:
     text.encode('utf-8')
   except UnicodeEncodeError as error:
-    raise RequestError(f'{where} is not text: {error}.') from error
+    raise RequestError(f'{location} is not text: {error}.') from error
   return text
 
 
@@ -173,9 +173,9 @@ def read_rows(path: str, names: bool = True) -> Rows:
   with open(path, 'rb') as file:
     is_list = file.read(1) == b'['
   values = _read_json_list(path) if is_list else _read_json_lines(path)
-  for where, row in values:
-    require(isinstance(row, dict), f'{where}, is not a JSON object')
-    yield where, row
+  for location, row in values:
+    require(isinstance(row, dict), f'{location}, is not a JSON object')
+    yield location, row
 
 
 def _read_json_list(path: str) -> Iterator[tuple[str, Any]]:
@@ -188,8 +188,8 @@ def _read_json_list(path: str) -> Iterator[tuple[str, Any]]:
 def _read_json_lines(path: str) -> Iterator[tuple[str, Any]]:
   """Yields (where it stands, value) of each line of a file, which is a value of
   JSON."""
-  for where, line in read_lines(path):
-    yield where, parse_json(line, f'{where},')
+  for location, line in read_lines(path):
+    yield location, parse_json(line, f'{location},')
 
 
 def _read_table(path: str, names: bool) -> Rows:
@@ -225,17 +225,17 @@ def _read_table(path: str, names: bool) -> Rows:
                        ) from error
 
 
-def check_columns(columns: Iterable[str], names: Iterable[str], where: str
+def check_columns(columns: Iterable[str], names: Iterable[str], location: str
                   ) -> None:
   """Raises RequestError for a name that none of the columns has.
 
   Args:
     columns: the columns of a row or a file.
     names: the columns that are read.
-    where: the row or the file, for messages.
+    location: the row or the file, for messages.
   """
   for name in names:
-    require(name in columns, f'{where} has no field {name!r}: it has '
+    require(name in columns, f'{location} has no field {name!r}: it has '
             f'{", ".join(columns)}')
 
 

@@ -220,12 +220,12 @@ def _check_layer_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
     size = flat.get_field(layer, field)
     if size % shape[axis] == 0 or size == 1 and field in mixer.may_be_one:
       continue
-    where = ''
+    location = ''
     if name in model.kinds and field in model.kinds[name].overrides:
-      where = f'kinds.{name}.'
+      location = f'kinds.{name}.'
     raise RequestError(
         f'mesh.{axis} is {shape[axis]}, which does not divide '
-        f'model.{where}{field} {size}: choose from {_divisors(size)}')
+        f'model.{location}{field} {size}: choose from {_divisors(size)}')
 
 
 def _divisors(size: int) -> str:

@@ -219,24 +219,24 @@ TASKS: Mapping[str, Task] = plugins.LazyTable(
     tasks.__name__, tasks.__path__, lambda file: file.TASKS)
 
 
-def get_task(name: str, where: str = '--tasks') -> Task:
+def get_task(name: str, location: str = '--tasks') -> Task:
   """Returns the evaluation (task) of a name.
 
   Args:
     name: the name that was asked for: NAME or NAME:ARGUMENT.
-    where: the flag or config field that names it, for the message.
+    location: the flag or config field that names it, for the message.
 
   Raises:
     RequestError: where there is no such task, or it takes no argument.
   """
   # The argument is not used here: _options_of_task reads it.
   base_name, colon, argument = name.partition(':')
-  check_choice(where, base_name, TASKS)
+  check_choice(location, base_name, TASKS)
   task = TASKS[base_name]
   if colon and not task.argument_flag:
-    raise RequestError(f'{where} has {name!r}: write {base_name}')
+    raise RequestError(f'{location} has {name!r}: write {base_name}')
   if colon and not argument:
-    raise RequestError(f'{where} has {name!r}: write {base_name}:NAME')
+    raise RequestError(f'{location} has {name!r}: write {base_name}:NAME')
   return task
 
 
@@ -390,46 +390,46 @@ def _check_set_flags_are_read(task_names: Sequence[str],
 
 
 def check_task(name: str, options: Any, config: Config,
-               where: str = '--tasks') -> None:
+               location: str = '--tasks') -> None:
   """Checks that an evaluation (task) can be done with a run.
 
   Args:
     name: the name of the task.
     options: eval.py's flags as attributes; None: none can be set.
     config: the config of the run.
-    where: the flag or config field that names the task, for the message.
+    location: the flag or config field that names the task, for the message.
 
   Raises:
     RequestError: where it cannot.
   """
-  task = get_task(name, where)
+  task = get_task(name, location)
   reason = task.why_unfit(config)
-  require(not reason, f'{reason}: leave {name} out of {where}, and any flag '
+  require(not reason, f'{reason}: leave {name} out of {location}, and any flag '
           'that asks for it')
   if options is None:
-    check_task_without_flags(name, where)
+    check_task_without_flags(name, location)
   else:
     task.check(_options_of_task(name, options), config)
 
 
-def check_task_without_flags(name: str, where: str) -> Task:
+def check_task_without_flags(name: str, location: str) -> Task:
   """Returns a task (an evaluation) that is named where no flag can be set, such
   as in the config of a run.
 
   Args:
     name: the name of the task.
-    where: the config field that names it, for the message.
+    location: the config field that names it, for the message.
 
   Raises:
     RequestError: where the task needs a flag.
   """
   # With all flags at their defaults, a task that needs one refuses. Its message
   # is about flags, so it is put behind one about the config.
-  task = get_task(name, where)
+  task = get_task(name, location)
   try:
     task.check(_options_of_task(name, None), None)
   except RequestError as error:
-    raise RequestError(f'{where} has {name!r}, which cannot be done there: '
+    raise RequestError(f'{location} has {name!r}, which cannot be done there: '
                        f'{error}') from error
   return task
 
@@ -591,7 +591,7 @@ def check_tasks_in_training(config: Config) -> None:
   require(len({*names}) == len(names), f'eval.tasks is {config.eval.tasks!r}: '
           'name each task once')
   for name in names:
-    check_task(name, options=None, config=config, where='eval.tasks')
+    check_task(name, options=None, config=config, location='eval.tasks')
 
   # Check the figure that the best checkpoint is chosen by: TASK/FIGURE, or a
   # figure of the plain evaluation, which is checked elsewhere.

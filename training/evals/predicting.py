@@ -212,12 +212,12 @@ def _compute_scores(module: Any, objective_name: str, params: Any, batch: Any
   return objective.apply(module, params, batch).extra['scores']
 
 
-def _make_text_record(row: Any, where: str) -> labelled.Record:
+def _make_text_record(row: Any, location: str) -> labelled.Record:
   """Returns a text, or a pair of texts, as a record without a label.
 
   Args:
     row: the text or the pair.
-    where: which row it is, for messages.
+    location: which row it is, for messages.
 
   Raises:
     RequestError: where it is neither, or a text is empty.
@@ -225,58 +225,59 @@ def _make_text_record(row: Any, where: str) -> labelled.Record:
   texts_of_row = [row] if isinstance(row, str) else row
   is_sequence = isinstance(texts_of_row, Sequence)
   if not is_sequence or len(texts_of_row) not in (1, 2):
-    raise RequestError(f'{where} is {shorten(row)}: pass a text, or a pair of '
+    raise RequestError(f'{location} is {shorten(row)}: pass a text, or a pair of '
                        'texts')
   names = ('first', 'second') if len(texts_of_row) == 2 else ('text',)
-  checked_texts = tuple(_check_not_empty(text, where) for text in texts_of_row)
-  return labelled.Record(texts=checked_texts, label='', where=f'{where},',
+  checked_texts = tuple(
+      _check_not_empty(text, location) for text in texts_of_row)
+  return labelled.Record(texts=checked_texts, label='', where=f'{location},',
                          names=names)
 
 
-def _make_sentence(row: Any, where: str) -> labelled.Sentence:
+def _make_sentence(row: Any, location: str) -> labelled.Sentence:
   """Returns a sentence, or a list of its words, as a record without labels.
 
   Args:
     row: the sentence, whose words spaces part, or the words.
-    where: which row it is, for messages.
+    location: which row it is, for messages.
 
   Raises:
     RequestError: where it is neither, or has no word.
   """
   words = row.split() if isinstance(row, str) else row
   if not isinstance(words, Sequence) or not len(words):
-    raise RequestError(f'{where} is {shorten(row)}: pass a sentence, or a list '
-                       'of its words')
-  checked_words = [_check_not_empty(word, where) for word in words]
+    raise RequestError(f'{location} is {shorten(row)}: pass a sentence, or a '
+                       'list of its words')
+  checked_words = [_check_not_empty(word, location) for word in words]
   return labelled.Sentence(words=checked_words, labels=[],
-                           lines=[where] * len(words))
+                           lines=[location] * len(words))
 
 
-def _make_paragraph(row: Any, where: str) -> labelled.Paragraph:
+def _make_paragraph(row: Any, location: str) -> labelled.Paragraph:
   """Returns a pair of a question and the text that has the answer as a record
   without an answer.
 
   Args:
     row: the pair.
-    where: which row it is, for messages.
+    location: which row it is, for messages.
 
   Raises:
     RequestError: where it is no such pair, or a text is empty.
   """
   is_pair = isinstance(row, Sequence) and not isinstance(row, str)
   if not is_pair or len(row) != 2:
-    raise RequestError(f'{where} is {shorten(row)}: pass a pair of a question '
+    raise RequestError(f'{location} is {shorten(row)}: pass a pair of a question '
                        'and the text that has the answer')
-  question_text, context = (_check_not_empty(text, where) for text in row)
-  question = labelled.Question(id=where, question=question_text, answers=None,
-                               where=where)
+  question_text, context = (_check_not_empty(text, location) for text in row)
+  question = labelled.Question(id=location, question=question_text,
+                               answers=None, where=location)
   return labelled.Paragraph(context=context, questions=(question,))
 
 
-def _check_not_empty(value: Any, where: str) -> str:
+def _check_not_empty(value: Any, location: str) -> str:
   """Returns a text; RequestError where it is none, or holds space alone."""
-  require(bool(texts.check_text(value, where).strip()), f'{where} has an empty '
-          'text')
+  require(bool(texts.check_text(value, location).strip()), f'{location} has an '
+          'empty text')
   return value
 
 

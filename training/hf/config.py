@@ -593,12 +593,12 @@ def describe_differences(ours: ModelConfig, theirs: ModelConfig
   has_kinds = bool(ours.kinds or theirs.kinds)
   layers = _first_layer_of_each_pair_of_kinds(ours, theirs)
   for n, (our_layer, their_layer) in layers.items():
-    where = f' of layer {n}' if has_kinds else ''
+    location = f' of layer {n}' if has_kinds else ''
     their_fields = fields_of_function(their_layer)
     for name, value in fields_of_function(our_layer).items():
       other = their_fields.get(name)
       if value != other and name not in lines:
-        lines[name] = f'model.{name}{where} is {value!r}, not {other!r}'
+        lines[name] = f'model.{name}{location} is {value!r}, not {other!r}'
 
   # Two fields are read outside of the layers too.
   for name in ('position', 'block'):

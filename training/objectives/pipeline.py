@@ -579,10 +579,10 @@ def _describe_part(source: sources.Source, every: int | None, split: str,
   """
   # A small source may leave a split without a document.
   if not taken:
-    where = f'{split} with eval.part={part}' if part else split
+    location = f'{split} with eval.part={part}' if part else split
     raise RequestError(
         f'data source {source.name!r} has {of} document(s), of which '
-        f'data.holdout_every={every} leaves none for {where}: set '
+        f'data.holdout_every={every} leaves none for {location}: set '
         'data.eval_source or another data.holdout_every')
   # A single text is cut in two by its length.
   if source.is_cut:

@@ -135,7 +135,7 @@ def check_level(name: str, level: Level, settings: Settings) -> None:
     RequestError: for a level that cannot be drawn.
   """
   probe = PROBES[name]
-  where = f'probe {name!r} with {level!r} {probe.level}'
+  location = f'probe {name!r} with {level!r} {probe.level}'
 
   # A level must be a number. type() is compared because isinstance would accept
   # True as 1. Levels may be fractions if the least level is written as one
@@ -144,16 +144,16 @@ def check_level(name: str, level: Level, settings: Settings) -> None:
   is_number = type(level) is int or (type(level) is float and takes_fractions)
   if not is_number or level < probe.least:
     number = 'number' if takes_fractions else 'whole number'
-    raise RequestError(f'{where}: a level is a {number} of at least '
+    raise RequestError(f'{location}: a level is a {number} of at least '
                        f'{probe.least}')
 
   # A row of this level must exist at all, and fit into data.length.
   reason = probe.limit(settings, level)
-  require(not reason, f'{where}: {reason}')
+  require(not reason, f'{location}: {reason}')
   size = probe.size(level, settings)
   require(size <= settings.length,
-          f'{where} has rows of {size} tokens or more, '
-          f'and data.length is {settings.length}: set it to {size} or more')
+          f'{location} has rows of {size} tokens or '
+          f'more, and data.length is {settings.length}: set it to {size} or more')
 
 
 @functools.cache

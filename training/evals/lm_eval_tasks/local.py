@@ -99,14 +99,14 @@ def _load_documents(folder: str, name: str, fields: tuple[str, ...]):
   # Read their lines, of each the fields that the task reads.
   documents = []
   for file in files:
-    for where, row in texts.read_rows(str(file)):
+    for location, row in texts.read_rows(str(file)):
       document = {}
       for field in fields:
-        text = texts.check_text(row.get(field), f'{where}, field {field!r},')
+        text = texts.check_text(row.get(field), f'{location}, field {field!r},')
         document[field] = text.strip()
         if field == 'text' and ' ' not in document[field]:
-          raise RequestError(f'{where}, has one word alone: the last word of a '
-                             'text is asked for')
+          raise RequestError(f'{location}, has one word alone: the last word '
+                             'of a text is asked for')
       documents.append(document)
   require(bool(documents), f'{data_folder} holds no line')
   return {'validation': datasets.Dataset.from_list(documents)}

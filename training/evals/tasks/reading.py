@@ -100,12 +100,12 @@ class Embed(Task):
 
     encoded_texts = tokenizer.encode_batch([text for _, text in texts])
     rows = []
-    for (where, _), ids in zip(texts, encoded_texts):
-      require(len(ids) > 0, f'{where}, has no token that the tokenizer '
+    for (location, _), ids in zip(texts, encoded_texts):
+      require(len(ids) > 0, f'{location}, has no token that the tokenizer '
               f'{tokenizer.name!r} knows')
       row_L = np.concatenate([tokens_before, ids, tokens_after])
-      require(len(row_L) <= max_len, f'{where}, has {len(row_L)} tokens, and '
-              f'the model takes max_len {max_len}: shorten it')
+      require(len(row_L) <= max_len, f'{location}, has {len(row_L)} tokens, '
+              f'and the model takes max_len {max_len}: shorten it')
       rows.append(row_L.astype(np.int32))
     return rows
 
@@ -170,17 +170,18 @@ def read_texts(name: str) -> list[tuple[str, str]]:
   require(path.is_file(), f'--texts is {name!r}, which is no file')
   lines = []
   if path.suffix == '.jsonl':
-    for where, row in text_files.read_rows(name):
-      text = text_files.check_text(row.get('text'), f"{where}, field 'text',")
-      lines.append((where, text))
+    for location, row in text_files.read_rows(name):
+      text = text_files.check_text(row.get('text'), f"{location}, field "
+                                                    "'text',")
+      lines.append((location, text))
   else:
     lines += text_files.read_lines(name, all_lines=True)
   require(bool(lines), f'--texts is {name!r}, which is empty')
 
   # Vectors are told by their place, so an empty line, which has none, would
   # shift all that follow it.
-  for where, text in lines:
-    require(bool(text.strip()), f'{where}, is empty: each line is one text')
+  for location, text in lines:
+    require(bool(text.strip()), f'{location}, is empty: each line is one text')
   return lines
 
 
