@@ -398,8 +398,8 @@ def read_dataset_rows(name: str, fields: Sequence[str],
       if not names or value is None:
         continue
       if isinstance(value, list):
-        row[column] = [_name_of_label(label, names,
-                                      location) for label in value]
+        row[column] = [
+            _name_of_label(label, names, location) for label in value]
       else:
         row[column] = _name_of_label(value, names, location)
     yield location, row
