@@ -225,8 +225,8 @@ def _make_text_record(row: Any, location: str) -> labelled.Record:
   texts_of_row = [row] if isinstance(row, str) else row
   is_sequence = isinstance(texts_of_row, Sequence)
   if not is_sequence or len(texts_of_row) not in (1, 2):
-    raise RequestError(f'{location} is {shorten(row)}: pass a text, or a pair of '
-                       'texts')
+    raise RequestError(f'{location} is {shorten(row)}: pass a text, or a pair '
+                       'of texts')
   names = ('first', 'second') if len(texts_of_row) == 2 else ('text',)
   checked_texts = tuple(
       _check_not_empty(text, location) for text in texts_of_row)
@@ -266,8 +266,8 @@ def _make_paragraph(row: Any, location: str) -> labelled.Paragraph:
   """
   is_pair = isinstance(row, Sequence) and not isinstance(row, str)
   if not is_pair or len(row) != 2:
-    raise RequestError(f'{location} is {shorten(row)}: pass a pair of a question '
-                       'and the text that has the answer')
+    raise RequestError(f'{location} is {shorten(row)}: pass a pair of a '
+                       'question and the text that has the answer')
   question_text, context = (_check_not_empty(text, location) for text in row)
   question = labelled.Question(id=location, question=question_text,
                                answers=None, where=location)

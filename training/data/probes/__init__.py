@@ -153,7 +153,8 @@ def check_level(name: str, level: Level, settings: Settings) -> None:
   size = probe.size(level, settings)
   require(size <= settings.length,
           f'{location} has rows of {size} tokens or '
-          f'more, and data.length is {settings.length}: set it to {size} or more')
+          f'more, and data.length is {settings.length}: set it to {size} or '
+          'more')
 
 
 @functools.cache
