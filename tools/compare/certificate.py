@@ -265,14 +265,15 @@ def certify(config: Mapping[str, Any], costs: Mapping[str, Any],
 
   Args:
     config: the config that they share, by dotted name.
-    costs: the numbers of a cost.Cost, by name.
+    costs: the numbers of a cost.Cost, by name; a plan that was frozen by an
+      earlier version may lack some, which are not known then.
     folders: the folders of the runs, as far as they are there.
     seeds: their seeds.
     tuning: how far the side was tuned.
     seconds: the training time of each run; NaN where it is not known.
   """
   values: dict[str, Any] = sort_fields(config)
-  values |= {name: costs[name] for name in _COSTS}
+  values |= {name: costs.get(name) for name in _COSTS}
   values['flops'] = costs['flops_per_token'] * costs['tokens']
   values['seeds'] = {'seeds': ', '.join(map(str, sorted(seeds)))}
   values['tuning'] = tuning

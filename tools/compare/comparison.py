@@ -393,15 +393,8 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
     plan: the plan of the study.
     results: what its results.json holds.
   """
-  warnings = []
+  warnings = _doubt_runs_and_results(results)
   confirmed = results.get('confirm', ())
-
-  # Verdicts that were saved by other code, or were changed.
-  if results['unlike_saved']:
-    warnings.append(
-        f'{results_lib.FILE} has other verdicts than follow from the runs, by '
-        'other code or since it was changed; what stands here follows from the '
-        f'runs: {"; ".join(results["unlike_saved"])}.')
 
   # Phases that are not over, and runs that were not planned.
   finished_phases = [
@@ -455,6 +448,27 @@ def describe_certificates(
                                            certificates[variant])
     sentences += certificates_lib.describe(variant, differences)
   return sentences
+
+
+def _doubt_runs_and_results(results: Mapping[str, Any]) -> list[str]:
+  """Returns warnings where the saved results do not follow from the runs, and
+  where it is not known that the runs are as they ended.
+
+  Args:
+    results: the results of a study, as recompute.recompute_results returns them.
+  """
+  warnings = []
+  if results['unlike_saved']:
+    warnings.append(
+        f'{results_lib.FILE} has other verdicts than follow from the runs, by '
+        'other code or since it was changed; what stands here follows from the '
+        f'runs: {"; ".join(results["unlike_saved"])}.')
+  without_hash = results['as_planned'].get('without_hash')
+  if without_hash:
+    warnings.append(f'The ledger has no hash of {without_hash} runs from when '
+                    'they ended: a later change of their figures would not '
+                    'show.')
+  return warnings
 
 
 def _shown_over_seeds_alone(plan: plans.Plan,

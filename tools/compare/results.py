@@ -196,10 +196,6 @@ def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
     differences.append('Runs that the ledger of the study does not know, since '
                        'they were begun elsewhere or it was lost: '
                        f'{unknown}.')
-  if without_hash:
-    differences.append('Runs whose figures were not recorded by a hash when '
-                       'they ended, so that a later change of them would not '
-                       f'show: {without_hash}.')
 
   # The code that trained the runs. Where that of the plan is not known, nothing
   # can be compared.
