@@ -455,7 +455,7 @@ def _doubt_runs_and_results(results: Mapping[str, Any]) -> list[str]:
   where it is not known that the runs are as they ended.
 
   Args:
-    results: the results of a study, as recompute.recompute_results returns them.
+    results: the results of a study, as recompute.recompute_results gives them.
   """
   warnings = []
   if results['unlike_saved']:
