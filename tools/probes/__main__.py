@@ -30,7 +30,11 @@ flags.DEFINE_integer('seeds', 0, 'How many; 0: as the suite says.',
 
 
 def flags_of_command(argv: list[str]) -> list[str]:
-  """Returns the flags of 'run CONFIG --workdir W ...'."""
+  """Rewrites the command 'run CONFIG ...' as flags: --config=CONFIG ...
+
+  Args:
+    argv: the words of the command line.
+  """
   args = argv[1:]
   if args[:1] == ['run']:
     args = args[1:]
@@ -40,16 +44,22 @@ def flags_of_command(argv: list[str]) -> list[str]:
 
 
 def main() -> int:
+  """Trains the suite of probes that the command line names, and prints and
+  writes the score card."""
   cli.parse(__doc__, flags_of_command(sys.argv))
   args = flags.FLAGS
   require(args.config is not None and bool(args.workdir),
           'write run CONFIG --workdir DIR, with a CONFIG such as '
           'configs/gpt.py:tiny')
+
+  # Refuse a folder that cannot be written, or that holds something else.
   from tools.probes import suites
   from training.workdir import storage
   workdir = storage.checked_path(args.workdir)
   storage.check_folder_is_writable(workdir)
   storage.refuse_folder_of_run(workdir, '--workdir', suites.CARD_FILE)
+
+  # Train what is not trained yet, and make the card.
   suite = suites.load_suite(args.suite, base=args.config, only=args.only,
                             seeds=args.seeds, overrides=cli.overridden_fields())
   suites.train_suite(suite, workdir)

@@ -29,19 +29,26 @@ _FIELDS_OF_RUNS = ('seed', 'optim.lr')
 
 
 class Run(NamedTuple):
-  """One training: a task, by its label, at a learning rate with a seed."""
+  """One training run of a suite.
+
+  Attributes:
+    task: the label of the task.
+    lr: the learning rate.
+    seed: the seed.
+    config: the config of the run.
+  """
   task: str
   lr: float
   seed: int
   config: ml_collections.ConfigDict
 
   def folder(self, workdir: epath.Path) -> epath.Path:
-    """Returns the folder of the run in that of the suite."""
+    """Returns the folder of the run, inside of the folder of the suite."""
     return workdir / self.task / f'lr_{self.lr:g}' / f'seed_{self.seed}'
 
 
 class Suite(NamedTuple):
-  """A file of configs/probes/ and the runs that it asks for of an architecture.
+  """The runs by which a file of configs/probes/ tests an architecture.
 
   Attributes:
     file: the path of the file.
@@ -68,19 +75,20 @@ class Suite(NamedTuple):
 def load_suite(file: str, base: ml_collections.ConfigDict,
                only: Sequence[str] = (), seeds: int = 0,
                overrides: Collection[str] = ()) -> Suite:
-  """Reads a file of configs/probes/, and returns its suite of tasks for an
-  architecture, each task with the config of its runs.
+  """Reads a file of configs/probes/, and makes the configs of its runs for an
+  architecture.
 
   Args:
     file: a file of configs/probes/.
     base: the config of the architecture.
-    only: the tasks of the suite to keep; (): all.
+    only: the labels of the tasks to keep; (): all.
     seeds: the number of seeds; 0: as many as the file says.
-    overrides: the fields that a command line sets.
+    overrides: the fields that the command line sets, by dotted name.
 
   Raises:
-    RequestError: for a file that is no suite, or a run that cannot be.
+    RequestError: for a file that is no suite, or a run that is not possible.
   """
+  # Read the file as a module.
   from training import preflight
   file = plugins.find_config_file(file, asked_in='--suite', folders=('probes',),
                                   defines='suite')
@@ -97,7 +105,7 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
     require(re.fullmatch(r'\w+', label) is not None, f'{file}: {label!r} names '
             'a folder: choose letters, digits and underscores')
 
-    # A run is evaluated and saved at its end alone.
+    # A run is evaluated and saved only at its end.
     steps = fields.get('train.steps', base.train.steps)
     fields_of_tasks = {
         'objective': probes.PROBES[task].objective,
@@ -108,7 +116,7 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
         'optim.warmup_steps': steps // 10}
     fields = fields_of_tasks | fields
 
-    # A flag does not set what the suite sets.
+    # A field that the suite sets must not be set on the command line too.
     if not only or label in only:
       for field in overrides:
         is_free = field not in (*_FIELDS_OF_RUNS, *fields)
@@ -126,6 +134,8 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
   suite = Suite(
       file=file, digest=plugins.hash_text(plugins.read_python_file(file)),
       lrs=tuple(module.LRS), seeds=tuple(range(seeds)), configs=chosen)
+
+  # Check all runs before the first one is trained.
   for task in suite.configs:
     for run in suite.runs(task):
       preflight.check_config(run.config)
@@ -134,20 +144,21 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
 
 def train_suite(suite: Suite, workdir: epath.Path) -> None:
   """Trains the runs of a suite that are not trained yet, one task after the
-  other. Where a run diverges the others go on.
+  other. If a run diverges, the others go on.
 
   Args:
     suite: the suite.
-    workdir: the folder of the suite, which holds one of each run.
+    workdir: the folder of the suite, which has a folder for each run.
 
   Raises:
-    Stopped: after a signal.
+    Stopped: if a signal stops the training.
   """
   from training import loop, vectorised
   for task in suite.configs:
     runs = list(suite.runs(task))
     print(f'{task}: {len(suite.lrs)} learning rates x {len(suite.seeds)} seeds',
           flush=True)
+    # Runs that can train as one program are a group.
     for group in vectorised.group_configs([run.config for run in runs]):
       configs = [runs[i].config for i in group]
       folders = [runs[i].folder(workdir) for i in group]
@@ -160,11 +171,18 @@ def make_card(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
   """Returns the score card of a suite: for each task the figures of its best
   learning rate.
 
-  A figure has its mean over the seeds, its 95 % interval (None with fewer than
-  three, or where all are alike), and the figure of each seed. The rate is
-  chosen by the held-out rows that the figures were measured on, as in the
-  papers that give the best of several learning rates. A rate at which a run
-  diverged cannot be chosen.
+  The learning rate is chosen by the held-out rows on which the figures were
+  measured, as in the papers that give the best of several learning rates. A
+  rate at which a run diverged cannot be chosen.
+
+  Args:
+    suite: the suite, whose runs are trained.
+    workdir: the folder of the suite.
+
+  Returns:
+    A dict for JSON. A figure in it has its mean over the seeds, its 95 %
+    interval (None with fewer than three seeds, or if all figures are equal),
+    and the figure of each seed.
   """
   tasks = {task: _row_of_task(suite, task, workdir) for task in suite.configs}
   return dict(suite=suite.file, suite_digest=suite.digest,
@@ -173,11 +191,18 @@ def make_card(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
 
 def _row_of_task(suite: Suite, task: str, workdir: epath.Path
                  ) -> dict[str, Any]:
-  """Returns the row of a task in the score card: the accuracy at each learning
-  rate, and the figures of the best one over the seeds."""
+  """Returns the row of a task in the score card: the mean accuracy at each
+  learning rate, and the figures of the best rate over the seeds.
+
+  Args:
+    suite: the suite, whose runs are trained.
+    task: the label of the task.
+    workdir: the folder of the suite.
+  """
   from training.evals.tasks import probe as probe_task
 
-  # The figures of the runs at each learning rate, and the seeds that diverged.
+  # Read the figures of the runs at each learning rate, and note the seeds whose
+  # run diverged.
   figures_by_lr: dict[float, list[dict[str, float]]] = {}
   diverged: dict[float, list[int]] = {}
   for run in suite.runs(task):
@@ -187,14 +212,14 @@ def _row_of_task(suite: Suite, task: str, workdir: epath.Path
     else:
       diverged.setdefault(run.lr, []).append(run.seed)
 
-  # The mean accuracy at each learning rate at which no run diverged.
+  # Average the accuracy at each learning rate at which no run diverged.
   mean_accuracy = {}
   for lr, figures_of_runs in figures_by_lr.items():
     if lr not in diverged:
       accuracies = [figures['accuracy'] for figures in figures_of_runs]
       mean_accuracy[lr] = float(np.mean(accuracies))
 
-  # The best learning rate, and its figures over the seeds.
+  # Take the figures of the best learning rate over the seeds.
   best_lr = None
   over_seeds = {}
   if mean_accuracy:
@@ -205,6 +230,8 @@ def _row_of_task(suite: Suite, task: str, workdir: epath.Path
       interval = statistics.logit_interval(values)._asdict()
       over_seeds[name] = interval | {'seeds': values}
 
+  # Figures are named level/LEVEL, and beyond/LENGTH for rows that are longer
+  # than in training.
   config = suite.configs[task]
   return dict(
       steps=config.train.steps, diverged=diverged, lr=best_lr,
@@ -217,14 +244,22 @@ def _row_of_task(suite: Suite, task: str, workdir: epath.Path
 
 
 def _with_prefix(prefix: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the figures whose names begin with a prefix, without it."""
+  """Returns the figures whose names begin with a prefix, by their names without
+  it."""
   return {name.removeprefix(prefix): figure for name, figure in figures.items()
           if name.startswith(prefix)}
 
 
 def _figures_of_run(run: Run, workdir: epath.Path) -> dict[str, float]:
-  """Returns what a run's task measured after its last step, as its metrics file
-  has it; {}: the run diverged before."""
+  """Reads the figures that a run's task measured after its last step.
+
+  Args:
+    run: the run.
+    workdir: the folder of the suite.
+
+  Returns:
+    The figures by name; {}: the run diverged before its last step.
+  """
   lines = (run.folder(workdir) / 'metrics.jsonl').read_text().splitlines()
   for line in reversed(lines):
     row = json.loads(line)
@@ -234,11 +269,16 @@ def _figures_of_run(run: Run, workdir: epath.Path) -> dict[str, float]:
 
 
 def card_as_text(card: Mapping[str, Any]) -> str:
-  """Renders a card for a terminal."""
+  """Returns a score card as text for a terminal.
+
+  Args:
+    card: the card, as `make_card` returns it.
+  """
   seeds = len(card['seeds'])
   lines = [f'accuracy over {seeds} seeds, at the best learning rate: mean and '
            '95 % interval']
   for task, row in card['tasks'].items():
+    # The accuracy over all rows. There is none if runs diverged at all rates.
     if row['lr'] is None:
       lines.append(f'{task}: no figures')
     else:
@@ -249,6 +289,8 @@ def card_as_text(card: Mapping[str, Any]) -> str:
     for lr, runs in row['diverged'].items():
       lines.append(f'  left out, since runs diverged: lr {lr:g} '
                    f'({len(runs)} of {seeds} runs)')
+
+    # The accuracy at each level, and on rows longer than in training.
     for name, figure in row['level'].items():
       lines.append(f'  {name:<22} {_figure_with_interval(figure)}')
     for name, figure in row['beyond'].items():
@@ -258,32 +300,51 @@ def card_as_text(card: Mapping[str, Any]) -> str:
 
 
 def _figure_with_interval(figure: Mapping[str, Any], digits: int = 4) -> str:
-  """Returns a figure with its interval."""
+  """Returns a figure with its interval as text.
+
+  Args:
+    figure: its mean, and the low and high end of its interval.
+    digits: the number of digits after the point.
+  """
   return page.estimate(figure['mean'], low=figure['low'], high=figure['high'],
                        form=f'.{digits}f').text
 
 
 def write_card(card: Mapping[str, Any], workdir: epath.Path) -> None:
-  """Writes card.json and card.png."""
+  """Writes a score card as a file, card.json, and as a picture, card.png."""
   storage.write_file(workdir / CARD_FILE, json.dumps(card, indent=1) + '\n')
   storage.write_picture(workdir / PICTURE_FILE, _draw_card(card))
 
 
 def _draw_card(card: Mapping[str, Any]) -> Any:
-  """Draws a row of cells for each task: its levels, then longer rows."""
+  """Draws a score card as a grid of cells, a row for each task.
+
+  Args:
+    card: the card, as `make_card` returns it.
+
+  Returns:
+    A matplotlib figure. A row has a cell for each level of the task, and then
+    one for each length beyond that of training.
+  """
+  # Make room for the task with most levels, and for that with most lengths.
   from matplotlib.figure import Figure
   tasks = card['tasks']
-  width = max(1, *(len(row['level']) for row in tasks.values()))
-  columns = width + max(len(row['beyond']) for row in tasks.values())
+  num_level_columns = max(1, *(len(row['level']) for row in tasks.values()))
+  num_beyond_columns = max(len(row['beyond']) for row in tasks.values())
+  columns = num_level_columns + num_beyond_columns
   figure = Figure(figsize=(3.7 + 1.05 * columns, 1.2 + 0.6 * len(tasks)),
                   layout='constrained')
   axes = figure.subplots()
+
+  # Write the figures into the cells, and colour these by the mean. The text is
+  # white on dark cells. Cells without a figure stay empty (NaN).
   values = np.full((len(tasks), columns), np.nan)
   for y, row in enumerate(tasks.values()):
     if row['lr'] is None:
       axes.text(0, y, 'diverged', ha='center', va='center', fontsize=8)
     cells = list(enumerate(row['level'].items()))
-    for x, (name, cell) in enumerate(row['beyond'].items(), width):
+    for x, (name, cell) in enumerate(row['beyond'].items(),
+                                       num_level_columns):
       cells.append((x, (f'{name} length', cell)))
     for x, (name, cell) in cells:
       values[y, x] = cell['mean']
@@ -291,6 +352,8 @@ def _draw_card(card: Mapping[str, Any]) -> Any:
       color = 'white' if cell['mean'] < 0.6 else 'black'
       axes.text(x, y, words, ha='center', va='center', fontsize=8, color=color)
   image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis', aspect='auto')
+
+  # Name the tasks and the columns.
   labels = []
   for task, row in tasks.items():
     labels.append(f'{task}\n{row["what"]}; commonest answer '
@@ -299,7 +362,7 @@ def _draw_card(card: Mapping[str, Any]) -> Any:
   axes.set_xticks([])
   axes.set_xlabel('difficulty, from easy to hard; then rows longer than in '
                   'training')
-  axes.axvline(width - 0.5, color='black')
+  axes.axvline(num_level_columns - 0.5, color='black')
   axes.set_title(f'{len(card["seeds"])} seeds: mean and 95 % interval',
                  fontsize=9)
   figure.colorbar(image, label='accuracy')
