@@ -49,7 +49,7 @@ OPTIONS_OF_EXPERTS = {
 
 
 def config_of_case(case: str, toy: bool) -> ml_collections.ConfigDict:
-  """Returns the config of a run of one layer in bfloat16.
+  """Returns the config of a run in bfloat16 whose model has one layer.
 
   Args:
     case: the name of an entry of CONFIG_OF_CASE.
@@ -79,7 +79,7 @@ def time_attention(run_config: ml_collections.ConfigDict
     For each kernel of this platform its name (`way`), and its times, or the
     reason why it refuses the shapes (`error`).
   """
-  # Random queries [B, L, H, K], keys and values [B, L, J, K].
+  # Draw random queries [B, L, H, K], keys and values [B, L, J, K].
   config = runs.resolve_model_without_tokenizer(run_config)
   B = run_config.data.batch_size
   L = run_config.data.length
@@ -90,6 +90,7 @@ def time_attention(run_config: ml_collections.ConfigDict
     shape = B, L, num_heads, config.head_dim
     inputs.append(jax.random.normal(rng, shape, config.compute_dtype))
 
+  # The mask is causal, described for kernels and as an array.
   mask = kernels.Mask(causal=True)
   seen_BLM = jnp.tril(jnp.ones((L, L), bool))[None]
   scale = config.head_dim ** -0.5
@@ -103,12 +104,14 @@ def time_attention(run_config: ml_collections.ConfigDict
                                         softcap=0.0, sink_H=None)
     return jnp.square(out.astype(jnp.float32)).sum()
 
+  # Choose the kernels of this platform; `xla` runs on all platforms.
   platform = sharding.traced_platform()
   names = ['xla']
   for name, kernel in kernels.KERNELS.items():
     if kernel.platform == platform:
       names.append(name)
 
+  # Time the gradient of each kernel, unless it refuses these shapes.
   for name in names:
     reason = kernels.reason_of_refusal(name, config, mask=mask, q_length=L,
                                        k_length=L, device=platform)
@@ -122,13 +125,16 @@ def time_attention(run_config: ml_collections.ConfigDict
 
 def time_experts(config: ml_collections.ConfigDict, kernel: str = 'auto',
                  **compiler_options: Any) -> dict[str, Any]:
-  """Times a layer of experts forward and backward, its router and dispatch
-  included; returns the times.
+  """Times the forward and backward pass of a layer of experts, its router and
+  dispatch included.
 
   Args:
     config: the config of a run, whose shapes are taken.
     kernel: a value of config.model.moe.grouped_kernel.
     **compiler_options: options of XLA's compiler.
+
+  Returns:
+    The times, as worker.time_in_turns returns them.
   """
   config.model.moe.update(grouped_kernel=kernel, dispatch='auto',
                           capacity_factor=0.0, eval_capacity_factor=0.0)
@@ -141,7 +147,15 @@ def time_experts(config: ml_collections.ConfigDict, kernel: str = 'auto',
 
 def time_program(compiled: jax.stages.Compiled, inputs: Sequence[Any]
                  ) -> dict[str, Any]:
-  """Returns the times of a compiled program over five calls."""
+  """Times five calls of a compiled program.
+
+  Args:
+    compiled: the program.
+    inputs: its arguments.
+
+  Returns:
+    The times, as worker.time_in_turns returns them.
+  """
   def run() -> None:
     jax.block_until_ready(compiled(*inputs))
 
@@ -149,11 +163,15 @@ def time_program(compiled: jax.stages.Compiled, inputs: Sequence[Any]
 
 
 def time_everything(toy: bool) -> Iterator[dict[str, Any]]:
-  """Yields a row for each case and each kernel of attention, and for each way
-  to multiply experts: its seconds, or why there are none.
+  """Times attention in all cases and by all kernels, and a layer of experts in
+  all ways to multiply their rows.
 
   Args:
     toy: whether to take tiny sizes.
+
+  Yields:
+    A row for each, with its `part`, `case` and `way`, and its times, or the
+    reason why there are none (`error`).
   """
   for case in CONFIG_OF_CASE:
     for row in time_attention(config_of_case(case, toy)):
@@ -167,7 +185,7 @@ def time_everything(toy: bool) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-  """Times everything on this machine's GPU, and writes the rows as it goes."""
+  """Times everything on this machine's GPU, and prints and writes the rows."""
   flags.DEFINE_bool('toy', False, 'Tiny sizes.')
   flags.DEFINE_string('json', '', 'Write the rows to this file.')
   cli.parse(__doc__)
@@ -177,6 +195,9 @@ def main() -> None:
   if device.platform != 'gpu' and not args.toy:
     raise EnvironmentFailure(f'JAX sees no GPU, but {device.device_kind}: '
                              '--toy tries the benchmark on a CPU')
+
+  # The file is written after each row, because what comes next may take the
+  # machine down.
   rows = []
   for row in time_everything(args.toy):
     rows.append(row)
@@ -186,7 +207,6 @@ def main() -> None:
       milliseconds = 1e3 * row['seconds']
       time = f'{milliseconds:10.2f} ms'
     print(f'{row["part"]} {row["case"]} {row["way"]:40} {time}', flush=True)
-    # At once, for what comes next may take the machine down.
     storage.write_json(json_file, dict(
         card=device.device_kind, toy=args.toy, rows=rows))
 

@@ -98,6 +98,7 @@ def compile_gradient(module: nn.Module, config: ModelConfig, rows: int,
     The compiled gradient, and its arguments: the parameters of the layer and
     x_BLD, its random input, [batch = rows, length, d_model].
   """
+  # Initialise the layer, and draw a random input.
   x_BLD = jax.random.normal(jax.random.key(0), (rows, length, config.d_model),
                             config.compute_dtype)
   context = Context(jnp.arange(length)[None])
@@ -109,6 +110,7 @@ def compile_gradient(module: nn.Module, config: ModelConfig, rows: int,
     losses_of_layer = sum(report.losses.values())
     return jnp.square(y_BLD.astype(jnp.float32)).mean() + losses_of_layer
 
+  # Compile the gradient of its loss for these shapes.
   inputs = params, x_BLD
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
   compiled = gradient.lower(*inputs).compile(compiler_options or None)
@@ -116,7 +118,15 @@ def compile_gradient(module: nn.Module, config: ModelConfig, rows: int,
 
 
 def layer_of_mixer(run_config: ml_collections.ConfigDict) -> Contender:
-  """Returns the forward and backward pass of one mixer on one row, to be timed.
+  """Prepares the forward and backward pass of one layer's mixer on one row, to
+  be timed.
+
+  Args:
+    run_config: the config of the run, as `config_with_mixer` returns it.
+
+  Returns:
+    A Contender: `run` computes the gradient and waits for it, and `nbytes` is
+    the memory that the program allocates besides its arguments and results.
   """
   config = architectures.resolve(run_config.model)
   mixer = blocks.mixer_of_layers(config)
@@ -142,7 +152,8 @@ def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
     A Contender: `run` writes the tokens and waits for them, `repeats` is their
     number, and `nbytes` is the size of the cache.
   """
-  # The model and its cache, as a loop over single tokens reads them.
+  # Make the model and its cache, with the layers unstacked, as a loop over
+  # single tokens reads them.
   config = architectures.resolve(run_config.model)
   length = run_config.data.length
   module = architectures.build(config)
@@ -152,9 +163,9 @@ def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
       params, architectures.init_cache(config, 1, length))
 
   def write_tokens(params: Any, cache: Any) -> tuple[jax.Array, Any]:
-    """Writes the tokens, each the likeliest after the one before it.
+    """Generates the tokens, each the likeliest one after the token before it.
 
-    Shapes: token_B1 and likeliest_B1 are [batch = 1, 1 token].
+    token_B1 and likeliest_B1 are [batch = 1, 1 token].
     """
     def write_token(carry: Any, position: jax.Array):
       token_B1, cache = carry
@@ -204,15 +215,17 @@ def time_section(section: str, dtype: str, mixers: Sequence[str],
   """
   print(f'{section}, {dtype}\n{HEAD_OF_TABLE}', flush=True)
   rows: list[dict[str, Any]] = []
-  # The last row of each mixer: `growth` is the exponent e of CPU time ~
-  # length^e between two lengths that follow each other.
-  row_of_last_length: dict[str, dict] = {}
+  row_of_last_length: dict[str, dict] = {}  # by mixer
   for length in lengths:
+    # Compile the program of each mixer for this length.
     contenders = {}
     for mixer in mixers:
       run_config = config_with_mixer(mixer, length=length, dtype=dtype,
                                      sizes=sizes)
       contenders[mixer] = SECTIONS[section](run_config)
+
+    # Time them in turns. `growth` compares a mixer's CPU time with that at the
+    # length before, so that the first length has none.
     for mixer, times in time_contenders(contenders, rounds).items():
       row = dict(section=section, dtype=dtype, length=length, mixer=mixer,
                  **times, nbytes=contenders[mixer].nbytes, growth=None)
@@ -226,8 +239,16 @@ def time_section(section: str, dtype: str, mixers: Sequence[str],
 
 def time_contenders(contenders: Mapping[str, Contender], rounds: int
                     ) -> dict[str, dict[str, float]]:
-  """Times contenders in turns; returns the figures of each, by its name, for
-  one of the things that a call does `repeats` times."""
+  """Times contenders in turns.
+
+  Args:
+    contenders: the functions to time, by name.
+    rounds: how many turns each takes.
+
+  Returns:
+    The figures of each, as worker.time_in_turns returns them. Times are of one
+    of the `repeats` of a call, such as of one token.
+  """
   functions = {name: contender.run for name, contender in contenders.items()}
   figures = worker.time_in_turns(functions, rounds)
   for name, times in figures.items():
@@ -238,9 +259,15 @@ def time_contenders(contenders: Mapping[str, Contender], rounds: int
 
 def exponent_of_length(shorter: Mapping[str, Any], longer: Mapping[str, Any]
                        ) -> float:
-  """Returns the k by which the CPU time grows as length ** k from one row of
-  the table to another: the logarithm of the ratio of times to the base of the
-  ratio of lengths."""
+  """Returns the exponent k with which the CPU time grows as length ** k.
+
+  With times t and lengths n of two rows, t2 / t1 = (n2 / n1) ** k, so that k is
+  the logarithm of the ratio of times to the base of the ratio of lengths.
+
+  Args:
+    shorter: the row of the table for the shorter length.
+    longer: the row for the longer one.
+  """
   ratio_of_times = longer['cpu_seconds'] / shorter['cpu_seconds']
   ratio_of_lengths = longer['length'] / shorter['length']
   return math.log(ratio_of_times, ratio_of_lengths)
@@ -251,7 +278,11 @@ HEAD_OF_TABLE = (f'{"tokens":>8}  {"mixer":<12}{"ms":>10}{"CPU ms":>10}'
 
 
 def line_of_table(row: Mapping[str, Any]) -> str:
-  """Returns a row of the table as a line of text, under HEAD_OF_TABLE."""
+  """Returns a row of the table as a line of text, under HEAD_OF_TABLE.
+
+  Args:
+    row: the row, as `time_section` makes it.
+  """
   milliseconds = 1e3 * row['seconds']
   cpu_milliseconds = 1e3 * row['cpu_seconds']
   mebibytes = row['nbytes'] / 2 ** 20
@@ -266,6 +297,7 @@ def line_of_table(row: Mapping[str, Any]) -> str:
 
 def main() -> None:
   """Times the sections, mixers and lengths that the flags name."""
+  # Define the flags, and check them.
   cli.define_choices('sections', [*SECTIONS], SECTIONS, 'What to time.')
   mixers = [name for name in blocks.MIXERS if name != 'latent']
   cli.define_choices('mixers', mixers, blocks.MIXERS,
@@ -284,6 +316,8 @@ def main() -> None:
     raise RequestError(f'--lengths is {",".join(args.lengths)}: write whole '
                        f'numbers above {NEW_TOKENS}, each once')
   json_file = storage.checked_output_file(args.json, '--json')
+
+  # Time each section in each dtype.
   cpu.configure_cpu()
   sizes = dict(d_model=args.d_model, num_heads=args.num_heads)
   rows = []

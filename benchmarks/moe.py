@@ -31,6 +31,7 @@ def make_layer(experts: int, tokens: int) -> Callable[[], Any]:
       experts that a token sees.
     tokens: the number of tokens of the row.
   """
+  # The config is of a model with experts. A dense layer reads its sizes there.
   fields = base.base().model
   fields.update(d_model=D_MODEL, d_ff=D_FF, num_heads=1, vocab_size=1,
                 max_len=tokens, ffn='moe', ffn_bias=False)

@@ -19,7 +19,7 @@ class Trainer:
     Args:
       request: `config`, the config of the run, as JSON has it.
     """
-    # The run and its first batch.
+    # Build the run, and load its first batch.
     cpu.configure_cpu()
     config = run_config.config_from_json(request['config'])
     config = objectives.fill_in_labels(config)
@@ -29,8 +29,8 @@ class Trainer:
     self.batch = self.run.put(
         pipeline.make_training_loader(config, tokenizer).batch(0))
 
-    # The state and the step. Memory that initialisation and compilation freed
-    # is given back, so that the peak is that of training.
+    # Initialise the state and compile the step. The memory that both have freed
+    # is given back to the system, so that the peak is that of training.
     with self.run.context():
       self.state = self.run.new_state()
       cpu.release_free_memory()
@@ -39,7 +39,7 @@ class Trainer:
     cpu.release_free_memory()
 
   def step(self) -> float:
-    """Takes a step; returns its loss."""
+    """Takes a training step, and returns its loss."""
     self.state, metrics = self.compiled(self.state, self.batch)
     return float(metrics['loss'])
 

@@ -23,15 +23,17 @@ def build_model(request: dict) -> torch.nn.Module:
       number of parameters that our model has.
 
   Raises:
-    RequestError: where it has another number of parameters than ours.
+    RequestError: if transformers has no such class, or if the model has another
+      number of parameters than ours.
   """
+  # Find the class of the model.
   config_json = request['config_json']
   class_name, = config_json['architectures']
   model_class = getattr(transformers, class_name, None)
   require(model_class is not None, f'transformers {transformers.__version__} '
           f'has no {class_name}: the extra `verify` brings a later one')
 
-  # Nothing is dropped.
+  # Set all probabilities of dropout in its config to 0.
   config = model_class.config_class.from_dict(config_json)
   for name, value in config.to_dict().items():
     if 'drop' in name and isinstance(value, float):
@@ -39,9 +41,11 @@ def build_model(request: dict) -> torch.nn.Module:
   options = {}
   if DEVICE == 'cuda':
     options['attn_implementation'] = 'sdpa'
-  with torch.device(DEVICE):  # the weights are drawn on the device itself
+  # The weights are drawn on the device itself.
+  with torch.device(DEVICE):
     model = model_class._from_config(config, **options)
 
+  # A model with another number of parameters is another model.
   num_parameters = count_parameters(model)
   require(num_parameters == request['parameters'],
           f'{class_name} of transformers has {num_parameters:,} parameters, '
@@ -51,9 +55,14 @@ def build_model(request: dict) -> torch.nn.Module:
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-  """Returns the number of values that are trained. The biases of a router
-  (DeepSeek-V3's) are among them, though they are moved without a gradient and
-  are no parameters of PyTorch's."""
+  """Returns the number of values of a model that are trained.
+
+  They include the biases of a router (DeepSeek-V3), which are moved without a
+  gradient and are buffers in PyTorch, not parameters.
+
+  Args:
+    model: the model.
+  """
   biases = [buffer for name, buffer in model.named_buffers()
             if name.endswith('e_score_correction_bias')]
   trained = [p for p in model.parameters() if p.requires_grad]
@@ -71,7 +80,7 @@ class Trainer:
         lists by name; `dtype`, 'float32', 'autocast' or 'bfloat16'; `decoder`,
         whether the model is one; and `compiled`, whether torch.compile is used.
     """
-    # The model and its optimiser.
+    # Make the model and its optimiser.
     torch.manual_seed(0)
     torch.set_float32_matmul_precision('high')  # TF32, as JAX multiplies
     self.model = build_model(request).train()
@@ -82,7 +91,7 @@ class Trainer:
         self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1,
         fused=DEVICE == 'cuda')
 
-    # The batch, and the options of a forward pass.
+    # Put the batch on the device, and collect the options of a forward pass.
     self.inputs = {name: torch.tensor(rows, device=DEVICE)
                    for name, rows in request['inputs'].items()}
     self.options = {}
@@ -95,7 +104,7 @@ class Trainer:
       self.forward = torch.compile(self.model)
 
   def step(self) -> float:
-    """Takes a step; returns its loss."""
+    """Takes a training step, and returns its loss."""
     self.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=self.autocast):
       loss = self.forward(**self.inputs, **self.options).loss

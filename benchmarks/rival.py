@@ -32,11 +32,15 @@ HF_NAME_OF_ARRAY = dict(
 
 
 def keep_what_pytorch_has(config: Config) -> Config:
-  """Returns the config of a run that PyTorch can take the same steps of.
+  """Returns a config without the parts that PyTorch's side of a comparison
+  lacks, so that both sides take the same training steps.
 
-  The optimiser becomes AdamW with clipping. Nothing is dropped or made noisy,
-  no expert has a capacity, and the loss has neither label smoothing nor a
-  z-loss.
+  The optimiser becomes AdamW with clipping. There is no dropout, no noise in
+  routers and no capacity of experts, and the loss has neither label smoothing
+  nor a z-loss.
+
+  Args:
+    config: the config of a run.
   """
   config = config.copy_and_resolve_references()
   model = config.model
@@ -52,11 +56,19 @@ def keep_what_pytorch_has(config: Config) -> Config:
 
 
 def check_pytorch_has(config: Config) -> None:
-  """Raises RequestError where PyTorch cannot train what a config trains: where
-  transformers has no such model or loss, or is not installed."""
+  """Checks that PyTorch can train the model of a config.
+
+  Args:
+    config: the config of a run.
+
+  Raises:
+    RequestError: if transformers has no such model or loss, or if it or PyTorch
+      is not installed.
+  """
+  # transformers must have a class for the model.
   architectures.hugging_face(config.model.arch)
 
-  # The loss must be one of the vocabulary, of arrays that transformers takes.
+  # The loss must be over the vocabulary, of arrays that transformers takes.
   objective = objectives.find_objective(config)
   unknown_arrays = sorted(
       {*objective.arrays(config)} - {*HF_NAME_OF_ARRAY, 'targets', 'weights'})
@@ -67,7 +79,8 @@ def check_pytorch_has(config: Config) -> None:
     raise RequestError('--compare=pytorch: no class of transformers has the '
                        f'loss of objective {config.objective!r}{with_arrays}')
 
-  # Only now the libraries, which most readers of this message have not.
+  # The libraries must be installed. Most readers of the messages above are
+  # without them, so this comes last.
   missing = [name for name in ('torch', 'transformers')
              if importlib.util.find_spec(name) is None]
   require(not missing, f'--compare=pytorch needs {" and ".join(missing)}: '
@@ -89,17 +102,17 @@ def request_of_pytorch(config: Config) -> dict[str, Any]:
   Raises:
     RequestError: for a model that no config.json describes.
   """
-  # The model.
+  # Describe the model.
   tokenizer = load_tokenizer(config)
   model, _ = runs.resolve_model(config, tokenizer)
   config_json = hf_config.config_json_of_model(model)
   is_decoder = architectures.stack(model) == 'decoder'
 
-  # The first batch of the run.
+  # Draw the first batch of the run, and name its arrays as transformers does.
   batch = pipeline.make_training_loader(config, tokenizer).batch(0)
   inputs = arguments_of_transformers(batch, causal=is_decoder)
 
-  # BERT's class for both of its losses has none for masked words alone.
+  # The class of BERT with two losses has none for masked words alone.
   class_name, = config_json['architectures']
   has_next_sentences = 'next_sentence_label' in inputs
   if class_name.endswith('ForPreTraining') and not has_next_sentences:
@@ -126,14 +139,16 @@ def arguments_of_transformers(batch: dict[str, np.ndarray], causal: bool
     The arguments by name, with `labels` [batch, length]: -100 where a token
     does not count.
   """
+  # Rename the arrays.
   arguments = {}
   for our_name, hf_name in HF_NAME_OF_ARRAY.items():
     if our_name in batch:
       arguments[hf_name] = batch[our_name]
 
+  # Make the labels. Our targets stand at the token that predicts them. A causal
+  # class of transformers shifts labels itself, so they move one position to the
+  # right.
   labels = np.where(batch['weights'] > 0, batch['targets'], IGNORED)
-  # Our targets stand at the token that predicts them. A causal class of
-  # transformers shifts labels itself, so they go one place to the right.
   if causal:
     labels = np.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED)
 

@@ -107,8 +107,16 @@ def main() -> None:
 
 def check_generation(config: ml_collections.ConfigDict,
                      prompt_tokens: int) -> None:
-  """Raises RequestError where a config's model cannot continue the first
-  `prompt_tokens` tokens of a batch."""
+  """Checks that a model can generate text after the first tokens of its batch.
+
+  Args:
+    config: the config of the run.
+    prompt_tokens: the number of tokens of the prompt.
+
+  Raises:
+    RequestError: for a model that is no decoder, or a prompt that is longer
+      than the rows of the batch.
+  """
   stack = architectures.stack(runs.resolve_model_without_tokenizer(config))
   require(stack == 'decoder', '--sections=generate needs a decoder, and '
           f'model.arch {config.model.arch!r} is an {stack}')
@@ -118,18 +126,20 @@ def check_generation(config: ml_collections.ConfigDict,
 
 def time_section(section: str, args: flags.FlagValues, our_request: dict,
                  pytorch_request: dict) -> dict[str, dict[str, float]]:
-  """Times a section by our side and by PyTorch in turns, and prints the times.
+  """Times our side and PyTorch's in turns, and prints the times.
 
   Args:
-    section: 'step' or 'generate'.
+    section: 'step' (a training step) or 'generate' (text after a prompt).
     args: the flags.
-    our_request: what our process is asked for.
-    pytorch_request: what the processes of PyTorch are asked for; {}: PyTorch is
-      not timed.
+    our_request: the request to our process: its config, and the numbers of
+      tokens to generate.
+    pytorch_request: the request to the processes of PyTorch; {}: PyTorch is not
+      timed.
 
   Returns:
     The figures of each side, by its name.
   """
+  # The tokens that a call of the section handles.
   data = our_request['config']['data']
   tokens = data['batch_size'] * data['length']
   unit = 'tokens/s'
@@ -142,8 +152,9 @@ def time_section(section: str, args: flags.FlagValues, our_request: dict,
   if pytorch_request:
     sides |= pytorch_sides(pytorch_request, args, section)
 
+  # Start a process for each side, and let them take turns. Ours starts last,
+  # because PyTorch may refuse the request.
   with contextlib.ExitStack() as stack:
-    # Ours begins last, because PyTorch may refuse the request.
     workers = {}
     for name, (module, request) in reversed(sides.items()):
       workers[name] = stack.enter_context(Worker(module, request))
@@ -151,6 +162,7 @@ def time_section(section: str, args: flags.FlagValues, our_request: dict,
     times = time_in_turns(contenders, rounds=args.pairs,
                           measure=lambda worker: worker.do(section))
 
+  # Print and return the figures of each side.
   figures = {}
   for name, row in times.items():
     tokens_per_second = tokens / row['seconds']
@@ -166,12 +178,12 @@ def time_section(section: str, args: flags.FlagValues, our_request: dict,
 
 def print_times(title: str, times: dict[str, float], rate: str,
                 is_ours: bool) -> None:
-  """Prints one line: the times of a side, and how much faster ours is.
+  """Prints a line with the times of a side, and how much faster ours is.
 
   Args:
-    title: what the line begins with.
+    title: the text with which the line begins.
     times: the figures of the side, as `time_in_turns` returns them.
-    rate: the tokens per second, as text.
+    rate: the tokens per second, as text with a unit.
     is_ours: whether the side is ours, which is not compared with itself.
   """
   median_ms = 1e3 * times['seconds']
@@ -189,13 +201,13 @@ def print_times(title: str, times: dict[str, float], rate: str,
 
 def pytorch_sides(request: dict, args: flags.FlagValues, section: str
                   ) -> dict[str, tuple[str, dict]]:
-  """Returns the ways in which PyTorch is timed: in each dtype, and compiled
-  too.
+  """Returns the ways in which PyTorch is timed: in each dtype, with and without
+  torch.compile.
 
-  Generation goes through transformers' own loop, which is not compiled.
+  Generation uses the loop of transformers, which is not compiled.
 
   Args:
-    request: what each of them is asked for, without `dtype` and `compiled`.
+    request: the request to each of them, without `dtype` and `compiled`.
     args: the flags.
     section: 'step' or 'generate'.
 

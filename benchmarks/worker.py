@@ -19,7 +19,10 @@ from common.errors import EnvironmentFailure, RequestError
 
 
 def time_function(function: Callable[[], Any]) -> dict[str, float]:
-  """Calls a function that waits for its result, and returns its times.
+  """Calls a function once, and returns how long that took.
+
+  Args:
+    function: a function that waits for its result.
 
   Returns:
     seconds: the wall-clock time.
@@ -51,16 +54,18 @@ def time_in_turns(contenders: Mapping[str, Any], rounds: int,
       the first contender in the same round.
     Any other figure that was measured is that of the last turn.
   """
+  # Measure a turn of each contender, and then the next turn of each.
   measured_turns: dict[str, list[dict[str, float]]] = {
       name: [] for name in contenders}
   for _ in range(1 + rounds):
     for name, contender in contenders.items():
       measured_turns[name].append(measure(contender))
 
+  # Summarise the turns. Ratios are taken turn by turn, to the first contender.
   figures: dict[str, dict[str, float]] = {}
   first_seconds = first_cpu_seconds = None
   for name, turns in measured_turns.items():
-    # The first turn compiles and warms up, so that it does not count.
+    # The first turn compiles and warms up, so it does not count.
     seconds = np.array([turn['seconds'] for turn in turns[1:]])
     cpu_seconds = np.array([turn['cpu_seconds'] for turn in turns[1:]])
     if first_seconds is None:
@@ -86,7 +91,7 @@ class Worker:
 
     Args:
       side: the module of benchmarks/ that has the side's Trainer.
-      request: what the Trainer is made of, as JSON.
+      request: the request from which the Trainer is made, as JSON.
     """
     self.side = side
     self.process = subprocess.Popen(
@@ -113,13 +118,13 @@ class Worker:
       that the process has held until then.
 
     Raises:
-      RequestError: the side refused the request; the sentence says why.
-      EnvironmentFailure: the job failed, as where the memory of a GPU is too
-        small; the sentence says why.
+      RequestError: if the side refuses the request; the message says why.
+      EnvironmentFailure: if the job fails, for example because the memory of a
+        GPU is too small; the message says why.
     """
     self._send(job)
     for line in self.process.stdout:
-      # Libraries print lines too; an answer is a line of JSON.
+      # Libraries print lines too. Only an answer is a line of JSON.
       if not line.startswith('{'):
         continue
       message = json.loads(line)
@@ -146,14 +151,16 @@ def main() -> None:
   """Reads a request and then jobs from stdin, and answers each with a line."""
   side = importlib.import_module(f'benchmarks.{sys.argv[1]}')
   try:
+    # Make the trainer. The first step compiles, and is taken before any job is
+    # timed.
     request = json.loads(sys.stdin.readline())
-    # The first step compiles, so that no job is timed with it.
     trainer = side.Trainer(request)
     trainer.step()
 
     def generate() -> None:
       trainer.generate(request['prompt'], request['new'])
 
+    # Do one job for each line, until a line is null.
     jobs = {'step': trainer.step, 'generate': generate}
     _answer(ready=True)
     for line in sys.stdin:
@@ -164,6 +171,7 @@ def main() -> None:
       usage = resource.getrusage(resource.RUSAGE_SELF)
       peak_bytes = 1024 * usage.ru_maxrss  # Linux counts in KiB
       _answer(**times, peak_bytes=peak_bytes)
+  # The process that gave the jobs raises these errors again.
   except RequestError as error:
     _answer(refused=str(error))
   except Exception as error:

@@ -299,8 +299,11 @@ def describe_slope(slope: float) -> str:
 
 
 def format_figures(row: dict) -> str:
-  """Returns the figures of `measure_growth_over_widths` as a table for a
-  terminal."""
+  """Returns the figures of a system as a table for a terminal.
+
+  Args:
+    row: the figures, as `measure_growth_over_widths` returns them.
+  """
   widths = ''.join(f'{width:>9}' for width in row['widths'])
   lines = [f'{row["system"]}, {row["parametrization"]}: mean |x| after '
            f'{row["steps"]} steps of {row["optimizer"]} at lr {row["lr"]:g}',

@@ -235,7 +235,11 @@ def explain_sharding(config: Any, mesh: dict[str, int]) -> dict:
 
 
 def format_report(report: dict) -> str:
-  """Returns the result of `explain_sharding` as text for a terminal."""
+  """Returns the sharding of a run as text for a terminal.
+
+  Args:
+    report: the result of `explain_sharding`.
+  """
   total = sum(row['bytes_per_device'] for row in report['parameters'])
   mesh = ' '.join(f'{axis}={n}' for axis, n in report['mesh'].items())
   lines = [f'{report["model"]}, mesh {mesh}, rules {report["rules"]!r}: '

@@ -143,8 +143,12 @@ def environment_of_processes(args, compile_cache: str) -> dict[str, str]:
 def job_name_of_workdir(workdir: str) -> str:
   """Returns the name of the job that trains in a workdir.
 
-  It is a DNS label, which every launcher takes. It ends in a hash of the whole
-  path, so that two workdirs have two names even where both end in runs/a.
+  The name is a DNS label, which every launcher accepts. It ends in a hash of
+  the whole path, so that two workdirs have different names even if both end in
+  runs/a.
+
+  Args:
+    workdir: the path of the workdir.
   """
   if not storage.is_in_bucket(workdir):
     workdir = os.path.abspath(workdir)

@@ -223,7 +223,11 @@ _TARGET_CONFIG_OF_GPU = {
 
 def installed_compiler(topology: Topology) -> str:
   """Returns the name and version of the compiler that is installed for the
-  devices of a topology, such as 'libtpu 0.0.45'; '' if there is none."""
+  devices of a topology, such as 'libtpu 0.0.45'; '' if there is none.
+
+  Args:
+    topology: the devices.
+  """
   names = ['libtpu']
   if topology.chip.platform == 'cuda':
     names = ['jax-cuda13-plugin', 'jax-cuda13-pjrt']
@@ -244,6 +248,9 @@ def products_of_all_groups(topology: Topology) -> tuple[str, ...]:
 
   On GPUs it does so with all of them. On TPUs, jax 0.10 with libtpu 0.0.45 has
   no kernel for two of them on chips with one core.
+
+  Args:
+    topology: the devices.
   """
   if topology.chip.platform == 'cuda':
     return ('forward', 'transposed', 'weights')
@@ -273,8 +280,13 @@ def set_environment(topology: Topology) -> None:
 
 
 def described_devices(topology: Topology) -> list:
-  """Returns jax devices that describe those of a topology; without a compiler
-  for them, virtual CPU devices in their place."""
+  """Returns jax devices that describe the devices of a topology.
+
+  Without a compiler for them, virtual CPU devices stand in their place.
+
+  Args:
+    topology: the devices.
+  """
   # jax is imported here, because set_environment must have run before.
   import jax
   if not installed_compiler(topology):

@@ -99,6 +99,14 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
   configs: dict[str, ml_collections.ConfigDict] = {}
 
   def add(task: str, label: str = '', **fields: Any) -> None:
+    """Adds a task to the suite; suite(add) of the file calls it for each task.
+
+    Args:
+      task: the name of a probe.
+      label: the name of the task in the suite; '': that of the probe.
+      **fields: the fields in which its runs differ from the architecture's
+        config.
+    """
     check_choice(f'{file}: task', task, probes.PROBES)
     label = label or task
     require(label not in configs, f'{file} adds {label!r} twice')
@@ -125,6 +133,7 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
                 'the suite')
     configs[label] = spec.apply_changes(base, fields, f'{file}, task {task!r}')
 
+  # Let the file add its tasks, and keep those that are asked for.
   plugins.call_user_function(file, module.suite, add)
   for task in only:
     check_choice('--only', task, configs)

@@ -751,7 +751,12 @@ def _work_of_shard_map(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
 def _work_of_ragged_dot(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
   """Returns the work of a grouped product (jax.lax.ragged_dot), in which each
   row is multiplied with the matrix of its group, or of one of the two products
-  of its gradient."""
+  of its gradient.
+
+  Args:
+    eqn: the equation of the product.
+    options: how the work is counted.
+  """
   lhs, rhs, group_sizes = (v.aval for v in eqn.invars)
   numbers = eqn.params['ragged_dot_dimension_numbers']
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]

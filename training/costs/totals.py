@@ -168,7 +168,11 @@ def _flops_per_token(parts: dict[str, float], lengths: Sequence[int]) -> float:
 
 def count_briefly(config: Config) -> dict:
   """Returns the few costs of a config that fit into a table of many configs:
-  the number of parameters, and the FLOPs of a token in training."""
+  the number of parameters, and the FLOPs of a token in training.
+
+  Args:
+    config: the config of a run.
+  """
   model = resolve_model_without_tokenizer(config)
   sides = _row_lengths(config, model, config.data.length)
   total, active = count_parameters(model)
@@ -267,11 +271,14 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
 
 
 def count_parameters_by_use(model: ModelConfig) -> tuple[int, int]:
-  """Returns the number of parameters of a resolved model that products and sums
-  take as a whole, and how many stand in tables of which a token looks up rows.
+  """Returns the number of parameters of a model that are multiplied or added as
+  a whole, and the number of those in tables in which a token looks up rows.
 
-  A table of tokens that is the matrix of the head, too (tie_embeddings), is in
-  both.
+  A table of tokens that is also the matrix of the head (tie_embeddings) counts
+  for both.
+
+  Args:
+    model: the model, resolved.
   """
   module = architectures.build(model)
   roles = paths.flatten_by_path(parameter_roles(module))
@@ -414,8 +421,15 @@ def _cache_bytes_of_layer(layer: ModelConfig) -> tuple[int, int]:
 
 
 def describe_layers(model: ModelConfig) -> list[str]:
-  """Returns a line of text that names the kinds of layer of a model, their
-  fields and their order; none for a model whose layers are all alike."""
+  """Returns a line of text about a model's kinds of layer: how many layers are
+  of each kind, the fields that the kind changes, and the order of the kinds.
+
+  Args:
+    model: the model, resolved.
+
+  Returns:
+    A list of the one line; [] for a model whose layers are all alike.
+  """
   rows = describe_kinds_of_layer(model)
   if not rows:
     return []
@@ -425,7 +439,7 @@ def describe_layers(model: ModelConfig) -> list[str]:
     for name, value in row['changes'].items():
       text += f', {name}={value}'
     kinds.append(text)
-  # The pattern is repeated between what comes before it and after it.
+  # The pattern is repeated between the layers of the prefix and the suffix.
   order = [model.prefix, model.pattern or 'the rest', model.suffix]
   in_order = ', then '.join(part for part in order if part)
   return [f'layers: {"; ".join(kinds)}; in the order {in_order}']
