@@ -428,8 +428,8 @@ def _compute_output(module: nn.Module, params: Any,
   part of the compiled program.
 
   Args:
-    module: the model.
-    params: its parameters.
+    module: the Flax module of the model.
+    params: its parameters, a tree of arrays.
     arguments: its arguments, by name.
     wanted: 'logits'; 'layers', the states of all layers; or 'attention', the
       weights of attention and of attention to a memory, None without one.

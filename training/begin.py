@@ -99,7 +99,7 @@ def build_on_devices(request: RunRequest, mesh: Mesh | None = None) -> runs.Run:
   computed.
 
   Args:
-    request: the request.
+    request: the request, with the config of the run and its model.
     mesh: the mesh of devices; None: that of config.mesh, over all devices.
 
   Raises:

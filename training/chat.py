@@ -45,7 +45,7 @@ class ChatModel(NamedTuple):
   """A model that can be talked with.
 
   Attributes:
-    module, params: the model.
+    module, params: the Flax module of the model, and its parameters.
     tokenizer: its tokenizer.
     talk: how it is talked with.
     options: the options of its draws in generation_config.json; {}: none.
@@ -97,7 +97,7 @@ def load_from_folder(folder: epath.Path, template: str = '') -> ChatModel:
   """Loads the model of a folder in the Hugging Face format, to be talked with.
 
   Args:
-    folder: the folder.
+    folder: the path of the folder, with a config.json, weights and a tokenizer.
     template: a chat template, as data.chat_template names one; '': that of the
       folder.
 
@@ -173,7 +173,7 @@ class CachedDecoder:
     """Makes an empty cache, with room for `context` tokens.
 
     Args:
-      module, params: the model.
+      module, params: the Flax module of the model, and its parameters.
       context: the largest number of tokens of a text.
       sampling: how a token is drawn.
       seed: the seed of the draws.
@@ -294,10 +294,11 @@ def _read_and_draw(module: nn.Module, sampling: generate.Sampling,
   """Reads P tokens of one text into the cache, and draws the token after them.
 
   Args:
-    module, params: the model.
+    module, params: the Flax module of the model, and its parameters.
     sampling: how the token is drawn.
     is_unrolled: whether the layers follow one another in the program.
-    cache: the cache.
+    cache: what the layers keep of the tokens before: keys and values, and
+      states of recurrences.
     tokens_1P: the tokens of one text, [1, P], padded on the right.
     start: the position of the first of them in the text.
     last: the index of the last one that is no padding.
@@ -441,7 +442,17 @@ class ChatSession:
   def __init__(self, engine: CachedDecoder, tokenizer: Tokenizer, talk: Talk, *,
                max_new_tokens: int, stops: Sequence[str] = (),
                system: str = ''):
-    """Begins a conversation, with a system text where one is given."""
+    """Begins a conversation, with a system text where one is given.
+
+    Args:
+      engine: the model with a cache, which draws each token.
+      tokenizer: the tokenizer of the model.
+      talk: how the model is talked with: how a conversation becomes tokens, and
+        which tokens end an answer.
+      max_new_tokens: the largest number of tokens of an answer.
+      stops: the strings before which an answer ends.
+      system: the system text; '': none.
+    """
     self._engine = engine
     self._tokenizer = tokenizer
     self._talk = talk
@@ -450,6 +461,8 @@ class ChatSession:
     self._system: list[dict[str, str]] = []
     self.messages: list[dict[str, str]] = []
     self.end_reason = ''
+    # A system text is tried at once, so that one for which the model has no
+    # place is refused before the first message.
     if not system:
       return
     require(talk.system, f'a system text has no place: the model {talk.words}')
@@ -467,7 +480,7 @@ class ChatSession:
     pieces as it is written.
 
     Args:
-      text: the message.
+      text: the message of the user.
       stopped: whether to end the answer here; called after each token.
 
     Raises:

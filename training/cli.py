@@ -280,6 +280,9 @@ def _read_flags(argv: list[str]) -> None:
   """Gives absl's flags the values that a command line has for them, and checks
   these; loads the config.
 
+  Args:
+    argv: the words of the command line, the name of the program first.
+
   Raises:
     RequestError: for a flag that there is not, and for a wrong value.
   """
@@ -399,6 +402,9 @@ def _take_out_overrides(argv: Sequence[str]) -> list[str]:
   """Takes the words --config.FIELD=VALUE, which set fields of the config, out
   of a command line and notes them; returns the other words.
 
+  Args:
+    argv: the words of the command line, the name of the program first.
+
   Raises:
     RequestError: for a field that is given twice, or not as it must be.
   """
@@ -431,12 +437,18 @@ def _take_out_overrides(argv: Sequence[str]) -> list[str]:
 
 def _load_config_of_flag(flag: flags.Flag) -> None:
   """Replaces the value of --config, FILE.py:SIZE, by the config that it names,
-  with the fields that the command line sets."""
+  with the fields that the command line sets.
+
+  Args:
+    flag: absl's flag --config, whose value is changed.
+  """
   if flag.value is None:
     if _text_of_overridden_field:
       name = next(iter(_text_of_overridden_field))
       raise RequestError(f'--config.{name} needs --config FILE.py:SIZE')
     return
+  # The config of the file, with the fields that were set. It is locked: no
+  # field can be added to it.
   _config_file[:] = [flag.value]
   config = plugins.load_config_file(flag.value)
   for name, text in _text_of_overridden_field.items():
@@ -537,7 +549,7 @@ def declare_field(config: ml_collections.ConfigDict,
 
   Args:
     config: the config of a run.
-    full_name: the dotted name.
+    full_name: the dotted name of the field, such as model.kinds.local.window.
 
   Raises:
     RequestError: for a field that a kind of layer cannot have.

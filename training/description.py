@@ -15,8 +15,9 @@ def describe_run(run: runs.Run, start: int, tokens: int,
                  eval_data: Sequence[pipeline.Loader]) -> str:
   """Returns lines that say what a run is about to do: its model, its devices,
   its steps, its data and its evaluations.
+
   Args:
-    run: the run.
+    run: the run, with its config, its model and its devices.
     start: how many steps of it are done.
     tokens: the tokens of a step, padding included.
     train_data: the batches that it is trained on.
@@ -78,7 +79,7 @@ def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
   many steps there are.
 
   Args:
-    run: the run.
+    run: the run, with its config, its model and its devices.
     start: how many steps of it are done.
     tokens: the tokens of a step, padding included.
   """
@@ -109,7 +110,13 @@ def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
 
 def _data_lines(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
   """Returns the line of the training data, those of its labels, and a warning
-  where the model sees the same data many times."""
+  where the model sees the same data many times.
+
+  Args:
+    run: the run, with its config, its model and its devices.
+    train_data: the loader of the batches that the run is trained on.
+  """
+  # How many times the run passes over its data.
   config = run.config
   source = train_data.text
   num_passes = 0.0  # those of a mixture are not counted

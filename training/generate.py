@@ -156,7 +156,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   Args:
     module: a model that writes: a decoder, or an encoder-decoder.
-    params: its parameters.
+    params: its parameters, a tree of arrays.
     prompts_BL: the prompts' tokens, padded on the right.
     lengths_B: the number of tokens of each prompt, at least 1.
     key: the key of the draws.
@@ -214,10 +214,21 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     return (t < max_new_tokens) & ~jnp.all(is_done_B)
 
   def add_token(carry: Any):
-    """Adds the new token t to each row."""
+    """Draws the new token t of each row, from the logits of the tokens before
+    it.
+
+    Args:
+      carry: what the loop hands on: t; the new tokens, [B rows, T]; whether
+        each row has ended, [B]; the cache; and which tokens a row has had, [B,
+        V = vocabulary], or None.
+
+    Returns:
+      The same five values, after token t.
+    """
     t, new_tokens_BT, is_done_B, cache, seen_BV = carry
     logits_BV, cache = advance(cache, new_tokens_BT, t)
     token_B, seen_BV = draw_token(logits_BV, t, seen_BV)
+    # A row that has ended goes on with the token that ended it.
     if stop_tokens:
       token_B = jnp.where(is_done_B, stop_tokens[0], token_B)
       is_done_B |= jnp.isin(token_B, jnp.array(stop_tokens, jnp.int32))
@@ -299,7 +310,14 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
         (prompts_BL, lengths_B, prefix_B, source_inputs), copies, 0)
 
   def advance(cache: Any, new_BT: jax.Array, t: jax.Array):
-    """Returns the logits of new token t, and the cache that has read t - 1."""
+    """Returns the logits of new token t, and the cache that has read t - 1.
+
+    Args:
+      new_BT: the new tokens so far, [B rows, T], of which those before t are
+        drawn.
+      t: the index of the new token, at least 1; token 0 was drawn from the
+        prompt.
+    """
     cache = _reread_outgrown_rows(module, params=params, cache=cache,
                                   prompts_BL=prompts_BL,
                                   lengths_B=lengths_B, prefix_B=prefix_B,
@@ -416,7 +434,7 @@ def tokens_before_stop(row: np.ndarray, stop: int | tuple[int, ...]
   """Returns the tokens of a row, [T], up to the first that ends the text.
 
   Args:
-    row: the tokens.
+    row: the tokens of a row, an array [T].
     stop: the token that ends the text, or several.
   """
   indices = np.flatnonzero(np.isin(row, as_stop_tokens(stop)))
@@ -546,7 +564,16 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
     return (t < T) & state.is_open_B.any()
 
   def add_token(carry: Any):
-    """Adds the new token t to each text of each row."""
+    """Adds the new token t to each of the K texts of each row (a step of beam
+    search).
+
+    Args:
+      carry: what the loop hands on: t, the texts with their probabilities, and
+        the cache.
+
+    Returns:
+      The same three values, after token t.
+    """
     t, state, cache = carry
     tokens = state.running.tokens_BKT.reshape(B * K, T)
     logits, cache = advance(cache, tokens, t)
@@ -715,7 +742,7 @@ def generate_by_unmasking(
 
   Args:
     module: an encoder that gives logits of tokens.
-    params: its parameters.
+    params: its parameters, a tree of arrays.
     prompts_BL: the prompts' tokens, padded on the right.
     lengths_B: the number of tokens of each prompt.
     key: the random key of the draws.
@@ -738,7 +765,13 @@ def generate_by_unmasking(
   tokens_BL = jnp.where(is_new_BL, mask, padded_prompts_BL)
 
   def unmask_step(s: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-    """Returns the tokens after step s, some more of which are no masks."""
+    """Returns the tokens after step s, some more of which are no masks.
+
+    Args:
+      s: the number of the step, from 0 on.
+      tokens_BL: the tokens before the step, [B, L], with masks for those
+        unknown.
+    """
     is_masked_BL = is_new_BL & (tokens_BL == mask)
     output: Any = module.apply({'params': params}, tokens_BL,
                                segment_ids_BL=is_token_BL,

@@ -110,7 +110,15 @@ class Loop:
 
   def __init__(self, program: Program, writers: list[RunWriter],
                batches: TrainingBatches, state: TrainState, start: int):
-    """Begins at the step `start`, with its state."""
+    """Prepares the loop to go on from step `start`; nothing is compiled yet.
+
+    Args:
+      program: what is trained: one run, or several runs as one program.
+      writers: the writer of each run, which writes its figures and checkpoints.
+      batches: the batches to train on.
+      state: the training state after `start` steps.
+      start: the number of steps that are done.
+    """
     self.program = program
     self.writers = writers
     self.batches = batches
@@ -158,11 +166,16 @@ class Loop:
 def load_hooks(config: ml_collections.ConfigDict) -> list[Hook]:
   """Returns an object of each hook that train.hooks names, 'FILE.py:CLASS' with
   commas between.
+
+  Args:
+    config: the config of the run.
+
   Raises:
     RequestError: for a file that fails, and a name that is no hook in it.
   """
   hooks = []
   for name in filter(None, config.train.hooks.split(',')):
+    # The file is run, and remembered for the record of the run.
     file, _, class_name = name.partition(':')
     require(class_name != '', f'train.hooks has {name!r}: write FILE.py:CLASS')
     require(os.path.isfile(file), f'train.hooks has {name!r}: there is no file '

@@ -127,7 +127,13 @@ class ExpertPanel(Hook):
 
   def more_figures(self, loop: Loop, writer: RunWriter) -> dict[str, Any]:
     """Returns the health figures of the experts (health/window_NAME) over all
-    steps since the last line of metrics; {} for a model without experts."""
+    steps since the last line of metrics; {} for a model without experts.
+
+    Args:
+      loop: the training loop.
+      writer: the writer of one run, to whose line of metrics the figures are
+        added.
+    """
     # Taking the loads out begins the next window. A step with more tokens
     # weighs more in the mean.
     loads_and_tokens = self._loads.pop(writer, [])
@@ -178,6 +184,9 @@ class Evaluate(Hook):
 
     The names of the figures of held-out data come of tracing an evaluation. A
     task whose figures are not known is done once, to see their names.
+
+    Args:
+      loop: the training loop, before its first step.
 
     Raises:
       RequestError: for an eval.best that is none of these figures.
@@ -266,7 +275,11 @@ class Evaluate(Hook):
 
   def _evaluate(self, loop: Loop) -> bool:
     """Evaluates all runs by what is due, and writes their figures; returns
-    False, and writes nothing, where a signal cut the evaluation short."""
+    False, and writes nothing, where a signal cut the evaluation short.
+
+    Args:
+      loop: the training loop, after a step at which an evaluation is due.
+    """
     # The figures of the last step are written before those of the evaluation.
     self._report.flush(loop)
     running = loop.running_writers
@@ -293,7 +306,7 @@ class Evaluate(Hook):
     """Evaluates all runs on the held-out data, and prints their figures.
 
     Args:
-      loop: the loop.
+      loop: the training loop, with its program, its state and its step.
       figures_of_row: the figures of each run, by its row in the joint arrays,
         to which those of held-out data are added.
 
@@ -330,15 +343,17 @@ class Evaluate(Hook):
     runs, its loss alone.
 
     Args:
-      loop: the loop.
+      loop: the training loop, with its program, its state and its step.
       writer: the writer of the run.
       prefix: 'live/' for the parameters beside their average, else ''.
-      means: the figures.
+      means: the figures of the run, {name: value}.
     """
+    # One of several runs has a label, and a line as short as can be.
     label = ''
     if writer.label:
       means = {'loss': means['loss']}
       label = f'  {writer.label}'
+    # The names are printed with spaces.
     parts = []
     for name, value in means.items():
       words = name.replace('_', ' ')
@@ -352,7 +367,7 @@ class Evaluate(Hook):
     """Does the tasks of eval.tasks with each run, and prints their results.
 
     Args:
-      loop: the loop.
+      loop: the training loop, with its program, its state and its step.
       figures_of_row: the figures of each run, by its row in the joint arrays,
         to which those of the tasks are added.
 

@@ -105,6 +105,7 @@ def _use_hub(name: str | os.PathLike) -> Iterator[Any]:
     EnvironmentFailure: where the hub cannot be reached, or fails.
   """
   try:
+    # The package is an optional one.
     import huggingface_hub
     from huggingface_hub import errors
   except ImportError as error:
@@ -112,6 +113,8 @@ def _use_hub(name: str | os.PathLike) -> Iterator[Any]:
                        'huggingface_hub is not installed: run pip install '
                        'huggingface_hub, or name a folder on disk') from error
   try:
+    # The block runs here. A name that the hub does not know or allow is the
+    # user's to mend; all other failures are of the network or the hub.
     yield huggingface_hub
   except (errors.HFValidationError, errors.LocalTokenNotFoundError,
           errors.RepositoryNotFoundError, errors.RevisionNotFoundError

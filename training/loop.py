@@ -32,7 +32,7 @@ def train_run(run: runs.Run, state: TrainState, start: int,
   """Trains one run to its last step, and prints how it ended.
 
   Args:
-    run: the run.
+    run: the run, with its config, its model and its devices.
     state: its training state after `start` steps.
     start: the index of the next batch.
     train_data: the loader of training batches.
@@ -74,7 +74,7 @@ def rehearse_run(run: runs.Run, train_data: pipeline.Loader,
   dry run.
 
   Args:
-    run: the run.
+    run: the run, with its config, its model and its devices.
     train_data: the loader of training batches.
     eval_data: a loader for each held-out source.
 

@@ -51,7 +51,7 @@ def restore_run(run: runs.Run, saved: checkpoints.Checkpoints
   state is that before its first step with them.
 
   Args:
-    run: the run.
+    run: the run, with its config, its model and its devices.
     saved: its checkpoints, which go on from the one that is restored: later
       ones are set aside.
 
@@ -99,7 +99,7 @@ def create_state(run: runs.Run, source: str | epath.Path,
   that are drawn, or are those of another training.
 
   Args:
-    run: the run.
+    run: the run, with its config, its model and its devices.
     source: config.init_from, the folder of another run or of weights in the
       Hugging Face format; '': all parameters are drawn.
     step: the checkpoint of another run; None: the newest good one.
@@ -128,10 +128,16 @@ def create_state(run: runs.Run, source: str | epath.Path,
 
 def check_init_from(source: str) -> None:
   """Raises RequestError where config.init_from names a folder or file that is
-  not there, or a run without a checkpoint. A bucket is not looked at."""
+  not there, or a run without a checkpoint. A bucket is not looked at.
+
+  Args:
+    source: the value of init_from: a folder, a file or a checkpoint.
+  """
   path = _path_of_source(source)
   if not source or storage.is_in_bucket(path):
     return
+  # The folder must be there. It may be that of a run that was stopped before its
+  # first checkpoint.
   require(os.path.exists(path),
           f'init_from is {source!r}: no such folder or file (one of the hub '
           'is hf://ORG/NAME)')
@@ -190,7 +196,7 @@ def _check_tokenizer_file(config: objectives.Config, tokenizer: Tokenizer,
 
   Args:
     config: the config of the new run.
-    tokenizer: its tokenizer.
+    tokenizer: the tokenizer of the run.
     source: the folder of the run whose weights are taken.
   """
   starts = run_config.load_starts(source)
@@ -205,7 +211,12 @@ def _check_tokenizer_file(config: objectives.Config, tokenizer: Tokenizer,
 def _check_labels(run: runs.Run, source: epath.Path) -> None:
   """Raises RequestError where the weights of a classifier, in the folder
   `source`, were trained for other labels than those of the run, or for the same
-  ones in another order."""
+  ones in another order.
+
+  Args:
+    run: the run, which has labels of its own or none.
+    source: the folder of the weights: that of a run, or one of Hugging Face.
+  """
   from training.hf import config as hf_config
   if run.model.head == 'lm' or run.config.init_partial:
     return
@@ -246,7 +257,7 @@ def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
   the devices of the run.
 
   Args:
-    run: the run.
+    run: the run, with its config, its model and its devices.
     source: the folder or file of the weights.
     drawn: the parameters of the run as they were drawn, of which its low-rank
       adapters are taken.
@@ -288,7 +299,7 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
   """Reads the parameters of a run from a checkpoint of another run.
 
   Args:
-    run: the run.
+    run: the run, with its config, its model and its devices.
     source: the folder of the other run.
     drawn: the parameters of the run as they were drawn. Its low-rank adapters
       are taken where the other model has none, and else those of the
@@ -519,7 +530,8 @@ def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
   `state` of the newest of them.
 
   Args:
-    folder, params, live: those of `read_parameters`.
+    folder, params, live: the arguments of `read_parameters`, which reads each
+      checkpoint.
     mean_of_steps: the checkpoints whose mean is taken.
   """
   available = checkpoints.list_steps(folder)

@@ -193,8 +193,8 @@ def call_user_function(file: str, function: Callable, *args):
 
   Args:
     file: the path of the file, for the message.
-    function: the function.
-    *args: its arguments.
+    function: the function to call, which the file defines.
+    *args: the arguments that it is called with.
 
   Raises:
     RequestError: where it fails, with the file, the line and the reason.
@@ -221,8 +221,8 @@ def check_config(config: Any, subject: str) -> None:
   fields of configs/base.py, each of the type and in the range declared there.
 
   Args:
-    config: what was returned.
-    subject: the function, as the subject of a sentence.
+    config: the value that the function returned.
+    subject: the name of the function, with which a message begins.
 
   Raises:
     RequestError: where it is none.
@@ -245,8 +245,10 @@ def execute_file(file: str, text: str) -> types.ModuleType:
 
   Args:
     file: the path of the file, for messages.
-    text: what it holds.
+    text: the content of the file.
   """
+  # The module is named by the content, so that a changed file is another
+  # module.
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   name = f'outside_{pathlib.Path(file).stem}_{digest}'
   module = sys.modules.get(name)
@@ -270,7 +272,7 @@ def declare_parts(file: str, text: str, module: types.ModuleType) -> None:
 
   Args:
     file: the path of the file.
-    text: what it holds.
+    text: the content of the file.
     module: the module that `execute_file` returned.
 
   Raises:
@@ -300,11 +302,11 @@ def _add_entry(table_name: str, table: Any, name: str, entry: Any, file: str,
 
   Args:
     table_name: the name of the table, as the file has it.
-    table: the table.
+    table: the table of the tree, which the entry is added to.
     name: the name of the entry.
-    entry: the entry.
+    entry: the class or function that the file gives under this name.
     file: the path of the file.
-    text: what the file holds.
+    text: the content of the file.
 
   Raises:
     RequestError: where the tree, or another file, has an entry of that name.
@@ -381,7 +383,7 @@ class LazyTable(Mapping):
 
     Args:
       package: the name of the package.
-      path: its __path__.
+      path: the folders of the package's files, its __path__.
       read: a function that returns the entries of a file's module.
       without: the names of the files that have no entries.
     """
@@ -406,6 +408,15 @@ class LazyTable(Mapping):
     self._set_entries[name] = entry
 
   def __getitem__(self, name: str) -> Any:
+    """Returns an entry by its name, and imports files of the package until one
+    has it.
+
+    Args:
+      name: the name of the entry, such as 'causal'.
+
+    Raises:
+      KeyError: where no file has such an entry.
+    """
     if name in self._set_entries:
       return self._set_entries[name]
     # The file of that name is the likeliest one.

@@ -31,6 +31,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
                  ) -> None:
   """Checks everything that can be wrong in a config and is seen without its
   data or any device.
+
   Args:
     config: the config of a run.
     by_hand: the fields that were set on the command line, or by the point of a
@@ -89,7 +90,7 @@ def _check_best_figure(eval_config: ml_collections.ConfigDict) -> None:
   the evaluations of the run will have, and of which the best value is known.
 
   Args:
-    eval_config: config.eval.
+    eval_config: the fields of config.eval.
 
   Raises:
     RequestError: where it does not, or eval.best_is is none of its values.
@@ -135,8 +136,9 @@ def refuse_unread_fields(names: Iterable[str],
   Args:
     names: the dotted names of the fields that the user has set.
     config: the config of the run.
-    model: its resolved config.model.
+    model: the resolved config.model of the run.
   """
+  # Only fields of the model can be unread.
   model_names = {name for name in names if name.startswith('model.')}
   if not model_names:
     return
@@ -169,7 +171,7 @@ def _check_objective_fits_model(name: str, module: nn.Module) -> None:
 
   Args:
     name: the name of the objective.
-    module: the model.
+    module: the Flax module of the model.
   """
   # The stack: a decoder, an encoder or both.
   objective = objectives.OBJECTIVES[name]

@@ -103,7 +103,7 @@ def show_items(items: Iterable[Item], text: str, total: int | None = None
   done.
 
   Args:
-    items: any items.
+    items: the items to iterate over.
     text: the words for what is being done with them.
     total: the number of items; None: as len() says, if it does.
 
@@ -165,7 +165,13 @@ class _ProgressBar:
   redrawn in place."""
 
   def __init__(self, total: int, first_step: int, stream: TextIO):
-    """Makes the bar, at the step from which the run goes on."""
+    """Makes the bar, at the step from which the run goes on.
+
+    Args:
+      total: the number of steps of the run.
+      first_step: the step that the run starts or resumes at.
+      stream: the terminal.
+    """
     from rich import progress
     self._total = total
     self._bar = progress.Progress(
@@ -208,7 +214,7 @@ def make_run_progress(total: int, first_step: int = 0, primary: bool = True,
   and close().
 
   Args:
-    total: train.steps.
+    total: the number of steps of the run, train.steps.
     first_step: the step that the run starts or resumes at.
     primary: whether this is process 0; the others print nothing.
     stream: the stream to print to; None: stdout.
@@ -246,7 +252,7 @@ def _format_figures(step: int, total: int, figures: Mapping[str, Any]) -> str:
   3.1416  12,345 tokens/s  MFU 43.2%  1:02:03 left.
 
   Args:
-    step: the step.
+    step: the number of the step.
     total: the last step of the run.
     figures: the figures, by name.
   """
@@ -293,7 +299,7 @@ class DeferredFigures:
     step before it, read from the devices; None at the first call.
 
     Args:
-      step: the step.
+      step: the number of the step.
       metrics: its metrics, arrays that may not be computed yet.
     """
     import jax  # late: what only draws progress needs no jax
@@ -449,7 +455,7 @@ def parse_profiled_steps(steps: str, total: float = math.inf
   the text of --profile_steps, 'START:STOP'; None for ''.
 
   Args:
-    steps: the text.
+    steps: the text of the flag.
     total: the number of steps of the run.
 
   Raises:

@@ -65,7 +65,7 @@ class TrainState:
   Attributes:
     step: the number of steps taken, skipped ones included, which is the index
       of the next batch.
-    params: the parameters.
+    params: the parameters of the model, a tree of arrays.
     opt_state: the optimiser's state.
     bad_steps: the number of steps that were skipped because a loss or gradient
       was not finite.
@@ -97,7 +97,7 @@ def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
   model.
 
   Args:
-    module: the model.
+    module: the Flax module of the model.
     optim: config.optim. Some of its fields may be traced;
       preflight.check_config checks those that are not.
     steps: train.steps, over which the learning rate is scheduled.
@@ -116,7 +116,7 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
   None: every parameter is trained with the whole rate.
 
   Args:
-    module: the model.
+    module: the Flax module of the model.
     optim: config.optim; see shares.learning_rate_shares.
 
   Raises:
@@ -146,11 +146,11 @@ def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
   restored with it.
 
   Args:
-    module: the model.
-    tx: the optimiser.
+    module: the Flax module of the model.
+    tx: the optimiser, a pair of functions of Optax (init, update).
     mesh: the mesh of devices.
     rules: mesh.rules, the table that maps logical axes to axes of the mesh.
-    optim: config.optim.
+    optim: config.optim, the fields of the optimiser.
   """
   boxed_params = abstract_params(module)
   params = nn.meta.unbox(boxed_params)
@@ -209,10 +209,10 @@ def init_state(module: nn.Module, tx: optax.GradientTransformation,
   from `key`.
 
   Args:
-    module: the model.
-    tx: the optimiser.
+    module: the Flax module of the model.
+    tx: the optimiser, a pair of functions of Optax (init, update).
     key: the random key; the state depends on nothing else that is random.
-    optim: config.optim.
+    optim: config.optim, the fields of the optimiser.
   """
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = nn.meta.unbox(module.init(key, tokens)['params'])
@@ -226,9 +226,9 @@ def _make_first_state(params: Any, tx: optax.GradientTransformation,
   """Returns the training state before the first step with given parameters.
 
   Args:
-    params: the parameters.
-    tx: the optimiser.
-    optim: config.optim.
+    params: the parameters of the model, a tree of arrays.
+    tx: the optimiser, a pair of functions of Optax (init, update).
+    optim: config.optim, the fields of the optimiser.
     rate_shares: the factor of the learning rate for each parameter; see
       parameter_shares.
   """
@@ -252,8 +252,8 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   state donated, and traced under the mesh and sharding.rules.
 
   Args:
-    module: the model.
-    tx: the optimiser.
+    module: the Flax module of the model.
+    tx: the optimiser, a pair of functions of Optax (init, update).
     config: the config of the run.
     taps: functions that compute further metrics of a step, each
       (params, grads) -> {name: array}; see Hook.trace.
@@ -335,9 +335,9 @@ def _micro_batch_loss(module: nn.Module, config: ml_collections.ConfigDict,
   """Returns the training loss of one micro-batch, and its figures.
 
   Args:
-    module: the model.
+    module: the Flax module of the model.
     config: the config of the run.
-    params: the parameters.
+    params: the parameters of the model, a tree of arrays.
     batch: the micro-batch.
     key: the random key of the micro-batch.
     totals: the sums over the whole batch: the weight of each loss by name, and
@@ -444,7 +444,7 @@ def make_eval_step(module: nn.Module, config: ml_collections.ConfigDict
   auxiliary losses.
 
   Args:
-    module: the model.
+    module: the Flax module of the model.
     config: the config of the run.
   """
   objective = objectives.find_objective(config)
@@ -549,7 +549,7 @@ class Run:
     model: its model, resolved.
     module: the module of the model.
     mesh: the mesh of its devices.
-    tx: the optimiser.
+    tx: the optimiser, a pair of functions of Optax (init, update).
     abstract_state: the shapes and shardings of its training state.
     batch_sharding: how the rows of a batch lie on the mesh.
   """
@@ -562,13 +562,21 @@ class Run:
   batch_sharding: NamedSharding
 
   @classmethod
-  def on_mesh(cls, config: ml_collections.ConfigDict, model: ModelConfig,
+  def build_on_mesh(cls, config: ml_collections.ConfigDict, model: ModelConfig,
               mesh: Mesh) -> 'Run':
     """Returns the run on a mesh of devices that is known to fit it; `build`
-    checks that it does."""
+    checks that it does.
+
+    Args:
+      config: the config of the run.
+      model: its resolved config.model.
+      mesh: the mesh of devices.
+    """
+    # The model and its optimiser.
     rules = config.mesh.rules
     module = architectures.build(model)
     tx = build_optimizer(module, config.optim, config.train.steps)
+    # The shapes and shardings of the state; no array is made.
     abstract = abstract_state(module, tx=tx, mesh=mesh, rules=rules,
                               optim=config.optim)
     return cls(
@@ -656,7 +664,7 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
   kernels.check_attention_kernel(model, platform)
   if model.has_experts:
     grouped.check_grouped_kernel(model.part(MoEConfig), platform)
-  return Run.on_mesh(config, model, mesh)
+  return Run.build_on_mesh(config, model, mesh)
 
 
 def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,

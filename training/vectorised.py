@@ -59,15 +59,22 @@ def group_configs(configs: Sequence[ml_collections.ConfigDict]
 
 def _must_train_alone(config: ml_collections.ConfigDict) -> bool:
   """Whether a run cannot be part of a program of several runs; `group_configs`
-  gives the reasons."""
+  gives the reasons.
+
+  Args:
+    config: the config of the run.
+  """
   if config.init_from or config.seed >= 2 ** 32:
     return True
   # SOAP's bases of several runs would all be computed at each step.
   if config.optim.name == 'soap':
     return True
+  # A run that reports to a tracker trains alone.
   for name in metrics.TRACKERS:
     if config.log[name]:
       return True
+  # So does a run on several devices. -1 along the axis of data means all
+  # devices, which one will do for.
   for axis in tables.MESH_AXES:
     size = config.mesh[axis]
     fits_one_device = size == 1 or (axis == 'data' and size == -1)
@@ -274,7 +281,12 @@ class RunGroup(Program):
 
   def __init__(self, run: runs.Run, writers: Sequence[RunWriter]):
     """Lays the runs out over the devices, and finds the fields of the config in
-    which they differ."""
+    which they differ.
+
+    Args:
+      run: the run of the first config, on its devices.
+      writers: the writer of each run.
+    """
     self.num_runs = len(writers)
     self._seed_of_run = [writer.config.seed for writer in writers]
     self.seeds = list(dict.fromkeys(self._seed_of_run))

@@ -84,7 +84,7 @@ class RunWriter:
 
     Args:
       n: the step.
-      split: 'train' or 'eval'.
+      split: 'train' for the data to train on, or 'eval' for the held-out data.
       figures: the figures, by name.
     """
     for file in self._files:
@@ -182,7 +182,12 @@ class RunWriter:
 
   def _explain_stop(self, n: int, newest_step: int | None) -> str:
     """Returns the sentence for a run that a signal stopped after step `n`: from
-    where it goes on, given the step of its newest checkpoint."""
+    where it goes on, given the step of its newest checkpoint.
+
+    Args:
+      n: the step after which the run stopped.
+      newest_step: the step of the newest checkpoint; None: there is none.
+    """
     step = f'step {n}'
     if self.label:
       step = f'step {n} of {self.config.train.steps}'
@@ -217,7 +222,12 @@ def explain_if_diverged(state: TrainState, config: ml_collections.ConfigDict
                         ) -> str:
   """Returns the sentence for a run that is to go on from `state` but ended
   there after too many bad steps, and would do so again with the same config;
-  '' for a run that did not."""
+  '' for a run that did not.
+
+  Args:
+    state: the training state, with the number of bad steps in a row.
+    config: the config of the run.
+  """
   num_bad = int(state.bad_in_row)
   step = int(state.step)
   if num_bad < config.train.max_bad_steps:
@@ -305,6 +315,10 @@ class BestEvaluation:
   def add_evaluation(self, n: int, figures: Mapping[str, float]) -> None:
     """Takes the figures of the evaluation after step `n`, and notes whether it
     is the best so far; does nothing where eval.best is none of these figures.
+
+    Args:
+      n: the step after which the run was evaluated.
+      figures: all figures of the evaluation, by name.
 
     Raises:
       RequestError: as `check_is_among` does.

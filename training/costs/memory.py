@@ -84,7 +84,7 @@ def run_on_described_mesh(config: Config, model: ModelConfig,
   # the program is traced with kernels that do. The run keeps its own model.
   traced = dataclasses.replace(model, attention_kernel='auto')
   traced = traced.with_part(MoEConfig, grouped_kernel='auto')
-  run = runs.Run.on_mesh(config, traced, mesh)
+  run = runs.Run.build_on_mesh(config, traced, mesh)
   return dataclasses.replace(run, model=model)
 
 

@@ -552,7 +552,7 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
   Args:
     columns: the numbers of the columns of words and perhaps of labels, as
       `parse_columns` returns them.
-    path: the file.
+    path: the path of the file.
 
   Yields:
     Each sentence, with its words, labels and lines.

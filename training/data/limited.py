@@ -145,7 +145,7 @@ def read_others(folder: str, kinds: Sequence[str]
   """Reads a folder without a tokenizer.json by transformers.
 
   Args:
-    folder: the folder.
+    folder: the path of the folder.
     kinds: kinds of special tokens, such as eos.
 
   Returns:

@@ -157,8 +157,8 @@ class Corpus:
   Attributes:
     name: the source, for messages.
     text: which part of the source this is, in words.
-    split: 'train' or 'eval'.
-    tokenizer: see tokenizers.load.
+    split: 'train' for the data to train on, or 'eval' for the held-out data.
+    tokenizer: the tokenizer, as tokenizers.load returns it.
     config: the run's config.
     tokens: the tokens of the split's documents, where the source is of text.
     records: the records of the split, where the source is of labelled data.
@@ -416,7 +416,7 @@ def _read_parquet_rows(name: str, field: str, path: str) -> texts.Rows:
   Args:
     name: the name of the source, for messages.
     field: the field that is read.
-    path: the file.
+    path: the path of the file.
 
   Yields:
     For each row where it stands, and {field: value}.
@@ -454,7 +454,7 @@ def _check_unpacked_size(metadata: Any, field: str, path: str) -> None:
   Args:
     metadata: the file's metadata, of pyarrow.
     field: the field that is read.
-    path: the file.
+    path: the path of the file.
 
   Raises:
     RequestError: for such a file.
@@ -824,7 +824,7 @@ def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
     folder: the folder of the tokens.
     i: the number of the shard.
     part: the files of the shard, as a source.
-    tokenizer: see tokenizers.load.
+    tokenizer: the tokenizer, as tokenizers.load returns it.
     begun: the content of begun.json.
 
   Returns:
@@ -872,7 +872,7 @@ def _write_tokens(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
   Args:
     write: writes some bytes.
     part: the source whose documents make the shard.
-    tokenizer: see tokenizers.load.
+    tokenizer: the tokenizer, as tokenizers.load returns it.
     dtype: the type of a token in the file.
 
   Returns:
@@ -958,7 +958,7 @@ def encode_parts(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
   several texts at the same time.
 
   Args:
-    tokenizer: see tokenizers.load.
+    tokenizer: the tokenizer, as tokenizers.load returns it.
     chunk: documents, each a list of (kind, text) parts.
 
   Yields:

@@ -99,7 +99,7 @@ def read_lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
   """Yields (where it stands, text) of the lines of a UTF-8 file.
 
   Args:
-    path: the file.
+    path: the path of the file.
     all_lines: whether lines without text are yielded too.
 
   Raises:
@@ -161,7 +161,7 @@ def read_rows(path: str, names: bool = True) -> Rows:
   .csv, or JSON with the objects of a list, or one object a line.
 
   Args:
-    path: the file.
+    path: the path of the file.
     names: whether the first line of a table names its columns.
 
   Raises:

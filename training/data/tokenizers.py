@@ -596,7 +596,7 @@ def _read_with_transformers(
 
   Args:
     spec: data.tokenizer, for messages.
-    folder: the folder.
+    folder: the path of the folder.
     names: the names of the files that the class of transformers reads, which
       the folder names.
 

@@ -70,7 +70,7 @@ def select_documents(numbers: np.ndarray, every: int | None, split: str,
     every: data.holdout_every, the first document of each so many is held out;
       0: none is; None: the source has its split for itself (data.eval_source),
       and all belong to it.
-    split: 'train' or 'eval'.
+    split: 'train' for the data to train on, or 'eval' for the held-out data.
     part: eval.part, the half of the held-out documents that is read for 'eval';
       '': all of them.
 
@@ -542,7 +542,7 @@ def damaged_file(path: Any, why: str) -> EnvironmentFailure:
   """Returns the failure that a file of tokens is damaged.
 
   Args:
-    path: the file.
+    path: the path of the file.
     why: what is wrong with it.
   """
   return EnvironmentFailure(

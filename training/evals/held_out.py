@@ -25,7 +25,7 @@ def sum_held_out(step: Callable, params: Any,
 
   Args:
     step: the compiled evaluation step.
-    params: the parameters.
+    params: the parameters of the model, a tree of arrays.
     loaders: those of pipeline.make_evaluation_loaders, one for each source.
     batches: how many of each source; 0: all, each token exactly once.
     put: puts a batch on the devices.

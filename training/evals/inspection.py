@@ -133,7 +133,7 @@ def _run_and_keep_layers(module: nn.Module, params: Any,
 
   Args:
     module: any model.
-    params: its parameters.
+    params: its parameters, a tree of arrays.
     arrays: the module's arguments by name.
     top: how many tokens the logit lens gives; 0: there is none.
 
@@ -174,7 +174,7 @@ def inspect_model(module: nn.Module, params: Any, arrays: Mapping[str, Any],
 
   Args:
     module: any model.
-    params: its parameters.
+    params: its parameters, a tree of arrays.
     arrays: the module's arguments by name.
     top: how many tokens the logit lens gives; 0: there is none.
   """

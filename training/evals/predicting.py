@@ -152,8 +152,8 @@ def predict_rows(module: Any, params: Any, config: objectives.Config,
   WordLabels or a QuestionAnswer.
 
   Args:
-    module: the model.
-    params: its parameters.
+    module: the Flax module of the model.
+    params: its parameters, a tree of arrays.
     config: the config of its run, to be changed; its objective, data.labels,
       data.length and data.batch_size are read.
     tokenizer: the tokenizer of its run.

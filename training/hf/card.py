@@ -19,10 +19,10 @@ def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
 
   Args:
     workdir: the workdir of the run.
-    config: its config.
+    config: the config of the run.
     folder: the folder of the export.
-    step: the step of the checkpoint.
-    count: how many parameters it has.
+    step: the step of the checkpoint, whose last evaluation the card reports.
+    count: the number of parameters of the model.
   """
   import jinja2
   if (folder / hub.MODEL_CARD_FILE).exists():
@@ -52,7 +52,12 @@ def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
 def read_verdicts(workdir: epath.Path) -> list[dict[str, str]]:
   """Returns the rows of results.csv, the report of a comparison, that give a
   verdict on the variant that a run trains; []: the run belongs to no
-  comparison, or there is no report yet."""
+  comparison, or there is no report yet.
+
+  Args:
+    workdir: the folder of the run. A comparison keeps it three levels below its
+      own folder, in one with the name of a point of the sweep.
+  """
   workdir = pathlib.Path(workdir).absolute()
   comparison = workdir.parents[2]
   name = workdir.parent.name

@@ -80,6 +80,11 @@ class Reader:
   def __call__(self, name: str, default: Any) -> Any:
     """Returns the field `name`, or transformers' default for it.
 
+    Args:
+      name: the name of the field in config.json.
+      default: the value that transformers takes where the field is missing,
+        whose type the field must have.
+
     Raises:
       RequestError: if the field is of another type than the default, or a
         number below 1 where the default is none.
@@ -249,7 +254,7 @@ def read_fields_and_notes(tree: dict[str, Any],
   """Reads a config.json of Hugging Face.
 
   Args:
-    tree: the config.json.
+    tree: the content of the config.json, as json.load returns it.
     files: the names of the tensors beside it, which tell some things that it
       does not; None: they are not known.
 
@@ -317,7 +322,11 @@ UNPACKING_CLASS_OF_METHOD = {'fp8': 'FineGrainedFP8Config',
 
 def _refuse_quantised(reader: Reader) -> None:
   """Raises RequestError for a config.json whose weights a quantisation has
-  packed, saying how to unpack them."""
+  packed, saying how to unpack them.
+
+  Args:
+    reader: the reader of the config.json.
+  """
   for name in ('quantization_config', 'compression_config'):
     quantisation = reader(name, {})
     if not quantisation:
@@ -340,7 +349,11 @@ def _refuse_quantised(reader: Reader) -> None:
 
 def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
   """Returns the fields of config.model by a config.json, as the page (the
-  module of the system) of its model_type reads it."""
+  module of the system) of its model_type reads it.
+
+  Args:
+    reader: the reader of the config.json, which notes the fields that are read.
+  """
   arch = reader.read_choice('model_type', '',
                             architectures.arch_of_model_type())
   page = architectures.hugging_face(arch)
@@ -404,7 +417,7 @@ def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
   class of transformers that its config.json names.
 
   Args:
-    reader: the config.json.
+    reader: the reader of the config.json, which notes the fields that are read.
     page: the module of its system, with the class of transformers by each head.
 
   Returns:
@@ -433,6 +446,9 @@ def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
 def read_labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
   """Returns the names of the labels that the head of a model scores, in their
   order, by id2label of a config.json; none where it does not say.
+
+  Args:
+    tree: the content of a config.json, as json.load returns it.
 
   Raises:
     RequestError: for a table that is none of names by number.
@@ -525,7 +541,12 @@ def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
 
 def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
   """Returns the fields of the config.json of a model for the head of a task:
-  its dropout, its labels, and whether they are classes or a number."""
+  its dropout, its labels, and whether they are classes or a number.
+
+  Args:
+    config: the config of the model, with its `head`.
+    labels: the names of the labels, in their order; none: LABEL_0, LABEL_1, ...
+  """
   if config.head == 'lm':
     return {}
   fields: dict[str, Any] = dict(classifier_dropout=config.head_dropout)
@@ -560,9 +581,14 @@ def check_same_function(ours: ModelConfig, theirs: ModelConfig,
 
 
 def _capacity_in_evaluation(config: ModelConfig) -> tuple | None:
-  """Returns what decides which tokens an expert drops in evaluation: the size
-  of a group and how many tokens of it an expert takes, or 0 and the share that
-  it takes of a batch. None: it drops none."""
+  """Returns the two numbers that decide which tokens an expert drops in
+  evaluation: the size of a group, and how many tokens of a group an expert
+  takes. Without groups, they are 0 and the share of a batch that it takes.
+  None: no token is dropped.
+
+  Args:
+    config: the config of a model, with experts or without.
+  """
   moe = config.find_part(MoEConfig)
   if moe is None or not config.has_experts:
     return None
@@ -617,6 +643,13 @@ def _first_layer_of_each_pair_of_kinds(
 
   Two layers of the same pair of kinds differ in the same fields, so that these
   layers tell all differences.
+
+  Args:
+    ours: the config of one model.
+    theirs: the config of the other.
+
+  Returns:
+    {the number of the layer: (its config in our model, its config in theirs)}.
   """
   num_layers = max(ours.num_layers, ours.num_decoder_layers)
   pairs = zip(_kind_of_each_layer(ours, num_layers),
@@ -648,7 +681,13 @@ def _config_of_kind(config: ModelConfig, name: str) -> ModelConfig:
 
 def fields_of_function(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields, by dotted name, that decide what a model computes whose
-  layers are all alike: all but those of how it is trained or run."""
+  layers are all alike: all but those of how it is trained or run.
+
+  Args:
+    config: the config of a layer, or of a model without kinds of layer.
+  """
+  # A field that nothing reads, or that says where the values come from, does
+  # not change the function.
   unused = {*flat.fields_that_are_unread(config),
             *blocks.mixer_of_layers(config).sources}
   fields = {}
@@ -656,6 +695,8 @@ def fields_of_function(config: ModelConfig) -> dict[str, Any]:
     if name in unused:
       continue
     field = flat.FIELDS.get(name)
+    # The rule of a field says what it is about: how one run computes (RUN) and
+    # how a system is trained (RECIPE) do not count.
     about = field.rule.about if field is not None else ''
     if about not in (declared.RUN, declared.RECIPE):
       fields[name] = value

@@ -107,22 +107,28 @@ def _open_safetensors(file: pathlib.Path) -> Any:
 def _open_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
   """Returns the tensors that a pickle of PyTorch's holds, by name, as arrays.
 
+  Args:
+    file: a file of torch.save.
+
   Raises:
     RequestError: where PyTorch is missing, or the file holds anything else.
   """
   try:
+    # PyTorch is an optional package.
     import torch
   except ImportError as error:
     raise RequestError(
         f'{file} is a pickle, which PyTorch reads: pip install '
         "'archetype[verify]', or have it as safetensors") from error
   try:
+    # weights_only: torch refuses a pickle that would run code.
     tensors = torch.load(file, map_location='cpu', weights_only=True,
                          mmap=zipfile.is_zipfile(file))
   except Exception as error:  # torch raises several kinds of its own
     lines = str(error).splitlines() or [type(error).__name__]
     raise RequestError(f'{file} holds more than tensors, or is damaged: '
                        f'{lines[0]}') from error
+  # The content must be {name: a dense array}.
   no_table = RequestError(f'{file} is no table of tensors by name')
   if not isinstance(tensors, dict):
     raise no_table
@@ -231,12 +237,13 @@ def write_files(folder: pathlib.Path, files: Mapping[str, list[str]],
   Memory holds one file at a time.
 
   Args:
-    folder: where to.
+    folder: the folder to write them to.
     files: the names of the tensors in each file, as `split_into_files` returns
       them.
     make: a function that returns the tensor of a name.
   """
   from safetensors.numpy import save_file
+  # One file after another: its tensors are made, written and freed.
   total_bytes = 0
   file_of_tensor = {}
   for file, names in files.items():

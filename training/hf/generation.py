@@ -71,8 +71,9 @@ def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
   Args:
     config: the config of the run.
     model: the config of its model.
-    tokenizer: its tokenizer.
+    tokenizer: the tokenizer of the run, with its `special_ids`.
   """
+  # The ids of the tokenizer, for config.json.
   special_ids = tokenizer.special_ids
   options = None
   ids: dict[str, Any] = {}
@@ -104,7 +105,7 @@ def save_generation(workdir: epath.Path, generation: Generation | None,
   with.
 
   Args:
-    workdir: the new workdir.
+    workdir: the folder of the run that begins.
     generation: what the folder of the parameters says; None: they come from no
       folder.
     trained: whether they were trained in the run that they come from.
@@ -207,7 +208,12 @@ def encode_prompts(texts: Sequence[str], config: ml_collections.ConfigDict,
 def special_token_ids(generation: Generation | None) -> dict[str, list[int]]:
   """Returns the ids of the special tokens that a folder names, such as
   {'eos_token_id': [2]}. generation_config.json goes before config.json, as for
-  transformers."""
+  transformers.
+
+  Args:
+    generation: the fields of the folder's config.json and the options of its
+      generation_config.json; None: there is no folder, and no id.
+  """
   if generation is None:
     return {}
   options = generation.options or {}

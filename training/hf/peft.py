@@ -123,7 +123,7 @@ def write_adapters(config: ModelConfig, params: Any, folder: pathlib.Path,
 
   Args:
     config: the model.
-    params: its parameters.
+    params: its parameters, a tree of arrays.
     folder: where to; made if it is not there.
     base: the name or the folder of the model that they adapt.
     dtype: the type of the tensors written; '': that of each parameter.
@@ -186,7 +186,7 @@ def read_adapters(config: ModelConfig, folder: pathlib.Path
 
   Args:
     config: the model that they adapt.
-    folder: the folder.
+    folder: the path of the folder.
 
   Returns:
     The config of the model with these adapters, and their parameters.
@@ -232,6 +232,9 @@ def read_adapters(config: ModelConfig, folder: pathlib.Path
 
 def _read_description(file: pathlib.Path) -> dict[str, Any]:
   """Returns the content of an adapter_config.json of PEFT's.
+
+  Args:
+    file: the path of the adapter_config.json.
 
   Raises:
     RequestError: naming what it has and our adapters have not.

@@ -101,7 +101,13 @@ def is_stand_in(tokenizer: str) -> bool:
 
 def _tokenizer_files(workdir: epath.Path, config: ml_collections.ConfigDict,
                      step: int) -> dict[str, epath.Path]:
-  """Returns the files of a run's tokenizer, by their names in an export."""
+  """Returns the files of a run's tokenizer, by their names in an export.
+
+  Args:
+    workdir: the folder of the run.
+    config: the config of the run.
+    step: the step of the checkpoint that is exported.
+  """
   path = pathlib.Path(hub.download_if_on_hub(config.data.tokenizer,
                                              weights=False))
   if is_stand_in(config.data.tokenizer):
@@ -198,7 +204,7 @@ def _add_tokenizer_config(tokenizer: tokenizers.Tokenizer,
   and its own files leave out.
 
   Args:
-    tokenizer: the tokenizer.
+    tokenizer: the tokenizer of the run.
     config: the config of the run.
     folder: the folder that is written.
     copied: the names of the tokenizer's files that are there already.
@@ -233,7 +239,7 @@ def _add_frame(file: pathlib.Path, frame: str, special_tokens: dict[str, str]
   """Writes into a tokenizer.json the special tokens that stand around a text.
 
   Args:
-    file: the tokenizer.json.
+    file: the path of the tokenizer.json, which is changed.
     frame: the special tokens around a pair of texts $A and $B, such as
       '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1'; '': none.
     special_tokens: the special tokens, by 'cls', 'sep', 'eos' and so on.

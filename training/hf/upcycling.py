@@ -119,9 +119,17 @@ def upcycle_parameters(module: nn.Module, like: Any, dense: Any, seed: int
 
   def make_parameters(dense_params: dict[str, jax.Array],
                       drawn: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns each parameter of the mixture, by path."""
+    """Returns each parameter of the mixture of experts, by path: drawn, or
+    taken from the dense model.
+
+    Args:
+      dense_params: the parameters of the dense model, by path.
+      drawn: the parameters that the dense model lacks, such as those of
+        routers.
+    """
     params = {}
     for path, x in shapes.items():
+      # Layers are kept in stacks, whose order may differ.
       if path in drawn:
         params[path] = drawn[path]
       elif paths.Stacks.is_in_stack(path):
@@ -149,8 +157,9 @@ def _replicate_on_mesh(x: jax.Array, mesh: Any) -> jax.Array:
 def _restack_layers(dense_params: dict[str, jax.Array], path: str,
                     shape: tuple[int, ...], dense_stacks: paths.Stacks,
                     mixture_stacks: paths.Stacks) -> jax.Array:
-  """Returns one stacked parameter [layers, ...] of the mixture, from the layers
-  of the dense model.
+  """Returns a parameter of a mixture of experts with the values that the dense
+  model has for it, layer by layer. All experts of a layer begin as copies of
+  its network.
 
   With experts in some layers the period of the scan is longer, so that a layer
   may stand in another block of parameters than before.
@@ -158,7 +167,7 @@ def _restack_layers(dense_params: dict[str, jax.Array], path: str,
   Args:
     dense_params: the parameters of the dense model, by path.
     path: the path of the parameter in the mixture.
-    shape: its shape.
+    shape: the shape of the parameter in the mixture, [layers, ...].
     dense_stacks: where the layers of the dense model stand.
     mixture_stacks: where the layers of the mixture stand.
   """

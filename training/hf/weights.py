@@ -64,14 +64,16 @@ class Loaded(NamedTuple):
 @check_argument_types
 def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
             dtype: str = ''):
-  """Returns (module, params) of a Hugging Face folder, or a file in one.
+  """Builds the model that a Hugging Face folder describes and reads its
+  weights. Returns (module, params): a Flax module and its parameters.
 
   Args:
     path: the folder, or a .safetensors or .bin file beside a config.json.
     partial: whether parameters that the files lack are drawn from `seed`, and
-      tensors that the model lacks passed over.
-    seed: for these.
-    dtype: of the parameters, model.param_dtype; '': float32.
+      tensors that the model lacks passed over with a warning.
+    seed: the seed of the parameters that are drawn, of which there are none
+      without `partial`.
+    dtype: the type of the parameters, model.param_dtype; '': float32.
 
   Raises:
     ValueError: naming what the files have that the architecture does not
@@ -97,15 +99,17 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
 def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
                 partial: bool = False, seed: int = 0, new_head: bool = False
                 ) -> Loaded:
-  """Returns the parameters of `module`, from tensors by their HF names.
+  """Returns the parameters of `module`, read from tensors that have Hugging
+  Face's names.
 
   Args:
-    module: the model.
-    source: the tensors.
+    module: the Flax module of the model.
+    source: the tensors of a folder, by name.
     like: the parameters' shapes with shardings, as in TrainState; none: on
       one device.
-    partial: as for from_hf.
-    seed: as for from_hf.
+    partial: whether parameters that the files lack are drawn from `seed`, and
+      tensors that the model lacks passed over.
+    seed: the seed of the parameters that are drawn.
     new_head: whether the head of a task is drawn where the files lack it, and
       that of a language model passed over.
   """
@@ -266,7 +270,7 @@ class TensorFinder:
     self._constants = page.constants(config)
     self._spellings = page.spellings_with_head(config)
 
-  def find(self, name: str) -> str:
+  def find_spelling(self, name: str) -> str:
     """Returns the spelling under which the files have the tensor `name`; where
     they lack it, the name."""
     # All spellings, each replacement made or not made.
@@ -284,7 +288,7 @@ class TensorFinder:
 
   def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
     """Returns a slice of the tensor `name`."""
-    return self._source.cut(self.find(name), slices)
+    return self._source.cut(self.find_spelling(name), slices)
 
   def find_fault(self, tensor: tensor_map.Tensor) -> str:
     """Returns a sentence that says why a tensor of the model cannot be read
@@ -294,7 +298,7 @@ class TensorFinder:
       RequestError: for one that is no array of weights: one of whole numbers,
         or of a type that a quantisation has left.
     """
-    name = self.find(tensor.name)
+    name = self.find_spelling(tensor.name)
     if name not in self._source:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
     dtype = self._source.dtype(name)
@@ -313,7 +317,8 @@ class TensorFinder:
   def find_all(self, names: Collection[str]) -> list[str]:
     """Returns the names, as the files spell them, of those tensors among
     `names` that the files have."""
-    return sorted({self.find(name) for name in names} & set(self._source))
+    spellings = {self.find_spelling(name) for name in names}
+    return sorted(spellings & set(self._source))
 
   def find_unused(self, tensors: Sequence[tensor_map.Tensor],
                   passed: Sequence[str]) -> list[str]:
@@ -324,10 +329,10 @@ class TensorFinder:
       tensors: the tensors of the model.
       passed: the names of tensors that the model may lack.
     """
-    used = {self.find(tensor.name) for tensor in tensors} | set(passed)
+    used = {self.find_spelling(tensor.name) for tensor in tensors} | set(passed)
     tied_to = {}
     for name, twin_name in self._page.tied.items():
-      tied_to[self.find(name)] = twin_name
+      tied_to[self.find_spelling(name)] = twin_name
     lines = []
     for name in self._source:
       if name in used or self._is_ignored(name):
@@ -341,7 +346,7 @@ class TensorFinder:
       else:
         # Tied weights may be stored twice if they are the same.
         twin_name = tied_to[name]
-        twin = self._source[self.find(twin_name)]
+        twin = self._source[self.find_spelling(twin_name)]
         if not np.array_equal(self._source[name], twin):
           lines.append(f'{name} of the files differs from {twin_name}, to '
                        'which the model ties it')
@@ -412,7 +417,7 @@ def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
     cut = functools.partial(finder.cut, tensor.name)
     inner_ranges = dict(zip(tensor.ours[number], ranges[num_leading:]))
     part = tensor.read_parameter(cut, number, inner_ranges)
-    check_values_fit(finder.find(tensor.name), part, dtype)
+    check_values_fit(finder.find_spelling(tensor.name), part, dtype)
     shard[index_in_shard] = part
   return shard
 
@@ -423,7 +428,7 @@ def check_values_fit(name: str, x: np.ndarray, dtype: np.dtype) -> None:
 
   Args:
     name: the name of the array, with which the message begins.
-    x: the array.
+    x: the array of numbers, of any shape.
     dtype: the type that it is to have.
   """
   largest = 0.0
@@ -441,10 +446,15 @@ def check_values_fit(name: str, x: np.ndarray, dtype: np.dtype) -> None:
 
 def draw_parameters(module: nn.Module, like: Any, wanted: set[str], seed: int
                     ) -> dict[str, jax.Array]:
-  """Returns the initial values of the parameters `wanted` alone, by path.
+  """Draws the initial values of some parameters of a model, and returns them by
+  path.
+
+  The whole model is initialised inside one compiled function, so that a
+  parameter gets the values that a new model would have, and the parameters that
+  are not returned are never in memory.
 
   Args:
-    module: the model.
+    module: the Flax module of the model.
     like: the shapes of its parameters, with their shardings.
     wanted: the paths of the parameters to return.
     seed: the seed of the draw.
@@ -471,7 +481,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
   adapters are merged into the weights.
 
   Args:
-    module: the model.
+    module: the Flax module of the model.
     params: its parameters, all of them addressable from this process.
     folder: where to; made if it isn't there.
     dtype: the type of the tensors written; '': that of each parameter.
@@ -536,15 +546,26 @@ class _Export:
   """
 
   def __init__(self, config: ModelConfig, flat: Mapping[str, Any], dtype: str):
-    """Takes the parameters `flat`, by path, and `dtype` of `to_hf`."""
+    """Lists the tensors of a model that is to be written, with the type of
+    each.
+
+    Args:
+      config: the config of the model.
+      flat: the parameters, by path.
+      dtype: the type to write them in; '': the type that each has.
+    """
     page = architectures.hugging_face(config.arch)
     shapes = {path: x.shape for path, x in flat.items()}
+    # A tensor of a file holds one parameter or several, as the table of names
+    # of the model's architecture says.
     tensors = tensor_map.map_tensors(page.rows(config), shapes)
     self._flat = flat
     self.tensors = {tensor.name: tensor for tensor in tensors}
     self.constants = page.constants(config)
     self.dtypes: dict[str, np.dtype] = {}
     self._floats: dict[str, np.dtype] = {}  # of the parameters
+    # The type is that of the first parameter in the tensor; tensors of whole
+    # numbers are written as such.
     for tensor in tensors:
       tensor_dtype = np.dtype(dtype or flat[tensor.paths[0]].dtype)
       self._floats[tensor.name] = tensor_dtype
@@ -601,12 +622,13 @@ def shapes_only_in_other_model(module: nn.Module, other: ModelConfig
 
 
 def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-  """Returns a model without the generator that ELECTRA trains beside its
-  encoder, and its parameters; any other model as it is.
+  """Returns a model without the generator (the small masked language model that
+  ELECTRA trains beside its encoder), and its parameters; any other model as it
+  is.
 
   Args:
-    module: the model.
-    params: its parameters.
+    module: the Flax module of the model.
+    params: its parameters, a tree of arrays.
   """
   config = module.config
   generator = config.find_part(GeneratorConfig)
@@ -689,7 +711,7 @@ def merge_adapters(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
 
   Args:
     module: the model, with adapters or without.
-    params: its parameters.
+    params: its parameters, a tree of arrays.
 
   Returns:
     The model without adapters, and its parameters.
@@ -714,7 +736,7 @@ def _merge_adapter(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
 
   Args:
     path: the path of the weight.
-    w: the weight.
+    w: the weight W, an array of any number of axes.
     flat: all parameters, by path.
     scale: the factor of the product.
   """

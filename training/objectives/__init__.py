@@ -366,7 +366,7 @@ class Objective:
 
     Args:
       output: the output of the model.
-      batch: the batch.
+      batch: the arrays of a batch by name, each [batch, ...].
       config: the config of the run.
 
     Returns:
@@ -493,8 +493,8 @@ class Objective:
     """Runs the model on the arrays of a batch that this objective shows it.
 
     Args:
-      module: the model.
-      params: its parameters.
+      module: the Flax module of the model.
+      params: its parameters, a tree of arrays.
       batch: {key: array} of the batch.
       **kwargs: further arguments of module.apply.
     """

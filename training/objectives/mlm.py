@@ -199,7 +199,7 @@ def _mask_pair(first: np.ndarray, second: np.ndarray, target: bool,
   Args:
     first, second: the token ids of the texts.
     target: the label of the pair, which becomes nsp_targets.
-    rng: draws the masks.
+    rng: the random generator that draws the masks.
     config: the config of the run.
     tokenizer: the tokenizer of the run.
 
@@ -231,7 +231,7 @@ def _mask_row(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   Args:
     ids: int32 [L], the tokens of the row.
     special: bool [L], which of them are never masked.
-    rng: draws what is masked, and how.
+    rng: the random generator that draws what is masked, and how.
     config: the config of the run.
     tokenizer: the tokenizer of the run.
 
@@ -261,7 +261,7 @@ def mask_tokens(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   Args:
     ids: int32 [L], the tokens of a row.
     special: bool [L], which tokens are never masked.
-    rng: draws what is masked, and how.
+    rng: the random generator that draws what is masked, and how.
     tokenizer: has the mask token and the vocabulary.
     rate: the share of tokens that are chosen, at least one of them.
     whole_words: whether all tokens of a word are chosen, or none.

@@ -69,7 +69,7 @@ class Loader:
     Args:
       dataset: the items of all views, in the order of the run.
       config: the config of the run.
-      split: 'train' or 'eval'.
+      split: 'train' for the data to train on, or 'eval' for the held-out data.
       process_index: the number of this process, which reads its own rows of
         each batch.
       process_count: how many processes there are.
@@ -338,7 +338,7 @@ def make_evaluation_loaders(config: Config, tokenizer: Tokenizer,
 
   Args:
     config: a run's config.
-    tokenizer: see tokenizers.load.
+    tokenizer: the tokenizer, as tokenizers.load returns it.
     process_index: the number of this process.
     process_count: how many processes there are.
     in_order: whether rows come in the order of the source. Else they are
@@ -373,7 +373,7 @@ def _open_views(config: Config, tokenizer: Tokenizer, split: str,
   Args:
     config: the config of the run.
     tokenizer: the tokenizer of the run.
-    split: 'train' or 'eval'.
+    split: 'train' for the data to train on, or 'eval' for the held-out data.
     bare: whether records may be without labels or answers.
 
   Returns:
@@ -465,8 +465,8 @@ def _open_corpora(config: Config, tokenizer: Tokenizer, split: str,
 
   Args:
     config: the config of the run.
-    tokenizer: see tokenizers.load.
-    split: 'train' or 'eval'.
+    tokenizer: the tokenizer, as tokenizers.load returns it.
+    split: 'train' for the data to train on, or 'eval' for the held-out data.
     bare: whether records may be without labels or answers.
 
   Raises:
@@ -504,8 +504,8 @@ def _open_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
   Args:
     source: a source of labelled data.
     config: the config of the run.
-    tokenizer: see tokenizers.load.
-    split: 'train' or 'eval'.
+    tokenizer: the tokenizer, as tokenizers.load returns it.
+    split: 'train' for the data to train on, or 'eval' for the held-out data.
     part: eval.part: the half of what is held out that is read; '': all.
     bare: whether records may be without what is to be predicted of them.
 
@@ -534,8 +534,8 @@ def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
   Args:
     source: a source of text, or of tokens.
     config: the config of the run.
-    tokenizer: see tokenizers.load.
-    split: 'train' or 'eval'.
+    tokenizer: the tokenizer, as tokenizers.load returns it.
+    split: 'train' for the data to train on, or 'eval' for the held-out data.
     part: eval.part: the half of what is held out that is read; '': all.
   """
   # Open the tokens of all documents: those of a folder, or those of the cache,
@@ -569,7 +569,7 @@ def _describe_part(source: sources.Source, every: int | None, split: str,
   Args:
     source: the source, whose end may be held out as a document of its own.
     every: data.holdout_every; None: nothing of the source is held out.
-    split: 'train' or 'eval'.
+    split: 'train' for the data to train on, or 'eval' for the held-out data.
     part: eval.part.
     taken: how many of its documents are in the split.
     of: how many it has.

@@ -188,7 +188,7 @@ def draw_cut_tokens(n: int, density: float, mean: float,
     n: the number of tokens of the text, at least 2.
     density: the share of them that is cut out.
     mean: the mean length of a span that is cut out.
-    rng: draws the spans.
+    rng: the random generator that draws the spans.
 
   Returns:
     bool [n], whether a token is cut out.
@@ -251,7 +251,7 @@ def replace_by_masks(ids: np.ndarray, cut: int, mean: float, mask: int,
     cut: how many of them are cut out.
     mean: the mean length of a span.
     mask: the token that stands for a span.
-    rng: draws the spans.
+    rng: the random generator that draws the spans.
 
   Returns:
     The tokens of the text with masks, at most as many as there were.

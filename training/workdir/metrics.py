@@ -241,7 +241,7 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
   written, or that a killed process left in part.
 
   Args:
-    path: the file.
+    path: the path of the file.
 
   Raises:
     RequestError: for a line that is no row, or whose step is not after that of

@@ -409,7 +409,7 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
   BoundSums over the rows of a batch, [6].
 
   Args:
-    module: the model.
+    module: the Flax module of the model.
     config: the config of its run.
     mask_id: the id of the mask token.
     num_draws: how many draws a row gets.
@@ -420,7 +420,7 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
     """Returns the sums of BoundSums over the rows of a batch, [6].
 
     Args:
-      params: the parameters.
+      params: the parameters of the model, a tree of arrays.
       batch: the batch, of rows of n tokens each.
       batch_number: the number of the batch in its source.
     """
@@ -576,7 +576,7 @@ def make_token_loss_function(module: Any, config: Any) -> Callable:
   and the weights of all tokens of a batch, [2, B, L].
 
   Args:
-    module: the model.
+    module: the Flax module of the model.
     config: the config of its run.
   """
   objective = objectives.find_objective(config)

@@ -259,7 +259,7 @@ def _make_count_function(module: Any, objective: Any) -> Callable:
   """Makes the function that counts right answers.
 
   Args:
-    module: the model.
+    module: the Flax module of the model.
     objective: the objective that trained it.
 
   Returns:

@@ -232,7 +232,7 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
     """Returns a vector of each text, float32 [B, D].
 
     Args:
-      params: the parameters.
+      params: the parameters of the model, a tree of arrays.
       tokens_BL: the tokens of the texts, with padding.
       lengths_B: how many of them are no padding.
     """
@@ -412,7 +412,7 @@ def _make_fill_function(evaluation: Evaluation, num_tokens: int) -> Callable:
     """Returns the probabilities of the likeliest tokens and their ids, [P, K].
 
     Args:
-      params: the parameters.
+      params: the parameters of the model, a tree of arrays.
       tokens_BL: the tokens of the prompts, with padding, [batch, length].
       is_real_BL: int, 0 on padding and else 1.
       rows_P, places_P: where the P masks stand in tokens_BL.

@@ -521,8 +521,8 @@ def write_targets_of_batch(module: Any, params: Any,
   the translation of a sentence.
 
   Args:
-    module: the model.
-    params: its parameters.
+    module: the Flax module of the model.
+    params: its parameters, a tree of arrays.
     batch: the pairs, as seq2seq.lay_out_pair lays them out; a row without a
       weight only fills up the batch.
     tokenizer: the tokenizer of the run.
