@@ -129,7 +129,14 @@ class Model:
 
     They are float32, in numpy. The last is what the last layer returns, before
     the final norm if there is one. (transformers' `hidden_states` end with the
-    normalised one.) The arguments are those of a call of the model.
+    normalised one.)
+
+    Args:
+      tokens: the tokens, [B, L], or [L] for one row; in an encoder-decoder
+        those of the source.
+      decoder_tokens: the tokens that the decoder of an encoder-decoder is
+        shown, [B, L]; default: the source.
+      **inputs: the other inputs of a call, such as `mask` and `types`.
     """
     states = self._compute('layers', tokens=tokens,
                            decoder_tokens=decoder_tokens, inputs=inputs)
@@ -145,8 +152,14 @@ class Model:
     [N, B, H, L, L], 'cross': [N, B, H, L, M]}. The arrays are numpy's, and
     layers count from 0. A row sums to 1, less the share
     of an attention sink; a hidden key has weight 0. The weights are worked out
-    by plain products, whichever kernel computes the attention itself. The
-    arguments are those of a call of the model.
+    by plain products, whichever kernel computes the attention itself.
+
+    Args:
+      tokens: the tokens, [B, L], or [L] for one row; in an encoder-decoder
+        those of the source.
+      decoder_tokens: the tokens that the decoder of an encoder-decoder is
+        shown, [B, L]; default: the source.
+      **inputs: the other inputs of a call, such as `mask` and `types`.
     """
     attention, cross_attention = self._compute('attention', tokens=tokens,
                                                decoder_tokens=decoder_tokens,
@@ -161,7 +174,16 @@ class Model:
               ) -> inspection.Inspection:
     """Returns what the model computes, in numpy: attention and its entropy,
     the residual stream, the logit lens (`top` tokens) and the experts' choices,
-    as inspection.Inspection has them. The arguments are those of a call."""
+    as inspection.Inspection has them.
+
+    Args:
+      tokens: the tokens, [B, L], or [L] for one row; in an encoder-decoder
+        those of the source.
+      decoder_tokens: the tokens that the decoder of an encoder-decoder is
+        shown, [B, L]; default: the source.
+      top: the number of tokens of the logit lens.
+      **inputs: the other inputs of a call, such as `mask` and `types`.
+    """
     arrays = self._as_arguments(tokens, decoder_tokens, inputs)
     return inspection.inspect_model(self.module, params=self.params,
                                     arrays=arrays, top=top)
@@ -261,6 +283,8 @@ class Model:
       RequestError: for a model whose head is of no such task, and for a row
         that is not of the kinds above, or has no token.
     """
+    # The labels come from the run or the import; without names, they are
+    # numbers.
     config = self._config_of_run().copy_and_resolve_references()
     require(config.objective in predicting.OBJECTIVES, 'this model predicts no '
             f'labels, numbers or answers: its objective is {config.objective}')
@@ -270,6 +294,7 @@ class Model:
     is_single = isinstance(rows, str)
     require(is_single or len(rows) > 0,
             'rows is empty: pass a text, or a list')
+    # The options of the task, as its flags have them.
     options = types.SimpleNamespace(
         max_answer_length=max_answer_length, n_best=20,
         null_threshold=null_threshold)
@@ -430,7 +455,7 @@ def _compute_output(module: nn.Module, params: Any,
   Args:
     module: the Flax module of the model.
     params: its parameters, a tree of arrays.
-    arguments: its arguments, by name.
+    arguments: the arguments of the model's call, by name.
     wanted: 'logits'; 'layers', the states of all layers; or 'attention', the
       weights of attention and of attention to a memory, None without one.
   """
@@ -558,6 +583,10 @@ def _load_run(workdir: Any, step: parameters.StepChoice, tokenizer: str | None
 def _draw_parameters(module: nn.Module, seed: int) -> Any:
   """Returns the parameters with which a training run of this seed begins.
 
+  Args:
+    module: the Flax module of the model.
+    seed: the seed of the run.
+
   Raises:
     RequestError: where all memory of a device has no room for them.
   """
@@ -590,8 +619,8 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
   alone, lora.alpha becomes as large.
 
   Args:
-    config: the model config.
-    fields: the fields to set, by name.
+    config: the config of the model.
+    fields: the new values by the names of the fields, without `model.`.
 
   Raises:
     RequestError: for a field on which the sizes of other parts depend, a wrong
@@ -601,6 +630,8 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
     require(name not in _FIELDS_BEHIND_OTHERS,
             f'model.{name} decides the sizes of other '
             'parts: build a model with it, from a file of configs/')
+  # The fields as a user may set them. Those that follow from others are reset,
+  # so that they are derived anew.
   tree = ml_collections.ConfigDict(flat.default_tree())
   with tree.ignore_type():
     tree.update(flat.to_dict(config))
@@ -609,6 +640,7 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
     if architectures.stack(config) != 'encoder-decoder':
       tree.num_decoder_layers = fields.get('num_layers', config.num_layers)
     base.set_model_fields(tree, fields)
+  # Checks, and the derived fields.
   changed = architectures.resolve(tree)
   _refuse_unread_fields(changed, fields, tree)
   return changed

@@ -136,7 +136,7 @@ def check_init_from(source: str) -> None:
   path = _path_of_source(source)
   if not source or storage.is_in_bucket(path):
     return
-  # The folder must be there. It may be that of a run that was stopped before its
+  # The folder must be there. It may be of a run that was stopped before its
   # first checkpoint.
   require(os.path.exists(path),
           f'init_from is {source!r}: no such folder or file (one of the hub '

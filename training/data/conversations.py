@@ -330,7 +330,7 @@ class Template:
       goes_on: whether the text ends inside the last message, without what the
         template writes after it.
     """
-    text, _ = self._render(messages, answer, goes_on)
+    text, _ = self._render(messages, answer=answer, goes_on=goes_on)
     return text
 
   def split_into_parts(self, messages: Messages) -> list[tuple[str, str]]:
@@ -458,7 +458,11 @@ class Template:
               goes_on: bool = False) -> tuple[str, list[tuple[int, int]]]:
     """Renders a conversation by the template, in a process with limits.
 
-    The arguments are those of `render`.
+    Args:
+      messages: the messages of the conversation, with role and content.
+      answer: whether the text ends where the assistant's next message begins.
+      goes_on: whether the text ends inside the last message, without what the
+        template writes after it.
 
     Returns:
       The text, and the (first character, end) of each block in it that is

@@ -1081,7 +1081,7 @@ def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
   Args:
     source: a source of text or conversations, as parse_sources returns it.
     tokenizer: the tokenizer of the run.
-    cache_dir: data.cache_dir.
+    cache_dir: data.cache_dir, the folder of the cache of tokens.
 
   Raises:
     RequestError: if a document cannot be read, naming the file and line.
@@ -1115,7 +1115,11 @@ def content_digest(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
   """Returns the hash of the content of a source, which is read unless the cache
   of tokens has it.
 
-  The arguments are those of `load_or_tokenize`."""
+  Args:
+    source: a source of text or conversations, as parse_sources returns it.
+    tokenizer: the tokenizer of the run.
+    cache_dir: data.cache_dir, the folder of the cache of tokens.
+  """
   path = _folder_of_entry(source, tokenizer, cache_dir)
   if (path / tokens.BEGUN_FILE).exists():
     return tokens.read_begun(path)['content']

@@ -195,7 +195,10 @@ def _read_json_lines(path: str) -> Iterator[tuple[str, Any]]:
 def _read_table(path: str, names: bool) -> Rows:
   """Yields (where it stands, {column: cell}) of each row of a .tsv or a .csv.
 
-  The arguments are those of `read_rows`."""
+  Args:
+    path: the path of the file.
+    names: whether the first line names the columns.
+  """
   # In a .tsv quotes mean nothing, as in the files of GLUE. The limit is one of
   # the whole module csv, which would refuse a field of 131,073 characters.
   csv.field_size_limit(2**31 - 1)

@@ -26,10 +26,11 @@ def sum_held_out(step: Callable, params: Any,
   Args:
     step: the compiled evaluation step.
     params: the parameters of the model, a tree of arrays.
-    loaders: those of pipeline.make_evaluation_loaders, one for each source.
-    batches: how many of each source; 0: all, each token exactly once.
-    put: puts a batch on the devices.
-    stop: asked before each batch, whether to leave it at that.
+    loaders: the loaders of held-out data, one for each source.
+    batches: the number of batches of each source; 0: all, each token exactly
+      once.
+    put: a function that puts a batch on the devices.
+    stop: a function that is called before each batch: whether to stop there.
 
   Returns:
     For each source the sums of its figures, {name: Mean}, for
@@ -111,6 +112,9 @@ def list_figure_names(step: Callable, params: Any,
   Args:
     step: the evaluation step, jitted or not.
     params, loaders, put: as for `sum_held_out`.
+    params: the parameters of the model, a tree of arrays.
+    loaders: the loaders of held-out data, one for each source.
+    put: a function that puts a batch on the devices.
     sums_of_run: the function of the program that takes one run's sums from
       those of all runs that train together: sums_of_run(sums, number of the
       run).

@@ -63,6 +63,9 @@ class TasksInTraining:
     Args:
       task: the name of the task.
       params, workdir, stop: as for `run_for_member`.
+      params: the parameters of the run.
+      workdir: the folder of the run.
+      stop: a function that is called again and again: whether to stop there.
 
     Returns:
       The names. None: they are known without, and were compared with the
@@ -84,9 +87,9 @@ class TasksInTraining:
 
     Args:
       params: the parameters of the run.
-      n: the step that they are of.
+      n: the step after which the run has these parameters.
       workdir: the folder of the run, where pictures go.
-      stop: asked again and again, whether to leave it at that.
+      stop: a function that is called again and again: whether to stop there.
       names: the names of the tasks; (): all of eval.tasks.
 
     Returns:

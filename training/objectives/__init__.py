@@ -511,7 +511,11 @@ class Objective:
                    ) -> losses.TokenLosses:
     """Returns the loss of each token by itself; for evaluation.
 
-    The arguments are those of `apply`."""
+    Args:
+      module: the Flax module of the model.
+      params: its parameters, a tree of arrays.
+      batch: the arrays of a batch by name, with `targets` [B, L].
+    """
     output = self.apply(module, params, batch)
     assert output.head is not None  # else there are no logits
     return losses.token_losses(output.hidden, output.head, batch['targets'])

@@ -115,7 +115,12 @@ class Causal(Objective):
     """Lays out a window of text as a row of a decoder, which predicts each next
     token.
 
-    The arguments are those of Objective.example.
+    Args:
+      item: a window of text: `tokens`, [L + 1], of which the first `size` are
+        no padding.
+      rng: not used, as nothing is drawn.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Returns:
       The arrays of the row, [L]: tokens; targets, the token after each; and
@@ -162,7 +167,12 @@ class Prefix(Objective):
     number of its first tokens are the prefix, which see each other and are not
     predicted.
 
-    The arguments are those of Objective.example.
+    Args:
+      item: a window of text: `tokens`, [L + 1], of which the first `size` are
+        no padding.
+      rng: the random generator that draws the length of the prefix.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Returns:
       The arrays of the row: tokens, targets and weights [L], where a weight is

@@ -156,7 +156,13 @@ class TextObjective(Labelled):
     """Lays out one text or a pair of texts as a row: [CLS] text [SEP], or [CLS]
     text [SEP] text [SEP].
 
-    The arguments are those of Objective.example; nothing is drawn.
+    Args:
+      item: the `texts`, one or two arrays of token ids; the `target`, a number,
+        and its `weight`; and `between`, the number of separators between the
+        texts.
+      rng: not used, as nothing is drawn.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Returns:
       The arrays of the row: tokens and segment_ids [up to L], for an encoder
@@ -258,7 +264,12 @@ class TokenClassification(Labelled):
     """Lays out a sentence, or a part of it, as a row with a label for each
     word: [CLS] sentence [SEP].
 
-    The arguments are those of Objective.example; nothing is drawn.
+    Args:
+      item: the token ids of a part of a sentence, `ids` [T], with the number of
+        the label of each, `targets` [T], and its weight, `weights` [T].
+      rng: not used, as nothing is drawn.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Returns:
       The arrays of the row, [up to L]: tokens; segment_ids, which are 1;
@@ -302,7 +313,13 @@ class QuestionAnswering(Labelled):
     """Lays out a question and a part of its paragraph as a row: [CLS] question
     [SEP] paragraph [SEP].
 
-    The arguments are those of Objective.example; nothing is drawn.
+    Args:
+      item: the token ids of a `question` and of a part of its paragraph,
+        `context`; the `answer`, the places of its first and last token there,
+        or None; and `between`, the number of separators between the two.
+      rng: not used, as nothing is drawn.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Returns:
       The arrays of the row: tokens and segment_ids [up to L], for an encoder

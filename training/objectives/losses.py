@@ -110,7 +110,13 @@ def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
                  chunk: int = 0) -> TokenLosses:
   """Returns each token's negative log-likelihood; for evaluation.
 
-  The arguments are those of `cross_entropy`."""
+  Args:
+    hidden_BLD: the hidden states that the head is applied to, [batch, length,
+      features].
+    head: the output projection, from features to the logits of the vocabulary.
+    targets_BL: the token ids to predict, [batch, length].
+    chunk: the tokens of one device whose logits exist at once; 0: by size.
+  """
   settings = _choose_settings(hidden_BLD, head=head, z_loss=0.0,
                               label_smoothing=0.0, chunk=chunk)
   return _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
@@ -125,7 +131,7 @@ def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
     settings: the coefficients of the loss, and the size of a chunk.
     hidden_BLD: the hidden states that the head is applied to, [batch, length,
       features].
-    head: the output projection.
+    head: the output projection, from features to the logits of the vocabulary.
     targets_BL: the token ids to predict.
   """
   # The kernel, [features, vocabulary], is collected once for all chunks.
@@ -152,8 +158,14 @@ def _sum_losses(settings: _LossSettings, hidden_BLD: jax.Array, head: Head,
   token, through which no gradient goes. `_sum_losses_forward` and
   `_sum_losses_backward` have its gradient.
 
-  The arguments are those of `_scan_token_losses`, and weights_BL, how much each
-  token counts."""
+  Args:
+    settings: the coefficients of the loss, and the size of a chunk.
+    hidden_BLD: the hidden states that the head is applied to, [batch, length,
+      features].
+    head: the output projection, from features to the logits of the vocabulary.
+    targets_BL: the token ids to predict, [batch, length].
+    weights_BL: how much each token counts; 0: not at all.
+  """
   tokens = _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
                               targets_BL=targets_BL)
   return (weights_BL * tokens.loss).sum(), tokens
@@ -266,7 +278,7 @@ def _sum_losses_backward(settings: _LossSettings, gradients: Any,
   """Multiplies the gradients of the forward pass by the gradient of the sum.
 
   Args:
-    settings: not used.
+    settings: the coefficients of the loss, which are in the gradients already.
     gradients: those that `_sum_losses_forward` has computed.
     cotangents: the gradients of its two results: of the sum, a number, and of
       the figures, which is zero as nothing is differentiated through them.
@@ -409,7 +421,13 @@ def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
   """Decides how the tokens are cut up: into the shards of the devices, and
   these into chunks of positions as even as can be.
 
-  The arguments are those of `cross_entropy`.
+  Args:
+    hidden_BLD: the hidden states that the head is applied to, [batch, length,
+      features].
+    head: the output projection, from features to the logits of the vocabulary.
+    z_loss: the coefficient of the z-loss.
+    label_smoothing: the probability that is spread over the vocabulary.
+    chunk: the tokens of one device whose logits exist at once; 0: by size.
 
   Returns:
     The coefficients of the loss, with the numbers of shards and positions.
@@ -449,7 +467,11 @@ def _split_into_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...]):
   P = settings.positions
 
   def cut(x: jax.Array):
-    """Returns one of the arrays as its chunks."""
+    """Returns one of the arrays as its chunks.
+
+    Args:
+      x: an array [B, L, ...].
+    """
     batch = x.shape[0] // rows
     length = x.shape[1] // lengths
     # Give each device's part axes of its own. A device has one of `rows` parts
@@ -527,7 +549,7 @@ def _total_gradient(d: jax.Array | None, x: jax.Array, *axes: str):
   Args:
     d: the gradient of each shard of the tokens, its axes as
       `_transpose_for_gradient` has them; None: it is not needed.
-    x: the parameter.
+    x: the parameter of the head, such as its kernel [features, vocabulary].
     *axes: the names of its axes, by which it is split over devices.
 
   Returns:

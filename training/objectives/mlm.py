@@ -472,7 +472,12 @@ class MaskedWords(Objective):
               config: Config, tokenizer: Tokenizer) -> Row:
     """Returns one masked row of text.
 
-    The arguments are those of Objective.example.
+    Args:
+      item: a window of text: `tokens`, [L + 1], of which the first `size` are
+        no padding.
+      rng: the random generator that draws the masked tokens.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Returns:
       The arrays of the row, [L]: tokens; targets; weights, 1 where a token is
@@ -508,7 +513,13 @@ class NextSentence(Objective):
     """Returns one masked pair of texts, of which the second is replaced half of
     the time by tokens of another document.
 
-    The arguments are those of Objective.example.
+    Args:
+      item: `tokens` [T] of one document, and `elsewhere`, a function that draws
+        tokens of another document.
+      rng: the random generator that draws the cut, the second text and the
+        masks.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Returns:
       The arrays of the row: tokens, types, segment_ids and targets [L]; weights
@@ -562,7 +573,12 @@ class SentenceOrder(NextSentence):
     """Cuts a text in two, swaps the parts half of the time, and masks some
     tokens (sentence order prediction, ALBERT: Lan et al. 2020, section 3.1).
 
-    The arguments are those of Objective.example.
+    Args:
+      item: `tokens` [T] of one document, and `elsewhere`, a function that draws
+        tokens of another document.
+      rng: the random generator that draws the cut, the order and the masks.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Returns:
       The arrays of the row, as NextSentence has them; nsp_targets is 1 where
@@ -589,7 +605,12 @@ class MaskedDiffusion(Objective):
               config: Config, tokenizer: Tokenizer) -> Row:
     """Masks a random share of the tokens of a row (masked diffusion).
 
-    The arguments are those of Objective.example.
+    Args:
+      item: a window of text: `tokens`, [L + 1], of which the first `size` are
+        no padding.
+      rng: the random generator that draws the share and the masks.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Returns:
       The arrays of the row, [L]: tokens; targets; weights, 1 / t where a token

@@ -50,7 +50,12 @@ class ReplacedTokens(Objective):
     """Masks some tokens of a window of text, for a generator to fill in and an
     encoder to tell the fillings from the text (ELECTRA: Clark et al. 2020).
 
-    The arguments are those of Objective.example.
+    Args:
+      item: a window of text: `tokens`, [L + 1], of which the first `size` are
+        no padding.
+      rng: the random generator that draws the masked tokens.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Returns:
       The arrays of the row: tokens and segment_ids [up to L], with

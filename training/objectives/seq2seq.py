@@ -345,7 +345,13 @@ class SequenceToSequence(Objective):
     """Lays out a pair of texts as a row of an encoder-decoder, as
     `lay_out_pair` does. Tokens that do not fit into the row are cut off.
 
-    The arguments are those of Objective.example; nothing is drawn."""
+    Args:
+      item: the token ids of a source and of its target, and whether both are
+        `whole` texts.
+      rng: not used, as nothing is drawn.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
+    """
     # A source has up to M tokens and a target up to L. Texts that are whole end
     # with the separator; those that were cut out of a longer text do not.
     M, L = pair_lengths(config)
@@ -400,7 +406,12 @@ class SpanCorruption(SequenceToSequence):
     corruption of T5). The row is that of `lay_out_pair`; source and target end
     with the separator.
 
-    The arguments are those of Objective.example.
+    Args:
+      item: a window of text: `tokens`, [L + 1], of which the first `size` are
+        no padding.
+      rng: the random generator that draws the spans.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
 
     Raises:
       RequestError: for a tokenizer with fewer sentinels than spans.
@@ -450,7 +461,13 @@ class Denoising(SequenceToSequence):
     for the model to write the text as it was (BART: Lewis et al. 2020). The row
     is that of `lay_out_pair`; source and target end with the separator.
 
-    The arguments are those of Objective.example."""
+    Args:
+      item: a window of text: `tokens`, [L + 1], of which the first `size` are
+        no padding.
+      rng: the random generator that draws the order and the spans.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
+    """
     # The 1 leaves room for the separator.
     span = config.span
     end = tokenizer.separator_id

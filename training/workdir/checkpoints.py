@@ -182,7 +182,21 @@ class Checkpoints:
                every_minutes: float, keep: int, keep_every: int,
                agree_every: int = 1,
                clock: Callable[[], float] = time.monotonic):
-    """Opens the folder of the checkpoints; nothing is read or written."""
+    """Opens the folder of the checkpoints; nothing is read or written.
+
+    Args:
+      workdir: the folder of the run; gs:// paths work as well.
+      every_steps: a save is due at each multiple of it; 0: not by step.
+      every_minutes: a save is also due this long after the last one; 0: not by
+        time.
+      keep: the number of the newest good checkpoints that are kept.
+      keep_every: checkpoints of steps that are multiples of it are kept for
+        good; 0: none.
+      agree_every: several processes look at the time at multiples of so many
+        steps alone, since process 0 has to tell the others.
+      clock: a function that returns seconds; tests pass their own.
+    """
+    # When to save, and what to keep.
     self._keep = keep
     self._keep_every = keep_every
     self._every_steps = every_steps
@@ -190,16 +204,19 @@ class Checkpoints:
     self._agree_every = agree_every
     self._clock = clock
     self._last_time = clock()
+    # What is known of the checkpoints in the folder. Nothing is read yet.
     self.newest: int | None = None
     self.best: dict[str, Any] | None = None
     self.directory = checkpoint_folder(workdir)
     self._good: dict[int, bool] = {}  # by step: whether it is of no bad step
+    # Orbax's manager writes and deletes them.
     logging.get_absl_logger().addFilter(_is_worth_logging)
     with storage.explain_write_failures(self.directory):
       self._manager = self._new_manager()
-    # Processes agree on a stop by distributed.signals. Orbax would only note
-    # how much time the save of it rescues, and fails at that beside checkpoints
-    # of an earlier start, whose times it has not read.
+    # Orbax's question whether the machine is about to be taken away is always
+    # answered by no: processes agree on a stop by distributed.signals. Orbax
+    # would only note how much time the save of it rescues, and fails at that
+    # beside checkpoints of an earlier start, whose times it has not read.
     self._manager.reached_preemption = lambda step: False
 
   def _new_manager(self) -> Any:
@@ -246,7 +263,12 @@ class Checkpoints:
   def should_preserve(self, checkpoints: Sequence, *, context: Any
                       ) -> list[bool]:
     """Returns for each checkpoint whether it is kept. Orbax calls this after
-    each save, and deletes the others."""
+    each save, and deletes the others.
+
+    Args:
+      checkpoints: the checkpoints in the folder, each with its `step`.
+      context: Orbax's own argument, which is not needed.
+    """
     del context
     best_step = None
     if self.best:
@@ -323,7 +345,11 @@ class Checkpoints:
 
     Later checkpoints, which are damaged or were passed over on purpose, are
     renamed to STEP.aside-TIME, since the run is about to write these steps
-    anew. No save deletes them; whoever has looked at them may."""
+    anew. No save deletes them; whoever has looked at them may.
+
+    Args:
+      restored: the checkpoint, as `restore_checkpoint` returned it.
+    """
     # The clock of saves by minutes begins anew.
     self.newest, self._last_time = restored.step, self._clock()
     self.best = restored.record['best']
@@ -451,6 +477,9 @@ def list_steps(folder: epath.Path) -> list[int]:
 def find_best_step(folder: epath.Path) -> int:
   """Returns the step whose evaluation was the best so far, as the newest
   readable record in the folder of checkpoints says.
+
+  Args:
+    folder: the folder of the checkpoints.
 
   Raises:
     RequestError: where the run kept no best step.
@@ -671,17 +700,22 @@ def _newest_record(folder: epath.Path, step: int | None = None
 def _read_record(folder: epath.Path) -> dict[str, Any]:
   """Returns the record of one step, the JSON object beside its arrays.
 
+  Args:
+    folder: the folder of the step.
+
   Raises:
     _DamagedCheckpoint: the record is not as it was saved, or of another step.
   """
   import orbax.checkpoint as ocp
 
+  # The record is JSON with its own checksum beside it.
   try:
     with_digest = ocp.JsonCheckpointHandler().restore(folder / 'record')
   except FileNotFoundError as error:
     raise _DamagedCheckpoint('its record is missing') from error
   except ValueError as error:  # of JSON, or of UTF-8
     raise _DamagedCheckpoint('its record is not JSON') from error
+  # It must be the record that was saved, of this very step.
   is_sound = isinstance(with_digest, dict) and (
       with_digest == add_digest(with_digest.get('record')))
   if not is_sound:
@@ -707,7 +741,7 @@ def _check_fits(folder: epath.Path, record: dict[str, Any],
 
   Args:
     folder: the folder of the step.
-    record: its record.
+    record: the record of the step, with the shape and dtype of each array.
     expected: the arrays to read, by name, as ShapeDtypeStructs.
     partial: whether the checkpoint may have others too.
 
@@ -732,7 +766,7 @@ def list_array_differences(
 
   Args:
     saved: {name: {shape, dtype, ...}} of the record.
-    expected: {name: ShapeDtypeStruct}.
+    expected: {name: the expected shape and dtype, a jax.ShapeDtypeStruct}.
 
   Returns:
     A line for each array that differs, or is on one of the two sides alone, by
@@ -755,7 +789,11 @@ def list_array_differences(
 def _describe_first_cause(error: BaseException) -> str:
   """Returns the first cause of an error as one short line, without the place in
   TensorStore's source where it was found. Orbax wraps the errors that
-  TensorStore raises more than once."""
+  TensorStore raises more than once.
+
+  Args:
+    error: the error, which may have been raised from others.
+  """
   # The cause that was raised first.
   while not isinstance(error, _DamagedCheckpoint):
     cause = error.__cause__ or error.__context__
@@ -846,7 +884,8 @@ def _make_device_sums(mesh: Mesh | None, spec: Any):
 
   Args:
     mesh: the mesh of the array; None: it lies on one device.
-    spec: its PartitionSpec.
+    spec: the PartitionSpec of the array: the mesh axes that split each
+      dimension.
   """
   # Over the mesh axes that split no dimension, the devices hold copies.
   axes_of_dimensions = tuple(_mesh_axes(entry) for entry in spec)
@@ -884,7 +923,11 @@ def _mesh_axes(entry: Any) -> tuple[str, ...]:
 @functools.cache
 def _make_total(mesh: Mesh | None):
   """Returns the compiled function from the sums [devices] of several arrays to
-  their checksums, uint32 [arrays]."""
+  their checksums, uint32 [arrays].
+
+  Args:
+    mesh: the mesh of the arrays; None: they lie on one device.
+  """
   # The result lies on every device of the mesh, so that every process can read
   # it.
   replicated = None
@@ -935,7 +978,12 @@ def _sum_of_shard(x: jax.Array, axes: tuple[tuple[str, ...], ...],
   column_C = starts[-1] + jnp.arange(num_columns, dtype=jnp.uint32)
 
   def sum_of_rows(first_row: Any, count: Any) -> jax.Array:
-    """Returns the checksum of `count` rows from `first_row` on."""
+    """Returns the checksum of `count` rows from `first_row` on.
+
+    Args:
+      first_row: the index of the first row.
+      count: the number of rows, which is known when the program is traced.
+    """
     # The position of each row in the whole array. A row number is taken apart
     # into the indices of the axes that R joins, the last one first.
     row_R = jnp.uint32(first_row) + jnp.arange(count, dtype=jnp.uint32)

@@ -84,7 +84,12 @@ class TensorboardWriter:
 
   def __init__(self, workdir: epath.Path, resumed_step: int):
     """Begins a new file of events, and makes TensorBoard forget those of
-    earlier files after `resumed_step`, from which the run goes on."""
+    earlier files after `resumed_step`, from which the run goes on.
+
+    Args:
+      workdir: the folder of the run.
+      resumed_step: the step from which the run goes on.
+    """
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer import record_writer
     self._event = event_pb2.Event
@@ -271,7 +276,11 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
 
 def as_json_value(value: Any) -> Any:
   """Returns a figure (a number, an array, or lists and dicts of them) as JSON
-  can hold it, with None for a number that is not finite."""
+  can hold it, with None for a number that is not finite.
+
+  Args:
+    value: the figure.
+  """
   if value is None or isinstance(value, str | bool | int):
     return value
   if isinstance(value, float):
@@ -285,7 +294,11 @@ def as_json_value(value: Any) -> Any:
 
 def scalar_figures(figures: Mapping[str, Any]) -> dict[str, float]:
   """Returns the figures that are single numbers, for a tracker: a list becomes
-  name/0, name/1, ...; matrices are left out, and are in metrics.jsonl alone."""
+  name/0, name/1, ...; matrices are left out, and are in metrics.jsonl alone.
+
+  Args:
+    figures: the figures by name: numbers, arrays, or lists of them.
+  """
   scalars = {}
   for name, value in as_json_value(figures).items():
     if isinstance(value, bool | int | float):
@@ -304,7 +317,7 @@ def _drop_rows_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
 
   Args:
     path: the file, which need not be there.
-    step: the step.
+    step: the last step that is kept.
 
   Returns:
     (step, split) for each row that the file has of this step.

@@ -49,7 +49,11 @@ def describe_this_start(data: Mapping[str, str] | None = None) -> dict[str,
 def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
   """Returns the commit of the code in a folder, and a hash of what differs from
   the commit ('' for nothing), as {'commit': ..., 'diff': ...}; None for both
-  where the folder is no git repository."""
+  where the folder is no git repository.
+
+  Args:
+    root: the folder of the code.
+  """
   unknown = dict(commit=None, diff=None)
 
   def run_git(*words: str) -> bytes:
@@ -59,6 +63,7 @@ def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
   # The code may have been installed without its history.
   if not (root / '.git').exists():
     return unknown
+  # The commit, and all changes of files that git knows.
   try:
     commit = run_git('rev-parse', 'HEAD').decode().strip()
     changes = run_git('diff', '--binary', 'HEAD')

@@ -137,6 +137,9 @@ def has_begun(workdir: epath.Path) -> bool:
 def _load_config_json(workdir: epath.Path) -> dict[str, Any]:
   """Returns all that a run's config.json holds, checked.
 
+  Args:
+    workdir: the folder of the run.
+
   Raises:
     RequestError: where the file is missing, damaged, or of another format.
   """
@@ -199,7 +202,7 @@ def without_unread_fields(config: ml_collections.ConfigDict, model: ModelConfig,
 
   Args:
     config: the config of the run.
-    model: its resolved config.model.
+    model: the resolved config.model of the run.
     resolved: whether fields that were left empty get the values that were
       derived for them.
   """

@@ -126,7 +126,7 @@ def render_picture(figure: Any, kind: str, dpi: int) -> bytes:
   which it was drawn, so that the same figure gives the same bytes.
 
   Args:
-    figure: the figure.
+    figure: the figure of Matplotlib.
     kind: the format of the file: png, svg or pdf.
     dpi: the dots per inch.
   """
@@ -262,7 +262,7 @@ def parse_json_object(text: str | bytes, subject: str,
 
   Args:
     text: the text of a whole file, or of a line.
-    subject: the file, as the subject of a sentence.
+    subject: the name of the file, with which a message begins.
     fields: the types of fields that must be there, by name.
 
   Raises:

@@ -384,7 +384,14 @@ def _figures_for_json(inspected: Inspection,
                       measures: FiguresByHead, spell: SpellToken
                       ) -> dict[str, Any]:
   """Collects the figures of the page as lists, for --json; the attention maps
-  stand in the page alone. The arguments are those of `render_page`.
+  stand in the page alone.
+
+  Args:
+    inspected: the record of the model; of several rows, the first is shown.
+    spelled_tokens: the tokens as a reader is shown them, by stack ('encoder' or
+      'decoder').
+    measures: {attention: {figure: [N layers, H heads]}}, one number a head.
+    spell: a function that returns the token of an id as a reader is shown it.
 
   Returns:
     tokens, attention, stream and experts, each a dict by 'encoder', 'decoder'
@@ -395,6 +402,7 @@ def _figures_for_json(inspected: Inspection,
   for name, figures in measures.items():
     attention[name] = {
         figure: values_NH.tolist() for figure, values_NH in figures.items()}
+  # The residual stream: a number for each layer and token.
   streams = {}
   for name, stream in inspected.stream.items():
     streams[name] = {
@@ -402,6 +410,7 @@ def _figures_for_json(inspected: Inspection,
         'median': stream.median[:, 0].tolist(),
         'rms': stream.rms[:, 0].tolist(),
         'outliers': np.flatnonzero(stream.outliers[0]).tolist()}
+  # The routing of tokens to experts, in the layers that have them.
   experts = {}
   for name, routing in inspected.experts.items():
     experts[name] = {
@@ -419,7 +428,12 @@ def _figures_for_json(inspected: Inspection,
 def _lens_for_json(lens: LogitLens, spell: SpellToken
                    ) -> list[list[list[dict[str, Any]]]]:
   """Returns the guesses of the logit lens as objects of JSON, by layer, then by
-  token of the text, the best guess first."""
+  token of the text, the best guess first.
+
+  Args:
+    lens: the guesses of each layer, had it been the last one.
+    spell: a function that returns the token of an id as a reader is shown it.
+  """
   layers = []
   for guesses_of_layer in _guesses_by_layer(lens):
     tokens = []
@@ -435,7 +449,12 @@ def _lens_for_json(lens: LogitLens, spell: SpellToken
 
 def _guesses_by_layer(lens: LogitLens) -> list[list[list[LensGuess]]]:
   """Returns the likeliest next tokens of the first row, by layer, then by token
-  of the text, the best guess first."""
+  of the text, the best guess first.
+
+  Args:
+    lens: the guesses of each layer: token ids and probabilities, [layers,
+      batch, length, guesses].
+  """
   # The arrays are [layers, batch, length, guesses], of which one row is taken.
   layers = []
   for ids_LK, p_LK in zip(lens.ids[:, 0].tolist(),
@@ -457,7 +476,7 @@ def render_page(inspected: Inspection, title: str, about: Sequence[str],
 
   Args:
     inspected: the record of the model; of several rows, the first is shown.
-    title: a short title.
+    title: the title of the page.
     about: sentences on what was looked at.
     spelled_tokens: the tokens as a reader is shown them, by stack ('encoder' or
       'decoder').
