@@ -28,6 +28,9 @@ flags.DEFINE_bool('print_config', False, 'Print the config as JSON, with '
                   'derived fields filled in, and end; needs no --workdir.')
 flags.DEFINE_bool('dry_run', False, 'Time a few steps, print the hours and the '
                   'memory that the run takes, and end; writes nothing.')
+flags.DEFINE_bool('milestones', False, 'Print no more than that the run began, '
+                  'the time that is left when a tenth is done, and how it '
+                  'ended.')
 flags.DEFINE_bool('allow_config_change', False,
                   'Resume the run although its config differs from this one.')
 flags.DEFINE_string('profile_steps', '',
@@ -49,19 +52,26 @@ flags.DEFINE_integer('stopped_exit_code', 0, 'The exit code after a signal '
 
 def main():
   cli.parse(__doc__)
-  args = flags.FLAGS
+  # Imported late: `--help` and a wrong flag answer at once.
+  from training import progress
+  with progress.print_milestones_only(flags.FLAGS.milestones):
+    return train(flags.FLAGS)
+
+
+def train(args: flags.FlagValues) -> int:
+  """Trains or resumes the run that the flags ask for, or does what else they
+  ask for; returns the exit code."""
   if args.config is None or not (args.workdir or args.print_config):
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
-  # Imported late: `--help` and a wrong flag answer at once.
   from training import begin, loop, preflight, progress, writer
   from training.distributed import cpu, devices, processes
   from training.objectives import pipeline
   from training.workdir import checkpoints, run_config, storage
   config = args.config
   if args.print_config:
-    print(json.dumps(preflight.config_to_print(config, cli.overridden_fields()),
-                     indent=2))
+    tree = preflight.config_to_print(config, cli.overridden_fields())
+    progress.print_result(json.dumps(tree, indent=2))
     return 0
   workdir = storage.checked_path(args.workdir)
 
@@ -99,7 +109,7 @@ def main():
   if args.dry_run:
     lines = loop.rehearse_run(run, train_data, eval_data)
     if devices.is_primary_process():
-      print(*lines, sep='\n')
+      progress.print_result('\n'.join(lines))
     return 0
 
   # 4. The state: restored from the newest good checkpoint, or new.
@@ -112,7 +122,7 @@ def main():
       raise RequestError(f'{workdir}: {start.sentence}')
     if start.sentence or start.step == config.train.steps:
       if is_primary:
-        print(_describe_complete_run(request, start))
+        progress.print_result(_describe_complete_run(request, start))
       return 0
     state = start.state
     if state is None:

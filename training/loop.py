@@ -62,10 +62,10 @@ def _print_how_run_ended(writer: RunWriter) -> None:
   if writer.code == DIVERGED:
     print(f'error: {writer.sentence}', file=sys.stderr)
   elif writer.code:
-    print(writer.sentence)
+    progress.print_result(writer.sentence)
   if writer.code in (0, ENDED_EARLY):
     for line in writer.describe_lowest_loss():
-      print(line)
+      progress.print_result(line)
 
 
 def rehearse_run(run: runs.Run, train_data: pipeline.Loader,

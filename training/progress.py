@@ -24,6 +24,8 @@ _REDRAWS_PER_SECOND = 2
 # The bar of this process, with a line for each task under way.
 _tasks_bar = None
 _should_stop: Callable[[], bool] | None = None  # set inside a run
+# Where milestones are printed while nothing else is; None: all is printed.
+_milestones_stream: TextIO | None = None
 
 
 class WorkStopped(Exception):
@@ -46,6 +48,43 @@ def stop_work_of_run(stop: Callable[[], bool]) -> Iterator[None]:
     yield
   finally:
     _should_stop = None
+
+
+@contextlib.contextmanager
+def print_milestones_only(is_wanted: bool) -> Iterator[None]:
+  """Leaves out what the `with` block prints to stdout, but for milestones: for
+  a program that is waited for by one who pays for each line, as an agent does.
+  Warnings and errors go to stderr as ever.
+
+  Args:
+    is_wanted: whether to do so; else all is printed.
+  """
+  global _milestones_stream
+  if not is_wanted:
+    yield
+    return
+  _milestones_stream = sys.stdout
+  try:
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+      yield
+  finally:
+    _milestones_stream = None
+
+
+def are_milestones_wanted() -> bool:
+  """Returns whether nothing but milestones is printed."""
+  return _milestones_stream is not None
+
+
+def print_milestone(text: str) -> None:
+  """Prints a milestone, where nothing but milestones is printed."""
+  if _milestones_stream is not None:
+    print(text, file=_milestones_stream, flush=True)
+
+
+def print_result(text: str) -> None:
+  """Prints a result, which is a milestone, too: always."""
+  print(text, file=_milestones_stream or sys.stdout, flush=True)
 
 
 @contextlib.contextmanager
@@ -160,6 +199,35 @@ class ProgressLines:
     self._stream.flush()
 
 
+class _ProgressMilestones(ProgressLines):
+  """The progress of a run of which milestones alone are printed: that it
+  begins, when a tenth is done how long the rest takes, and at its end the last
+  line that was said, such as the held-out loss.
+
+  Args:
+    total: train.steps.
+    first_step: the step from which the run goes on.
+  """
+
+  def __init__(self, total: int, first_step: int):
+    super().__init__(total, sys.stdout)
+    self._step_of_tenth = first_step + (total - first_step) / 10
+    self._last_said = 'nothing was evaluated'
+    print_milestone(f'began: step {first_step} of {total}')
+
+  def update(self, step: int, figures: Mapping[str, Any]) -> None:
+    if step >= self._step_of_tenth:
+      self._step_of_tenth = math.inf
+      text = _format_figures(step, self._total, figures)
+      print_milestone(f'a tenth is done: step {step} of {self._total}  {text}')
+
+  def say(self, text: str) -> None:
+    self._last_said = text
+
+  def close(self) -> None:
+    print_milestone(f'ended: {self._last_said}')
+
+
 class _ProgressBar:
   """The progress of a run on a terminal: step, loss, tokens/s and time left,
   redrawn in place."""
@@ -210,7 +278,8 @@ def make_run_progress(total: int, first_step: int = 0, primary: bool = True,
                       stream: TextIO | None = None
                       ) -> ProgressLines | _ProgressBar:
   """Returns the object that shows the progress of a training run: a bar on a
-  terminal, and plain lines elsewhere. Its methods are step(), update(), say()
+  terminal, plain lines elsewhere, and a few where milestones alone are printed.
+  Its methods are step(), update(), say()
   and close().
 
   Args:
@@ -221,6 +290,8 @@ def make_run_progress(total: int, first_step: int = 0, primary: bool = True,
   """
   if not primary:
     return ProgressLines(total, open(os.devnull, 'w'))
+  if are_milestones_wanted():
+    return _ProgressMilestones(total, first_step)
   stream = stream or sys.stdout
   if stream.isatty():
     return _ProgressBar(total, first_step, stream)

@@ -75,6 +75,23 @@ def test_plain_lines_without_a_terminal():
       'saved step 20']
 
 
+def test_milestones_alone(capsys):
+  with progress.print_milestones_only(True):
+    print('compiling')
+    bar = progress.make_run_progress(1000, first_step=500)
+    for step in (540, 550, 560):
+      bar.update(step, {'loss': 3.0, 'step_seconds': 2.0})
+      bar.say(f'step {step}  held-out loss 3.5')
+    bar.close()
+    progress.print_result('the lowest was 3.4')
+  progress.print_milestone('as before')
+  print('as before')
+  assert capsys.readouterr().out.splitlines() == [
+      'began: step 500 of 1000',
+      'a tenth is done: step 550 of 1000  loss 3.0000  0:15:00 left',
+      'ended: step 560  held-out loss 3.5', 'the lowest was 3.4', 'as before']
+
+
 class Clock:
 
   def __init__(self):

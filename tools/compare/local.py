@@ -96,6 +96,9 @@ class Runner:
     # The time that is left is estimated from this moment on.
     self._start_time = self._time_of_progress = time.monotonic()
     self._trained_at_start = self._count_trained()
+    self._has_told_tenth = False
+    num_pending = len(self._ledger.runs(layout.PENDING))
+    progress.print_milestone(f'began: {num_pending} runs of {self._workdir}')
     # A signal is only counted: it may come while a job is being started.
     with signals.handle_signals(self._signals.add):
       try:
@@ -199,6 +202,11 @@ class Runner:
                       / max(trained_since_start, 1e-9))
       line += f', some {progress.format_seconds(seconds_left)} left'
     print(line, flush=True)
+    # The first line that tells a time, once a tenth of what was left is done.
+    tenth = (num_runs - self._trained_at_start) / 10
+    if trained_since_start >= tenth and not self._has_told_tenth:
+      self._has_told_tenth = True
+      progress.print_milestone(line)
 
   def _start_job(self) -> bool:
     """Claims pending runs and starts a process that trains or evaluates them.

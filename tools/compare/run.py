@@ -9,7 +9,7 @@ import sys
 from common.errors import STOPPED, check_choice, require
 from common.fields import check_number
 from tools.compare import check, layout, local, phases, plan, slurm, status
-from training import cli
+from training import cli, progress
 
 LAUNCHERS = ('local', 'slurm', 'print')
 
@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       'of a sweep')
   parser.add_argument('--retry', default=False, help='take up again what '
                       'failed', action=argparse.BooleanOptionalAction)
+  parser.add_argument('--milestones', action='store_true', help='print no more '
+                      'than that it began, the time that is left when a tenth '
+                      'is done, how it ended, and the verdicts')
   parser.add_argument('--jobs', type=int, default=0, help='of slurm: how many '
                       'runners; default: one a run that waits, 1 of a study')
   parser.add_argument('--slurm', default='', help='of slurm: what submitit '
@@ -42,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
+  require(not args.milestones or args.launcher == 'local',
+          f'--milestones is of --launcher=local, which is {args.launcher}')
+  with progress.print_milestones_only(args.milestones):
+    return run_sweep_or_study(args)
+
+
+def run_sweep_or_study(args) -> int:
+  """Trains what is not done yet of a sweep or study; returns the exit code."""
   is_study = check.check_arguments(args)
   launchers = ('local', 'slurm') if is_study else LAUNCHERS
   check_choice('--launcher', args.launcher, launchers)
@@ -54,7 +65,7 @@ def main(args) -> int:
     return study.run(args, submit)
   layout.check_workdir(args.workdir)
   description = check.describe_sweep(args)
-  if args.match:
+  if args.match and not args.milestones:
     print(check.render_cost_table(description), file=sys.stderr)
   with layout.Ledger(args.workdir) as ledger:
     if args.retry:
@@ -69,7 +80,27 @@ def main(args) -> int:
     elif args.launcher == 'local':
       local.Runner(args.workdir, ledger=ledger, parallel=args.parallel,
                    group=args.group).run()
-    return _summary(args, ledger.runs(), description)
+    code = _summary(args, ledger.runs(), description)
+  if not code:
+    _print_verdicts(args.workdir)
+  return code
+
+
+def _print_verdicts(workdir) -> None:
+  """Prints the verdict on each point of a sweep that is done, where milestones
+  alone are printed."""
+  if not progress.are_milestones_wanted():
+    return
+  from tools.compare import comparison, page
+  compared = comparison.load_comparison(workdir)
+  for row in compared.verdicts():
+    if row['variant'] == compared.plan.base:
+      continue
+    effect = page.estimate(
+        mean=row['effect'], low=row['low'], high=row['high'], form='+.4f')
+    progress.print_milestone(
+        f'{row["variant"]}: {row["verdict"]}, {row["measure"]} {effect.text}, '
+        f'corrected p {page.p_value(row["p_corrected"]).text}')
 
 
 def submit(args, jobs: int) -> None:

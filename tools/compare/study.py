@@ -21,7 +21,7 @@ from common.errors import EnvironmentFailure, check_choice, require
 from tools.compare import curves, freeze, layout
 from tools.compare import comparison, local, outcomes, phases, report, results
 from tools.compare import plan as plans
-from training import objectives, plugins
+from training import objectives, plugins, progress
 
 # To tell the hours of a plan: how many steps are timed, and how long at most;
 # and the seconds of all steps of a study, below which its smallest size tells
@@ -280,13 +280,13 @@ def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
             f'what it wants. {state.weakness}')
     results.write(workdir, frozen, state)
     for line in _found(state, ends=bool(state.weakness) and not args.anyway):
-      print(line, flush=True)
+      progress.print_result(line)
     # The first phase has told the time of the others.
     if len(state.finished) == 1 and not is_time_known:
       print(results.table(costs()[1:], args.parallel), flush=True)
   if args.until == plans.REPORT:
     page, *_ = report.write_report(comparison.load_comparison(workdir))
-    print(f'report: {page}', flush=True)
+    progress.print_result(f'report: {page}')
   return 0
 
 
