@@ -79,6 +79,7 @@ class Runner:
     self._jobs: list[Job] = []
     self._signals = signals.SignalCount()
     self._time_of_heartbeat = 0.0
+    self._has_told_tenth = False  # of the runs that were left at the start
 
   def run(self, wait: bool = False) -> None:
     """Trains and evaluates the runs of the sweep until none of them is pending.
@@ -96,7 +97,6 @@ class Runner:
     # The time that is left is estimated from this moment on.
     self._start_time = self._time_of_progress = time.monotonic()
     self._trained_at_start = self._count_trained()
-    self._has_told_tenth = False
     num_pending = len(self._ledger.runs(layout.PENDING))
     progress.print_milestone(f'began: {num_pending} runs of {self._workdir}')
     # A signal is only counted: it may come while a job is being started.

@@ -25,7 +25,7 @@ from tests.helpers.sweeps import states
 from tools.compare import __main__ as command
 from tools.compare import check, cost, layout, local, run, slurm, spec
 from tools.compare import statistics, status
-from training import cli, writer
+from training import cli, progress, writer
 from training.workdir import run_config
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -192,6 +192,13 @@ def test_a_runner_tells_the_time_left(tmp_path, monkeypatch, capsys):
     runner._print_progress()  # not again so soon
   assert capsys.readouterr().out == (
       '5.0 of 6 runs are trained, some 0:00:50 left\n')
+  # As a milestone it is told once, since two of three runs are over a tenth.
+  with layout.Ledger(tmp_path) as ledger, progress.print_milestones_only(True):
+    runner._ledger, runner._has_told_tenth = ledger, False
+    for _ in range(2):
+      runner._time_of_progress = float('-inf')
+      runner._print_progress()
+  assert capsys.readouterr().out.count('left') == 1
 
 
 def parsed(words, monkeypatch):
