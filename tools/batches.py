@@ -68,8 +68,8 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
   for first in range(0, steps, STEPS):
     last = min(first + STEPS, steps)
     streams[f'train-{first}'] = train.iterate(first, last)
-  for i, loader in enumerate(pipeline.make_evaluation_loaders(config,
-                                                              tokenizer)):
+  eval_loaders = pipeline.make_evaluation_loaders(config, tokenizer)
+  for i, loader in enumerate(eval_loaders):
     count = loader.first(config.eval.batches)
     streams[f'held_out-{i}'] = loader.iterate(0, count)
 

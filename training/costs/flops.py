@@ -610,7 +610,7 @@ def _useful_work(work: Work, eqn: jex.JaxprEqn, prompt: bool) -> Work:
   return work
 
 
-# What `layers` writes into names of scopes and of functions, to be read here.
+# `layers` writes these into names of scopes and of functions.
 _USEFUL_SHARE_IN_SCOPE = re.compile(
     layers.SCOPE_OF_USEFUL_FLOPS.format(r'(\d+)', r'(\d+)', r'(\d+)'))
 _COUNT_IN_FUNCTION_NAME = re.compile(

@@ -85,7 +85,7 @@ def count_costs(config: Config, length: int = 0,
       'kv_cache_bytes_per_token': per_token,
       # The state of recurrences has a fixed size for each row of a batch.
       'state_bytes_per_row': per_row,
-      # What the decoder of an encoder-decoder keeps for each token of a source.
+      # The decoder of an encoder-decoder keeps this for each token of a source.
       'memory_cache_bytes_per_token': memory_per_token,
       'parameter_bytes': state['parameters'],
       'optimizer_bytes': state['optimizer'],

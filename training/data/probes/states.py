@@ -308,7 +308,7 @@ def follow_hops(letters_T: np.ndarray, hops: int) -> np.ndarray:
   successor_T = find_successors(letters_T)
   position_T = np.arange(len(letters_T))
   for _ in range(hops):
-    # As an index of numpy -1 means the last position, so its result is dropped.
+    # To numpy, the index -1 means the last position: its result is dropped.
     position_T = np.where(position_T < 0, -1, successor_T[position_T])
   return position_T
 
