@@ -258,8 +258,7 @@ def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
     state = program.join_runs([member.start.state for member in members])
   num_steps = loop.train_runs(
       program, writers=writers, state=state, start=start.step, loaders=loaders,
-      eval_data=pipeline.make_evaluation_loaders(config,
-                                                 tokenizer))
+      eval_data=pipeline.make_evaluation_loaders(config, tokenizer))
   if any(writer.code == STOPPED for writer in writers):
     print(f'stopped after step {num_steps}: the same request goes on.')
 
