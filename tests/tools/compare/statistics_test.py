@@ -455,14 +455,18 @@ def test_just_the_share_of_runs_that_may_diverge_costs_nothing():
   assert void[0] > void[1] == void[2] > 0
 
 
-def test_equivalence_is_shown_as_often_as_is_announced():
+@pytest.mark.parametrize('sds', [(0.02,), (0.05, 0.02, 0.03)])
+def test_equivalence_is_shown_as_often_as_is_announced(sds):
+  """By two tests of the mean over sizes, and by the mean at each size."""
   rng = np.random.default_rng(0)
-  d = rng.normal(0, 0.02, (20_000, 5, 1))[..., 0]
-  p = np.max([stats.ttest_1samp(d, end, axis=1, alternative=side).pvalue
+  d = rng.normal(0, sds, (20_000, 5, len(sds)))
+  p = np.max([stats.ttest_1samp(d.mean(2), end, axis=1, alternative=side).pvalue
               for end, side in ((-0.03, 'greater'), (0.03, 'less'))], axis=0)
-  assert statistics.power_to_find(0.03, 0.02, [0.02], KNOWN, 5, 0.02,
+  shown = (p <= 0.02) & (np.abs(d.mean(1)) < 0.03).all(1)
+  sd = np.sqrt(np.sum(np.square(sds))) / len(sds)
+  assert statistics.power_to_find(0.03, sd, sds, KNOWN, 5, 0.02,
                                   within=True) == (
-      pytest.approx(np.mean(p <= 0.02), abs=0.02))
+      pytest.approx(np.mean(shown), abs=0.02))
 
 
 def _drawn(sds, seeds, level, effect, rate, limit, studies=20_000):
