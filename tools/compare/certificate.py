@@ -3,7 +3,7 @@ differ beyond the question.
 
 Whoever gives a verdict (the judge, the reports of sweeps and studies) makes a
 Certificate of the base and one of the variant, from the traced step, the
-configs and the folders of their runs, and prints what `compare` names.
+configs and the folders of their runs, and prints what `name_differences` says.
 
 A field of a config belongs to one quantity of the certificate, which follows
 from how the field is declared (quantity_of_field). A field that is new belongs
@@ -257,10 +257,10 @@ def count_recipes(configs: Mapping[str, Mapping[str, Any]],
 # Certificates.
 
 
-def certify(config: Mapping[str, Any], costs: Mapping[str, Any],
-            folders: Iterable[pathlib.Path], seeds: Iterable[int],
-            tuning: Mapping[str, Any] | None, seconds: Sequence[float]
-            ) -> Certificate:
+def certify_runs(config: Mapping[str, Any], costs: Mapping[str, Any],
+                 folders: Iterable[pathlib.Path], seeds: Iterable[int],
+                 tuning: Mapping[str, Any] | None, seconds: Sequence[float]
+                 ) -> Certificate:
   """Returns the certificate of the runs of one side.
 
   Args:
@@ -315,28 +315,29 @@ def _provenance_of_runs(folders: Iterable[pathlib.Path]
   return codes, sorted(set(devices)), hashes
 
 
-def certify_folders(runs_by_seed: Mapping[int, curves.Run],
+def certify_folders(config: Mapping[str, Any],
+                    runs_by_seed: Mapping[int, curves.Run],
                     folders: Sequence[pathlib.Path],
                     tuning: Mapping[str, Any] | None) -> Certificate:
   """Returns the certificate of runs that lie in folders of their own, whose
   step is traced for it.
 
   Args:
+    config: the config that they share, by dotted name.
     runs_by_seed: the runs by seed.
-    folders: their folders, one or more.
+    folders: their folders, one or more, of which the first gives the model.
     tuning: how far they were tuned.
   """
   # The values that were derived when the first run began complete its model.
   cost.keep_off_accelerators()
-  config = run_config.load_config(folders[0]).copy_and_resolve_references()
-  written = run_config.flatten(config)
-  with config.unlocked():
-    config.update_from_flattened_dict(
-        run_config.load_derived_fields(folders[0]))
-  model = runs.resolve_model_without_tokenizer(config)
-  costs = cost.cost_of_run(config, model)._asdict()
+  first_config = run_config.load_config(folders[0])
+  complete_config = first_config.copy_and_resolve_references().unlock()
+  complete_config.update_from_flattened_dict(
+      run_config.load_derived_fields(folders[0]))
+  model = runs.resolve_model_without_tokenizer(complete_config)
+  costs = cost.cost_of_run(complete_config, model)._asdict()
   seconds = [curves.training_seconds(run.rows) for run in runs_by_seed.values()]
-  return certify(config=written, costs=costs, folders=folders,
+  return certify_runs(config=config, costs=costs, folders=folders,
                  seeds=runs_by_seed, tuning=tuning, seconds=seconds)
 
 
@@ -362,7 +363,7 @@ def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:
   for point in trained_here:
     ended = [seed for seed, run in point.runs.items()
              if seed in point.final_losses or run.diverged]
-    certificates[point.name] = certify(
+    certificates[point.name] = certify_runs(
         config=configs[point.name],
         costs={name: getattr(point, name) for name in _COSTS},
         folders=[layout.run_folder(workdir, point.name, seed)
@@ -406,7 +407,7 @@ def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
     found = {*point['matched'], *plan.tuning.fields}
     changes = {name: value for name, value in point['changes'].items()
                if name not in found}
-    certificates[variant] = certify(
+    certificates[variant] = certify_runs(
         config=base_config | changes, costs=point,
         folders=_folders_of_variant(sweeps, variant, size),
         seeds=[run.seed for run in runs_of_variant],
@@ -496,7 +497,7 @@ def _parse_number(what: str, text: str) -> float:
 # Comparing.
 
 
-def compare(base: Certificate, variant: Certificate,
+def compare_certificates(base: Certificate, variant: Certificate,
             asked: Sequence[str] = ()) -> Differences:
   """Returns in what two sides differ beyond the question.
 
@@ -587,25 +588,28 @@ def differing_names(base: Any, variant: Any) -> list[str]:
   return names
 
 
-def describe(variant: str, differences: Differences) -> list[str]:
+def name_differences(differences_by_variant: Mapping[str, Differences]
+                     ) -> list[str]:
   """Returns the sentences that name what is not alike beside a verdict, for
-  every command that gives one; [] for a fair pair.
+  every command that gives one; [] where all pairs are fair.
 
   Args:
-    variant: the name of the variant.
-    differences: in what it differs from the base.
+    differences_by_variant: in what variants differ from the base, by name.
   """
+  # A sentence for each quantity, with all variants that have it unlike.
   sentences = []
-  if differences.named:
-    question = ', '.join(differences.asked) or 'nothing else'
-    parts = [f'{QUANTITIES[name].title} ({words})'
-             for name, words in differences.named.items()]
-    sentences.append(f'{variant} differs from the base in {question}, and '
-                     f'beyond that in {"; ".join(parts)}.')
-  if differences.unknown:
-    titles = [f'{QUANTITIES[name].title} ({name})'
-              for name in differences.unknown]
-    sentences.append(f'Not known of both {variant} and the base: '
-                     f'{", ".join(titles)}. Rows of a CSV can tell it, in '
-                     'columns of the names in brackets.')
+  for name, quantity in QUANTITIES.items():
+    parts = [f'{variant} ({differences.named[name]})'
+             for variant, differences in differences_by_variant.items()
+             if name in differences.named]
+    if parts:
+      sentences.append(f'Beyond the question, not alike in {quantity.title}: '
+                       f'{"; ".join(parts)}.')
+  for variant, differences in differences_by_variant.items():
+    if differences.unknown:
+      titles = [f'{QUANTITIES[name].title} ({name})'
+                for name in differences.unknown]
+      sentences.append(f'Not known of both {variant} and the base: '
+                       f'{", ".join(titles)}. Rows of a CSV can tell it, in '
+                       'columns of the names in brackets.')
   return sentences

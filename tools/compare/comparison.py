@@ -256,8 +256,8 @@ class Comparison:
 
   def differences(self, variant: str) -> certificates_lib.Differences:
     """Returns in what a variant differs from the base beyond the question."""
-    return certificates_lib.compare(self.certificates[self.plan.base],
-                                    self.certificates[variant])
+    return certificates_lib.compare_certificates(
+        self.certificates[self.plan.base], self.certificates[variant])
 
   def verdicts(self) -> list[dict[str, Any]]:
     """Returns the estimates that the verdicts are on, the base's first."""
@@ -442,12 +442,11 @@ def describe_certificates(
     certificates: the certificate of each variant and of the base, by name.
     base: the name of the base.
   """
-  sentences = []
-  for variant in certificates:
-    differences = certificates_lib.compare(certificates[base],
-                                           certificates[variant])
-    sentences += certificates_lib.describe(variant, differences)
-  return sentences
+  differences = {}
+  for variant, certificate in certificates.items():
+    differences[variant] = certificates_lib.compare_certificates(
+        certificates[base], certificate)
+  return certificates_lib.name_differences(differences)
 
 
 def _doubt_runs_and_results(results: Mapping[str, Any]) -> list[str]:

@@ -162,7 +162,7 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path,
   Args:
     base, variant: two folders beside each other, with runs as seed-0, ...
     about: the fields that the question is about; (): those of the model that
-      differ (certificate.compare).
+      differ (certificate.compare_certificates).
 
   Returns:
     The answer with its figures, as it is printed with --json.
@@ -194,8 +194,9 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path,
   require(not not_asked, f'--about is {",".join(about)}, but '
           f'{", ".join(not_asked)} is alike on both sides: '
           f'{", ".join(changes) or "no field"} differs')
-  unlike = _compare_certificates(
-      folder=folder, names=names, runs=runs, seeds=seeds, about=about)
+  unlike = _find_differences(
+      folder=folder, names=names, runs=runs, seeds=seeds, changes=changes,
+      about=about)
   num_diverged = {
       name: len(diverged[name].intersection(seeds)) for name in names}
   differences: dict[int, float | None] = {}
@@ -230,7 +231,7 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path,
         'diverged': num_diverged, 'questions': num_questions,
         'changes': changes, 'about': list(unlike.asked),
         'unlike': unlike.named,
-        'warnings': certificate.describe(variant_name, unlike)
+        'warnings': certificate.name_differences({variant_name: unlike})
                     + question_warnings}
     record['answers'].append({'time': time.time()} | answer)
     layout.save_with_checksum(folder / RECORD_FILE, record)
@@ -399,9 +400,10 @@ def _refuse_other_text(names: Sequence[str]) -> None:
           'whatever the batch)')
 
 
-def _compare_certificates(
+def _find_differences(
     folder: pathlib.Path, names: tuple[str, str],
-    runs: Mapping[str, RunBySeed], seeds: Sequence[int], about: Sequence[str]
+    runs: Mapping[str, RunBySeed], seeds: Sequence[int],
+    changes: Mapping[str, Sequence], about: Sequence[str]
     ) -> certificate.Differences:
   """Returns in what the runs of base and variant differ beyond the question.
 
@@ -410,7 +412,9 @@ def _compare_certificates(
     names: the base and the variant.
     runs: the runs by seed, of the folder of each name.
     seeds: the seeds that are looked at.
-    about: the fields that the question is about; (): see certificate.compare.
+    changes: the values of both in each field that differs at any seed.
+    about: the fields that the question is about; (): see
+      certificate.compare_certificates.
 
   Raises:
     RequestError: where the held-out text or the tokenizer hold something else.
@@ -429,18 +433,21 @@ def _compare_certificates(
   tuning = certificate.count_recipes(
       configs, {name: len(each) for name, each in seeds_in_folder.items()})
 
+  # A field that differs at one seed alone differs, too.
   sides = []
-  for name in names:
+  for i, name in enumerate(names):
+    changed_values = {field: pair[i] for field, pair in changes.items()}
     sides.append(certificate.certify_folders(
+        config={**runs[name][seeds[0]].config, **changed_values},
         runs_by_seed={seed: runs[name][seed] for seed in seeds},
         folders=[folder / name / f'seed-{seed}' for seed in seeds],
         tuning=tuning[name]))
-  unlike = certificate.compare(*sides, asked=about)
+  base_side, variant_side = sides
+  differences = certificate.compare_certificates(base_side, variant_side, about)
   for quantity in ('held_out_text', 'tokenizer'):
-    if quantity in unlike.named:
-      _refuse_other_text(certificate.differing_names(
-          *(getattr(side, quantity) for side in sides)))
-  return unlike
+    _refuse_other_text(certificate.differing_names(
+        getattr(base_side, quantity), getattr(variant_side, quantity)))
+  return differences
 
 
 def _register_look(record: dict, folder: pathlib.Path, names: tuple[str, str],

@@ -2,6 +2,7 @@
 refused where its losses are of different text, and a fair one names nothing."""
 
 import json
+import shutil
 
 import pytest
 
@@ -78,8 +79,9 @@ def _compare(root, monkeypatch, *sides, **facts):
   runs = {name: judge._read_runs(root / name) for name in names}
   changes = judge._changed_fields([tuple(runs[name][0].config
                                          for name in names)])
-  return changes, judge._compare_certificates(
-      folder=root, names=names, runs=runs, seeds=[0], about=())
+  return changes, judge._find_differences(
+      folder=root, names=names, runs=runs, seeds=[0], changes=changes,
+      about=())
 
 
 OWN_TEXT = {'data.eval_source': 'text:own.txt'}
@@ -163,10 +165,10 @@ def test_an_unfair_pair_is_named(name, tmp_path, monkeypatch):
   assert quantity in unlike.named
   title = certificate.QUANTITIES[quantity].title
   assert title in unlike.titles
-  sentence, = certificate.describe('variant', unlike)
-  assert f'{title} (' in sentence
+  text = ' '.join(certificate.name_differences({'variant': unlike}))
+  assert f'not alike in {title}: variant (' in text
   # All fields that differ are either asked about or named.
-  assert all(field in sentence for field in changed)
+  assert all(field in unlike.asked or field in text for field in changed)
 
 
 @pytest.mark.parametrize('name', OTHER_TEXT)
@@ -184,7 +186,7 @@ def test_losses_of_other_text_are_refused(name, tmp_path, monkeypatch):
 def test_a_fair_pair_names_nothing(changes, facts, tmp_path, monkeypatch):
   _, unlike = _compare(tmp_path, monkeypatch, {}, changes, **facts)
   assert unlike == (('model.ffn',), {}, ())
-  assert not certificate.describe('variant', unlike)
+  assert not certificate.name_differences({'variant': unlike})
 
 
 def test_the_judge_says_what_is_asked_and_what_is_not_alike(tmp_path,
@@ -201,14 +203,20 @@ def test_the_judge_says_what_is_asked_and_what_is_not_alike(tmp_path,
   assert second == 'about: model.ffn' and warmup in last
   answer = judge.judge_variant(*sides, ('optim.warmup_steps',))
   assert answer['unlike'] == {'model': "model.ffn 'gelu' -> 'relu'"}
-  with pytest.raises(RequestError, match='optim.b1 is alike on both sides'):
-    judge.judge_variant(*sides, ('optim.b1',))
+  # A field that differs at a later seed alone.
+  shutil.rmtree(sides[1] / 'seed-2')
+  _write_run(sides[1] / 'seed-2', {**ASKED, 'optim.b1': 0.5}, monkeypatch,
+             seed=2, loss=1.5, facts={})
+  assert 'optim.b1 0.9 -> 0.5' in judge.judge_variant(*sides)['unlike'][
+      'recipe']
+  with pytest.raises(RequestError, match='optim.b2 is alike on both sides'):
+    judge.judge_variant(*sides, ('optim.b2',))
 
 
 def test_a_recipe_alone_is_the_question():
   sides = [certificate.Certificate(recipe={'optim.lr': lr}, tokens=tokens)
            for lr, tokens in ((1e-3, 100.0), (2e-3, 200.0))]
-  unlike = certificate.compare(*sides)
+  unlike = certificate.compare_certificates(*sides)
   assert unlike.asked == ('optim.lr',)
   assert unlike.named == {'tokens': '100 -> 200, +100.0%'}
 
@@ -244,7 +252,7 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path):
   assert set(unknown) == {*certificate.QUANTITIES} - {'seeds', 'code',
                                                       'devices'}
   text = report.format_report(compared)
-  assert '; tokens (1e+06 -> 2e+06, +100.0%)' in text
+  assert 'not alike in tokens: long (1e+06 -> 2e+06, +100.0%)' in text
   assert 'Not known of both bare and the base: model (model)' in text
   assert 'float16' in text
   given = report.report_as_json(compared)['certificates']
