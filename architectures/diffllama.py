@@ -72,4 +72,6 @@ class HF(llama.HF):
     """
     layer_types.check_number_of_layers('num_hidden_layers',
                                        fields['num_layers'])
-    return super().read(reader, fields) | kinds_by_depth(fields['num_layers'])
+    model_fields = super().read(reader, fields)  # LLaMA's: rotary positions
+    model_fields |= kinds_by_depth(fields['num_layers'])
+    return model_fields

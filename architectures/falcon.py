@@ -55,9 +55,13 @@ class HF(hf.HuggingFace):
       (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
       layer. Rows whose parameter the model does not have are passed over.
     """
+    # The name of the norm before attention and that before the network: with
+    # one norm for both branches, or with two, the files have others.
     norms = 'input_layernorm', 'post_attention_layernorm'
     if config.block == 'parallel':
       norms = 'ln_attn', 'ln_mlp'
+    # The products of queries, keys and values are one tensor, in which each of
+    # the J groups of heads has R queries, a key and a value of K features.
     fused = 'self_attention.query_key_value'
     return (
         ('embed/tokens', 'VD', 'transformer.word_embeddings.weight', 'V D'),

@@ -59,7 +59,8 @@ def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:
   and for the soft cap (a bound) of the logits, as Gemma 2 and 3 have them."""
   return dict(
       attention_scale=reader('query_pre_attn_scalar', 256) ** -0.5,
-      logits_softcap=read_softcap(reader, 'final_logit_softcapping', softcap))
+      logits_softcap=read_softcap(reader, 'final_logit_softcapping',
+                                  default=softcap))
 
 
 def read_softcap(reader: hf.Reader, name: str, default: float) -> float:
@@ -144,11 +145,14 @@ class HF(llama.Family):
       Further fields of config.model, with a dict for each group, such as rope.
       They replace those of `fields`.
     """
-    softcap = read_softcap(reader, 'attn_logit_softcapping', 50.0)
+    # Three dicts are joined that have no field in common: the window and the
+    # order of the layers, the scales, and LLaMA's rotary positions (super).
+    softcap = read_softcap(reader, 'attn_logit_softcapping', default=50.0)
     model_fields = read_alternating_layers(reader, fields, every=2)
     model_fields |= read_scales(reader)
     model_fields |= super().read(reader, fields)
-    return model_fields | dict(attention_softcap=softcap)
+    model_fields['attention_softcap'] = softcap
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
     """Returns the fields of a Hugging Face config.json that `read` reads, with
@@ -157,6 +161,8 @@ class HF(llama.Family):
     Args:
       config: our config of the model.
     """
+    # Three dicts are joined that have no field in common: the scales, the type
+    # of each layer, and LLaMA's rotary positions (super).
     config_json = write_scales(config)
     config_json |= layer_types.write_attention_types(config)
     config_json |= super().write(config)

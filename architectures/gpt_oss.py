@@ -80,8 +80,9 @@ class HF(llama.Family):
     window = reader('sliding_window', 128)
     rope = rope_fields.read_rope(reader, theta=('rope_theta', 150000.0))
     model_fields = layer_types.fields_of_attention_types(
-        types, num_layers, window)
-    return model_fields | dict(rope=rope)
+        types, layers=num_layers, window=window)
+    model_fields['rope'] = rope
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
     """Returns the fields of a Hugging Face config.json that `read` reads, with
@@ -90,6 +91,8 @@ class HF(llama.Family):
     Args:
       config: our config of the model.
     """
+    # The type of each layer, LLaMA's rotary positions (super), and the width
+    # of an expert, which Hugging Face calls as that of a dense network.
     config_json = layer_types.write_attention_types(config)
     config_json |= super().write(config)
     config_json['intermediate_size'] = config.part(MoEConfig).d_ff

@@ -68,6 +68,7 @@ def decoder_rows(out: str = 'out_proj', norm: str = 'layernorm'
     name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
     of which the first is ours of H and K as one (see tensor_map.py).
   """
+  # The layers that attend.
   attention = hf.prefix_rows(
       'attention', 'self_attn',
       ('query', 'DHK', 'q_proj.weight', 'HK D'),
@@ -76,12 +77,15 @@ def decoder_rows(out: str = 'out_proj', norm: str = 'layernorm'
       ('out', 'HKD', f'{out}.weight', 'D HK'),
       ('query_norm/scale', 'K', f'q_{norm}.weight', 'K'),
       ('key_norm/scale', 'K', f'k_{norm}.weight', 'K'))
+  # The layers that are a gated short convolution: its input product makes three
+  # arrays (U) of I channels, and W taps.
   convolution = hf.prefix_rows(
       'attention', 'conv',
       *hf.dense_rows('in', 'DUI', 'in_proj', 'UI D'),
       ('conv', 'WI', 'conv.weight', 'I 1 W'),
       ('conv_bias', 'I', 'conv.bias', 'I'),
       *hf.dense_rows('out', 'ID', 'out_proj', 'D I'))
+  # The network of all layers, and the rest of the model.
   network = hf.prefix_rows(
       'ffn', 'feed_forward',
       ('gate', 'DF', 'w1.weight', 'F D'),

@@ -41,12 +41,14 @@ def read_step_limits(reader: hf.Reader) -> dict[str, float]:
     RequestError: for anything but two numbers, of which the second alone may be
       infinite, and must not be 0.
   """
+  # The file may have none.
   bounds = reader.read_list('time_step_limit')
   wrong = (
       f'config.json has time_step_limit {shorten(bounds)}: it must be two '
       'numbers, of which the second is above 0 and may be infinite')
   if not bounds:
     return dict(least_step=0.0, most_step=0.0)
+  # Two numbers, of which the second is infinite where there is no bound.
   require(len(bounds) == 2, wrong)
   least, most = bounds
   require(least not in INFINITE_VALUES and most != 0, wrong)

@@ -49,9 +49,12 @@ class HF(llama.Family):
       They replace those of `fields`.
     """
     window = layer_types.read_sliding_window(reader)
-    attention = 'banded' if window else 'global'
-    return super().read(reader, fields) | dict(
-        sliding_window=window, attention=attention)
+    model_fields = super().read(reader, fields)  # LLaMA's: rotary positions
+    model_fields['sliding_window'] = window
+    model_fields['attention'] = 'global'
+    if window:
+      model_fields['attention'] = 'banded'
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
     """Returns the fields of a Hugging Face config.json that `read` reads, with
@@ -60,5 +63,8 @@ class HF(llama.Family):
     Args:
       config: our config of the model.
     """
-    window = config.sliding_window if config.attention == 'banded' else None
-    return super().write(config) | dict(sliding_window=window)
+    config_json = super().write(config)  # LLaMA's: rotary positions
+    config_json['sliding_window'] = None
+    if config.attention == 'banded':
+      config_json['sliding_window'] = config.sliding_window
+    return config_json

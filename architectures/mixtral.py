@@ -65,6 +65,8 @@ class HF(llama.Family):
     Args:
       config: our config of the model.
     """
-    return super().write(config) | dict(
-        intermediate_size=config.part(MoEConfig).d_ff,
-        sliding_window=config.sliding_window or None)
+    config_json = super().write(config)  # LLaMA's: rotary positions
+    # Hugging Face calls the width of an expert as that of a dense network.
+    config_json['intermediate_size'] = config.part(MoEConfig).d_ff
+    config_json['sliding_window'] = config.sliding_window or None
+    return config_json

@@ -60,7 +60,9 @@ class HF(t5.HF):
     Args:
       config: our config of the model.
     """
-    return super().write(config) | dict(tie_word_embeddings=False)
+    config_json = super().write(config)  # T5's: the first and the padding id
+    config_json['tie_word_embeddings'] = False
+    return config_json
 
   def read_tensor_names(self, names: Collection[str]) -> dict:
     """Returns the fields of the model that are told by the names of the tensors

@@ -68,6 +68,9 @@ class HF(llama.Family):
     Args:
       config: our config of the model.
     """
-    # Left out, a text ends at 50,279 and is padded with 1.
-    return super().write(config) | dict.fromkeys(phi3.TOKEN_ID_FIELDS) | dict(
-        intermediate_size=config.part(MoEConfig).d_ff)
+    config_json = super().write(config)  # LLaMA's: rotary positions
+    # Without these nulls, a text ends at 50,279 and is padded with 1.
+    config_json |= dict.fromkeys(phi3.TOKEN_ID_FIELDS)
+    # Hugging Face calls the width of an expert as that of a dense network.
+    config_json['intermediate_size'] = config.part(MoEConfig).d_ff
+    return config_json

@@ -61,9 +61,10 @@ class HF(llama.Family):
       window = 0
     types = layer_types.read_attention_types(
         reader, num_layers, has_window=lambda n: window and n >= num_full)
+    # LLaMA's rotary positions (super), and which layers have the window.
     model_fields = super().read(reader, fields)
-    model_fields |= layer_types.fields_of_attention_types(types, num_layers,
-                                                          window)
+    model_fields |= layer_types.fields_of_attention_types(
+        types, layers=num_layers, window=window)
     if reader.is_null('num_key_value_heads'):  # left out, there are 32
       model_fields['num_kv_heads'] = fields['num_heads']
     return model_fields
@@ -75,11 +76,16 @@ class HF(llama.Family):
     Args:
       config: our config of the model.
     """
+    # The type of each layer, and the window where one of them has it.
     config_json = layer_types.write_attention_types(config)
     layers_with_window = []
     for n, layer_type in enumerate(config_json['layer_types']):
       if layer_type == layer_types.SLIDING_ATTENTION:
         layers_with_window.append(n)
-    return config_json | super().write(config) | dict(
-        use_sliding_window=bool(layers_with_window),
-        max_window_layers=min(layers_with_window, default=config.num_layers))
+    config_json |= super().write(config)  # LLaMA's: rotary positions
+
+    # Two more fields say whether there is a window, and from which layer on.
+    config_json['use_sliding_window'] = bool(layers_with_window)
+    config_json['max_window_layers'] = min(layers_with_window,
+                                           default=config.num_layers)
+    return config_json

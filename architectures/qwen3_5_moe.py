@@ -50,7 +50,9 @@ class HF(qwen3_5.HF):
       They replace those of `fields`.
     """
     moe = qwen3_next.read_experts(reader, fields)
-    return super().read(reader, fields) | dict(moe=moe)
+    model_fields = super().read(reader, fields)  # those of the dense model
+    model_fields['moe'] = moe
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
     """Returns the fields of a Hugging Face config.json that `read` reads, with
@@ -59,4 +61,6 @@ class HF(qwen3_5.HF):
     Args:
       config: our config of the model.
     """
-    return super().write(config) | qwen3_next.write_experts(config)
+    config_json = super().write(config)  # the fields of the dense model
+    config_json |= qwen3_next.write_experts(config)
+    return config_json

@@ -68,7 +68,10 @@ class HF(llama.Family):
             f'{interval}, which does not divide num_hidden_layers {num_layers}')
     hf.check_gates(fields)
     reader.require_values(mlp_only_layers=[])
-    return super().read(reader, fields) | kinds.place_experts({}, interval)
+    model_fields = super().read(reader, fields)  # LLaMA's: rotary positions
+    # Which layers have experts: the order of the layers, and their kinds.
+    model_fields |= kinds.place_experts({}, interval)
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
     """Returns the fields of a Hugging Face config.json that `read` reads, with
@@ -78,5 +81,7 @@ class HF(llama.Family):
       config: our config of the model.
     """
     interval = layer_types.interval_of_expert_layers(config)
-    return super().write(config) | dict(
-        mlp_only_layers=[], decoder_sparse_step=interval)
+    config_json = super().write(config)  # LLaMA's: rotary positions
+    config_json['mlp_only_layers'] = []
+    config_json['decoder_sparse_step'] = interval
+    return config_json

@@ -187,8 +187,9 @@ class HF(qwen3_5_moe.HF):
     rope = rope_fields.read_rope(
         reader, fraction=('partial_rotary_factor', 1.0),
         unread=('mrope_section',))
-    return layer_types.pattern_and_kinds(kind_names, LAYER_KINDS) | dict(
-        ngrams=ngrams, moe=moe, rope=rope)
+    model_fields = layer_types.pattern_and_kinds(kind_names, LAYER_KINDS)
+    model_fields |= dict(ngrams=ngrams, moe=moe, rope=rope)
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
     """Returns the fields of a Hugging Face config.json that `read` reads, with
@@ -197,14 +198,18 @@ class HF(qwen3_5_moe.HF):
     Args:
       config: our config of the model.
     """
+    # The layers that look up n-grams, numbered from 1.
     ngram_layers = []
     for n, layer in enumerate(config.layers(config.num_layers), 1):
       if layer.memory == 'engram':
         ngram_layers.append(n)
     ngrams = config.part(NGramsConfig)
-    return super().write(config) | dict(
+    # The fields of Qwen3.5 with experts (super), and those of the n-grams.
+    config_json = super().write(config)
+    config_json |= dict(
         ple_layer_ids=ngram_layers, ple_embed_dim=ngrams.tables * ngrams.size,
         indexer_kv_heads=1, split_ngram_parts=1, eos_token_id=ngrams.pad_token)
+    return config_json
 
   def constants(self, config: ModelConfig) -> dict[str, np.ndarray]:
     """Returns the tensors of whole numbers by which n-grams are hashed: Hugging

@@ -58,8 +58,10 @@ class HF(mistral.HF):
       They replace those of `fields`.
     """
     bias = reader('use_bias', True)
-    return super().read(reader, fields) | dict(
-        attention_bias=bias, ffn_bias=bias)
+    model_fields = super().read(reader, fields)  # Mistral's: rope and window
+    model_fields['attention_bias'] = bias
+    model_fields['ffn_bias'] = bias
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
     """Returns the fields of a Hugging Face config.json that `read` reads, with
@@ -68,7 +70,9 @@ class HF(mistral.HF):
     Args:
       config: our config of the model.
     """
-    return super().write(config) | dict(use_bias=config.ffn_bias)
+    config_json = super().write(config)  # Mistral's: rope and window
+    config_json['use_bias'] = config.ffn_bias
+    return config_json
 
   def check(self, config: ModelConfig) -> None:
     """Raises RequestError for a model that transformers does not run."""

@@ -49,7 +49,7 @@ def _read_interval_of_expert_layers(reader: hf.Reader, stack: str,
 
   Args:
     reader: the reader of the config.json.
-    stack: 'encoder' or 'decoder'.
+    stack: 'encoder' or 'decoder', as the field's name has it.
     layers: the number of layers in the stack.
 
   Raises:

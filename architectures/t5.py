@@ -35,7 +35,7 @@ def stack_rows(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
   decoder, which Switch has too.
 
   Args:
-    stack: 'encoder' or 'decoder'.
+    stack: 'encoder' or 'decoder', as the names of the tensors have it.
     *ffn: the rows of a feed-forward network.
 
   Returns:

@@ -95,7 +95,13 @@ def parse_assignments(words: Iterable[str], flag: str,
 
 def _check_argument(name: str, value: Any, annotation: Any) -> None:
   """Raises RequestError unless an argument is of the type that its annotation
-  says, and in the range that an Annotated type gives beside it."""
+  says, and in the range that an Annotated type gives beside it.
+
+  Args:
+    name: the name of the argument, with which a message begins.
+    value: the value that the function was called with.
+    annotation: the type by which the argument is annotated.
+  """
   bounds: Any = ()
   if typing.get_origin(annotation) is Annotated:
     annotation, bounds = typing.get_args(annotation)
@@ -111,7 +117,12 @@ def _check_argument(name: str, value: Any, annotation: Any) -> None:
 
 def _is_of_type(value: Any, annotation: Any) -> bool:
   """Whether a value is of the type that an annotation says. A Mapping is
-  anything that has items, such as a ConfigDict."""
+  anything that has items, such as a ConfigDict.
+
+  Args:
+    value: the value.
+    annotation: a type, as typing.get_type_hints returns it.
+  """
   outer_type = typing.get_origin(annotation) or annotation
   inner_types = typing.get_args(annotation)
   if outer_type is Any:

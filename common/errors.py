@@ -41,7 +41,7 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
   Args:
     name: the name of what has the value, as in 'unknown NAME'.
-    value: the value.
+    value: the value that a user has given.
     choices: the values that there are.
   """
   if value in choices:
@@ -67,9 +67,11 @@ def suggest_name(name: str, choices: Collection[str], before: str = '') -> str:
     choices: dotted names; a mapping has the sentence of each.
     before: the text that stands before each of them in the question.
   """
+  # First, names that end alike.
   last_part = name.rpartition('.')[2]
   likely = [choice for choice in choices
             if choice.rpartition('.')[2] == last_part]
+  # Then the sentences, and at last the spelling.
   if not likely and '_' in last_part and isinstance(choices, Mapping):
     likely = _choice_with_shortest_sentence(last_part, choices)
   if not likely:
@@ -113,8 +115,8 @@ def require(condition: bool, sentence: str) -> None:
 
 
 def shorten(value: Any) -> str:
-  """Returns the text of a value in a message, which is cut off where it is
-  long."""
+  """Returns the text of a value for a message, cut off after 57 characters
+  where it has more than 60."""
   if type(value) is int and value.bit_length() > 80:
     # Python does not write out integers of thousands of digits.
     return f'a number of about {value.bit_length() * 3 // 10} digits'

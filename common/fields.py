@@ -213,7 +213,7 @@ def check_number(subject: str, value: float,
 
   Args:
     subject: the name of what has the number, with which the message begins.
-    value: the number.
+    value: the number to check.
     bounds: pairs of a sign and a number, such as ('>=', 1).
   """
   is_in_range = -math.inf < value < math.inf

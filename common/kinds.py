@@ -64,7 +64,6 @@ def place_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
   # Each kind of the pattern becomes two: one with experts, and a dense one. The
   # new pattern is as long as it takes until both the old pattern and the
   # distance between experts repeat, their least common multiple.
-
   new_pattern = []
   for i in range(math.lcm(len(names_in_pattern) or 1, every)):
     old_name = ''
