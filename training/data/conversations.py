@@ -140,7 +140,11 @@ class JinjaLayout(Layout):
   """
 
   def __init__(self, template: 'Template'):
-    """Makes the key: a hash of everything that decides on the ids of a text."""
+    """Makes the key: a hash of everything that decides on the ids of a text.
+
+    Args:
+      template: the chat template, with its tokenizer.
+    """
     # Tokens in the cache are found by this key, so nothing that changes them
     # may be missing: the template, how special tokens are written, and which
     # added tokens are spelt out. Sets are sorted, as they have no order.
@@ -597,7 +601,7 @@ def mark_special_tokens(text: str, tokenizer: Tokenizer, tokens: Set[int]
   turn other letters into a special token's.
 
   Args:
-    text: what somebody says.
+    text: what a participant of the conversation says.
     tokenizer: the tokenizer of the run.
     tokens: the ids that nobody may say.
 

@@ -78,7 +78,7 @@ def array_of_rows(name: str, value: Any) -> Any:
 
   Args:
     name: the name of the input, for messages.
-    value: the numbers.
+    value: the numbers, as a list, lists of lists or an array.
 
   Raises:
     RequestError: for a value that is not such an array.

@@ -142,7 +142,7 @@ def check_all_labelled(name: str, records: Iterable[Any]) -> None:
 
   Args:
     name: the name of the source.
-    records: its records.
+    records: the records of the source.
   """
   if any(map(has_nothing_to_predict, records)):
     raise RequestError(
@@ -330,7 +330,7 @@ def _record_of_row(location: str, row: dict[str, Any], columns: Sequence[str],
 
   Args:
     location: the file and the line, for messages.
-    row: {column: cell}.
+    row: the cells of the row, {column: cell}.
     columns: the columns of the texts and, last, of the label; '': there is
       none.
     names: the names of these columns, for messages.
@@ -376,7 +376,7 @@ def read_dataset_rows(name: str, fields: Sequence[str],
   Args:
     name: the name of the source, for messages.
     fields: the columns that are read; an `id` is read, too.
-    dataset: the data set.
+    dataset: the data set, a datasets.Dataset.
 
   Yields:
     For each row where it stands, and {column: value}.
@@ -491,7 +491,7 @@ def _sentence_of_words(location: str, words: list[Any], labels: list[Any]
 
   Args:
     location: the row, for messages.
-    words: the words.
+    words: the words of the sentence.
     labels: the labels, in the order of the words; None: there are none.
 
   Raises:

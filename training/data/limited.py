@@ -105,7 +105,7 @@ def render(template: str, chat: Sequence[Mapping[str, str]],
   """Renders a conversation by a Jinja template.
 
   Args:
-    template: the Jinja template.
+    template: the text of the Jinja template.
     chat: the messages, {key: text}.
     options: the keywords of transformers' render_jinja_template.
 

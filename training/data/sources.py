@@ -202,7 +202,11 @@ def hold_out_end_of_text(source: Source, every: int | None,
     return source
 
   def read(path: str) -> Iterator[str]:
-    """Yields the two documents of each text of a file."""
+    """Yields the two documents of each text of a file.
+
+    Args:
+      path: the path of the file.
+    """
     for text in source.read(path):
       # Document 1 is the same whatever `part` is: training reads it. -(-a // b)
       # rounds the quotient up.
@@ -232,7 +236,7 @@ def parse_sources(
   """Reads a mixture of data sources, written as 'A' or '0.7*A,0.3*B'.
 
   Args:
-    spec: data.source, or data.eval_source.
+    spec: the text of data.source, or of data.eval_source.
     layout: a function that returns the layout of conversations. It is called
       only where a source may have some, as it may read a template's files.
 
@@ -330,7 +334,11 @@ def _lay_out_conversations(source: Source,
     layout: the layout, by a template.
   """
   def read(path: str) -> Iterator[Document]:
-    """Yields the documents of a file, laid out."""
+    """Yields the documents of a file, laid out.
+
+    Args:
+      path: the path of the file; '' where the source has no files.
+    """
     # A template may refuse a conversation, and knows nothing of the file: the
     # number of the conversation helps to find it.
     for number, document in enumerate(source.read(path), 1):
@@ -372,6 +380,7 @@ def _parse_column(name: str, rest: str) -> Source:
     name: the name of the source: its prefix, jsonl or parquet, and the rest.
     rest: GLOB:FIELD. The field has text, or the turns of a conversation.
   """
+  # The part behind the last colon is the field; a glob may have colons, too.
   prefix = name.partition(':')[0]
   form = SOURCES[prefix]
   pattern, _, field = rest.rpartition(':')
@@ -386,6 +395,7 @@ def _parse_column(name: str, rest: str) -> Source:
       rows = _read_parquet_rows(name, field, path)
     return _read_field(rows, field)
 
+  # How a file is read is part of the source's name in the cache.
   return Source(name=name, reader=f'{prefix}:{field}', read=read,
                 holds=form.holds, files=_find_files(name, pattern))
 
@@ -560,7 +570,7 @@ def _parse_hugging_face(name: str, rest: str) -> Source:
 
   Args:
     name: the name of the source.
-    rest: NAME[:CONFIG[:SPLIT[:FIELDS]]].
+    rest: the name behind hf:, NAME[:CONFIG[:SPLIT[:FIELDS]]].
   """
   # Parts that are left out are '' by the three empty texts, and have a default.
   path, config, split, written = (rest.split(':') + [''] * 3)[:4]
@@ -736,7 +746,7 @@ def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
   or a MOST_SHARDS-th of all. A source without files is one shard.
 
   Args:
-    source: the source.
+    source: the source of documents, with its files.
     shard_bytes: the bytes of text of a shard.
 
   Returns:

@@ -42,7 +42,7 @@ def decode_text(data: bytes, location: str) -> str:
   """Decodes UTF-8 bytes, and refuses those that were not written as text.
 
   Args:
-    data: the bytes.
+    data: the bytes of the text.
     location: where they stand, for messages.
 
   Raises:
@@ -141,7 +141,7 @@ def check_text(text: Any, location: str) -> str:
   hold half of a surrogate pair.
 
   Args:
-    text: the value.
+    text: the value to check.
     location: where it stands, for messages.
 
   Raises:

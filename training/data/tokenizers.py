@@ -240,7 +240,15 @@ class Bytes(Tokenizer):
     return rows
 
   def encode_spans(self, texts: Sequence[str]):
-    """Returns the ids of each text, and the character that each stands for."""
+    """Returns the ids of each text, and the character that each stands for.
+
+    Args:
+      texts: the texts.
+
+    Returns:
+      For each text its ids, int32 [T], and spans, int32 [T, 2]: the number of
+      the character that each token is of, and the one after it.
+    """
     encoded = []
     for text, ids in zip(texts, self.encode_batch(texts)):
       # Each character has as many ids as its bytes have digits, and all of them
@@ -285,7 +293,11 @@ class Bytes(Tokenizer):
 
   def save(self, path):
     """Writes this tokenizer as a byte-level BPE without merges. Each byte must
-    have one id."""
+    have one id.
+
+    Args:
+      path: the file to write.
+    """
     import tokenizers
     assert self.is_bytewise, self.name
     # Special tokens and sentinels keep the ids that they have here.
@@ -421,7 +433,7 @@ class HuggingFace(Tokenizer):
 
     Args:
       method: the name of the method of the pipeline.
-      pipeline: the pipeline.
+      pipeline: the tokenizer of the package `tokenizers`.
       text: one text or several, as the method takes.
 
     Raises:
@@ -564,9 +576,10 @@ def _read_tokenizer_json(spec: str, path: pathlib.Path) -> Tokenizer:
   """Reads a tokenizer.json, whose special tokens the files beside it name.
 
   Args:
-    spec: data.tokenizer, for messages.
-    path: the tokenizer.json.
+    spec: the value of data.tokenizer, for messages.
+    path: the path of the tokenizer.json.
   """
+  # The special tokens of the pipeline, {text: id}.
   import tokenizers
   pipeline = tokenizers.Tokenizer.from_file(str(path))
   id_of_special = {}
@@ -595,7 +608,7 @@ def _read_with_transformers(
   """Returns the tokenizer of a folder that has no tokenizer.json.
 
   Args:
-    spec: data.tokenizer, for messages.
+    spec: the value of data.tokenizer, for messages.
     folder: the path of the folder.
     names: the names of the files that the class of transformers reads, which
       the folder names.

@@ -238,8 +238,9 @@ class Split:
 
     Args:
       tokens: the tokens of the folder.
-      every, split, part: see `select_documents`.
-      separator: the id between documents.
+      every, split, part: the choice of documents, as `select_documents` takes
+        it.
+      separator: the id of the token between two documents.
     """
     self.tokens = tokens
     self._chosen = (every, split, part)
@@ -504,7 +505,7 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
 
   Args:
     path: the file, on disk or in a bucket.
-    start: the first byte.
+    start: the place of the first byte.
     end: the byte after the last one.
 
   Returns:

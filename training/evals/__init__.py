@@ -100,8 +100,8 @@ class Evaluation:
 
     Args:
       step: a jitted function of parameters and a batch.
-      loader: the loader.
-      doing: what the progress bar says is done.
+      loader: the loader of the batches.
+      doing: the words of the progress bar for what is being done.
     """
     for batch in progress.show_items(loader.iterate(), doing,
                                      loader.num_batches):
@@ -130,7 +130,13 @@ class Flag(NamedTuple):
   needed_flag: str = ''
 
   def define(self, default: Any, text: str) -> None:
-    """Defines the flag in absl, with a default and a sentence for --help."""
+    """Defines the flag in absl, with a default and a sentence for --help.
+
+    Args:
+      default: the value of the flag where it is not given.
+      text: the sentence for --help.
+    """
+    # absl has a function for each type, of which those for numbers take bounds.
     define_by_type: dict[type, Callable] = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
@@ -492,7 +498,7 @@ def evaluate_run(workdir: epath.Path, names: Sequence[str], options: Any,
   """Does some tasks with a run's checkpoint, and prints their figures.
 
   Args:
-    workdir: the run's folder.
+    workdir: the folder of the run.
     names: the names of the tasks, as TASKS has them.
     options: the values of the flags of `define_flags`, as attributes.
     **loading: the keywords of `load_evaluation`.

@@ -96,7 +96,7 @@ def best_spans_of_window(context: str, window: ContextWindow, most_tokens: int,
   character make, are one.
 
   Args:
-    context: the whole text.
+    context: the text of which the window is a part.
     window: the part, with the scores of its T tokens as starts and as ends.
     most_tokens: the most tokens of a span.
     count: how many spans are wanted.

@@ -195,7 +195,7 @@ class Model(api.TemplateLM):
     """Returns the ids of a text, with the tokens that stand before every text.
 
     Args:
-      string: the text.
+      string: the text to encode.
       add_special_tokens: whether they stand there; None: unless the text begins
         with the prefix token itself.
       **kwargs: options of lm_eval that change nothing here.
@@ -282,7 +282,7 @@ class Model(api.TemplateLM):
 
     Args:
       requests: requests of lm_eval, each with a text.
-      disable_tqdm: not used.
+      disable_tqdm: lm_eval's switch of a progress bar, which is not used here.
 
     Returns:
       The log-probability of each text.
@@ -313,7 +313,7 @@ class Model(api.TemplateLM):
 
     Args:
       requests: requests of lm_eval, each with a context and a dict of options.
-      disable_tqdm: not used.
+      disable_tqdm: lm_eval's switch of a progress bar, which is not used here.
 
     Returns:
       What the model writes for each request.

@@ -132,7 +132,7 @@ def _run_and_keep_layers(module: nn.Module, params: Any,
   would predict from each (logit lens).
 
   Args:
-    module: any model.
+    module: the Flax module of a model.
     params: its parameters, a tree of arrays.
     arrays: the module's arguments by name.
     top: how many tokens the logit lens gives; 0: there is none.

@@ -258,7 +258,7 @@ def _make_paragraph(row: Any, location: str) -> labelled.Paragraph:
   without an answer.
 
   Args:
-    row: the pair.
+    row: the pair of a question and a text.
     location: which row it is, for messages.
 
   Raises:

@@ -231,7 +231,7 @@ def _make_batch(shape: BatchShape, rows: list[RowOfIndices],
   Args:
     shape: the numbers of rows B, of their places L, and of scored tokens P.
     rows: the continuations of each row, by their indices.
-    continuations: all continuations.
+    continuations: the continuations of all rows.
 
   Returns:
     tokens [B, L]; lengths [B]; known [B], how many tokens of a row stand before
@@ -290,7 +290,11 @@ def _make_score_function(evaluation: Evaluation, is_prefix_lm: bool
   def score(params: Any, batch: dict[str, jax.Array]
             ) -> tuple[jax.Array, jax.Array]:
     """Returns the losses of the targets in nats, [P], and whether each is the
-    likeliest token, bool [P]; `batch` is of `_make_batch`."""
+    likeliest token, bool [P]; `batch` is of `_make_batch`.
+
+    Args:
+      params: the parameters of the model, a tree of arrays.
+    """
     # Compute the hidden states of all B rows of L tokens.
     tokens_BL = batch['tokens']
     lengths_B = batch['lengths']

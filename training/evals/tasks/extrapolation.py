@@ -129,7 +129,7 @@ def _figures_for_json(curves: Curves,
     curves: {variant of the model: {multiple of the training length: the loss at
       each position; None: the model refuses the length}}.
     tokens_by_multiple: {multiple: the tokens that the losses were measured on}.
-    length: the training length.
+    length: the number of tokens of a row in training.
     position: the position encoding of the model as it was trained, whose
       figures have no variant in their names.
 
@@ -191,7 +191,8 @@ def _load_sources(evaluation: Evaluation, multiple: int
 
   Args:
     evaluation: the evaluation of the run.
-    multiple: one of LENGTH_MULTIPLES.
+    multiple: how many times as long as in training the rows are, one of
+      LENGTH_MULTIPLES.
 
   Yields:
     For each source its batches, on the devices, and the weight of a token.
@@ -333,7 +334,7 @@ def format_table(curves: Curves,
     curves: {variant: {multiple of the training length: the loss at each
       position, or None}}.
     tokens_by_multiple: {multiple: the tokens that the losses were measured on}.
-    length: the training length.
+    length: the number of tokens of a row in training.
   """
   # Collect the cells of each row by its heading. A multiple with None is one
   # that the model refuses; one that is missing was not tried.

@@ -148,6 +148,7 @@ class Inspect(Task):
       RequestError: for a text without a token, or with too many, and for a
         --target that the model has no decoder for.
     """
+    # The flags must fit the model.
     tokenizer = evaluation.tokenizer
     prompt = evaluation.options.prompt
     target = evaluation.options.target
@@ -158,6 +159,7 @@ class Inspect(Task):
     require(len(tokenizer.encode(prompt)) > 0, f'the prompt {shorten(prompt)} '
             f'has no token that the tokenizer {tokenizer.name!r} knows')
 
+    # The text with its special tokens must be short enough to be drawn.
     text = _lay_out_text(evaluation, stack)
     most = min(evaluation.run.model.max_len, MOST_TOKENS)
     for name, ids_L in text.tokens.items():
@@ -714,12 +716,15 @@ def _feature_rows(stream: ResidualStream) -> list[tuple[str, ...]]:
     root mean square of a feature, and the largest features, each with how many
     times as large as these two it is.
   """
+  # Of the batch, the first row is shown.
   norms_NL = stream.norms[:, 0]
   layer_names = _name_layers(len(norms_NL))
   rows = []
   for n, peaks_D in enumerate(stream.peaks[:, 0]):
     median = stream.median[n, 0]
     rms = stream.rms[n, 0]
+    # The largest features of the layer, each with its ratio to the median and
+    # to the root mean square.
     largest_features = np.argsort(-peaks_D, kind='stable')
     descriptions = []
     for d in largest_features[:MOST_FEATURES_OF_LAYER].tolist():

@@ -100,7 +100,12 @@ class Labels(Task):
 
   def check(self, options: Any, config: Any) -> None:
     """Raises RequestError for a package that is missing, and a flag that is not
-    read."""
+    read.
+
+    Args:
+      options: the values of the task's flags, by name.
+      config: the config of the run; None: it is not known yet.
+    """
     packages = {'sklearn': 'scikit-learn', 'seqeval': 'seqeval'}
     for package, name in packages.items():
       require(importlib.util.find_spec(package) is not None, 'task labels '

@@ -383,11 +383,11 @@ def standard_error_of_bound(nats: float, tokens: float, squares: float,
   (Cochran 1977, section 2.11).
 
   Args:
-    nats: sum x.
-    tokens: sum n.
-    squares: sum x^2.
-    products: sum x n.
-    lengths: sum n^2.
+    nats: the sum of x over the rows.
+    tokens: the sum of n.
+    squares: the sum of x^2.
+    products: the sum of x n.
+    lengths: the sum of n^2.
     rows: the number of rows.
 
   Returns:
@@ -442,7 +442,11 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
 
     def draw_bound(_: None, k: jax.Array) -> tuple[None, jax.Array]:
       """Returns the bound of each row by draw k, in nats, [B]; jax.lax.scan has
-      nothing to carry."""
+      nothing to carry.
+
+      Args:
+        k: the number of the draw.
+      """
       # Choose how many of the n tokens of each row are masked, l. The draws of
       # a row are spread evenly over 1 to n from a random start, which makes the
       # mean vary less. The tokens with the largest noise are masked; padding

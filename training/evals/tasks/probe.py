@@ -285,7 +285,7 @@ def score_constant_answer(config: ml_collections.ConfigDict,
 
   Args:
     config: the config of a run whose source is a probe (a small task).
-    figure: one of CONSTANT_FIGURES.
+    figure: the figure to compute, one of CONSTANT_FIGURES.
 
   Returns:
     The figure of that model on the held-out rows.

@@ -83,6 +83,9 @@ class Embed(Task):
     """Returns the tokens that the model is shown of each text of --texts, int32
     [L].
 
+    Args:
+      evaluation: the evaluation of the run, with the flag --texts.
+
     Raises:
       RequestError: for a text without a token, or with too many.
     """
@@ -328,10 +331,14 @@ class FillMask(Task):
   def prepare(self, evaluation: Evaluation) -> list[np.ndarray]:
     """Returns the tokens of each prompt, int32 [L].
 
+    Args:
+      evaluation: the evaluation of the run, with the flag --prompt.
+
     Raises:
       RequestError: where there is no mask in a prompt, or it is longer than the
         model takes.
     """
+    # Each prompt is laid out as [CLS] text [SEP].
     tokenizer = evaluation.tokenizer
     max_len = evaluation.run.model.max_len
     cls = tokenizer.cls_id
@@ -450,7 +457,7 @@ def encode_with_masks(text: str, tokenizer: Any) -> np.ndarray:
   writes one.
 
   Args:
-    text: the text.
+    text: the text, with [MASK] for each mask.
     tokenizer: the tokenizer of the run.
 
   Returns:
@@ -480,13 +487,19 @@ def spell_token(token: int, tokenizer: Any) -> str:
 
 def spell_token_visibly(token: int, tokenizer: Any) -> str:
   """Returns the text of a token for a reader, with signs for its spaces, its
-  line breaks and whatever cannot be printed."""
+  line breaks and whatever cannot be printed.
+
+  Args:
+    token: the id of the token.
+    tokenizer: the tokenizer of the run.
+  """
   text = spell_token(int(token), tokenizer)
   # sentencepiece takes off the space before a word.
   if token < tokenizer.vocab_size and not text.startswith(' '):
     if tokenizer.piece(int(token)).startswith('▁'):
       text = ' ' + text
 
+  # Other signs that cannot be printed are written as escapes, such as \n.
   characters = []
   for character in text.translate(VISIBLE_SPACES):
     if not character.isprintable():

@@ -149,7 +149,11 @@ class Samples(Task):
 
   def prepare(self, evaluation: Evaluation) -> PreparedPrompts:
     """Returns the prompts as the model is shown them, one row for each
-    sample."""
+    sample.
+
+    Args:
+      evaluation: the evaluation of the run, with the flags of the prompts.
+    """
     options = evaluation.options
     rows_of_prompt = options.samples
     if make_beams(options):  # which finds all texts of a prompt at once
@@ -221,6 +225,9 @@ class DiffusionSamples(Task):
 
   def prepare(self, evaluation: Evaluation) -> PreparedPrompts:
     """Returns the prompts, each after the separator, one row for each sample.
+
+    Args:
+      evaluation: the evaluation of the run, with the flags of the prompts.
     """
     options = evaluation.options
     tokenizer = evaluation.tokenizer
@@ -241,10 +248,12 @@ class DiffusionSamples(Task):
       `samples`, the prompt and the text of each; and `steps`, the number of
       steps.
     """
+    # By default, a step unmasks one token.
     options = evaluation.options
     prepared = evaluation.prepared
     prompts = prepared.prompts
     num_steps = options.diffusion_steps or prepared.num_tokens
+    # All rows are written by one compiled function.
     write = jax.jit(generate.generate_by_unmasking, static_argnums=0,
                     static_argnames=('new', 'steps', 'mask', 'temperature'))
     with progress.show_task('writing'):
