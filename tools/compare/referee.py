@@ -559,8 +559,9 @@ def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
   chance = 'any of them is'
   if args.uncorrected:
     chance = 'a single one, were it the only one, is'
+  plural = 's' if len(rows) > 1 else ''
   sentences = [
-      f'{len(rows)} comparisons by {answer["metric"]}, {beside}; the '
+      f'{len(rows)} comparison{plural} by {answer["metric"]}, {beside}; the '
       f'probability that {chance} called better or worse by chance is at most '
       f'{answer["alpha"]:.3g}.']
 
