@@ -209,7 +209,8 @@ def quantity_of_field(name: str, config: Mapping[str, Any]) -> str:
   return 'model' if name.startswith('model.') else 'recipe'
 
 
-def sort_fields(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def group_fields_by_quantity(config: Mapping[str, Any]
+                             ) -> dict[str, dict[str, Any]]:
   """Returns the fields of a config and their values by the quantity that they
   belong to, for all quantities that have fields."""
   values_by_quantity: dict[str, dict[str, Any]] = {}
@@ -238,7 +239,7 @@ def count_recipes(configs: Mapping[str, Mapping[str, Any]],
   recipes_of_group: dict[str, set[str]] = {}
   group_of_variant: dict[str, str] = {}
   for variant, config in configs.items():
-    values = sort_fields(config)
+    values = group_fields_by_quantity(config)
     recipe = repr(sorted(values.pop('recipe').items()))
     group = group_of_variant[variant] = repr(sorted(values.items()))
     recipes_of_group.setdefault(group, set()).add(recipe)
@@ -272,7 +273,7 @@ def certify_runs(config: Mapping[str, Any], costs: Mapping[str, Any],
     tuning: how far the side was tuned.
     seconds: the training time of each run; NaN where it is not known.
   """
-  values: dict[str, Any] = sort_fields(config)
+  values: dict[str, Any] = group_fields_by_quantity(config)
   values |= {name: costs.get(name) for name in _COSTS}
   values['flops'] = costs['flops_per_token'] * costs['tokens']
   values['seeds'] = {'seeds': ', '.join(map(str, sorted(seeds)))}
