@@ -90,6 +90,25 @@ def test_a_layer_is_its_definition(fields, cross):
                              atol=1e-4)
 
 
+def test_a_token_mixes_the_bias_of_its_scores_from_profiles_by_distance():
+  c = resolved(position='relative_by_token', profiles=dict(rank=3, extent=4))
+  module, x = SelfAttention(c, KIND), normal(0, 2, 9, D)
+  params = born(module, x, context(9), None)
+  p, at = numpy_attention.float64(params), np.asarray(x, np.float64)
+  q, k, mix = (numpy_attention.project(p, name, at)
+               for name in ('query', 'key', 'profile'))
+  want = np.zeros((2, c.num_heads, 9, 9))
+  for b, h, i, j in np.argwhere(np.tril(np.ones(want.shape))):
+    score = c.score_scale * q[b, i, h] @ k[b, j, h]
+    if i - j < 4:
+      score += mix[b, i, h] @ p['profiles'][:, i - j]
+    want[b, h, i, j] = np.exp(score)
+  report = module.apply({'params': params}, x, context(
+      9, keep_attention=True), None)[2]
+  np.testing.assert_allclose(
+      report.weights_BHLM, want / want.sum(-1, keepdims=True), atol=1e-5)
+
+
 @pytest.mark.parametrize('name, fields', [
     ('output_gate', dict(attention_gate='headwise')),
     ('value_gate', dict(value_embedding=True))])

@@ -14,7 +14,6 @@ import pytest
 import architectures
 from architectures.parts import blocks
 from architectures.parts.context import Context
-from architectures.parts.recurrent import rwkv7
 from architectures.parts.recurrent.mamba2 import Mamba2Config
 from configs import sharding as tables
 from tests.helpers import models
@@ -274,15 +273,20 @@ def test_retention_turns_only_by_rotary_positions():
   np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 
+def first_parameters(mixer, **sizes):
+  """Returns the parameters that a layer of a mixer begins with."""
+  c = architectures.resolve(models.small_config(
+      'llama', mixer=mixer, **{mixer: sizes}))
+  layer = blocks.MIXERS[mixer].module(c, None)
+  return nn.meta.unbox(jax.jit(layer.init)(
+      jax.random.key(0), jnp.zeros((1, 2, 32)),
+      Context(jnp.arange(2)[None]), None))['params']
+
+
 @pytest.mark.parametrize('mixer, least', [
     ('kda', 1.0), pytest.param('deltanet', 0.01, marks=pytest.mark.long)])
 def test_decays_are_born_as_in_the_authors_programs(mixer, least):
-  c = architectures.resolve(models.small_config(
-      'llama', mixer=mixer, **{mixer: dict(key_heads=128, key_dim=8)}))
-  layer = blocks.MIXERS[mixer].module(c, None)
-  p = nn.meta.unbox(jax.jit(layer.init)(
-      jax.random.key(0), jnp.zeros((1, 2, 32)),
-      Context(jnp.arange(2)[None]), None))['params']
+  p = first_parameters(mixer, key_heads=128, key_dim=8)
   scale = np.exp(p['decay_scale'])
   assert least <= scale.min() < least + 1 and 15 < scale.max() <= 16
   first = np.log1p(np.exp(p['decay_bias']))
@@ -290,14 +294,21 @@ def test_decays_are_born_as_in_the_authors_programs(mixer, least):
   assert np.median(first) == pytest.approx(0.01, rel=0.5)
 
 
-def test_rwkv7_mixes_tokens_at_first_as_the_authors_program_does():
-  """Half way up its layers: train_temp/src/model.py of RWKV-LM has
-  1 - (n / N)^(p r) for x_r, x_w, x_k, x_v, x_a and x_g, where r falls from 1
-  to 0."""
+def test_rwkv7_is_born_as_in_the_authors_program():
+  """As half way up its layers: train_temp/src/model.py of RWKV-LM, x_r to x_g,
+  w0, a0, k_k, k_a and r_k."""
+  p = first_parameters('rwkv7', heads=4, key_dim=8)
+  n = np.arange(32)
+  linear, zigzag = n / 31 - 0.5, (n % 8 - 3.5) / 3.5
+  zigzag *= np.abs(zigzag)
   powers = 0.5 * np.array([0.2, 0.9, 0.7, 0.7, 0.9, 0.2])
-  got = rwkv7.initial_shares_of_shift(None, (6, 32), np.float32)
-  np.testing.assert_allclose(
-      got, 1 - (np.arange(32) / 32) ** powers[:, None], rtol=1e-6)
+  for name, want in dict(
+      shift_conv=1 - (n / 32) ** powers[:, None],
+      decay_bias=6 * (n / 31) ** (1 + 0.5 ** 0.3) - 5.5 + 2.5 * zigzag,
+      rate_bias=-0.19 + 0.3 * zigzag + 0.4 * linear,
+      removal_scale=0.71 - 0.1 * linear, boost_scale=1.02 + 0 * n,
+      bonus_scale=-0.04 + 0 * n).items():
+    np.testing.assert_allclose(p[name].reshape(want.shape), want, atol=1e-5)
 
 
 @pytest.mark.parametrize('mixer', [
