@@ -101,7 +101,7 @@ class Model:
   def decode(self, tokens: Tokens) -> str:
     """Returns the text of the tokens of one row, [L] or [1, L]."""
     ids = inputs_of.array_of_rows('tokens', tokens).reshape(-1)
-    inputs_of.check_ids('tokens', ids, self.config.vocab_size)
+    inputs_of.check_ids('tokens', tokens=ids, vocab_size=self.config.vocab_size)
     return self._require_tokenizer().decode(ids)
 
   def __call__(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
@@ -184,7 +184,8 @@ class Model:
       top: the number of tokens of the logit lens.
       **inputs: the other inputs of a call, such as `mask` and `types`.
     """
-    arrays = self._as_arguments(tokens, decoder_tokens, inputs)
+    arrays = self._as_arguments(tokens, decoder_tokens=decoder_tokens,
+                                inputs=inputs)
     return inspection.inspect_model(self.module, params=self.params,
                                     arrays=arrays, top=top)
 
@@ -240,7 +241,8 @@ class Model:
     # The prompts as the model was trained to read them.
     shown, end = hf_generation.encode_prompts(
         texts, config, tokenizer=tokenizer, generation=self.generation)
-    inputs_of.check_ids('the prompt', shown.tokens, self.config.vocab_size)
+    inputs_of.check_ids('the prompt', tokens=shown.tokens,
+                        vocab_size=self.config.vocab_size)
     sampling = generation.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty)
@@ -311,7 +313,8 @@ class Model:
     token, also by part; FLOPs per token; bytes of the parameters and of the
     key-value cache. `length`: the tokens of a sequence; default: max_len."""
     length = length or self.config.max_len
-    return totals.count_costs(self._config_of_run(), length, self.config)
+    return totals.count_costs(self._config_of_run(), length=length,
+                              model=self.config)
 
   def with_parts(self, *, seed: Seed = 0, **fields: Any) -> 'Model':
     """Returns the model with other fields of `config.model`, for example
@@ -373,15 +376,15 @@ class Model:
       if stands_in or not tokenizer.is_bytewise:
         tokenizer = None
     if tokenizer is not None:
-      hf_tokenizer.refuse_other_tokenizer(tokenizer, config, folder)
+      hf_tokenizer.refuse_other_tokenizer(tokenizer, config, folder=folder)
       generation = generation or hf_generation.generation_of_run(
-          config, self.config, tokenizer)
+          config, model=self.config, tokenizer=tokenizer)
 
     # The weights with their configs, and the tokenizer beside them.
     weights.to_hf(self.module, self.params, folder, generation=generation,
                   labels=self.labels)
     if tokenizer is not None:
-      hf_tokenizer.save_tokenizer(tokenizer, config, folder)
+      hf_tokenizer.save_tokenizer(tokenizer, config, folder=folder)
 
   def _require_tokenizer(self) -> tokenizers.Tokenizer:
     """Returns the tokenizer; raises RequestError where the model has none."""
@@ -409,7 +412,8 @@ class Model:
       wanted: which part; see `_compute_output`.
       tokens, decoder_tokens, inputs: those of a call of the model.
     """
-    arguments = self._as_arguments(tokens, decoder_tokens, inputs)
+    arguments = self._as_arguments(tokens, decoder_tokens=decoder_tokens,
+                                   inputs=inputs)
     return _compute_output(self.module, self.params, arguments, wanted)
 
   def _as_arguments(self, tokens: Tokens, decoder_tokens: Tokens | None,
@@ -419,8 +423,8 @@ class Model:
     arguments = dict(inputs, tokens=tokens)
     if decoder_tokens is not None:
       arguments['decoder_tokens'] = decoder_tokens
-    return inputs_of.arguments_of_module(self.stack, arguments,
-                                         self.config.vocab_size)
+    return inputs_of.arguments_of_module(self.stack, values=arguments,
+                                         vocab_size=self.config.vocab_size)
 
   def _split_by_stack(self, by_layer: Any, num_extra: int) -> Any:
     """Returns what was computed for each layer, in numpy; in an encoder-decoder
@@ -498,7 +502,7 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
   path = hub.download_if_on_hub(path)
   folder = storage.checked_path(path)
   if storage.has_checkpoints(folder):
-    return _load_run(folder, step_choice, tokenizer)
+    return _load_run(folder, step=step_choice, tokenizer=tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
 
   # A folder of Hugging Face, or a file of weights in one. Its tokenizer is
@@ -549,7 +553,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
   base.set_model_fields(config.model, fields)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve_model(config, tokenizer)
-  _refuse_unread_fields(model, fields, config.model)
+  _refuse_unread_fields(model, fields=fields, tree=config.model)
   module = architectures.build(model)
   return Model(module=module, params=_draw_parameters(module, seed),
                tokenizer=tokenizer, run=config)
@@ -568,7 +572,8 @@ def _load_run(workdir: Any, step: parameters.StepChoice, tokenizer: str | None
   """
   config = runs.load_run_config(workdir)
   module = architectures.build(runs.load_run_model_config(workdir, config))
-  checkpoint = parameters.read_parameters_on_one_device(workdir, module, step)
+  checkpoint = parameters.read_parameters_on_one_device(workdir, module=module,
+                                                        step=step)
   if tokenizer:
     loaded_tokenizer = tokenizers.load(tokenizer)
   else:
@@ -600,7 +605,8 @@ def _draw_parameters(module: nn.Module, seed: int) -> Any:
   num_bytes = 0
   for x in jax.tree.leaves(shapes):
     num_bytes += math.prod(x.shape) * x.dtype.itemsize
-  devices.check_bytes_fit(num_bytes, jax.local_devices()[0], 'the parameters')
+  devices.check_bytes_fit(num_bytes, device=jax.local_devices()[0],
+                          what='the parameters')
   return nn.meta.unbox(init(*inputs)['params'])
 
 
@@ -642,7 +648,7 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
     base.set_model_fields(tree, fields)
   # Checks, and the derived fields.
   changed = architectures.resolve(tree)
-  _refuse_unread_fields(changed, fields, tree)
+  _refuse_unread_fields(changed, fields=fields, tree=tree)
   return changed
 
 

@@ -85,7 +85,7 @@ def system(arch: str) -> type[Any]:
     if getattr(cls, 'ARCH', arch) == arch:
       return cls
   # The name is not that of a file: `systems` imports all modules of the folder.
-  check_choice('model.arch', arch, systems())
+  check_choice('model.arch', value=arch, choices=systems())
   return systems()[arch]
 
 
@@ -147,7 +147,8 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
   config = model
   if not isinstance(config, ModelConfig):
     config = flat.make_model(config)
-  tables.check_model(config, system(config.arch).STACK, _archs_of_skeleton)
+  tables.check_model(config, stack=system(config.arch).STACK,
+                     archs=_archs_of_skeleton)
   return config
 
 
@@ -197,4 +198,4 @@ def init_cache(model: ModelConfig | Mapping[str, Any], batch: PositiveSize,
     raise RequestError(
         f'model.arch {config.arch} is an encoder: it writes no text and has no '
         f'cache; those that have one are {", ".join(writers)}')
-  return skeletons.init_cache(config, batch, length)
+  return skeletons.init_cache(config, batch=batch, length=length)

@@ -77,7 +77,7 @@ class HF(transformer.HF):
       Further fields of config.model, with a dict for each group, such as rope.
       They replace those of `fields`.
     """
-    model_fields = transformer.read_stacks(reader, fields, scaled=False)
+    model_fields = transformer.read_stacks(reader, fields=fields, scaled=False)
     model_fields['logits_bias'] = reader('final_logits_bias', True)
     return model_fields
 

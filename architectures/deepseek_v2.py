@@ -85,7 +85,7 @@ def read_shared_fields(reader: hf.Reader, fields: dict, *, dense: int,
   rank = 0
   if not reader.is_null('q_lora_rank'):
     rank = reader('q_lora_rank', q_rank)
-  return read_dense_layers(reader, fields, dense) | dict(
+  return read_dense_layers(reader, fields=fields, dense=dense) | dict(
       head_dim=fields['latent.nope_dim'],
       latent=dict(q_rank=rank, norm_eps=EPSILON_OF_LATENT_NORMS),
       rope=rope_fields.read_rope(reader, interleaved=interleaved,
@@ -183,7 +183,7 @@ class HF(llama.Family):
     """
     groups, chosen = reader('n_group', 1), reader('topk_group', 1)
     method = reader('topk_method', ALL_EXPERTS)
-    check_choice('topk_method of config.json', method,
+    check_choice('topk_method of config.json', value=method,
                  choices=(ALL_EXPERTS, BEST_GROUPS))
     model_fields = read_shared_fields(reader, fields=fields, dense=0,
                                       q_rank=1536)

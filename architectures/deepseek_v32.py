@@ -105,7 +105,7 @@ class HF(deepseek_v3.HF):
       They replace those of `fields`.
     """
     reader.require_values(rope_interleave=True, indexer_rope_interleave=False)
-    return read_shared_fields(reader, fields, q_rank=1536)
+    return read_shared_fields(reader, fields=fields, q_rank=1536)
 
   def write(self, config: ModelConfig) -> dict:
     """Returns the fields of a Hugging Face config.json that `read` reads, with

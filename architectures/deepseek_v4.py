@@ -225,7 +225,7 @@ class HF(hf.HuggingFace):
         ('compress', ('compress_rope_theta', 160000.0)),
         fraction=('partial_rotary_factor', rotated_share), interleaved=True,
         temperature=False, words=SCALING_OF_ROPE_TYPE)
-    return pattern_of_layers(mixers, hashed, **swa_rope) | dict(
+    return pattern_of_layers(mixers, hashed=hashed, **swa_rope) | dict(
         rope=rope, compressed=compressed)
 
   def _read_mixers(self, reader: hf.Reader, num_layers: int) -> list[str]:
@@ -263,7 +263,8 @@ class HF(hf.HuggingFace):
     # The type of each layer, and how its experts are chosen.
     types, networks = [], []
     for layer in config.layers(config.num_layers):
-      types.append(hf.find_hf_word(MIXER_OF_LAYER_TYPE, layer.mixer, 'mixer'))
+      types.append(hf.find_hf_word(MIXER_OF_LAYER_TYPE, value=layer.mixer,
+                                   field='mixer'))
       if layer.part(MoEConfig).router == 'hash_scored':
         networks.append(HASHED_EXPERTS)
       else:

@@ -48,7 +48,7 @@ def read_alternating_layers(reader: hf.Reader, fields: dict, every: int,
   # Layers are numbered from 0, so those that see all are every - 1, and so on.
   num_layers = fields['num_layers']
   types = layer_types.read_attention_types(
-      reader, num_layers, has_window=lambda n: (n + 1) % every)
+      reader, layers=num_layers, has_window=lambda n: (n + 1) % every)
   window = reader('sliding_window', 4096)
   return layer_types.fields_of_attention_types(
       types, layers=num_layers, window=window, **kind_fields)
@@ -148,7 +148,7 @@ class HF(llama.Family):
     # Three dicts are joined that have no field in common: the window and the
     # order of the layers, the scales, and LLaMA's rotary positions (super).
     softcap = read_softcap(reader, 'attn_logit_softcapping', default=50.0)
-    model_fields = read_alternating_layers(reader, fields, every=2)
+    model_fields = read_alternating_layers(reader, fields=fields, every=2)
     model_fields |= read_scales(reader)
     model_fields |= super().read(reader, fields)
     model_fields['attention_softcap'] = softcap

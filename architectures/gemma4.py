@@ -71,8 +71,8 @@ def _read_heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
     for n, layer_type in enumerate(types):
       if layer_type == FULL:
         numbers.append(str(n))
-    sizes_of_each = _find_sizes_of_each(per_layer_config, numbers,
-                                        sizes.keys())
+    sizes_of_each = _find_sizes_of_each(per_layer_config, numbers=numbers,
+                                        known_names=sizes.keys())
     require(sizes_of_each is not None, f'config.json has per_layer_config '
             f'{shorten(per_layer_config)}: it must have the same '
             f'{" and ".join(sizes)} for each layer of {FULL}, and nothing else')
@@ -144,7 +144,7 @@ class HF(gemma2.HF):
             f'{input_size}, as Gemma 4 E2B and E4B have: only 0 is known here')
     num_layers = fields['num_layers']
     types = layer_types.read_attention_types(
-        reader, num_layers, has_window=lambda n: (n + 1) % 6)
+        reader, layers=num_layers, has_window=lambda n: (n + 1) % 6)
     types = [*types[:-1], FULL]
 
     # The positions and the heads of each kind of layer.
@@ -154,9 +154,10 @@ class HF(gemma2.HF):
       local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
           reader, (SLIDING, ('rope_theta', 1e4)), (FULL, ('rope_theta', 1e4)))
     kind_fields = {SLIDING: dict(rope=local_rope),
-                   FULL: _read_heads(reader, types, fields)}
+                   FULL: _read_heads(reader, types=types, fields=fields)}
     window = reader('sliding_window', 512)
-    softcap = gemma2.read_softcap(reader, 'final_logit_softcapping', 0.0)
+    softcap = gemma2.read_softcap(reader, 'final_logit_softcapping',
+                                  default=0.0)
     model_fields = layer_types.fields_of_attention_types(
         types, layers=num_layers, window=window, kind_fields=kind_fields)
     return model_fields | dict(rope=global_rope, logits_softcap=softcap)

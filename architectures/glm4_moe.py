@@ -65,7 +65,7 @@ class HF(llama.Family):
     hf.check_gates(fields)
     rope = rope_fields.read_rope(reader,
                                  fraction=('partial_rotary_factor', 0.5))
-    dense_layers = deepseek_v2.read_dense_layers(reader, fields, dense=1)
+    dense_layers = deepseek_v2.read_dense_layers(reader, fields=fields, dense=1)
     return dense_layers | dict(rope=rope)
 
   def write(self, config: ModelConfig) -> dict:

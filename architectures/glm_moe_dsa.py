@@ -56,4 +56,4 @@ class HF(deepseek_v32.HF):
             'share a choice of tokens: only layers that each have an indexer '
             'are known here')
     reader.ignore_fields('index_skip_topk_offset')
-    return deepseek_v32.read_shared_fields(reader, fields, q_rank=2048)
+    return deepseek_v32.read_shared_fields(reader, fields=fields, q_rank=2048)

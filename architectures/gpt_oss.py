@@ -76,7 +76,7 @@ class HF(llama.Family):
             'there')
     num_layers = fields['num_layers']
     types = layer_types.read_attention_types(
-        reader, num_layers, has_window=lambda n: n % 2 == 0)
+        reader, layers=num_layers, has_window=lambda n: n % 2 == 0)
     window = reader('sliding_window', 128)
     rope = rope_fields.read_rope(reader, theta=('rope_theta', 150000.0))
     model_fields = layer_types.fields_of_attention_types(

@@ -126,8 +126,8 @@ class HF(hf.HuggingFace):
 
     # The second expert of a token.
     policy = reader('second_expert_policy', 'all')
-    check_choice('second_expert_policy of config.json', policy,
-                 ROUTER_OF_SECOND_EXPERT_POLICY)
+    check_choice('second_expert_policy of config.json', value=policy,
+                 choices=ROUTER_OF_SECOND_EXPERT_POLICY)
     if policy == 'random':
       reader.notes.append(
           "config.json has second_expert_policy 'random': transformers leaves "
@@ -137,7 +137,7 @@ class HF(hf.HuggingFace):
                                 ROUTER_OF_SECOND_EXPERT_POLICY)
     moe = dict(router=router, capacity_factor=1.0,
                eval_capacity_factor=eval_capacity_factor)
-    model_fields = transformer.read_stacks(reader, fields, scaled=True)
+    model_fields = transformer.read_stacks(reader, fields=fields, scaled=True)
     return model_fields | kinds.place_experts({}, interval) | dict(moe=moe)
 
   def write(self, config: ModelConfig) -> dict:
@@ -148,8 +148,8 @@ class HF(hf.HuggingFace):
       config: our config of the model.
     """
     moe = config.part(MoEConfig)
-    policy = hf.find_hf_word(ROUTER_OF_SECOND_EXPERT_POLICY, moe.router,
-                             'moe.router')
+    policy = hf.find_hf_word(ROUTER_OF_SECOND_EXPERT_POLICY, value=moe.router,
+                             field='moe.router')
     interval = layer_types.interval_of_expert_layers(config)
     fraction = 2 * moe.eval_capacity_factor / moe.num_experts
     config_json = transformer.write_stacks(config) | dict(

@@ -180,7 +180,8 @@ class HF(hf.HuggingFace):
     """
     num_layers = fields['num_layers']
     reader.require_values(num_key_value_heads=fields['num_heads'])
-    hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
+    hf.check_gates(fields, top_k_name='num_experts_per_token',
+                   normalize_name='moe_renormalize')
     is_dense = _read_dense_layers(reader, num_layers)
 
     # The recurrence: what stands in the section goes before the other names.
@@ -204,7 +205,7 @@ class HF(hf.HuggingFace):
         words=layer_types.KIND_OF_MIXER)
     types_of_section = _read_layer_types(linear, num_layers)
     model_fields = layer_types.fields_of_recurrent_layers(
-        types or types_of_section, is_dense, mixer='kda')
+        types or types_of_section, is_dense=is_dense, mixer='kda')
     model_fields |= dict(head_dim=fields['latent.nope_dim'], latent=latent,
                          kda=kda)
     if reader.is_null('moe_renormalize'):  # A null says no here.

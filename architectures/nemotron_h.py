@@ -187,7 +187,8 @@ class HF(hf.HuggingFace):
       (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
       layer. Rows whose parameter the model does not have are passed over.
     """
-    return ROWS + hf.rows_of_each_block(config, LAYER_PREFIX, _mixer_rows)
+    return ROWS + hf.rows_of_each_block(config, layer_prefix=LAYER_PREFIX,
+                                        rows_of_layer=_mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Returns the fields of our config.model that take more than looking up one

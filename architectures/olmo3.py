@@ -53,7 +53,7 @@ class HF(olmo2.HF):
       kind_fields[layer_types.SLIDING_ATTENTION] = dict(rope=local_rope)
     num_layers = fields['num_layers']
     types = layer_types.read_attention_types(
-        reader, num_layers, has_window=lambda n: (n + 1) % 4)
+        reader, layers=num_layers, has_window=lambda n: (n + 1) % 4)
     window = layer_types.read_sliding_window(reader)
     # Where all layers have a window, theirs are the positions of the model.
     model_fields = layer_types.fields_of_attention_types(

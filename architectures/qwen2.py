@@ -60,7 +60,8 @@ class HF(llama.Family):
     if not reader('use_sliding_window', False):
       window = 0
     types = layer_types.read_attention_types(
-        reader, num_layers, has_window=lambda n: window and n >= num_full)
+        reader, layers=num_layers,
+        has_window=lambda n: window and n >= num_full)
     # LLaMA's rotary positions (super), and which layers have the window.
     model_fields = super().read(reader, fields)
     model_fields |= layer_types.fields_of_attention_types(

@@ -68,7 +68,7 @@ class HF(llama.Family):
       layer. Rows whose parameter the model does not have are passed over.
     """
     return qwen3_next.BASE_ROWS + hf.rows_of_each_block(
-        config, 'model.layers.{n}', mixer_rows)
+        config, layer_prefix='model.layers.{n}', rows_of_layer=mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Returns the fields of our config.model that take more than looking up one
@@ -86,7 +86,7 @@ class HF(llama.Family):
     """
     reader.require_values(decoder_sparse_step=1, mlp_only_layers=[])
     model_fields = layer_types.read_recurrent_layers(
-        reader, fields['num_layers'], mixer='deltanet')
+        reader, layers=fields['num_layers'], mixer='deltanet')
     model_fields['rope'] = rope_fields.read_rope(
         reader, fraction=('partial_rotary_factor', 0.25),
         unread=('mrope_section',))

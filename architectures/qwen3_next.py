@@ -160,8 +160,8 @@ class HF(llama.Family):
       (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
       layer. Rows whose parameter the model does not have are passed over.
     """
-    return BASE_ROWS + hf.rows_of_each_block(config, 'model.layers.{n}',
-                                             _mixer_rows)
+    return BASE_ROWS + hf.rows_of_each_block(
+        config, layer_prefix='model.layers.{n}', rows_of_layer=_mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Returns the fields of our config.model that take more than looking up one
@@ -178,7 +178,7 @@ class HF(llama.Family):
       They replace those of `fields`.
     """
     model_fields = layer_types.read_recurrent_layers(
-        reader, fields['num_layers'], mixer='deltanet')
+        reader, layers=fields['num_layers'], mixer='deltanet')
     model_fields['rope'] = rope_fields.read_rope(
         reader, fraction=('partial_rotary_factor', 0.25))
     model_fields['moe'] = read_experts(reader, fields)

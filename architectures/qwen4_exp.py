@@ -127,7 +127,8 @@ class HF(qwen3_5_moe.HF):
     """
     return (
         *qwen3_next.BASE_ROWS,
-        *hf.rows_of_each_block(config, 'model.layers.{n}', _layer_rows),
+        *hf.rows_of_each_block(config, layer_prefix='model.layers.{n}',
+                               rows_of_layer=_layer_rows),
         *_stream_rows('decoder/final_streams', 'model.hyper_connection_mixer'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:

@@ -41,8 +41,8 @@ def _pattern_of_layers(types: list[str], has_rope: list[int], window: int
     order of the layers; and `kinds`, what each kind of layer has of its own.
   """
   # All layers have positions, or none has: the window alone makes kinds.
-  model_fields = layer_types.fields_of_attention_types(types, len(has_rope),
-                                                       window)
+  model_fields = layer_types.fields_of_attention_types(
+      types, layers=len(has_rope), window=window)
   if len(set(has_rope)) == 1:
     return model_fields | dict(position='rope' if has_rope[0] else 'none')
 
@@ -99,8 +99,9 @@ class HF(llama.Family):
     if not reader('use_sliding_window', False):
       window = 0
     types = layer_types.read_attention_types(
-        reader, num_layers, has_window=lambda n: window and not has_rope[n])
-    model_fields = _pattern_of_layers(types, has_rope, window)
+        reader, layers=num_layers,
+        has_window=lambda n: window and not has_rope[n])
+    model_fields = _pattern_of_layers(types, has_rope=has_rope, window=window)
     if reader.is_null('num_key_value_heads'):  # left out, there are 4
       model_fields['num_kv_heads'] = fields['num_heads']
     model_fields['rope'] = rope_fields.read_rope(reader,

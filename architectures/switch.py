@@ -108,9 +108,10 @@ class HF(hf.HuggingFace):
     decoder_layers = fields['num_decoder_layers']
     if reader.is_null('num_decoder_layers'):
       decoder_layers = num_layers
-    interval = _read_interval_of_expert_layers(reader, 'encoder', num_layers)
+    interval = _read_interval_of_expert_layers(reader, stack='encoder',
+                                               layers=num_layers)
     interval_in_decoder = _read_interval_of_expert_layers(
-        reader, 'decoder', decoder_layers)
+        reader, stack='decoder', layers=decoder_layers)
     require(interval == interval_in_decoder,
             "config.json has experts in another share of the decoder's layers "
             "than of the encoder's: only equal shares are known here")

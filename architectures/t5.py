@@ -134,7 +134,7 @@ def check_ffn(reader: hf.Reader, fields: dict) -> None:
   Raises:
     RequestError: where the two disagree.
   """
-  name = hf.find_hf_word(FFN_OF_ACTIVATION, fields['ffn'], 'ffn')
+  name = hf.find_hf_word(FFN_OF_ACTIVATION, value=fields['ffn'], field='ffn')
   function = name.removeprefix('gated-')
   if name == 'gated-gelu':
     function = 'gelu_new'

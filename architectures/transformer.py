@@ -149,7 +149,7 @@ class HF(hf.HuggingFace):
       They replace those of `fields`.
     """
     reader.require_values(decoder_vocab_size=fields['vocab_size'])
-    model_fields = read_stacks(reader, fields, scaled=False)
+    model_fields = read_stacks(reader, fields=fields, scaled=False)
     model_fields['logits_bias'] = reader('final_logits_bias', True)
     return model_fields
 

@@ -60,7 +60,8 @@ def check_argument_types(function: F) -> F:
     arguments = signature.bind(*args, **kwargs).arguments
     for name, value in arguments.items():
       if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
-        _check_argument(name, value, annotations().get(name, Any))
+        _check_argument(name, value=value,
+                        annotation=annotations().get(name, Any))
     return function(*args, **kwargs)
 
   return checked_function  # type: ignore[return-value]
@@ -83,7 +84,7 @@ def parse_assignments(words: Iterable[str], flag: str,
   for word in words:
     name, equals, value = word.strip().partition('=')
     if choices:
-      check_choice(f'name in {flag}', name, choices)
+      check_choice(f'name in {flag}', value=name, choices=choices)
     require(bool(name and equals),
             f'{flag} has {shorten(word)}: write it as NAME=VALUE')
     require(name not in value_of_name, f'{flag} has {name} twice, as '
@@ -112,7 +113,7 @@ def _check_argument(name: str, value: Any, annotation: Any) -> None:
         f'{name} is {shorten(value)}, of type {type(value).__name__}: it must '
         f'be of type {inspect.formatannotation(annotation)}')
   if bounds:
-    check_number(name, value, bounds)
+    check_number(name, value=value, bounds=bounds)
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:

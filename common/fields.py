@@ -166,9 +166,9 @@ def check_values(values: Iterable[FieldValue]) -> None:
     is_scalar_array = getattr(value, 'shape', None) == ()
     if value_type is not str and is_scalar_array:
       continue
-    check_type(value, declared.default, subject)
+    check_type(value, default=declared.default, subject=subject)
     if value_type in (int, float):
-      check_number(subject, value, declared.rule.bounds)
+      check_number(subject, value=value, bounds=declared.rule.bounds)
 
     # A text is one of the choices, or several of them.
     choices = choices or declared.rule.choices
@@ -179,7 +179,7 @@ def check_values(values: Iterable[FieldValue]) -> None:
       names = value.split(',')
     for name in names:
       if name not in choices:
-        check_choice(subject, name, choices)
+        check_choice(subject, value=name, choices=choices)
 
 
 def check_type(value: Any, default: Any, subject: str) -> None:

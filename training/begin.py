@@ -86,7 +86,8 @@ def check_request(config: ml_collections.ConfigDict, workdir: epath.Path,
   model, derived = runs.resolve_model(config_with_labels, tokenizer)
 
   # A run that has begun goes on with the same config, unless it may change.
-  changes = run_config.list_changes(workdir, config_with_labels, derived)
+  changes = run_config.list_changes(workdir, config_with_labels,
+                                    derived=derived)
   run_config.refuse_changes(changes, allow_config_change)
   return RunRequest(
       given_config=config, config=config_with_labels, workdir=workdir,
@@ -106,7 +107,7 @@ def build_on_devices(request: RunRequest, mesh: Mesh | None = None) -> runs.Run:
     RequestError: where the mesh does not fit the run, or the training state
       does not fit into the memory of the devices.
   """
-  run = runs.build(request.config, request.model, mesh)
+  run = runs.build(request.config, model=request.model, mesh=mesh)
   devices.check_state_fits(run.abstract_state, run.mesh)
   return run
 
@@ -124,7 +125,8 @@ def check_data(request: RunRequest, contents: dict[str, str]) -> list[str]:
     RequestError: where a source has changed, unless that is allowed.
   """
   starts = run_config.load_starts(request.workdir)
-  return provenance.check_data(starts, contents, request.allow_config_change)
+  return provenance.check_data(starts, data=contents,
+                               allowed=request.allow_config_change)
 
 
 class StartingPoint(NamedTuple):
@@ -179,7 +181,8 @@ def find_starting_point(request: RunRequest, run: runs.Run,
   if divergence and not request.changes:
     return StartingPoint(state=state, step=step, code=writer.DIVERGED,
                          sentence=divergence)
-  early_end = writer.explain_if_ended_early(request.config, saved.best, step)
+  early_end = writer.explain_if_ended_early(request.config, record=saved.best,
+                                            step=step)
   if early_end:
     return StartingPoint(state=state, step=step, code=writer.ENDED_EARLY,
                          sentence=early_end)

@@ -78,7 +78,8 @@ def load_from_run(workdir: epath.Path, step: int | str | None = None,
   tokenizer = runs.load_run_tokenizer(workdir, config)
   generation = hf_generation.load_generation(workdir)
   module = architectures.build(runs.load_run_model_config(workdir, config))
-  restored = parameters.read_parameters_on_one_device(workdir, module, step)
+  restored = parameters.read_parameters_on_one_device(workdir, module=module,
+                                                      step=step)
 
   # How it is talked with: as it was trained, or as its import says.
   talk = objective.talk(config, tokenizer)
@@ -139,15 +140,15 @@ def _choose_talk(tokenizer: Tokenizer,
   # with here.
   if template:
     asked_template = conversations.read_template(template, tokenizer)
-    return causal.talk_by_template(asked_template, end_tokens, '')
+    return causal.talk_by_template(asked_template, ends=end_tokens, words='')
   if not usual.plain:
     return usual._replace(ends=end_tokens or usual.ends)
   # A model that continues plain text may have a template in its folder.
   folder = epath.Path(tokenizer.name)
   if conversations.read_template_of_folder(folder) is not None:
     template_of_folder = conversations.read_template(str(folder), tokenizer)
-    return causal.talk_by_template(template_of_folder, end_tokens,
-                                   'answers by its chat template')
+    return causal.talk_by_template(template_of_folder, ends=end_tokens,
+                                   words='answers by its chat template')
   if is_published:
     return hf_generation.continue_texts(tokenizer, generation)
   return usual
@@ -211,7 +212,7 @@ class CachedDecoder:
     ids = np.asarray(ids, np.int32)
     assert 0 < len(ids) <= self.context
     vocab_size = self._module.config.vocab_size
-    inputs.check_ids('the text', ids, vocab_size)
+    inputs.check_ids('the text', tokens=ids, vocab_size=vocab_size)
 
     # The random key of this draw, and the tokens that a penalty counts.
     self._key, key = jax.random.split(self._key)
@@ -401,8 +402,8 @@ class AnswerStream:
     """
     # An incremental decoder leaves out a character at the end whose bytes have
     # not all come, unless it is told that the input is final.
-    utf8 = tokenizers.decode_after_prompt(self._tokenizer, self._ids,
-                                          self._prompt)
+    utf8 = tokenizers.decode_after_prompt(self._tokenizer, ids=self._ids,
+                                          prompt=self._prompt)
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     text = decoder.decode(utf8, final=is_complete)
     if not is_complete:
@@ -503,7 +504,7 @@ class ChatSession:
     stream = AnswerStream(self._tokenizer, stops=self._stops,
                           lead=self._talk.lead, prompt=prompt)
     try:
-      yield from self._write_answer(ids, stream, stopped)
+      yield from self._write_answer(ids, stream=stream, stopped=stopped)
     finally:
       answer = dict(role='assistant', content=stream.text)
       self.messages = [*messages, answer]
@@ -530,7 +531,7 @@ class ChatSession:
       piece = stream.add_token(token)
       if piece:
         yield piece
-      reason = self._reason_to_end(len(ids), stream, stopped)
+      reason = self._reason_to_end(len(ids), stream=stream, stopped=stopped)
       if reason:
         self.end_reason = reason
         break

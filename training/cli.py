@@ -238,7 +238,7 @@ def define_choices(name: str, default: Sequence[str], choices: Collection[str],
   @flags.validator(name)
   def check_names(values: Sequence[str]) -> bool:
     for value in values:
-      check_choice(f'--{name}', value, choices)
+      check_choice(f'--{name}', value=value, choices=choices)
     return True
 
 
@@ -315,7 +315,7 @@ def _check_value(flag: str, value: Any) -> None:
   """Raises RequestError for a number that is not finite, and for a list that
   names something twice."""
   if isinstance(value, float):
-    check_number(flag, value, ())
+    check_number(flag, value=value, bounds=())
   if isinstance(value, list) and len(set(value)) < len(value):
     raise RequestError(f'{flag} is {shorten(",".join(value))}: name each once')
 
@@ -364,7 +364,7 @@ def _refuse_unknown_word(word: str):
   if 'config' in help_of_flag:
     for field, text in base.SENTENCES.items():
       sentence_of_name[f'config.{field}'] = text
-  suggestion = suggest_name(name, sentence_of_name, '--')
+  suggestion = suggest_name(name, choices=sentence_of_name, before='--')
   raise RequestError(f'unknown flag --{name}: choose from '
                      f'{", ".join(help_of_flag)}.{suggestion}')
 
@@ -452,7 +452,7 @@ def _load_config_of_flag(flag: flags.Flag) -> None:
   _config_file[:] = [flag.value]
   config = plugins.load_config_file(flag.value)
   for name, text in _text_of_overridden_field.items():
-    _set_config_field(config, name, text)
+    _set_config_field(config, name, text=text)
   flag.value = config.lock()
 
 
@@ -477,9 +477,10 @@ def _set_config_field(config: ml_collections.ConfigDict, name: str, text: str
     default = field.default
   elif name != 'model.kinds':
     raise RequestError(f'--config.{name} is no field of the config.'
-                       + suggest_name(name, base.SENTENCES, '--config.')
+                       + suggest_name(name, choices=base.SENTENCES,
+                                      before='--config.')
                        + _sentence_of_fields_in_group(name))
-  value = parse_value(text, default, f'--config.{name}')
+  value = parse_value(text, default=default, flag=f'--config.{name}')
   if field is None:
     flat.check_kinds(value)
     value = ml_collections.ConfigDict(value)
@@ -566,7 +567,8 @@ def declare_field(config: ml_collections.ConfigDict,
   choices: Collection[str] = flat.FIELDS_OF_LAYER_KINDS
   if name_in_model in flat.GROUPS:
     choices = [f'{name}.{x}' for x in flat.default_tree()[name_in_model]]
-  check_choice(f'field of model.kinds.{layer_kind}', field, choices)
+  check_choice(f'field of model.kinds.{layer_kind}', value=field,
+               choices=choices)
   flat.check_kinds({layer_kind: {}})
 
   # A field that the kind lacks gets the model's value.

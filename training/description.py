@@ -29,7 +29,7 @@ def describe_run(run: runs.Run, start: int, tokens: int,
   lines.append(_devices_line(run))
 
   # The steps and their data, and the evaluations between them.
-  lines += _step_lines(run, start, tokens)
+  lines += _step_lines(run, start=start, tokens=tokens)
   lines += _data_lines(run, train_data)
   lines.append(_held_out_line(eval_data))
   lines.append(_evaluation_line(run, eval_data))

@@ -72,11 +72,12 @@ class Sampling:
   repetition_penalty: float = 1.0
 
   def __post_init__(self):
-    check_number('temperature', self.temperature, [('>=', 0)])
-    check_number('top_k', self.top_k, [('>=', 0)])
-    check_number('top_p', self.top_p, [('>', 0), ('<=', 1)])
-    check_number('min_p', self.min_p, [('>=', 0), ('<=', 1)])
-    check_number('repetition_penalty', self.repetition_penalty, [('>', 0)])
+    check_number('temperature', value=self.temperature, bounds=[('>=', 0)])
+    check_number('top_k', value=self.top_k, bounds=[('>=', 0)])
+    check_number('top_p', value=self.top_p, bounds=[('>', 0), ('<=', 1)])
+    check_number('min_p', value=self.min_p, bounds=[('>=', 0), ('<=', 1)])
+    check_number('repetition_penalty', value=self.repetition_penalty,
+                 bounds=[('>', 0)])
 
   @property
   def needs_seen_tokens(self) -> bool:
@@ -484,10 +485,11 @@ class Beams:
   penalty: str = 'gnmt'
 
   def __post_init__(self):
-    check_number('beams', self.num_beams, [('>=', 1), ('<=', MOST_BEAMS)])
-    check_choice('penalty', self.penalty, LENGTH_PENALTY_BASES)
-    check_number('length_penalty', self.length_penalty,
-                 [('>=', -10), ('<=', 10)])
+    check_number('beams', value=self.num_beams,
+                 bounds=[('>=', 1), ('<=', MOST_BEAMS)])
+    check_choice('penalty', value=self.penalty, choices=LENGTH_PENALTY_BASES)
+    check_number('length_penalty', value=self.length_penalty,
+                 bounds=[('>=', -10), ('<=', 10)])
 
   def divisor(self, length: jax.Array | int) -> jax.Array | float:
     """Returns the length penalty base(length)^alpha for a text of `length` new
@@ -584,7 +586,8 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
     # row b is row b * K + k of the cache.
     first_row_B1 = K * jnp.arange(B)[:, None]
     parent_rows = (parent_BK + first_row_B1).reshape(-1)
-    cache = _reorder_cache(cache, parent_rows, _row_axis_of_cache(module))
+    cache = _reorder_cache(cache, parent_rows=parent_rows,
+                           axis=_row_axis_of_cache(module))
     return t + 1, state, cache
 
   t = jnp.ones((), jnp.int32)

@@ -188,6 +188,7 @@ def load_hooks(config: ml_collections.ConfigDict) -> list[Hook]:
       is_hook = inspect.isclass(value) and issubclass(value, Hook)
       if is_hook and value is not Hook:
         class_of_name[name_in_file] = value
-    check_choice(f'train.hooks of {file}', class_name, class_of_name)
+    check_choice(f'train.hooks of {file}', value=class_name,
+                 choices=class_of_name)
     hooks.append(plugins.call_user_function(file, class_of_name[class_name]))
   return hooks

@@ -83,7 +83,7 @@ def rehearse_run(run: runs.Run, train_data: pipeline.Loader,
   """
   config = run.config
   program = Program(run, hook.load_hooks(config))
-  batches = TrainingBatches(program, [train_data], num_runs=1)
+  batches = TrainingBatches(program, loaders=[train_data], num_runs=1)
   train_step = CompiledPerShape(program.train_step, batches.meter)
   eval_step = CompiledPerShape(program.eval_step, batches.meter)
 
@@ -157,7 +157,7 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
   # 1. A run that resumes drops the lines of metrics.jsonl after `start`, ...
   for writer in writers:
     writer.open_metrics(start)
-  batches = TrainingBatches(program, loaders, num_runs=len(writers))
+  batches = TrainingBatches(program, loaders=loaders, num_runs=len(writers))
   if devices.is_primary_process():
     print(program.title + description.describe_run(
         program.run, start=start, tokens=batches.most_tokens,
@@ -187,7 +187,8 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
         each_hook.compile(loop)
     cpu.release_free_memory()
     devices.wait_for_all_processes('compiled')
-    loop.bar = progress.make_run_progress(loop.steps, start, is_primary)
+    loop.bar = progress.make_run_progress(loop.steps, first_step=start,
+                                          primary=is_primary)
     loop.meter.begin(start)
     for each_hook in loop.hooks:
       each_hook.begin(loop)

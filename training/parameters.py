@@ -74,7 +74,7 @@ def restore_run(run: runs.Run, saved: checkpoints.Checkpoints
     _warn_of_damaged_checkpoints(restored)
   # A converted run has parameters and nothing else.
   if restored.state is None:
-    state = create_state(run, saved.directory.parent, restored.step)
+    state = create_state(run, source=saved.directory.parent, step=restored.step)
     restored = restored._replace(state=state)
     if devices.is_primary_process():
       print('starting from the parameters in this workdir')
@@ -120,7 +120,8 @@ def create_state(run: runs.Run, source: str | epath.Path,
     params, skipped = _read_weights_of_run(
         run, source=path, drawn=state.params, step=step)
   else:
-    params, skipped = _read_hugging_face_weights(run, path, state.params)
+    params, skipped = _read_hugging_face_weights(run, source=path,
+                                                 drawn=state.params)
   for line in skipped:
     print(f'skipped: {line}')
   return run.with_params(state, params)
@@ -168,7 +169,7 @@ def check_tokenizer_of_weights(config: objectives.Config,
   path = _path_of_source(config.init_from)
   if storage.has_checkpoints(path):
     spec = run_config.load_config(path).data.tokenizer
-    _check_tokenizer_file(config, our_tokenizer, path)
+    _check_tokenizer_file(config, tokenizer=our_tokenizer, source=path)
   elif hub.repository_of_name(config.init_from):
     spec = config.init_from
   else:
@@ -201,7 +202,7 @@ def _check_tokenizer_file(config: objectives.Config, tokenizer: Tokenizer,
   """
   starts = run_config.load_starts(source)
   hash_of_file = pipeline.digest_tokenizer(config, tokenizer)
-  changes = provenance.check_data(starts, hash_of_file, allowed=True)
+  changes = provenance.check_data(starts, data=hash_of_file, allowed=True)
   require(not changes, f'init_from is {config.init_from!r}, whose weights '
           f'were trained with what data.tokenizer {tokenizer.name!r} held '
           'before it was replaced: put the file back, or pass '
@@ -344,7 +345,7 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
 
   # The parameters that fit are read, and the others are as they were drawn: the
   # second `|=` replaces the drawn ones that were read.
-  restored = read_parameters(folder, params_to_read['params'], step)
+  restored = read_parameters(folder, params=params_to_read['params'], step=step)
   if step is None:
     _warn_of_damaged_checkpoints(restored)
   arrays = paths.flatten_by_path(initial_params)
@@ -589,7 +590,7 @@ def read_parameters_on_one_device(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
                                      sharding=on_first_device), params)
   folder = checkpoints.checkpoint_folder(workdir)
-  restored = read_parameters(folder, shapes, step)
+  restored = read_parameters(folder, params=shapes, step=step)
   _warn_of_damaged_checkpoints(restored)
   return restored
 

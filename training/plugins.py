@@ -178,7 +178,7 @@ def run_user_file(file: str) -> types.ModuleType:
   """
   text = call_user_function(file, read_python_file, file)
   module = call_user_function(file, execute_file, file, text)
-  declare_parts(file, text, module)
+  declare_parts(file, text=text, module=module)
   return module
 
 
@@ -350,7 +350,7 @@ def restore_declared_parts(files: Mapping[str, str]) -> None:
   """
   for file, text in files.items():
     if file not in text_of_loaded_file:
-      declare_parts(file, text, execute_file(file, text))
+      declare_parts(file, text=text, module=execute_file(file, text))
       remember_file(file, text)
 
 

@@ -44,16 +44,18 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   base.check_config(config.to_dict())
   objectives.check_objective(config)
   _check_enabling_fields(config)
-  check_choice('mesh.rules', config.mesh.rules, sharding_tables.RULES)
+  check_choice('mesh.rules', value=config.mesh.rules,
+               choices=sharding_tables.RULES)
   pipeline.check_ramp(config)
   optimizers.check_optim(config.optim)
   _check_best_figure(config.eval)
-  check_choice('eval.part', config.eval.part, tokens.HELD_OUT_PARTS)
+  check_choice('eval.part', value=config.eval.part,
+               choices=tokens.HELD_OUT_PARTS)
   metrics.check_writers(config.log)
 
   # The model, and what depends on it.
   module = architectures.build(runs.resolve_model_without_tokenizer(config))
-  refuse_unread_fields(by_hand, config, module.config)
+  refuse_unread_fields(by_hand, config, model=module.config)
   mup.check_optimizer(module.config, config.optim.name)
   runs.parameter_shares(module, config.optim)  # refuses a pattern of nothing
   _check_row_length(config, module.config)
@@ -95,7 +97,8 @@ def _check_best_figure(eval_config: ml_collections.ConfigDict) -> None:
   Raises:
     RequestError: where it does not, or eval.best_is is none of its values.
   """
-  check_choice('eval.best_is', eval_config.best_is, ('', 'least', 'largest'))
+  check_choice('eval.best_is', value=eval_config.best_is,
+               choices=('', 'least', 'largest'))
   best = eval_config.best
   if not best:
     return
@@ -215,4 +218,4 @@ def config_to_print(config: ml_collections.ConfigDict,
   config = objectives.fill_in_labels(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve_model(config, tokenizer)
-  return run_config.without_unread_fields(config, model, resolved=True)
+  return run_config.without_unread_fields(config, model=model, resolved=True)

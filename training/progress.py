@@ -189,7 +189,7 @@ class ProgressLines:
     """Does nothing: a line comes with figures."""
 
   def update(self, step: int, figures: Mapping[str, Any]) -> None:
-    text = _format_figures(step, self._total, figures)
+    text = _format_figures(step, total=self._total, figures=figures)
     self.say(f'step {step}/{self._total}  {text}')
 
   def say(self, text: str) -> None:
@@ -218,7 +218,7 @@ class _ProgressMilestones(ProgressLines):
   def update(self, step: int, figures: Mapping[str, Any]) -> None:
     if step >= self._step_of_tenth:
       self._step_of_tenth = math.inf
-      text = _format_figures(step, self._total, figures)
+      text = _format_figures(step, total=self._total, figures=figures)
       print_milestone(f'a tenth is done: step {step} of {self._total}  {text}')
 
   def say(self, text: str) -> None:
@@ -263,8 +263,9 @@ class _ProgressBar:
       self._bar.refresh()
 
   def update(self, step: int, figures: Mapping[str, Any]) -> None:
-    self._bar.update(self._task, completed=step, refresh=True,
-                     text=_format_figures(step, self._total, figures))
+    self._bar.update(
+        self._task, completed=step, refresh=True,
+        text=_format_figures(step, total=self._total, figures=figures))
 
   def say(self, text: str) -> None:
     self._bar.console.print(text, markup=False, highlight=False)
@@ -294,7 +295,7 @@ def make_run_progress(total: int, first_step: int = 0, primary: bool = True,
     return _ProgressMilestones(total, first_step)
   stream = stream or sys.stdout
   if stream.isatty():
-    return _ProgressBar(total, first_step, stream)
+    return _ProgressBar(total, first_step=first_step, stream=stream)
   return ProgressLines(total, stream)
 
 

@@ -103,7 +103,8 @@ def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
     steps: train.steps, over which the learning rate is scheduled.
   """
   roles = parameter_roles(module)
-  rate_multipliers = mup.learning_rate_factors(module.config, optim.name, roles)
+  rate_multipliers = mup.learning_rate_factors(
+      module.config, optimizer=optim.name, roles=roles)
   rate_shares = parameter_shares(module, optim)
   return optimizers.make_optimizer(
       optim, steps=steps, roles=roles, rate_multipliers=rate_multipliers,
@@ -161,7 +162,8 @@ def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
 
   # Each array of the optimiser, and each average, lies where its parameter
   # lies; the counts are on every device.
-  param_shardings = devices.param_shardings(boxed_params, mesh, rules)
+  param_shardings = devices.param_shardings(boxed_params, mesh=mesh,
+                                            rules=rules)
   replicated = NamedSharding(mesh, PartitionSpec())
   ema_shardings = None
   if optim.ema:
@@ -169,7 +171,8 @@ def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
   shardings = TrainState(
       step=replicated,
       params=param_shardings,
-      opt_state=optimizers.opt_state_shardings(tx, params, param_shardings),
+      opt_state=optimizers.opt_state_shardings(tx, params=params,
+                                               shardings=param_shardings),
       bad_steps=replicated,
       bad_in_row=replicated,
       ema=ema_shardings)
@@ -238,7 +241,7 @@ def _make_first_state(params: Any, tx: optax.GradientTransformation,
   bad_steps = jnp.zeros((), jnp.int32)
   bad_in_row = jnp.zeros((), jnp.int32)
   opt_state = tx.init(params)
-  average = shares.start_average(optim, rate_shares, params)
+  average = shares.start_average(optim, shares=rate_shares, params=params)
   return TrainState(
       step=step, params=params, opt_state=opt_state, bad_steps=bad_steps,
       bad_in_row=bad_in_row, ema=average)
@@ -277,7 +280,8 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     trained = shares.keep_trained(rate_shares, state.params)
 
     def loss_of_trained(trained: Any, *batch_key_and_totals):
-      params = shares.fill_in_frozen(rate_shares, trained, state.params)
+      params = shares.fill_in_frozen(rate_shares, trained=trained,
+                                     params=state.params)
       return _micro_batch_loss(module, config, params, *batch_key_and_totals)
 
     # The gradient and the figures, summed over the whole batch. The sums are
@@ -304,8 +308,10 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
         is_finite, tx=tx, grads=grads, state=state.opt_state, params=trained)
     with_biases = moe.move_biases(module.config, params=updated,
                                   loads=expert_loads, applied=is_finite)
-    updated = shares.restore_frozen_layers(rate_shares, with_biases, updated)
-    params = shares.fill_in_frozen(rate_shares, updated, state.params)
+    updated = shares.restore_frozen_layers(rate_shares, new=with_biases,
+                                           old=updated)
+    params = shares.fill_in_frozen(rate_shares, trained=updated,
+                                   params=state.params)
 
     # The counts of skipped steps, and the average of the parameters.
     bad_in_row = jnp.where(is_finite, 0, state.bad_in_row + 1)
@@ -575,7 +581,7 @@ class Run:
     # The model and its optimiser.
     rules = config.mesh.rules
     module = architectures.build(model)
-    tx = build_optimizer(module, config.optim, config.train.steps)
+    tx = build_optimizer(module, optim=config.optim, steps=config.train.steps)
     # The shapes and shardings of the state; no array is made.
     abstract = abstract_state(module, tx=tx, mesh=mesh, rules=rules,
                               optim=config.optim)
@@ -620,7 +626,8 @@ class Run:
     """Returns the parameters with which a training state is evaluated: their
     average, in a run with optim.ema, and else the parameters themselves."""
     rate_shares = parameter_shares(self.module, self.config.optim)
-    return shares.evaluated_parameters(rate_shares, state.ema, state.params)
+    return shares.evaluated_parameters(rate_shares, average=state.ema,
+                                       params=state.params)
 
   def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Returns a batch on the devices, given the rows of this process."""
@@ -657,7 +664,7 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
   if mesh is None:
     shape = devices.resolve_mesh_shape(config.mesh, jax.device_count())
     mesh = devices.make_mesh(shape, slices=config.mesh.slices)
-  check_mesh(config, model, mesh.shape)
+  check_mesh(config, model=model, shape=mesh.shape)
 
   # The kernels that the model names.
   platform = mesh.devices.flat[0].platform
@@ -746,7 +753,7 @@ def load_run_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict
   tokenizer = tokenizers.load(config.data.tokenizer)
   starts = run_config.load_starts(workdir)
   hash_of_file = pipeline.digest_tokenizer(config, tokenizer)
-  for line in provenance.check_data(starts, hash_of_file, allowed=True):
+  for line in provenance.check_data(starts, data=hash_of_file, allowed=True):
     print(f'warning: {line}', file=sys.stderr)
   return tokenizer
 

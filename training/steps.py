@@ -56,10 +56,11 @@ class TrainingBatches:
     for num_rows in (*self._ramp.sizes, self._ramp.last):
       for length, row_lengths in row_lengths_of.items():
         self._work[num_rows, length] = self._work_of_step(
-            num_rows, row_lengths, num_runs)
+            num_rows, row_lengths=row_lengths, num_runs=num_runs)
     usual_work = self._work[self._ramp.last, 0]
-    self.meter = progress.StepTimer(
-        usual_work.tokens, usual_work.flops, self._peak)
+    self.meter = progress.StepTimer(usual_work.tokens,
+                                    flops_per_step=usual_work.flops,
+                                    peak_flops=self._peak)
 
   def _work_of_step(self, num_rows: int, row_lengths: tuple[int, ...],
                     num_runs: int) -> StepWork:
@@ -76,7 +77,7 @@ class TrainingBatches:
     if self._peak:
       run = self._program.run
       flops_of_row = flops.training_flops_of_row(
-          run.config, run.model, row_lengths)
+          run.config, model=run.model, lengths=row_lengths)
       total_flops = num_runs * num_rows * sum(flops_of_row.values())
     return StepWork(tokens=num_rows * sum(row_lengths), flops=total_flops)
 

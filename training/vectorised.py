@@ -134,9 +134,9 @@ def train_group(configs: Sequence[ml_collections.ConfigDict],
   with contextlib.ExitStack() as stack:
     members = []
     for request in requests:
-      member = _open_member(request, run, stack)
+      member = _open_member(request, run=run, stack=stack)
       members.append(member)
-    _train_members(run, members, hash_of_source)
+    _train_members(run, members=members, hash_of_source=hash_of_source)
   return [member.writer for member in members]
 
 
@@ -395,7 +395,8 @@ class RunGroup(Program):
     def step_of_one_run(state: TrainState, batch_and_values: tuple[dict, dict]):
       batch, values = batch_and_values
       config = config_with_traced_values(run.config, values)
-      tx = build_optimizer(run.module, config.optim, config.train.steps)
+      tx = build_optimizer(run.module, optim=config.optim,
+                           steps=config.train.steps)
       step = make_train_step(run.module, tx=tx, config=config, taps=taps)
       return step(state, batch)
 

@@ -117,7 +117,7 @@ class RunWriter:
     if self.best is not None and self.best.seen < n:
       self.best.add_evaluation(n, figures)
       self.saved.best = self.best.record()
-    self.write_figures(n, 'eval', figures)
+    self.write_figures(n, split='eval', figures=figures)
 
   def save(self, n: int, state: TrainState, tokens: int) -> None:
     """Saves a checkpoint of the training state.
@@ -174,7 +174,8 @@ class RunWriter:
     self.code = code
     newest_step = self.saved.newest
     if code == DIVERGED:
-      self.sentence = _explain_divergence(n, self.num_bad_in_row, newest_step)
+      self.sentence = _explain_divergence(n, num_bad=self.num_bad_in_row,
+                                          newest_step=newest_step)
     elif code == ENDED_EARLY:
       self.sentence = self.best.explain_end(n)
     else:

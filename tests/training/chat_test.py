@@ -80,7 +80,7 @@ def test_an_import_that_was_trained_goes_on_as_in_training(
   read = chat.parameters.read_parameters_on_one_device
   monkeypatch.setattr(
       chat.parameters, 'read_parameters_on_one_device',
-      lambda *args: read(*args)._replace(step=5))
+      lambda *args, **kwargs: read(*args, **kwargs)._replace(step=5))
   speaker = chat.load_from_run(tmp_path / 'run')
   assert speaker.tokenizer.separator_id != 17
   assert speaker.talk.encode(ASK).tolist() == [

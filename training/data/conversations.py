@@ -98,7 +98,7 @@ def parse_turns(turns: Sequence, location: str) -> list[tuple[str, str]]:
     # Both spellings are published: role and content, from and value.
     role = turn.get('role', turn.get('from'))
     role = str(role)
-    check_choice(f'role in {location}', role, ROLE_OF_SPELLING)
+    check_choice(f'role in {location}', value=role, choices=ROLE_OF_SPELLING)
     content = turn.get('content', turn.get('value'))
     text = texts.check_text(content, f'{location} turn of {role!r}')
     parts.append((ROLE_OF_SPELLING[role], text))
@@ -486,8 +486,8 @@ class Template:
         tokens_to_spell = tokens_of_assistant
       marked_message = {}
       for key, value in message.items():
-        marked_message[key] = mark_special_tokens(value, self.tokenizer,
-                                                  tokens_to_spell)
+        marked_message[key] = mark_special_tokens(
+            value, tokenizer=self.tokenizer, tokens=tokens_to_spell)
       chat.append(marked_message)
 
     # Render in another process: the template comes with a model that anybody
@@ -515,7 +515,7 @@ def read_template(spec: str, tokenizer: Tokenizer) -> Template:
     RequestError: where there is no template.
   """
   name, text = read_template_text(spec)
-  return make_template(name, text, tokenizer)
+  return make_template(name, text=text, tokenizer=tokenizer)
 
 
 def read_template_text(spec: str) -> tuple[str, str]:
@@ -613,10 +613,10 @@ def mark_special_tokens(text: str, tokenizer: Tokenizer, tokens: Set[int]
   # that somebody wrote are removed first, or they could end ours.
   text = remove_marks(text)
   ids_T, spans_T2 = tokenizer.encode_with_special_tokens(text)
-  spans = _find_spans_of_tokens(tokens, ids_T, spans_T2)
+  spans = _find_spans_of_tokens(tokens, ids_T=ids_T, spans_T2=spans_T2)
   if spans:
     ids_T, spans_T2 = tokenizer.encode_without_special_tokens(text)
-    spans -= _find_spans_of_tokens(tokens, ids_T, spans_T2)
+    spans -= _find_spans_of_tokens(tokens, ids_T=ids_T, spans_T2=spans_T2)
 
   # Mark the last part first, since a mark moves the text behind it.
   begin_mark, end_mark = MARKS_OF_SPELT_TEXT

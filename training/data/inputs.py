@@ -62,7 +62,7 @@ def arguments_of_module(stack: str, values: Mapping[str, Any], vocab_size: int
 
     # The values of an array that JAX traces are not known yet, so they pass.
     if name.endswith('tokens'):
-      check_ids(name, array, vocab_size)
+      check_ids(name, tokens=array, vocab_size=vocab_size)
     if name.endswith('mask') and not isinstance(array, jax.core.Tracer):
       real_BL = np.asarray(array) != 0
       begins_again = real_BL[:, 1:] & ~real_BL[:, :-1]

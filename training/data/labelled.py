@@ -240,7 +240,7 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
   for number, (location, row) in enumerate(texts.read_rows(path, names=False)):
     if number == 0:
       size = len(row)
-      named = _find_named_columns(location, row, fields)
+      named = _find_named_columns(location, row=row, fields=fields)
       if named:
         columns = named
         cells = [row.get(column, '') for column in named]
@@ -341,7 +341,7 @@ def _record_of_row(location: str, row: dict[str, Any], columns: Sequence[str],
   # Take the cells of the texts and, last, of the label, which may be a number.
   location = f'{location},'
   *text_columns, label_column = columns
-  texts.check_columns(row, filter(None, columns), location)
+  texts.check_columns(row, names=filter(None, columns), location=location)
   values = [row[column] for column in text_columns]
   if label_column:
     values.append(_label_as_text(row[label_column], location))
@@ -399,9 +399,10 @@ def read_dataset_rows(name: str, fields: Sequence[str],
         continue
       if isinstance(value, list):
         row[column] = [
-            _name_of_label(label, names, location) for label in value]
+            _name_of_label(label, names=names,
+                           location=location) for label in value]
       else:
-        row[column] = _name_of_label(value, names, location)
+        row[column] = _name_of_label(value, names=names, location=location)
     yield location, row
 
 
@@ -590,7 +591,7 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
     # Any other line has a word, and its label if `columns` names two.
     if shape_of_words is None:
       shape_of_words = shape
-    word, *labels = _word_and_label(fields, columns, location)
+    word, *labels = _word_and_label(fields, columns=columns, location=location)
     sentence.words.append(word)
     sentence.labels.extend(labels)
     sentence.lines.append(location)
@@ -729,8 +730,8 @@ def _group_into_paragraphs(
     location = rows[0].where
     context = rows[0].context
     text = _check_not_empty(context, location)
-    questions = [_check_question(row.question, context,
-                                 location) for row in rows]
+    questions = [_check_question(row.question, context=context,
+                                 path=location) for row in rows]
     yield Paragraph(context=text, questions=tuple(questions))
 
 

@@ -116,8 +116,8 @@ def render(template: str, chat: Sequence[Mapping[str, str]],
   Raises:
     RequestError: for a text that is far longer than the messages.
   """
-  utils = texts.import_extra('transformers.utils.chat_template_utils', 'it',
-                             'hf')
+  utils = texts.import_extra('transformers.utils.chat_template_utils',
+                             subject='it', extra='hf')
   (text,), spans = utils.render_jinja_template(
       [chat], chat_template=template, **options)
 
@@ -152,7 +152,7 @@ def read_others(folder: str, kinds: Sequence[str]
     The tokenizer.json that transformers makes of it; and the id of each kind of
     special token, or None.
   """
-  transformers = texts.import_extra('transformers', 'it', 'hf')
+  transformers = texts.import_extra('transformers', subject='it', extra='hf')
   theirs = transformers.AutoTokenizer.from_pretrained(
       folder, local_files_only=True)
   _try_tokenizer(theirs.backend_tokenizer)

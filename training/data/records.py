@@ -56,8 +56,8 @@ def read_training_records(config: Any) -> list[Any]:
     # Labels and class weights must not depend on the records that are held out
     # for evaluation. The selection follows from the number of a record in its
     # source, as it does for the rows of batches.
-    is_of_training = tokens.select_documents(np.arange(len(records)), every,
-                                             'train')
+    is_of_training = tokens.select_documents(np.arange(len(records)),
+                                             every=every, split='train')
     training_records += itertools.compress(records, is_of_training)
   return training_records
 
@@ -405,7 +405,8 @@ class Classes(Texts):
     # The place ends in a comma where a message goes on about the record.
     location = record.where.rstrip(',')
     try:
-      check_choice(f'label in {location}:', record.label, self._number)
+      check_choice(f'label in {location}:', value=record.label,
+                   choices=self._number)
     except RequestError as error:
       raise RequestError(
           f'{error}{labelled.advice_for_line_of_names(location)}') from error
@@ -528,7 +529,7 @@ def tokenize_words(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
   encoded = tokenizer.encode_spans(texts)
   tokenised = []
   for words, (ids, spans_T2) in zip(sentences, encoded):
-    tokenised.append(_align_words(words, ids, spans_T2))
+    tokenised.append(_align_words(words, ids=ids, spans_T2=spans_T2))
   return tokenised
 
 
@@ -622,7 +623,7 @@ class Sentences(Rows):
     self.num_bytes = 0
     for number, (sentence, words) in enumerate(zip(self.records, tokenised)):
       class_numbers_W = self._numbers(sentence)
-      shared = choose_stride(config, room, sentence.lines[0])
+      shared = choose_stride(config, room=room, location=sentence.lines[0])
       self.items += _cut_sentence(number, words=words, numbers=class_numbers_W,
                                   shared=shared, room=room)
       self.num_tokens += len(words.ids)
@@ -632,7 +633,7 @@ class Sentences(Rows):
     """Returns the number of the label of each word; 0 where it has none."""
     numbers_W = np.zeros(len(sentence.words), np.int32)
     for i, (label, location) in enumerate(zip(sentence.labels, sentence.lines)):
-      check_choice(f'label in {location}:', label, self._number)
+      check_choice(f'label in {location}:', value=label, choices=self._number)
       numbers_W[i] = self._number[label]
     return numbers_W
 
@@ -657,7 +658,7 @@ def _cut_sentence(sentence: int, words: Words, numbers: np.ndarray,
   """
   # A token that several rows show is owned by the one with the most context.
   num_tokens = len(words.ids)
-  windows = cut_into_windows(num_tokens, room, shared)
+  windows = cut_into_windows(num_tokens, room=room, stride=shared)
   owner_T = find_owners(windows, num_tokens)
 
   pieces = []
@@ -780,16 +781,17 @@ def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
   answer = None
   if question.answers:
     text, start = question.answers[0]
-    answer = find_tokens(spans_T2, start, start + len(text))
+    answer = find_tokens(spans_T2, start=start, end=start + len(text))
     require(answer is not None, f'{location}, has an answer without a token '
             f'that the tokenizer {corpus.tokenizer.name!r} knows')
 
   # Cut the paragraph. A row that shows only a part of the answer, or nothing of
   # it, counts as one without an answer: its target is the null token (BERT's
   # run_squad.py does this too). Tokens are counted from the row's own part on.
-  shared = choose_stride(corpus.config, room, f'the paragraph of {location}')
+  shared = choose_stride(corpus.config, room=room,
+                         location=f'the paragraph of {location}')
   windows = []
-  for first, end in cut_into_windows(len(ids), room, shared):
+  for first, end in cut_into_windows(len(ids), room=room, stride=shared):
     answer_in_row = None
     if answer is not None:
       answer_first, answer_last = answer

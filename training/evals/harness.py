@@ -107,7 +107,8 @@ class Model(api.TemplateLM):
       self._first_token = bos
     else:
       self._first_token = tokenizer.separator_id
-    inputs.check_ids('prefix_token_id', self._first_token, model.vocab_size)
+    inputs.check_ids('prefix_token_id', tokens=self._first_token,
+                     vocab_size=model.vocab_size)
 
   @classmethod
   def create_from_arg_obj(cls, arg_dict: dict[str, Any],
@@ -168,7 +169,8 @@ class Model(api.TemplateLM):
       text = conversations.read_template_of_folder(folder)
     require(bool(text), 'a chat template is asked for, and neither the run nor '
             f'the folder of its tokenizer {self._tokenizer.name!r} has one')
-    return conversations.make_template('of the run', text, self._tokenizer)
+    return conversations.make_template('of the run', text=text,
+                                       tokenizer=self._tokenizer)
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
     """Returns the text of the chat template, as lm_eval records it; None: no
@@ -206,8 +208,8 @@ class Model(api.TemplateLM):
     special_texts = self._tokenizer.special_texts
     if any(special_text in string for special_text in special_texts):
       ids, _ = self._tokenizer.encode_with_special_tokens(string)
-      inputs.check_ids(f'the text {shorten(string)}', ids,
-                       self.evaluation.run.model.vocab_size)
+      inputs.check_ids(f'the text {shorten(string)}', tokens=ids,
+                       vocab_size=self.evaluation.run.model.vocab_size)
     # A text that begins with the prefix needs no second one.
     if add_special_tokens is None:
       prefix = self._tokenizer.piece(self._first_token)
@@ -272,8 +274,8 @@ class Model(api.TemplateLM):
              ) -> list[scoring.TokenScores]:
     """Returns the scores of the tokens of each continuation."""
     with self.evaluation.run.context():
-      return scoring.score_continuations(continuations, self.evaluation,
-                                         'scoring')
+      return scoring.score_continuations(
+          continuations, evaluation=self.evaluation, doing='scoring')
 
   def loglikelihood_rolling(self, requests: Sequence[Any],
                             disable_tqdm: bool = False) -> list[float]:

@@ -206,7 +206,8 @@ def inspect_model(module: nn.Module, params: Any, arrays: Mapping[str, Any],
   for i, stack in enumerate(tokens):
     attention[stack] = _measure_attention(weights[i])._replace(
         previous_token=previous_token_weight(weights[i], is_real[stack]),
-        induction=induction_score(weights[i], tokens[stack], is_real[stack]))
+        induction=induction_score(weights[i], tokens_BL=tokens[stack],
+                                  is_real_BL=is_real[stack]))
     stream[stack] = _measure_stream(states[i], is_real[stack])
     if len(expert_layers[stack]):
       routing_of_stack = {field: split[i] for field, split in routing.items()}

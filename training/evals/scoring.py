@@ -104,8 +104,9 @@ def score_continuations(continuations: Sequence[Continuation],
       one_per_row=is_prefix_lm))
   scores_by_index: dict[int, TokenScores] = {}
   for shape, rows in progress.show_items(batches, doing):
-    batch = devices.put_on_devices(_make_batch(shape, rows, continuations),
-                                   evaluation.run.batch_sharding)
+    batch = devices.put_on_devices(
+        _make_batch(shape, rows=rows, continuations=continuations),
+        evaluation.run.batch_sharding)
     losses_P, is_greedy_P = jax.device_get(step(evaluation.params, batch))
 
     # The P places of a batch are those of one continuation after the other, in
@@ -309,7 +310,7 @@ def _make_score_function(evaluation: Evaluation, is_prefix_lm: bool
     # reshape; token_losses takes [batch, length], hence the added axis.
     d_model = output.hidden.shape[-1]
     hidden_PD = output.hidden.reshape(-1, d_model)[batch['places']]
-    token_losses = losses.token_losses(hidden_PD[None], output.head,
-                                       batch['targets'][None])
+    token_losses = losses.token_losses(hidden_PD[None], head=output.head,
+                                       targets_BL=batch['targets'][None])
     return token_losses.loss[0], token_losses.correct[0]
   return score

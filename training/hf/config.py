@@ -93,7 +93,8 @@ class Reader:
     value = self._tree.get(name)
     if value is None:
       return default
-    return _check_type(f'config.json has {self._full(name)}', value, default)
+    return _check_type(f'config.json has {self._full(name)}', value=value,
+                       default=default)
 
   def read_list(self, name: str) -> list[Any]:
     """Returns the list that the field `name` holds; an empty one if it holds
@@ -512,8 +513,8 @@ def config_json_of_model(config: ModelConfig,
   tree |= _write_head(config, labels)
   # A field for which a config.json has no words is found by reading the result
   # again, and comparing the two models.
-  check_same_function(config, model_of_config_json(tree),
-                      f'a {page.model_type} config.json cannot say that')
+  check_same_function(config, theirs=model_of_config_json(tree),
+                      why=f'a {page.model_type} config.json cannot say that')
   return tree
 
 
@@ -532,7 +533,7 @@ def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
       continue  # No layer reads it, so the default of its readers does.
     value = flat.get_field(config, our_name)
     if choices:
-      value = hf.find_hf_word(choices[0], value, field=our_name)
+      value = hf.find_hf_word(choices[0], value=value, field=our_name)
     # The last of several names for a field is written.
     last_name = hf_names.split('|')[-1]
     tree[last_name] = value

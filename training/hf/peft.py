@@ -154,7 +154,7 @@ def write_adapters(config: ModelConfig, params: Any, folder: pathlib.Path,
     path = tensor.paths[0]
     x = tensor.join_parameters([flat[path][tensor.index]])
     tensor_dtype = np.dtype(dtype or x.dtype)
-    weights.check_values_fit(path, x, tensor_dtype)
+    weights.check_values_fit(path, x, dtype=tensor_dtype)
     written[tensor.name] = x.astype(tensor_dtype, copy=False)
   hf_files.refuse_files_left(folder, (CONFIG, WEIGHTS))
   folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,7 @@ def read_adapters(config: ModelConfig, folder: pathlib.Path
 
   # Each is put where it stands among the layers.
   page = architectures.hugging_face(config.arch)
-  finder = weights.TensorFinder(page, source, config)
+  finder = weights.TensorFinder(page, source=source, config=config)
   flat = {}
   for path, x in paths.flatten_by_path(shapes).items():
     if weights.is_adapter(path):
@@ -220,7 +220,7 @@ def read_adapters(config: ModelConfig, folder: pathlib.Path
     fault = finder.find_fault(tensor)
     require(not fault, f'{folder / WEIGHTS}: {fault}')
     x = source[tensor.name]
-    weights.check_values_fit(tensor.name, x, np.dtype(config.param_dtype))
+    weights.check_values_fit(tensor.name, x, dtype=np.dtype(config.param_dtype))
     ranges = {axis: (0, tensor.sizes[axis]) for axis in tensor.ours[0]}
     matrix = tensor.read_parameter(x.__getitem__, 0, ranges)
     flat[tensor.paths[0]][tensor.index] = matrix
@@ -264,8 +264,9 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
   # The numbers, in their ranges.
   tree.setdefault('lora_dropout', 0.0)
   for name, (value_of_type, bounds) in DEFAULT_AND_BOUNDS.items():
-    check_type(tree.get(name), value_of_type, f'{name} of {file}')
-    check_number(f'{name} of {file}', tree[name], bounds)
+    check_type(tree.get(name), default=value_of_type,
+               subject=f'{name} of {file}')
+    check_number(f'{name} of {file}', value=tree[name], bounds=bounds)
   return tree
 
 

@@ -72,7 +72,7 @@ def import_tokenizer(folder: epath.Path, workdir: epath.Path,
     written = {*copied}
     if tokenizer is not None:
       written.add(PIPELINE)
-    files.refuse_files_left(target, written, FILE_NAMES)
+    files.refuse_files_left(target, written=written, patterns=FILE_NAMES)
     _copy_files(copied, target)
     if (isinstance(tokenizer, tokenizers.HuggingFace)
         and PIPELINE not in copied):
@@ -135,19 +135,19 @@ def refuse_files_left(workdir: epath.Path, config: ml_collections.ConfigDict,
                       folder: pathlib.Path, step: int) -> None:
   """Raises RequestError for files of another tokenizer that
   `export_tokenizer`, with the same arguments, would leave in a folder."""
-  written = {*_tokenizer_files(workdir, config, step)}
+  written = {*_tokenizer_files(workdir, config, step=step)}
   if not is_stand_in(config.data.tokenizer):
     written |= {tokenizers.CONFIG_FILE, PIPELINE}
     if objectives.find_objective(config).has_chat_template:
       written.add(TEMPLATE)
-  files.refuse_files_left(folder, written, FILE_NAMES)
+  files.refuse_files_left(folder, written=written, patterns=FILE_NAMES)
 
 
 def export_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict,
                      folder: pathlib.Path, step: int) -> None:
   """Copies the tokenizer of a run's checkpoint into a Hugging Face folder; of
   a run that learned to chat, with the template that it learned."""
-  sources = _tokenizer_files(workdir, config, step)
+  sources = _tokenizer_files(workdir, config, step=step)
   _copy_files(sources, folder)
   if not is_stand_in(config.data.tokenizer):
     tokenizer = runs.load_run_tokenizer(workdir, config)
@@ -180,7 +180,7 @@ def refuse_other_tokenizer(tokenizer: tokenizers.Tokenizer,
   written = {*_files_of_tokenizer(tokenizer), tokenizers.CONFIG_FILE, PIPELINE}
   if objectives.find_objective(config).has_chat_template:
     written.add(TEMPLATE)
-  files.refuse_files_left(folder, written, FILE_NAMES)
+  files.refuse_files_left(folder, written=written, patterns=FILE_NAMES)
 
 
 def _files_of_tokenizer(tokenizer: tokenizers.Tokenizer
@@ -217,7 +217,7 @@ def _add_tokenizer_config(tokenizer: tokenizers.Tokenizer,
   for role, token_id in tokenizer.special_ids.items():
     special_tokens[role] = tokenizer.piece(token_id)
   frame = FRAME_OF_SYSTEM.get(config.model.arch, '')
-  _add_frame(folder / PIPELINE, frame, special_tokens)
+  _add_frame(folder / PIPELINE, frame=frame, special_tokens=special_tokens)
 
   # transformers knows no special token by its spelling alone.
   if tokenizers.CONFIG_FILE not in copied:

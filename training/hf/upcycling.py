@@ -200,6 +200,8 @@ def parse_moe_fields(words: Sequence[str], like: Mapping[str, Any]
       defaults[name] = value
   defaults['every'] = 1
   parsed = {}
-  for name, text in parse_assignments(words, '--moe', sorted(defaults)).items():
-    parsed[name] = cli.parse_value(text, defaults[name], f'--moe {name}')
+  for name, text in parse_assignments(words, flag='--moe',
+                                      choices=sorted(defaults)).items():
+    parsed[name] = cli.parse_value(text, default=defaults[name],
+                                   flag=f'--moe {name}')
   return parsed

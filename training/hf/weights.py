@@ -80,7 +80,7 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
       honour, or lack.
   """
   # The module that the config.json describes.
-  check_choice('dtype', dtype, ('', *DTYPES))
+  check_choice('dtype', value=dtype, choices=('', *DTYPES))
   path = pathlib.Path(path)
   folder = path.parent if path.is_file() else path
   files = hf_files.Files(path)
@@ -127,7 +127,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
         f'config.json is of a model of {num_needed:,} tensors, of which the '
         f'files hold {num_in_files:,}')
   tensors = tensor_map.map_tensors(rows, shapes)
-  finder = TensorFinder(page, source, module.config)
+  finder = TensorFinder(page, source=source, config=module.config)
 
   # Tensors that one of the two has and the other has not.
   comparison = _Comparison()
@@ -159,7 +159,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
       if path in drawn:
         x = drawn[path]
       else:
-        x = _read_parameter(leaf, tensors_of_path[path], finder)
+        x = _read_parameter(leaf, tensors=tensors_of_path[path], finder=finder)
       advance()
       return x
 
@@ -417,7 +417,7 @@ def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
     cut = functools.partial(finder.cut, tensor.name)
     inner_ranges = dict(zip(tensor.ours[number], ranges[num_leading:]))
     part = tensor.read_parameter(cut, number, inner_ranges)
-    check_values_fit(finder.find_spelling(tensor.name), part, dtype)
+    check_values_fit(finder.find_spelling(tensor.name), part, dtype=dtype)
     shard[index_in_shard] = part
   return shard
 
@@ -494,7 +494,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
     ValueError: naming a part of the model that transformers does not have, or
       what the folder holds: a run, or weights that would stay.
   """
-  check_choice('dtype', dtype, ('', *DTYPES, 'float16'))
+  check_choice('dtype', value=dtype, choices=('', *DTYPES, 'float16'))
   storage.check_folder_is_writable(folder, 'the folder')
   storage.refuse_folder_of_run(folder, 'the folder')
   module, params = merge_adapters(module, params)
@@ -509,7 +509,8 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
     options = generation.options
 
   # The tensors, of which the range of each is checked before any is written.
-  export = _Export(config, paths.flatten_by_path(nn.meta.unbox(params)), dtype)
+  export = _Export(config, flat=paths.flatten_by_path(nn.meta.unbox(params)),
+                   dtype=dtype)
   export.check_ranges()
   files = hf_files.split_into_files(export.sizes(), shard_bytes)
 
@@ -529,7 +530,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
         advance()
       return export.make(name)
 
-    hf_files.write_files(folder, files, make)
+    hf_files.write_files(folder, files=files, make=make)
   tree['dtype'] = dtype or config.param_dtype
   storage.write_json(folder / 'config.json', tree)
   if options is not None:
@@ -577,7 +578,7 @@ class _Export:
     """Raises RequestError for a value that its type does not reach."""
     for name, tensor in self.tensors.items():
       words = ' and '.join(tensor.paths)
-      check_values_fit(words, self._joined(name), self._floats[name])
+      check_values_fit(words, self._joined(name), dtype=self._floats[name])
 
   def sizes(self) -> dict[str, int]:
     """Returns the number of bytes of each tensor, by name."""

@@ -81,8 +81,8 @@ class Prompts(NamedTuple):
     prompt: Sequence[int] | np.ndarray = ()
     if not self.gap:
       prompt = self.tokens[row, :self.lengths[row]]
-    text = decode_after_prompt(tokenizer, ids, prompt).decode('utf-8',
-                                                              'replace')
+    text = decode_after_prompt(tokenizer, ids=ids, prompt=prompt).decode(
+        'utf-8', 'replace')
     return text.removeprefix(self.lead)
 
 
@@ -144,7 +144,7 @@ def token_loss_figures(output: Output, batch: Batch, config: Config) -> Figures:
   # All figures are sums over the same tokens, so they have one weight.
   weight = sums.pop('weight')
   figures = {name: Mean(total, weight) for name, total in sums.items()}
-  return figures | multi_token_figures(output, batch, train)
+  return figures | multi_token_figures(output, batch=batch, train=train)
 
 
 def model_lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
@@ -372,7 +372,7 @@ class Objective:
     Returns:
       {name: Mean}: each figure as a sum and its weight.
     """
-    return token_loss_figures(output, batch, config)
+    return token_loss_figures(output, batch=batch, config=config)
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
     """Returns the sum of the weights by which each loss of `terms` is divided
@@ -516,9 +516,10 @@ class Objective:
       params: its parameters, a tree of arrays.
       batch: the arrays of a batch by name, with `targets` [B, L].
     """
-    output = self.apply(module, params, batch)
+    output = self.apply(module, params=params, batch=batch)
     assert output.head is not None  # else there are no logits
-    return losses.token_losses(output.hidden, output.head, batch['targets'])
+    return losses.token_losses(output.hidden, head=output.head,
+                               targets_BL=batch['targets'])
 
   def ends(self, config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the ids with which a text that the model writes ends, the
@@ -604,7 +605,7 @@ def find_objective(config: Config) -> Objective:
   Raises:
     RequestError: where there is none of that name.
   """
-  check_choice('objective', config.objective, OBJECTIVES)
+  check_choice('objective', value=config.objective, choices=OBJECTIVES)
   return OBJECTIVES[config.objective]
 
 

@@ -145,7 +145,7 @@ class Causal(Objective):
 
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
-    return objectives.prompt_after_separator(texts, config, tokenizer)
+    return objectives.prompt_after_separator(texts, config, tokenizer=tokenizer)
 
   def talk(self, config: Config, tokenizer: Tokenizer) -> Talk:
     return talk_by_continuing(tokenizer)
@@ -195,7 +195,8 @@ class Prefix(Objective):
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
     """Returns texts as prompts whose tokens all see each other."""
-    prompts = objectives.prompt_after_separator(texts, config, tokenizer)
+    prompts = objectives.prompt_after_separator(texts, config,
+                                                tokenizer=tokenizer)
     return prompts._replace(arguments=dict(prefix_B=prompts.lengths))
 
 
@@ -314,7 +315,8 @@ class Chat(Objective):
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
     """Returns each text as a question that the model is about to answer."""
-    rows = [encode_question(text, config, tokenizer) for text in texts]
+    rows = [encode_question(text, config,
+                            tokenizer=tokenizer) for text in texts]
     tokens, lengths = objectives.pad_prompts(rows)
     lead = talk_by_config(config, tokenizer).lead
     return Prompts(tokens=tokens, lengths=lengths, gap='\n', lead=lead)

@@ -141,14 +141,15 @@ def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
     """Returns the losses of a chunk of tokens, and no state of the scan."""
     x_QBPD, targets_QBP = chunk
     logits_QBPV = head.finish_logits(_project_to_vocabulary(x_QBPD, kernel_DV))
-    return None, _losses_of_logits(settings, logits_QBPV, targets_QBP)
+    return None, _losses_of_logits(settings, logits_QBPV=logits_QBPV,
+                                   targets_QBP=targets_QBP)
 
   # Scan over the chunks, so that the logits of only one exist at a time. The
   # axes of a chunk are [Q, B, P, ...]: the devices' shards of the tokens, the
   # rows of a shard, and the positions of a chunk.
   chunks = _split_into_chunks(settings, (hidden_BLD, targets_BL))
   _, losses = jax.lax.scan(compute_losses_of_chunk, None, chunks)
-  return _join_chunks(settings, losses, targets_BL.shape)
+  return _join_chunks(settings, arrays=losses, shape=targets_BL.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -227,7 +228,8 @@ def _sum_losses_forward(settings: _LossSettings, *args):
     x_QBPD, targets_QBP, weights_QBP = chunk
     products_QBPV = _project_to_vocabulary(x_QBPD, kernel_DV)
     logits_QBPV, pull_back = jax.vjp(head.finish_logits, products_QBPV)
-    losses = _losses_of_logits(settings, logits_QBPV, targets_QBP)
+    losses = _losses_of_logits(settings, logits_QBPV=logits_QBPV,
+                               targets_QBP=targets_QBP)
     d_logits_QBPV = _gradient_of_logits(settings, logits_QBPV=logits_QBPV,
                                         targets_QBP=targets_QBP,
                                         weights_QBP=weights_QBP,
@@ -252,15 +254,17 @@ def _sum_losses_forward(settings: _LossSettings, *args):
   # Scan over the chunks. The gradients of the head are the state of the scan:
   # each chunk adds its own to them, in float32, for each shard by itself.
   transposed_kernel = _transpose_for_gradient(head.kernel_DV)
-  zeros = (_zero_gradients(settings, needs_head.kernel_DV, transposed_kernel),
-           _zero_gradients(settings, needs_bias, head.bias_V))
+  zeros = (_zero_gradients(settings, is_needed=needs_head.kernel_DV,
+                           x=transposed_kernel),
+           _zero_gradients(settings, is_needed=needs_bias, x=head.bias_V))
   chunks = _split_into_chunks(settings, (hidden_BLD, targets_BL, weights_BL))
   (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(
       add_gradients_of_chunk, zeros, chunks)
 
   # Lay out losses and gradients as the arguments are. _total_gradient adds up
   # the shards' gradients of the head, which is where the devices exchange them.
-  tokens, d_hidden = _join_chunks(settings, (losses, dx_QBPD), targets_BL.shape)
+  tokens, d_hidden = _join_chunks(settings, arrays=(losses, dx_QBPD),
+                                  shape=targets_BL.shape)
   d_head = head.replace(
       kernel_DV=_total_gradient(d_kernel, head.kernel_DV, 'embed', 'vocab'),
       bias_V=_total_gradient(d_bias, head.bias_V, 'vocab'))

@@ -393,7 +393,7 @@ def masked_word_figures(output: Output, batch: Batch,
   M = most_targets(config.data.mask_rate, L)
   has_shards = sharding.count_shards('length', L) > 1
   if config.data.whole_words or has_shards or M >= L:
-    return objectives.token_loss_figures(output, batch, config)
+    return objectives.token_loss_figures(output, batch=batch, config=config)
 
   # Find the places of the first M tokens that are chosen. A token that is not
   # chosen has the place L, so that sorting puts it last. Shapes must not depend
@@ -417,7 +417,8 @@ def masked_word_figures(output: Output, batch: Batch,
   weights_BM = jnp.where(has_too_many, jnp.nan, weights_BM)
   chosen = dict(targets=at_places(batch['targets']), weights=weights_BM)
   return objectives.token_loss_figures(
-      output.replace(hidden=at_places(output.hidden)), chosen, config)
+      output.replace(hidden=at_places(output.hidden)), batch=chosen,
+      config=config)
 
 
 def masked_word_and_sentence_figures(output: Output, batch: Batch,
@@ -439,7 +440,8 @@ def masked_word_and_sentence_figures(output: Output, batch: Batch,
   # Score the masked words. Their loss is only a part of the one to minimise,
   # so it gets another name.
   figures = {}
-  for name, mean in masked_word_figures(output, batch, config).items():
+  for name, mean in masked_word_figures(output, batch=batch,
+                                        config=config).items():
     if name in ('loss', 'accuracy'):
       name = f'mlm_{name}'
     figures[name] = mean
@@ -484,7 +486,7 @@ class MaskedWords(Objective):
       to be predicted; and segment_ids. With data.document_mask a document is a
       segment, from its separator on, and its positions begin with 0.
     """
-    ids, is_special, segments = frame_text(item, config, tokenizer)
+    ids, is_special, segments = frame_text(item, config, tokenizer=tokenizer)
     row = _mask_row(ids, special=is_special, rng=rng, config=config,
                     tokenizer=tokenizer)
     return row | segments
@@ -493,7 +495,7 @@ class MaskedWords(Objective):
     return objectives.arrays_of_documents(config)
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    return masked_word_figures(output, batch, config)
+    return masked_word_figures(output, batch=batch, config=config)
 
   def num_unread_places(self, config: Config, length: int) -> int:
     return count_unread_places(config, length)
@@ -552,7 +554,7 @@ class NextSentence(Objective):
           "True, or choose objective 'mlm'")
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    return masked_word_and_sentence_figures(output, batch, config)
+    return masked_word_and_sentence_figures(output, batch=batch, config=config)
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
     return {'mlm_loss': objectives.count_targets(batch),
@@ -642,7 +644,7 @@ class MaskedDiffusion(Objective):
     accuracy is a mean over the masked ones, by weight.
 
     The arguments are those of Objective.figures."""
-    figures = objectives.token_loss_figures(output, batch, config)
+    figures = objectives.token_loss_figures(output, batch=batch, config=config)
     for name in figures.keys() - {'accuracy'}:
       figures[name] = Mean(figures[name].total, count_tokens(batch))
     return figures

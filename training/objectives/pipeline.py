@@ -296,7 +296,8 @@ def make_training_loader(config: Config, tokenizer: Tokenizer,
     RequestError: for a source that is missing, empty or unreadable.
   """
   import grain
-  weights, corpora, views = _open_views(config, tokenizer, 'train')
+  weights, corpora, views = _open_views(config, tokenizer=tokenizer,
+                                        split='train')
 
   # Each source is shuffled anew in each pass. Grain permutes epoch e by
   # seed + e: hashed seeds keep the second epoch of seed 0 from being the first
@@ -430,15 +431,15 @@ def digest_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   data = config.data
   hashes = {}
   for spec in filter(None, (data.source, data.eval_source)):
-    for _, source in _parse_sources(spec, config, tokenizer):
+    for _, source in _parse_sources(spec, config, tokenizer=tokenizer):
       # A source may be cut into what is trained on and what is held out. The
       # hash of text is kept in the cache; for others it is quickly computed.
       source = sources.hold_out_end_of_text(source, _holdout_every(data))
       if source.tokens or source.is_drawn:
         hashes[source.name] = source.digest()
       else:
-        hashes[source.name] = sources.content_digest(source, tokenizer,
-                                                     data.cache_dir)
+        hashes[source.name] = sources.content_digest(
+            source, tokenizer=tokenizer, cache_dir=data.cache_dir)
   return hashes
 
 
@@ -483,7 +484,7 @@ def _open_corpora(config: Config, tokenizer: Tokenizer, split: str,
 
   # Open each source by the kind of what it holds: rows that are drawn, labelled
   # records, or text.
-  for weight, source in _parse_sources(spec, config, tokenizer):
+  for weight, source in _parse_sources(spec, config, tokenizer=tokenizer):
     objectives.check_fits(config, source)
     if source.is_drawn:
       corpus = sources.Corpus(name=source.name, text=source.name, split=split,
@@ -542,12 +543,13 @@ def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
   # which is filled first where it lacks them. A single file of text is cut in
   # two documents before, so that its end can be held out.
   every = _holdout_every(config.data)
-  source = sources.hold_out_end_of_text(source, every, part)
+  source = sources.hold_out_end_of_text(source, every=every, part=part)
   if source.tokens:
     whole = tokens.load_tokens(source.tokens, source.name)
-    tokens.check_tokenizer(whole, tokenizer, source.name)
+    tokens.check_tokenizer(whole, tokenizer=tokenizer, name=source.name)
   else:
-    whole = sources.load_or_tokenize(source, tokenizer, config.data.cache_dir)
+    whole = sources.load_or_tokenize(source, tokenizer=tokenizer,
+                                     cache_dir=config.data.cache_dir)
 
   # Choose those of the split. Where a source is cut, its document 0 is the part
   # of eval.part already, and must not be halved again.

@@ -62,7 +62,8 @@ class ReplacedTokens(Objective):
       data.document_mask also positions; and those of its M masks: places [M],
       which are L where there is no mask, targets and weights [up to M].
     """
-    ids, is_special, segments = mlm.frame_text(item, config, tokenizer)
+    ids, is_special, segments = mlm.frame_text(item, config,
+                                               tokenizer=tokenizer)
     # Choose the places of masks among those of words, never of special tokens.
     word_places = np.flatnonzero(~is_special)
     num_words = len(word_places)
@@ -113,8 +114,8 @@ class ReplacedTokens(Objective):
     """
     # The generator's loss is the cross-entropy at the masks.
     figures = {}
-    for name, mean in objectives.token_loss_figures(output, batch,
-                                                    config).items():
+    for name, mean in objectives.token_loss_figures(output, batch=batch,
+                                                    config=config).items():
       figures[f'generator_{name}'] = mean
 
     # Find the tokens that the generator has replaced by others than the text's,

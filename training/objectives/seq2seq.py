@@ -126,9 +126,9 @@ class Pairs:
     if isinstance(item, causal.Window):
       M, L = self._lengths
       ids = item.tokens[:min(item.size, M + L)]
-      return Pair(ids[:M], ids[M:], False)
+      return Pair(ids[:M], target=ids[M:], whole=False)
     parts = dict(item)
-    return Pair(parts['source'], parts['target'], True)
+    return Pair(parts['source'], target=parts['target'], whole=True)
 
 
 def lay_out_pair(source: np.ndarray, target: np.ndarray, start: int) -> Row:
@@ -193,7 +193,7 @@ def draw_cut_tokens(n: int, density: float, mean: float,
   Returns:
     bool [n], whether a token is cut out.
   """
-  num_cut, num_spans = count_cut_tokens(n, density, mean)
+  num_cut, num_spans = count_cut_tokens(n, density=density, mean=mean)
 
   def draw_lengths(total: int) -> np.ndarray:
     """Splits `total` tokens into `num_spans` parts of at least 1, every split
@@ -360,8 +360,8 @@ class SequenceToSequence(Objective):
     if item.whole:
       source = np.append(source, tokenizer.separator_id)
       target = np.append(target, tokenizer.separator_id)
-    return lay_out_pair(source[:M], target[:L], start_of_target(config,
-                                                                tokenizer))
+    return lay_out_pair(source[:M], target=target[:L],
+                        start=start_of_target(config, tokenizer))
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     M, L = pair_lengths(config)
@@ -421,7 +421,7 @@ class SpanCorruption(SequenceToSequence):
     density = config.span.noise_density
     mean = config.span.mean_length
     length = config.data.length
-    _, most_spans = count_cut_tokens(length, density, mean)
+    _, most_spans = count_cut_tokens(length, density=density, mean=mean)
     sentinels = np.asarray(tokenizer.sentinel_ids, np.int32)
     require(most_spans <= len(sentinels), f"objective 'span' cuts {most_spans} "
             f'spans out of data.length={length}, but tokenizer '
@@ -435,16 +435,18 @@ class SpanCorruption(SequenceToSequence):
     # A single token leaves nothing to cut out. Without targets the row does not
     # count in the loss.
     if len(ids) < 2:
-      return lay_out_pair(ids, ids[:0], start)
+      return lay_out_pair(ids, target=ids[:0], start=start)
     # Spans go from the source to the target, a sentinel stays in their place.
     cut = draw_cut_tokens(len(ids), density=density, mean=mean, rng=rng)
-    source, target = replace_by_sentinels(ids, cut, sentinels)
-    return lay_out_pair(np.append(source, end), np.append(target, end), start)
+    source, target = replace_by_sentinels(ids, cut=cut, sentinels=sentinels)
+    return lay_out_pair(np.append(source, end), target=np.append(target, end),
+                        start=start)
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     length = config.data.length
     span = config.span
-    cut, spans = count_cut_tokens(length, span.noise_density, span.mean_length)
+    cut, spans = count_cut_tokens(length, density=span.noise_density,
+                                  mean=span.mean_length)
     end = 1
     return arrays_of_pair(length - cut + spans + end, cut + spans + end)
 
@@ -477,12 +479,12 @@ class Denoising(SequenceToSequence):
       ends_sentence = _find_sentence_ends(tokenizer)[target]
       source = permute_sentences(target, ends=ends_sentence,
                                  share=span.permuted, rng=rng)
-      cut, _ = count_cut_tokens(len(source), span.noise_density,
-                                span.mean_length)
+      cut, _ = count_cut_tokens(len(source), density=span.noise_density,
+                                mean=span.mean_length)
       source = replace_by_masks(source, cut=cut, mean=span.mean_length,
                                 mask=tokenizer.mask_id, rng=rng)
-    return lay_out_pair(np.append(source, end), np.append(target, end),
-                        start_of_target(config, tokenizer))
+    return lay_out_pair(np.append(source, end), target=np.append(target, end),
+                        start=start_of_target(config, tokenizer))
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     return arrays_of_pair(config.data.length, config.data.length)

@@ -544,7 +544,8 @@ def restore_checkpoint(folder: epath.Path, abstract: Any,
   damaged = []
   for tried_step in steps_to_try:
     try:
-      state, record = _read_step(folder / str(tried_step), abstract, partial)
+      state, record = _read_step(folder / str(tried_step), abstract=abstract,
+                                 partial=partial)
     except _DamagedCheckpoint as error:
       damaged.append(f'checkpoint {tried_step} in {folder} is damaged: {error}')
       continue
@@ -600,7 +601,7 @@ def _read_step(folder: epath.Path, abstract: Any, partial: bool):
       _check_fits(folder, record=record,
                   expected=paths.flatten_by_path(abstract),
                   partial=partial)
-      state = _read_arrays(folder, record, abstract)
+      state = _read_arrays(folder, record=record, abstract=abstract)
   except (CheckpointMismatch, MemoryError):
     raise
   except Exception as error:  # Orbax and TensorStore raise many types.
@@ -893,7 +894,7 @@ def _make_device_sums(mesh: Mesh | None, spec: Any):
 
   def sum_on_device(shard: Any) -> jax.Array:
     """Returns the checksum of a device's part of the array, [1]."""
-    shard_sum = _sum_of_shard(shard, axes_of_dimensions, mesh)
+    shard_sum = _sum_of_shard(shard, axes=axes_of_dimensions, mesh=mesh)
     if mesh is None:
       return shard_sum[None]
     for name in mesh.axis_names:

@@ -257,7 +257,8 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
   rows = []
   for number, line in enumerate(lines[:-1], 1):
     subject = f'{path}, line {number},'
-    rows.append(storage.parse_json_object(line, subject, TYPE_OF_ROW_FIELD))
+    rows.append(storage.parse_json_object(line, subject=subject,
+                                          fields=TYPE_OF_ROW_FIELD))
   if lines:
     last_row = _parse_whole_row(lines[-1])
     if last_row:
@@ -349,6 +350,6 @@ def _parse_whole_row(line: bytes) -> dict[str, Any] | None:
   if not line.endswith(b'\n'):
     return None
   try:
-    return storage.parse_json_object(line, '', TYPE_OF_ROW_FIELD)
+    return storage.parse_json_object(line, subject='', fields=TYPE_OF_ROW_FIELD)
   except RequestError:
     return None

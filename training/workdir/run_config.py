@@ -294,7 +294,7 @@ def compare_fields(old: Mapping[str, Any], new: Mapping[str, Any]
     new_value = new.get(name, MISSING_VALUE)
     if type(old_value) is type(new_value) and old_value == new_value:
       continue
-    change_class, why = base.find_effect_of_change(name, old, new)
+    change_class, why = base.find_effect_of_change(name, old=old, new=new)
     changes.append(FieldChange(name=name, old=old_value, new=new_value,
                                kind=change_class, why=why))
   # A change that forbids to go on is read first.

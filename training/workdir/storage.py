@@ -253,7 +253,7 @@ def read_json(file: epath.Path, fields: Mapping[str, Any] = {}
               ) -> dict[str, Any]:
   """Returns the JSON object that a file holds; the arguments and errors are
   those of `parse_json_object`."""
-  return parse_json_object(read_small(file), str(file), fields)
+  return parse_json_object(read_small(file), subject=str(file), fields=fields)
 
 
 def parse_json_object(text: str | bytes, subject: str,

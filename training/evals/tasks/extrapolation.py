@@ -110,7 +110,8 @@ class Extrapolation(Task):
         curves.setdefault(name, {})[multiple] = curve
 
     # Print the table, and draw the picture.
-    print(format_table(curves, tokens_by_multiple, length))
+    print(format_table(curves, tokens_by_multiple=tokens_by_multiple,
+                       length=length))
     path = evaluation.workdir / PICTURE_FILE
     draw_losses(curves, tokens_by_multiple=tokens_by_multiple, length=length,
                 path=path)
@@ -394,8 +395,8 @@ def draw_losses(curves: Curves,
     edges = np.unique(edges.astype(int))
     losses = []
     for start, end in zip(edges, edges[1:]):
-      losses.append(
-          mean_loss(curve, tokens_by_multiple[longest], slice(start, end)))
+      losses.append(mean_loss(curve, tokens=tokens_by_multiple[longest],
+                              positions_averaged=slice(start, end)))
     middles = np.sqrt(edges[:-1] * edges[1:])
     axes.plot(middles, losses, label=name)
 

@@ -503,7 +503,7 @@ def render_page(inspected: Inspection, title: str, about: Sequence[str],
   sections = [
       *_attention_sections(measures),
       *_stream_sections(inspected.stream, spelled_tokens),
-      *_lens_sections(inspected, spelled_tokens, spell),
+      *_lens_sections(inspected, spelled_tokens=spelled_tokens, spell=spell),
       *_expert_sections(inspected.experts, spelled_tokens)]
   return template.render(
       title=title, about=about, data=data, sections=sections).lstrip()

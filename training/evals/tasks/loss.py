@@ -105,12 +105,12 @@ class HeldOutLoss(Task):
     figures_by_source = {}
     for loader, sums_of_source in zip(loaders, sums):
       figures_by_source[loader.name] = _print_figures(
-          loader.text, [sums_of_source], [loader])
+          loader.text, sums=[sums_of_source], loaders=[loader])
     if len(loaders) == 1:
       return figures_by_source[loaders[0].name]
     shares = [f'{loader.share:.3g} {loader.name}' for loader in loaders]
     figures = _print_figures(
-        f'the mean by weight, {", ".join(shares)}', sums, loaders)
+        f'the mean by weight, {", ".join(shares)}', sums=sums, loaders=loaders)
     figures['sources'] = figures_by_source
     return figures
 
@@ -161,16 +161,16 @@ def measure_with_stride(evaluation: Evaluation) -> dict[str, Any]:
   continuations: list[scoring.Continuation] = []
   for ids in tokenizer.encode_batch(documents):
     document = np.concatenate([[tokenizer.separator_id], ids])
-    continuations += cut_into_windows(document, length, stride)
+    continuations += cut_into_windows(document, length=length, stride=stride)
   token_scores = scoring.score_continuations(
-      continuations, evaluation, 'reading windows')
+      continuations, evaluation=evaluation, doing='reading windows')
   nats = 0.0
   for scores in token_scores:
     nats -= float(scores.log_probs.sum())
   num_tokens = sum(window.num_scored for window in continuations)
 
   # Divide by the numbers of tokens, words and bytes.
-  figures = measure_text(nats, num_tokens, documents)
+  figures = measure_text(nats, num_tokens=num_tokens, documents=documents)
   print(f'{source_name}, {num_tokens:,} tokens, each from {length - stride:,} '
         f'to {length - 1:,} before it:')
   for name, value in figures.items():
@@ -268,7 +268,7 @@ def _held_out_documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   holdout_every = data.holdout_every
   if data.eval_source:
     holdout_every = None  # all of that source is held out
-  source = sources.hold_out_end_of_text(source, holdout_every, part)
+  source = sources.hold_out_end_of_text(source, every=holdout_every, part=part)
   if source.is_cut:
     part = ''
 
@@ -348,7 +348,7 @@ class DiffusionBound(Task):
     for loader in loaders:
       total_6 = np.zeros(len(BoundSums._fields))
       batches = progress.show_items(
-          loader.iterate(), 'evaluating', loader.num_batches)
+          loader.iterate(), text='evaluating', total=loader.num_batches)
       for batch_number, batch in enumerate(batches):
         sums_6 = step(evaluation.params, run.put(batch),
                       np.uint32(batch_number))
@@ -513,7 +513,7 @@ class DocumentLoss(Task):
     nats: list[float] = []
     weights: list[float] = []
     for loader in evaluation.held_out_loaders():
-      sums_2D = _sum_by_document(evaluation, step, loader)
+      sums_2D = _sum_by_document(evaluation, step=step, loader=loader)
       tokens_D = sums_2D[1]
       weighted_2D = sums_2D[:, tokens_D > 0] * loader.share / tokens_D.sum()
       nats += weighted_2D[0].tolist()

@@ -108,7 +108,7 @@ class Probe(Task):
       if reason:
         print(f'{cell.level:>20} {cell.length:>7}   refused: {reason}')
         continue
-      measured = measure_cell(evaluation, cell, num_rows)
+      measured = measure_cell(evaluation, cell=cell, num_rows=num_rows)
       scores = measured.figures
       print(_format_row(cell, scores))
       figures['table'].append(cell._asdict() | scores)
@@ -293,7 +293,7 @@ def score_constant_answer(config: ml_collections.ConfigDict,
   Raises:
     RequestError: for another figure.
   """
-  check_choice('figure', figure, CONSTANT_FIGURES)
+  check_choice('figure', value=figure, choices=CONSTANT_FIGURES)
   return _cross_validate_constant(
       name=probes.parse_probe_name(config.data.source),
       settings=probes.read_settings(config), seed=probes.held_out_seed(config),
@@ -319,7 +319,7 @@ def _cross_validate_constant(name: str, settings: probes.Settings, seed: int,
   level_groups: list[tuple] = [()]
   if figure != 'accuracy':
     level_groups = []
-    for cell in list_cells(settings, probe.grows, longer=False):
+    for cell in list_cells(settings, grows=probe.grows, longer=False):
       level_groups.append((cell.level,))
 
   # How often each answer V is right, and how many are asked for, by the N

@@ -75,7 +75,7 @@ class Embed(Task):
     require(bool(options.texts), 'task embed reads texts: pass --texts=FILE')
     require(options.vectors.endswith('.npy'), '--vectors is '
             f'{options.vectors!r}: choose a file OUT.npy')
-    check_choice('--pooling', options.pooling, POOLINGS)
+    check_choice('--pooling', value=options.pooling, choices=POOLINGS)
     storage.checked_output_file(options.vectors, '--vectors')
     read_texts(options.texts)
 
@@ -129,7 +129,8 @@ class Embed(Task):
     # together, the longest first, so each is put back in its place.
     pooling = options.pooling
     normalize = options.normalize
-    embed = _make_embed_function(evaluation, pooling, normalize)
+    embed = _make_embed_function(evaluation, pooling=pooling,
+                                 normalize=normalize)
     step = evaluation.jit_once(embed, 'embed', pooling, normalize)
     max_len = evaluation.run.model.max_len
     batches = list(scoring.pad_into_batches(dict(enumerate(rows)), max_len))
@@ -254,7 +255,8 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
     is_counted_BL = is_real_BL
     if stack == 'decoder':
       is_counted_BL = is_real_BL & (places_1L >= 1)
-    vectors_BD = _pool_states(output, is_counted_BL, pooling)
+    vectors_BD = _pool_states(output, is_counted_BL=is_counted_BL,
+                              pooling=pooling)
     if normalize:
       norms_B1 = jnp.linalg.norm(vectors_BD, axis=-1, keepdims=True)
       vectors_BD /= jnp.maximum(norms_B1, 1e-12)

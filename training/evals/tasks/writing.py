@@ -233,7 +233,7 @@ class DiffusionSamples(Task):
     tokenizer = evaluation.tokenizer
     prompts = objectives.prompt_after_separator(
         _repeat_prompts(options, options.samples), evaluation.run.config,
-        tokenizer)
+        tokenizer=tokenizer)
     return PreparedPrompts(
         prompts=prompts, stop_tokens=tokenizer.separator_id,
         num_tokens=_num_tokens_to_write(evaluation, prompts))
@@ -262,7 +262,7 @@ class DiffusionSamples(Task):
           prompts.lengths, jax.random.key(options.sample_seed),
           new=prepared.num_tokens, steps=num_steps,
           mask=evaluation.tokenizer.mask_id, temperature=options.temperature))
-    samples = _print_samples(evaluation, prepared, tokens_BT)
+    samples = _print_samples(evaluation, prepared=prepared, tokens_BT=tokens_BT)
     return {'samples': samples, 'steps': num_steps}
 
 
@@ -438,8 +438,8 @@ class Translation(Task):
 
 def _load_bleu() -> Any:
   """Returns sacrebleu's metric, with its own tokenisation (13a)."""
-  return text_files.import_extra('sacrebleu.metrics', 'task translation',
-                                 'bleu').BLEU()
+  return text_files.import_extra(
+      'sacrebleu.metrics', subject='task translation', extra='bleu').BLEU()
 
 
 def _share_of_exact(targets: Sequence[WrittenTarget]) -> float:
@@ -468,7 +468,7 @@ def _write_and_score(evaluation: Evaluation, things: str,
   for loader in loaders:
     loader.limit_rows(options.targets)
     targets_by_source.append(
-        write_targets(evaluation, loader, make_beams(options)))
+        write_targets(evaluation, loader=loader, beams=make_beams(options)))
 
   # The scores of each source.
   scores_by_source = []
@@ -514,8 +514,8 @@ def write_targets(evaluation: Evaluation, loader: pipeline.Loader,
   """Lets the model write the target of each pair of a loader; see
   `write_targets_of_batch`."""
   targets = []
-  for batch in progress.show_items(loader.iterate(), 'writing',
-                                   loader.num_batches):
+  for batch in progress.show_items(loader.iterate(), text='writing',
+                                   total=loader.num_batches):
     targets += write_targets_of_batch(
         evaluation.run.module, params=evaluation.params, batch=batch,
         tokenizer=evaluation.tokenizer, beams=beams)
