@@ -120,7 +120,7 @@ def _train(tmp_path, monkeypatch):
   """Returns a function that trains; see `Fake`."""
   monkeypatch.setattr(
       steps.flops, 'training_flops_of_row',
-      lambda config, model, sides: {'weights': float(sum(sides))})
+      lambda config, model, lengths: {'weights': float(sum(lengths))})
   monkeypatch.setattr(description, 'describe_run', lambda *_, **__: 'a program')
 
   def train(*rows, due=(), stop=None, start=0, best=None, **fields):

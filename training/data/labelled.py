@@ -399,8 +399,8 @@ def read_dataset_rows(name: str, fields: Sequence[str],
         continue
       if isinstance(value, list):
         row[column] = [
-            _name_of_label(label, names=names,
-                           location=location) for label in value]
+            _name_of_label(label, names=names, location=location)
+            for label in value]
       else:
         row[column] = _name_of_label(value, names=names, location=location)
     yield location, row
@@ -730,8 +730,10 @@ def _group_into_paragraphs(
     location = rows[0].where
     context = rows[0].context
     text = _check_not_empty(context, location)
-    questions = [_check_question(row.question, context=context,
-                                 path=location) for row in rows]
+    questions = []
+    for row in rows:
+      questions.append(
+          _check_question(row.question, context=context, path=location))
     yield Paragraph(context=text, questions=tuple(questions))
 
 

@@ -315,8 +315,9 @@ class Chat(Objective):
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
     """Returns each text as a question that the model is about to answer."""
-    rows = [encode_question(text, config,
-                            tokenizer=tokenizer) for text in texts]
+    rows = []
+    for text in texts:
+      rows.append(encode_question(text, config, tokenizer=tokenizer))
     tokens, lengths = objectives.pad_prompts(rows)
     lead = talk_by_config(config, tokenizer).lead
     return Prompts(tokens=tokens, lengths=lengths, gap='\n', lead=lead)

@@ -126,9 +126,9 @@ class Pairs:
     if isinstance(item, causal.Window):
       M, L = self._lengths
       ids = item.tokens[:min(item.size, M + L)]
-      return Pair(ids[:M], target=ids[M:], whole=False)
+      return Pair(source=ids[:M], target=ids[M:], whole=False)
     parts = dict(item)
-    return Pair(parts['source'], target=parts['target'], whole=True)
+    return Pair(source=parts['source'], target=parts['target'], whole=True)
 
 
 def lay_out_pair(source: np.ndarray, target: np.ndarray, start: int) -> Row:
