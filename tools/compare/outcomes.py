@@ -39,6 +39,9 @@ def read_outcomes(frozen: plans.FrozenPlan, sweep: curves.Sweep,
       failed.append(f'{run.point}, seed {run.seed}: it was not run')
       continue
     result = point.runs[run.seed]
+    if result.state in (layout.PENDING, layout.RUNNING):
+      failed.append(f'{run.point}, seed {run.seed}: it has not ended')
+      continue
     is_evaluated = bool(result.held_out) and result.state != layout.FAILED
     if is_evaluated or result.has_ended_badly:
       outcomes.append(_outcome(frozen, run=run, point=point, result=result))

@@ -55,14 +55,9 @@ class RunsOnDisk:
     path = self._workdir / folder
     if not (path / 'sweep.json').is_file():
       raise RunsAreMissing(f'{folder} was not begun')
-    # A bundle has no ledger of its phases. Which runs have failed is of use
-    # where they may be taken up again.
-    runs_of_ledger = []
-    if (path / layout.Ledger.file_name).is_file():
-      runs_of_ledger = layout.load_ledger_runs(path)
     sweep = curves.read_sweep(
-        path, layout.load_sweep_description(path), ledger_runs=runs_of_ledger,
-        reads_configs=False)
+        path, layout.load_sweep_description(path),
+        ledger_runs=_runs_of_ledger(path), reads_configs=False)
     outcomes_of_runs, missing = outcomes.read_outcomes(
         self._frozen, sweep, runs)
     if missing:
@@ -123,11 +118,24 @@ def recompute_results(workdir, frozen: plans.FrozenPlan) -> dict[str, Any]:
       'missing': missing, 'unlike_saved': compare_verdicts(saved, tree)}
 
 
+def _runs_of_ledger(path: pathlib.Path) -> list[layout.Run]:
+  """Returns the runs of a phase with their states, by the ledger in its folder;
+  [] in a bundle, which has none, as all of its runs have ended."""
+  if not (path / layout.Ledger.file_name).is_file():
+    return []
+  return layout.load_ledger_runs(path)
+
+
 def _check_figures_unchanged(workdir) -> None:
   """Raises RequestError where the figures of a run are not those with which it
   ended, by the ledger of the study."""
   with layout.StudyLedger(workdir) as ledger:
     hash_of_run = ledger.hash_of_ended_runs()
+  # A run that is taken up again has ended before, and is under way now.
+  for folder in results_lib.folders(workdir):
+    for run in _runs_of_ledger(folder):
+      if run.state in (layout.PENDING, layout.RUNNING):
+        hash_of_run.pop((folder.name, run.point, run.seed), None)
   changed = []
   for (folder, point, seed), hash_at_end in hash_of_run.items():
     path = layout.run_folder(

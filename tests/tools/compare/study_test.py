@@ -858,6 +858,12 @@ def test_runs_whose_figures_changed_since_they_ended_are_refused(
     with pytest.raises(RequestError, match=words):
       use(workdir)
   assert not (tmp_path / 'bundles').exists()
+  # One that is taken up again is under way.
+  with layout.Ledger(workdir / 'confirm') as ledger:
+    for run in ledger.runs():
+      ledger.set_state_of_unclaimed(run, state=layout.PENDING)
+  assert 'it has not ended' in ' '.join(
+      comparison.load_comparison(workdir).warnings)
 
 
 def test_a_variant_that_was_stopped_does_not_pass_by_other_figures(
@@ -1067,6 +1073,7 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
   assert set(records) == {f'{frozen.hash} {plans.format_date(frozen.time)}'}
   assert results['as_planned']['differences'] in ([], [
       frozen.notes[0]['told'] if frozen.notes else ''])
+  assert results['as_planned']['without_hash'] == 0
   assert verdict['item_noise'] > 0
   for x in results['outcomes']:
     if x['phase'] == 'confirm':
