@@ -64,16 +64,17 @@ QUANTITIES = {
     'tuning': Quantity('tuning'),
     'seeds': Quantity('seeds'),
     'precision': Quantity('precision'),
+    'initialisation': Quantity('initialisation'),
     'first_weights': Quantity('first weights'),
     'code': Quantity('code'),
     'devices': Quantity('devices'),
     'seconds': Quantity('hardware time', LARGEST_SHARE_OFF_IN_TIME)}
 # The numbers of a certificate that a cost.Cost has.
 _COSTS = ('multiplied_params', 'looked_up_params', 'flops_per_token', 'tokens')
-# The quantities that a question may be about; all others follow from what is
-# asked, or are to be alike whatever it is.
+# The quantities that a question is taken to be about where nobody says so; all
+# others follow from what is asked, or are to be alike whatever it is.
 _QUANTITIES_OF_QUESTIONS = (
-    'model', 'batches', 'recipe', 'precision', 'first_weights', 'code')
+    'model', 'initialisation', 'batches', 'recipe', 'precision')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,9 @@ class Certificate:
     tuning: how many recipes were tried, with how many seeds each.
     seeds: the seeds whose runs are compared.
     precision: the fields that choose types of numbers.
-    first_weights: the fields that are read at the start of a run alone.
+    initialisation: the fields of config.model that say how its parameters are
+      drawn.
+    first_weights: the fields that take them from elsewhere, or draw others.
     code, devices: what trained the runs.
     seconds: the mean time of a run's training steps.
   """
@@ -113,6 +116,7 @@ class Certificate:
   tuning: Value = None
   seeds: Value = None
   precision: Value = None
+  initialisation: Value = None
   first_weights: Value = None
   code: Value = None
   devices: Value = None
@@ -192,6 +196,7 @@ def quantity_of_field(name: str, config: Mapping[str, Any]) -> str:
     config: the config, by dotted name.
   """
   field, effect = fields_lib.find_field(name), _effect_of_field(name)
+  is_of_model = name.startswith('model.')
   if name == 'seed':
     return ''
   if name == 'data.tokenizer':
@@ -203,10 +208,10 @@ def quantity_of_field(name: str, config: Mapping[str, Any]) -> str:
   if field is not None and field.rule.choices == DTYPES:
     return 'precision'
   if effect is AT_START:
-    return 'first_weights'
+    return 'initialisation' if is_of_model else 'first_weights'
   if name.startswith(spec.FIELDS_OF_BATCHES):
     return 'batches'
-  return 'model' if name.startswith('model.') else 'recipe'
+  return 'model' if is_of_model else 'recipe'
 
 
 def group_fields_by_quantity(config: Mapping[str, Any]
@@ -504,8 +509,9 @@ def compare_certificates(base: Certificate, variant: Certificate,
 
   Args:
     base, variant: the certificates of both.
-    asked: the fields that the question is about; (): the fields of the model
-      that differ; or where none does, what differs, if that is of one quantity.
+    asked: the fields and quantities that the question is about; (): the fields
+      of the model that differ; or where none does, those that differ, if they
+      are of one quantity. Code and first weights are asked about by name alone.
 
   Returns:
     The differences. Costs are named also where they follow from what is asked.
@@ -519,7 +525,7 @@ def compare_certificates(base: Certificate, variant: Certificate,
         unknown.append(name)
       continue
     words = _describe_difference(*values, quantity.tolerance, asked)
-    if words:
+    if words and name not in asked:
       named[name] = words
   if asked:
     return Differences(tuple(asked), named, tuple(unknown))

@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('base', metavar='BASE', help='folder with seed-0, ...')
   parser.add_argument('variant', metavar='VARIANT', help='one beside it')
   parser.add_argument('--about', default='', metavar='FIELD,FIELD', help='the '
-                      'fields of the config that the question is about; all '
-                      'else that differs is named (default: those of the model '
-                      'that differ)')
+                      'fields of the config that the question is about, or '
+                      'code where that is; all else that differs is named '
+                      '(default: the fields of the model that differ)')
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
@@ -190,10 +190,12 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path,
     config_pairs.append((runs[base_name][seed].config,
                          runs[variant_name][seed].config))
   changes = _changed_fields(config_pairs)
-  not_asked = [name for name in about if name not in changes]
+  not_asked = [name for name in about
+               if name not in changes and name not in certificate.QUANTITIES]
   require(not not_asked, f'--about is {",".join(about)}, but '
           f'{", ".join(not_asked)} is alike on both sides: '
-          f'{", ".join(changes) or "no field"} differs')
+          f'{", ".join(changes) or "no field"} differs (or name what is no '
+          f'field: {", ".join(certificate.QUANTITIES)})')
   unlike = _find_differences(
       folder=folder, names=names, runs=runs, seeds=seeds, changes=changes,
       about=about)

@@ -112,8 +112,8 @@ UNFAIR = {
     'weights from elsewhere': (
         {}, {'init_from': 'runs/old', 'init_partial': True}, {},
         'first_weights'),
-    'other first weights': ({}, {'model.init_stddev': 0.1}, {},
-                            'first_weights'),
+    'wider first weights': ({}, {'model.init_stddev': 0.1}, {},
+                            'initialisation'),
     'drawn weights': ({}, {'init_seed': 7}, {}, 'first_weights'),
     'precision': ({}, {'model.dtype': 'bfloat16'}, {}, 'precision'),
     'stored precision': ({}, {'model.param_dtype': 'bfloat16'}, {},
@@ -213,12 +213,20 @@ def test_the_judge_says_what_is_asked_and_what_is_not_alike(tmp_path,
     judge.judge_variant(*sides, ('optim.b2',))
 
 
-def test_a_recipe_alone_is_the_question():
+def test_a_recipe_alone_is_the_question_and_code_where_it_is_said():
   sides = [certificate.Certificate(recipe={'optim.lr': lr}, tokens=tokens)
            for lr, tokens in ((1e-3, 100.0), (2e-3, 200.0))]
   unlike = certificate.compare_certificates(*sides)
   assert unlike.asked == ('optim.lr',)
   assert unlike.named == {'tokens': '100 -> 200, +100.0%'}
+  for alone, name in ((dict(code={'code': 'a'}), 'code'),
+                      (dict(first_weights={'init_from': 'a'}),
+                       'first_weights')):
+    sides = [certificate.Certificate(**alone), certificate.Certificate(
+        **{name: dict.fromkeys(alone[name], 'b')})]
+    assert [*certificate.compare_certificates(*sides).named] == [name]
+    assert certificate.compare_certificates(*sides, (name,)) == (
+        (name,), {}, ())
 
 
 def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path):
