@@ -218,6 +218,10 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     """Draws the new token t of each row, from the logits of the tokens before
     it.
 
+    The function around it defines `advance`, which runs the model on the token
+    before t; `draw_token`, which samples from logits; and `stop_tokens`, the
+    ids that end a text.
+
     Args:
       carry: what the loop hands on: t; the new tokens, [B rows, T]; whether
         each row has ended, [B]; the cache; and which tokens a row has had, [B,
@@ -313,7 +317,12 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
   def advance(cache: Any, new_BT: jax.Array, t: jax.Array):
     """Returns the logits of new token t, and the cache that has read t - 1.
 
+    The function around it gives the model (`module`, `apply`, `params`), the
+    prompts [B, L] with their lengths [B], and the inputs of an encoder-decoder,
+    whose source was encoded once.
+
     Args:
+      cache: the cache of the model, which has read the tokens before t - 1.
       new_BT: the new tokens so far, [B rows, T], of which those before t are
         drawn.
       t: the index of the new token, at least 1; token 0 was drawn from the
@@ -390,7 +399,11 @@ def _reread_outgrown_rows(
   is_outgrown_B = jnp.isin(lengths_B + t, jnp.array(lengths) + 1)
 
   def reread() -> Any:
-    """Returns the cache with the outgrown rows read again."""
+    """Returns the cache with the outgrown rows read again.
+
+    The function around it gives the model (`module`, `params`), the prompts [B,
+    L] with their lengths [B], the new tokens [B, T], of which t are written,
+    and `is_outgrown_B`, the rows to read again."""
     # Write the new tokens of each row behind its own prompt, over the padding,
     # and read the texts into an empty cache. The mask leaves out the last
     # token, which the caller reads.
@@ -568,6 +581,10 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
   def add_token(carry: Any):
     """Adds the new token t to each of the K texts of each row (a step of beam
     search).
+
+    The function around it defines `advance`, which runs the model on the token
+    before t; `beams`, the options of the search; B rows, K beams and room for T
+    tokens.
 
     Args:
       carry: what the loop hands on: t, the texts with their probabilities, and
@@ -769,6 +786,11 @@ def generate_by_unmasking(
 
   def unmask_step(s: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Returns the tokens after step s, some more of which are no masks.
+
+    The function around it gives the model (`module`, `params`), which places of
+    a row are `new` ones (`is_new_BL`) and which are no padding (`is_token_BL`),
+    where each row ends (`ends_B1`), the number of `steps`, the id of the
+    `mask`, and the key and temperature of the draws.
 
     Args:
       s: the number of the step, from 0 on.

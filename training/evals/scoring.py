@@ -291,10 +291,11 @@ def _make_score_function(evaluation: Evaluation, is_prefix_lm: bool
   def score(params: Any, batch: dict[str, jax.Array]
             ) -> tuple[jax.Array, jax.Array]:
     """Returns the losses of the targets in nats, [P], and whether each is the
-    likeliest token, bool [P]; `batch` is of `_make_batch`.
+    likeliest token, bool [P].
 
     Args:
       params: the parameters of the model, a tree of arrays.
+      batch: the arrays of a batch, as `_make_batch` returns them.
     """
     # Compute the hidden states of all B rows of L tokens.
     tokens_BL = batch['tokens']

@@ -122,6 +122,9 @@ def upcycle_parameters(module: nn.Module, like: Any, dense: Any, seed: int
     """Returns each parameter of the mixture of experts, by path: drawn, or
     taken from the dense model.
 
+    The function around it gives the `shapes` of the mixture's parameters, and
+    where each layer stands in both models (`dense_stacks`, `mixture_stacks`).
+
     Args:
       dense_params: the parameters of the dense model, by path.
       drawn: the parameters that the dense model lacks, such as those of

@@ -395,7 +395,11 @@ def talk_by_config(config: Config, tokenizer: Tokenizer) -> Talk:
 
   def encode(messages: Messages) -> np.ndarray:
     """Returns the token ids [T] of a conversation, up to the answer that is
-    about to begin."""
+    about to begin.
+
+    Args:
+      messages: the messages so far, each with role and content.
+    """
     # Lay out the messages as (kind, text) parts. The last one is an answer
     # without text, which is about to begin; Vicuna's template writes
     # 'ASSISTANT:' for an empty turn before it.

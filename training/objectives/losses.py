@@ -473,6 +473,9 @@ def _split_into_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...]):
   def cut(x: jax.Array):
     """Returns one of the arrays as its chunks.
 
+    The function around it gives the numbers of shards (`rows` of the batch,
+    `lengths` of the length), and P, the positions of a chunk.
+
     Args:
       x: an array [B, L, ...].
     """

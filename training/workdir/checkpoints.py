@@ -981,6 +981,10 @@ def _sum_of_shard(x: jax.Array, axes: tuple[tuple[str, ...], ...],
   def sum_of_rows(first_row: Any, count: Any) -> jax.Array:
     """Returns the checksum of `count` rows from `first_row` on.
 
+    The function around it gives the device's part of the array as a matrix
+    `x_RC`, its `shape`, and for each axis where the part starts in the whole
+    array and how many positions one step is (`starts`, `strides`).
+
     Args:
       first_row: the index of the first row.
       count: the number of rows, which is known when the program is traced.

@@ -444,6 +444,10 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
       """Returns the bound of each row by draw k, in nats, [B]; jax.lax.scan has
       nothing to carry.
 
+      The function around it gives the batch with its n tokens in each row
+      (`n_B`, `is_token_BL`), the start of each row's draws (`start_B`), and
+      `draw_uniform(k, *shape)`, uniform numbers of draw k for each row.
+
       Args:
         k: the number of the draw.
       """

@@ -235,6 +235,9 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
             ) -> jax.Array:
     """Returns a vector of each text, float32 [B, D].
 
+    The function around it gives the model (`module`, a decoder or an encoder by
+    its `stack`), and how states become a vector (`pooling`, `normalize`).
+
     Args:
       params: the parameters of the model, a tree of arrays.
       tokens_BL: the tokens of the texts, with padding.
