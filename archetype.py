@@ -409,8 +409,8 @@ class Model:
     """Returns one part of what the model computes for some tokens.
 
     Args:
-      wanted: which part; see `_compute_output`.
-      tokens, decoder_tokens, inputs: those of a call of the model.
+      wanted: the part to return: 'logits', 'layers' or 'attention'.
+      tokens, decoder_tokens, inputs: the arguments of the model's call.
     """
     arguments = self._as_arguments(tokens, decoder_tokens=decoder_tokens,
                                    inputs=inputs)

@@ -33,7 +33,7 @@ def usual_hooks(stop: signals.Stop, tokenizer: Tokenizer,
     stop: whether a signal came.
     tokenizer: the tokenizer of the run.
     eval_data: a loader for each held-out source.
-    profile_steps: which steps to trace; see progress.parse_profiled_steps.
+    profile_steps: the steps to trace with a profiler, 'START:STOP'; '': none.
     workdir: where the trace goes.
   """
   report = Report()

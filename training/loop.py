@@ -39,7 +39,7 @@ def train_run(run: runs.Run, state: TrainState, start: int,
     eval_data: a loader for each held-out source.
     saved: the checkpoints of the run.
     workdir: the folder of the run.
-    profile_steps: which steps to trace; see progress.parse_profiled_steps.
+    profile_steps: the steps to trace with a profiler, 'START:STOP'; '': none.
 
   Returns:
     The exit code: 0, STOPPED or DIVERGED.
@@ -149,7 +149,7 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
     start: the index of the next batch.
     loaders: the training batches: one loader for all, or one for each seed.
     eval_data: a loader for each held-out source; all runs share them.
-    profile_steps: which steps to trace; see progress.parse_profiled_steps.
+    profile_steps: the steps to trace with a profiler, 'START:STOP'; '': none.
 
   Returns:
     How many steps are done.

@@ -118,7 +118,8 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
 
   Args:
     module: the Flax module of the model.
-    optim: config.optim; see shares.learning_rate_shares.
+    optim: config.optim, the fields of the optimiser, with those that freeze
+      parameters or lower their rate by depth.
 
   Raises:
     RequestError: for rates by depth (layer_decay) of layers that loop.

@@ -70,7 +70,7 @@ def average_figures(sums_by_source: Sequence[dict[str, Mean]],
 
   Args:
     sums_by_source: the `sum_figures` of each source.
-    loaders: those of pipeline.make_evaluation_loaders, one for each source.
+    loaders: the loaders of held-out data, one for each source.
 
   Returns:
     The objective's figures, nan where there is nothing to average; of tokens
@@ -111,7 +111,6 @@ def list_figure_names(step: Callable, params: Any,
 
   Args:
     step: the evaluation step, jitted or not.
-    params, loaders, put: as for `sum_held_out`.
     params: the parameters of the model, a tree of arrays.
     loaders: the loaders of held-out data, one for each source.
     put: a function that puts a batch on the devices.

@@ -62,7 +62,6 @@ class TasksInTraining:
 
     Args:
       task: the name of the task.
-      params, workdir, stop: as for `run_for_member`.
       params: the parameters of the run.
       workdir: the folder of the run.
       stop: a function that is called again and again: whether to stop there.

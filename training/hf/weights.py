@@ -398,7 +398,8 @@ def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
   Args:
     dtype: the type of the parameter.
     ranges: (start, stop) of the part along each axis of the parameter.
-    tensors: the tensors that hold the parameter, as for `_read_parameter`.
+    tensors: the tensors that hold the parameter, each with the number of the
+      parameter among those that it holds.
     finder: the tensors of the files.
   """
   shard = np.empty([stop - start for start, stop in ranges], dtype)

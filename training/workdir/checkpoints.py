@@ -579,7 +579,8 @@ def _read_step(folder: epath.Path, abstract: Any, partial: bool):
 
   Args:
     folder: the folder of the step.
-    abstract, partial: those of `restore_checkpoint`.
+    abstract: the arrays to read, a tree of ShapeDtypeStructs with shardings.
+    partial: whether the checkpoint may have other arrays, too.
 
   Returns:
     The state, a tree of arrays, and the record, a JSON object.

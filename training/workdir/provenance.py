@@ -89,7 +89,8 @@ def list_codes(starts: Iterable) -> list[str]:
   from it, and the files from outside the tree.
 
   Args:
-    starts: what config.json remembers of each start; see describe_this_start.
+    starts: the records of the run's starts, as describe_this_start returns
+      them, the first start first.
   """
   codes = []
   for start in starts:
@@ -112,7 +113,8 @@ def list_code_changes(starts: Iterable) -> list[str]:
   start of a run, as far as both are known; else [].
 
   Args:
-    starts: what config.json remembers of each start; see describe_this_start.
+    starts: the records of the run's starts, as describe_this_start returns
+      them, the first start first.
   """
   last_start = list(starts)[-1:]
   old_codes = list_codes(last_start)
@@ -128,7 +130,8 @@ def last_known_data(starts: Iterable) -> dict[str, str]:
   last of its starts that knows them; {} where none does.
 
   Args:
-    starts: what config.json remembers of each start; see describe_this_start.
+    starts: the records of the run's starts, as describe_this_start returns
+      them, the first start first.
   """
   hash_of_source: dict[str, str] = {}
   for start in starts:
@@ -142,7 +145,8 @@ def check_data(starts: Iterable, data: Mapping[str, str], allowed: bool
   what it held when the run was last started.
 
   Args:
-    starts: what config.json remembers of each start; see describe_this_start.
+    starts: the records of the run's starts, as describe_this_start returns
+      them, the first start first.
     data: the hashes of what the sources and the tokenizer hold now.
     allowed: whether the run may go on with other data.
 
