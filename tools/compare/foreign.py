@@ -27,9 +27,14 @@ _COLUMN_NAMES = {
     'step': ('step', '_step', 'global_step', 'train/global_step',
              'trainer/global_step', 'iteration', 'iter', 'steps'),
     'mean': ('mean', 'mean_loss', 'avg_loss', 'mean_val_loss'),
-    'num_runs': ('n', 'num_runs', 'runs', 'seeds')}
+    'num_runs': ('n', 'num_runs', 'runs', 'seeds'),
+    'deviation': ('sd', 'std', 'stdev', 'standard_deviation')}
 # The binary head of a file with a NUL byte is no text.
 _BYTES_OF_HEAD = 4096
+# Folders of TensorBoard that are a split of a run, as of Keras, and no run.
+_SPLITS = ('train', 'validation', 'val', 'eval', 'test')
+# How a run of an entry is called, as in muon-2 or muon_run2.
+_NUMBER_OF_RUN = r'[-_ .](seed|s|run|r)?[-_=]?\d+'
 _SEED = re.compile(r'(?:^|[-_/ .])seed[-_=]?(\d+)(?=$|[-_/ .])')
 
 
@@ -59,19 +64,23 @@ class ReportedMean:
     step: the step of the figure; None: the table does not say.
     mean: the mean over runs.
     num_runs: the number of runs.
+    deviation: their standard deviation; None: the table does not say.
   """
   path: str
   step: int | None
   mean: float
   num_runs: int
+  deviation: float | None = None
 
 
 class Reader(Protocol):
   """A reader of one format.
 
   Attributes:
+    name: the format, as --format calls it.
     title: the format, as messages call it.
   """
+  name: str
   title: str
 
   def recognizes(self, text: str) -> bool:
@@ -95,6 +104,7 @@ class NanogptLog:
   """Reads logs of modded-nanogpt, where the lines of a run are such as
   'step:125/3350 val_loss:4.66393 train_time:22.6s'; one file may hold several
   runs, one after the other."""
+  name = 'modded_nanogpt'
   title = 'a log of modded-nanogpt'
   _LINE = re.compile(r'^step:(\d+)/\d+ (.*loss:.*)$', re.MULTILINE)
   _FIGURE = re.compile(r'(\w*loss):(\S+)')
@@ -110,9 +120,34 @@ class NanogptLog:
     return _runs_of_rows(path, None, rows)
 
 
+class PrintedLosses:
+  """Reads logs of programs that print a sentence for each evaluation: nanoGPT,
+  nanochat and llm.c. The groups of a pattern are the step and the figures."""
+  name = 'printed'
+  title = 'a log of nanoGPT, nanochat or llm.c'
+  _PATTERNS = tuple(re.compile(pattern, re.MULTILINE) for pattern in (
+      r'^step (?P<step>\d+): train loss (?P<train_loss>[\d.]+|nan), '
+      r'val loss (?P<val_loss>[\d.]+|nan)',
+      r'^Step (?P<step>\d+) \| Validation bpb: (?P<val_bpb>[\d.]+|nan)',
+      r'^s:(?P<step>\d+) tel:(?P<val_loss>[\d.]+|nan)'))
+
+  def recognizes(self, text: str) -> bool:
+    return any(pattern.search(text) for pattern in self._PATTERNS)
+
+  def read(self, file, path, text):
+    rows = []
+    for pattern in self._PATTERNS:
+      for match in pattern.finditer(text):
+        figures = {name: float(x) for name, x in match.groupdict().items()}
+        step = int(figures.pop('step'))
+        rows.append((step, figures))
+    return _runs_of_rows(path, None, rows)
+
+
 class TrainerState:
   """Reads trainer_state.json of the Trainer of Hugging Face's transformers.
   Each checkpoint of a run has one, with the history up to there."""
+  name = 'trainer'
   title = 'trainer_state.json of the Hugging Face Trainer'
 
   def recognizes(self, text: str) -> bool:
@@ -134,6 +169,7 @@ class TrainerState:
 class EventFile:
   """Reads event files of TensorBoard. A folder of them is a run, since one that
   was resumed has several."""
+  name = 'tensorboard'
   title = 'an event file of TensorBoard'
 
   def recognizes(self, text: str) -> bool:
@@ -158,31 +194,41 @@ class EventFile:
                 for x in events.Tensors(name)}
       if all(x.shape == () and x.dtype.kind == 'f' for x in values.values()):
         curves[name] = {step: float(x) for step, x in values.items()}
+
+    # The folder of a split belongs to the names of the figures.
+    parent, _, last_folder = run_path.rpartition('/')
+    if last_folder in _SPLITS:
+      run_path = parent
+      curves = {f'{last_folder}/{name}': curve
+                for name, curve in curves.items()}
     return [ForeignRun(path=run_path, curves=curves)]
 
 
 class LmEvalSamples:
   """Reads the samples that lm-eval writes with --log_samples. All tasks of a
   folder are of one run."""
+  name = 'lm_eval'
   title = 'samples of lm-eval (--log_samples)'
 
   def recognizes(self, text: str) -> bool:
     first_line = text[:text.find('\n')]
-    return first_line.startswith('{') and '"doc_hash"' in first_line
+    return first_line.startswith('{') and '"filtered_resps"' in first_line
 
   def read(self, file, path, text):
     task = file.stem.removeprefix('samples_').rpartition('_')[0] or file.stem
     rows = [storage.parse_json_object(line, str(file))
             for line in text.splitlines()]
 
-    # One record for each figure and filter. What is no number, such as the
-    # parts of a perplexity, has no scores to compare.
+    # One record for each figure and filter, which older versions do not name.
+    # What is no number, such as the parts of a perplexity, has no scores.
     records = {}
-    for filter_name in dict.fromkeys(row['filter'] for row in rows):
-      filtered = [row for row in rows if row['filter'] == filter_name]
-      names = [row['doc_hash'] for row in filtered]
-      for figure in filtered[0]['metrics']:
-        scores = [row[figure] for row in filtered]
+    for filter_name in dict.fromkeys(row.get('filter', 'none') for row in rows):
+      filtered = [row for row in rows
+                  if row.get('filter', 'none') == filter_name]
+      names = [row.get('doc_hash', row['doc_id']) for row in filtered]
+      figures = filtered[0].get('metrics', filtered[0].keys() - {'doc_id'})
+      for figure in sorted(figures):
+        scores = [row.get(figure) for row in filtered]
         if all(isinstance(score, numbers.Real) for score in scores):
           short_name = items.shorten_figure_name(f'{figure},{filter_name}')
           records[f'{task}/{short_name}'] = items.record_scores(scores, names)
@@ -192,6 +238,7 @@ class LmEvalSamples:
 class WandbChart:
   """Reads the CSV of a chart that was exported from W&B: a column 'RUN -
   FIGURE' for each run, with others for its __MIN and __MAX."""
+  name = 'wandb_chart'
   title = 'a chart exported from W&B (CSV)'
 
   def recognizes(self, text: str) -> bool:
@@ -199,16 +246,17 @@ class WandbChart:
 
   def read(self, file, path, text):
     table = _read_csv(text)
-    step_column = _find_column(table.fieldnames, 'step')
-    require(step_column is not None, f'{file} is a chart over '
-            f'{table.fieldnames[0]!r}: export it over Step')
+    step_column = table.fieldnames[0]
     rows_by_run: dict[str, list] = {}
     for row in table:
       for column, cell in row.items():
         run, dash, figure = column.rpartition(' - ')
         if dash and cell and not figure.endswith(('__MIN', '__MAX')):
+          step = float(row[step_column])
+          require(step.is_integer(), f'{file} is a chart over {step_column!r}: '
+                  'export it over Step')
           rows = rows_by_run.setdefault(run, [])
-          rows.append((int(row[step_column]), {figure: float(cell)}))
+          rows.append((int(step), {figure: float(cell)}))
     runs = []
     for run, rows in rows_by_run.items():
       runs += _runs_of_rows(_join_names(path, run), None, rows)
@@ -217,7 +265,8 @@ class WandbChart:
 
 class ResultsTable:
   """Reads a CSV of results: the entry, the mean, the number n of its runs, and
-  perhaps the step."""
+  perhaps the step and the standard deviation."""
+  name = 'results'
   title = 'a table of results (CSV with entry, mean, n)'
 
   def recognizes(self, text: str) -> bool:
@@ -227,15 +276,16 @@ class ResultsTable:
 
   def read(self, file, path, text):
     table = _read_csv(text)
-    entry, mean, num_runs, step = (
+    entry, mean, num_runs, step, deviation = (
         _find_column(table.fieldnames, name)
-        for name in ('entry', 'mean', 'num_runs', 'step'))
+        for name in ('entry', 'mean', 'num_runs', 'step', 'deviation'))
     results = []
     for row in table:
       step_of_row = int(row[step]) if step else None
       results.append(ReportedMean(
           path=row[entry], step=step_of_row, mean=float(row[mean]),
-          num_runs=int(row[num_runs])))
+          num_runs=int(row[num_runs]),
+          deviation=_parse_number(row.get(deviation))))
     return results
 
 
@@ -243,6 +293,7 @@ class PlainCsv:
   """Reads a CSV with a row for each evaluation: columns for the entry, the run,
   the seed and the step, as far as there are any, and one for each figure. The
   history of a run in W&B or trackio is such a table."""
+  name = 'csv'
   title = 'a CSV of runs (entry, run, seed, step, loss), or the history of one'
 
   def recognizes(self, text: str) -> bool:
@@ -283,16 +334,18 @@ class PlainCsv:
 
 # The first that recognizes a file reads it: the narrower formats come first.
 READERS: tuple[Reader, ...] = (
-    EventFile(), LmEvalSamples(), TrainerState(), NanogptLog(), WandbChart(),
-    ResultsTable(), PlainCsv())
+    EventFile(), LmEvalSamples(), TrainerState(), NanogptLog(), PrintedLosses(),
+    WandbChart(), ResultsTable(), PlainCsv())
 
 
-def read_source(source: pathlib.Path) -> list[ForeignRun | ReportedMean]:
+def read_source(source: pathlib.Path, format_name: str = ''
+                ) -> list[ForeignRun | ReportedMean]:
   """Returns the runs that a file holds, or all files of a folder.
 
   Args:
     source: the file or folder. Files of a folder that no reader knows are
       passed over.
+    format_name: the name of the only format to read; '': any.
 
   Raises:
     RequestError: where there is none, or of two formats: a run that two
@@ -308,9 +361,9 @@ def read_source(source: pathlib.Path) -> list[ForeignRun | ReportedMean]:
   for file in files:
     text = _read_text(file)
     reader = _find_reader(text)
-    if reader is None:
+    if reader is None or format_name not in ('', reader.name):
       continue
-    titles[reader.title] = file
+    titles[reader.title] = reader.name
     path = ''
     if file != source:
       path = file.relative_to(source).with_suffix('').as_posix()
@@ -322,8 +375,8 @@ def read_source(source: pathlib.Path) -> list[ForeignRun | ReportedMean]:
   formats = join_choices(reader.title for reader in READERS)
   require(titles, f'{source} has no runs that are known here: {formats}')
   require(len(titles) == 1, f'{source} has runs in several formats, and one '
-          'that two programs logged would count twice: name a folder or a file '
-          f'with one of {join_choices(titles)}')
+          'that two programs logged would count twice: choose one of them with '
+          f'--format, of {join_choices(titles.values())}')
 
   # A seed may stand in the name of a file or folder.
   runs = []
@@ -420,6 +473,15 @@ def find_seed(path: str) -> int | None:
   none."""
   match = _SEED.search(path.lower())
   return int(match[1]) if match else None
+
+
+def is_of_entry(path: str, entry: str) -> bool:
+  """Returns whether a run with this path is one of an entry: entry, entry/run,
+  entry-seed3, entry_2, or the second run of a log, entry#2."""
+  below = (f'{entry}/', f'{entry}#')
+  pattern = re.escape(entry) + _NUMBER_OF_RUN + '([/#].*)?'
+  return (path == entry or path.startswith(below)
+          or re.fullmatch(pattern, path, re.IGNORECASE) is not None)
 
 
 def without_seed(path: str) -> str:

@@ -15,6 +15,7 @@ that is compared, by Holm.
 """
 
 import argparse
+import collections
 from collections.abc import Mapping, Sequence
 import csv
 import dataclasses
@@ -29,7 +30,7 @@ import numpy as np
 from common.errors import check_choice, join_choices, require
 from common.fields import check_number
 from tools.compare import decide, figures, foreign, items, page, statistics
-from tools.compare.statistics import PooledDeviation
+from tools.compare.statistics import GroupOfRuns, PooledDeviation
 
 # The figure that is compared where none is named and there are several.
 _HELD_OUT_LOSSES = ('val_loss', 'eval_loss', 'val/loss', 'eval/loss')
@@ -37,6 +38,7 @@ _REPORTED_LOSS = 'loss'  # the figure of a table of results
 # The names of figures of which less is better.
 _LESS_IS_BETTER = re.compile(
     'loss|perplexity|ppl|error|bits|bpb|nll|entropy', re.IGNORECASE)
+_FORMATS = tuple(reader.name for reader in foreign.READERS)
 _POWER = 0.8  # with which a difference is called one that the runs can find
 # Logs of so many equal figures are two logs of one run.
 _MIN_POINTS_OF_COPY = 3
@@ -52,8 +54,8 @@ class Sample:
     step: the step at which it is read; None: the log has none.
     values: the figure of each run there.
     seeds: the seed of each of these runs; None where it is not known.
-    mean: the mean of the values, or the one that was reported.
-    num_runs: the number of runs that it is of.
+    group: the mean, the number of runs and their deviation, by the values or
+      as it was reported.
     notes: sentences about what was left out.
   """
   name: str
@@ -61,8 +63,7 @@ class Sample:
   step: int | None
   values: Sequence[float]
   seeds: Sequence[int | None]
-  mean: float
-  num_runs: int
+  group: GroupOfRuns
   notes: Sequence[str] = ()
 
 
@@ -75,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       'entry and steps; default: all, at their last step')
   parser.add_argument('--successive', action='store_true',
                       help='compare each entry with the one before it')
+  parser.add_argument('--format', default='', help='the only format to read, '
+                      f'of {", ".join(_FORMATS)}; default: any')
   parser.add_argument('--metric', default='', help='the figure to compare; '
                       'default: the held-out loss')
   parser.add_argument('--pooled', action='store_true', help='one standard '
@@ -105,7 +108,10 @@ def main(args) -> int:
   if args.figure:
     check_choice('ending of --figure', pathlib.Path(args.figure).suffix[1:],
                  figures.FILE_FORMATS)
-  groups = group_by_entry([pathlib.Path(x) for x in args.sources], args.entries)
+  if args.format:
+    check_choice('--format', args.format, _FORMATS)
+  groups = group_by_entry([pathlib.Path(x) for x in args.sources],
+                          picks=args.entries, format_name=args.format)
   answer = judge_entries(groups, args)
 
   if args.figure:
@@ -123,13 +129,14 @@ def main(args) -> int:
 # Entries and their figures.
 
 
-def group_by_entry(sources: Sequence[pathlib.Path], picks: str
-                   ) -> dict[str, tuple[list, int | None]]:
+def group_by_entry(sources: Sequence[pathlib.Path], picks: str,
+                   format_name: str) -> dict[str, tuple[list, int | None]]:
   """Returns the runs of each entry, and the step at which it is to be read.
 
   Args:
     sources: the files or folders.
     picks: the text of --entries.
+    format_name: the text of --format.
 
   Returns:
     {name: (runs or reported means, step or None)}, in the order to compare.
@@ -140,20 +147,19 @@ def group_by_entry(sources: Sequence[pathlib.Path], picks: str
   groups: dict[str, tuple[list, int | None]] = {}
   if len(sources) > 1:
     require(not picks, '--entries picks entries of one SOURCE: name one')
-    for source in sources:
-      name = source.stem
-      if name in groups:  # as a/runs and b/runs
-        name = source.as_posix()
-      groups[name] = foreign.read_source(source), None
+    # The short name, where it tells an entry from the others.
+    names = [source.stem for source in sources]
+    if len(set(names)) < len(names):  # as a/runs and b/runs
+      names = [source.as_posix() for source in sources]
+    require(len(set(names)) == len(names), 'a SOURCE is named twice')
+    for name, source in zip(names, sources):
+      groups[name] = foreign.read_source(source, format_name), None
     return groups
 
-  runs = foreign.read_source(sources[0])
+  runs = foreign.read_source(sources[0], format_name)
   if picks:
     for name, step in _parse_picks(picks):
-      # An entry is a path, of which it has all runs below: entry, entry/run.
-      below = [run for run in runs
-               if run.path == name or run.path.startswith((f'{name}/',
-                                                           f'{name}#'))]
+      below = [run for run in runs if foreign.is_of_entry(run.path, name)]
       paths = sorted({run.path.partition('/')[0] for run in runs})
       require(below, f'--entries: {sources[0]} has no runs of {name!r}. There '
               f'are {join_choices(paths)}')
@@ -235,9 +241,10 @@ def read_sample(name: str, runs: Sequence, step: int | None, metric: str
   if reported:
     require(len(reported) == len(runs) == 1,
             f'{name} has {len(reported)} rows in the table of results')
+    group = GroupOfRuns(mean=reported[0].mean, num_runs=reported[0].num_runs,
+                        deviation=reported[0].deviation)
     return Sample(name=name, runs=(), step=reported[0].step, values=(),
-                  seeds=(), mean=reported[0].mean,
-                  num_runs=reported[0].num_runs)
+                  seeds=(), group=group)
 
   # A run that was logged into two files counts once.
   with_curve: list[foreign.ForeignRun] = []
@@ -253,23 +260,31 @@ def read_sample(name: str, runs: Sequence, step: int | None, metric: str
       with_curve.append(run)
   require(with_curve, f'{name} has no run with {metric}')
 
-  # The runs that have the step. One that ended before it is told.
+  # The runs that have a finite figure at the step. The others are told.
   if step is None:
-    step = max(max(run.curves[metric]) for run in with_curve)
-  at_step = [run for run in with_curve if step in run.curves[metric]]
+    step = _last_common_step([run.curves[metric] for run in with_curve])
+  at_step = [run for run in with_curve
+             if math.isfinite(run.curves[metric].get(step, math.nan))]
   require(at_step, f'{name} has no {metric} at step {step}')
   notes = []
   if num_copies:
     notes.append(f'{name}: {num_copies} of its logs are copies')
   num_left_out = len(with_curve) - len(at_step)
   if num_left_out:
-    notes.append(f'{name}: {num_left_out} of {len(with_curve)} runs have no '
-                 f'{metric} at step {step}')
+    notes.append(f'{name}: {num_left_out} of {len(with_curve)} runs are left '
+                 f'out, which have no finite {metric} at step {step}')
   values = [run.curves[metric][step] for run in at_step]
   return Sample(
       name=name, runs=at_step, step=step, values=values,
-      seeds=[run.seed for run in at_step], mean=float(np.mean(values)),
-      num_runs=len(values), notes=notes)
+      seeds=[run.seed for run in at_step],
+      group=statistics.describe_group(values), notes=notes)
+
+
+def _last_common_step(curves: Sequence[foreign.Curve]) -> int:
+  """Returns the last step that at least half of some runs have: neither a run
+  that ended early nor one that was trained on decides it."""
+  num_runs = collections.Counter(step for curve in curves for step in curve)
+  return max(step for step, num in num_runs.items() if 2 * num >= len(curves))
 
 
 # Tests.
@@ -311,6 +326,8 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
     answer['summary'] = _summarize_steps(answer, args.target)
     return answer
 
+  if metric.lower() == 'loss' and any(x.values for x in samples.values()):
+    answer['notes'].append('the logs do not say whether their loss is held out')
   pooled = _deviation_for_all(samples, args)
   # Holm's correction asks the smallest p for the level over the number of them.
   num_tests = 1 if args.uncorrected else len(pairs)
@@ -362,18 +379,18 @@ def _deviation_for_all(samples: Mapping[str, Sample], args
   pooled one; None where each entry has its own.
 
   Raises:
-    RequestError: where a mean was reported without its runs, and no deviation
-      is known.
+    RequestError: where no deviation is known.
   """
   if args.sd is not None:
     return PooledDeviation(sd=args.sd, df=math.inf)
-  reported = [sample.name for sample in samples.values() if not sample.values]
-  require(not reported, f'{reported[:1]} has a mean without its runs: pass the '
-          'standard deviation of a run as --sd')
+  groups = [sample.group for sample in samples.values()]
+  has_deviation = any(group.deviation is not None for group in groups)
+  has_values = any(sample.values for sample in samples.values())
+  require(has_deviation or has_values, 'the table has no column sd, the '
+          'standard deviation of a run: pass it as --sd')
   if not args.pooled:
     return None
-  pooled = statistics.pool_deviations(
-      [sample.values for sample in samples.values()])
+  pooled = statistics.pool_deviations(groups)
   require(pooled is not None, '--pooled: no entry has two runs that differ')
   return pooled
 
@@ -398,6 +415,7 @@ def _compare_samples(base: Sample, entry: Sample, *, metric: str,
   if base.step is not None and entry.step is not None:
     charge = args.loss_per_step * (entry.step - base.step)
   values = [value + charge for value in entry.values]
+  group = entry.group._replace(mean=entry.group.mean + charge)
 
   # The test that fits the runs.
   value_by_seed = _values_by_seed(base.seeds, base.values)
@@ -408,21 +426,21 @@ def _compare_samples(base: Sample, entry: Sample, *, metric: str,
   difference: statistics.MeanDifference | None
   if pooled is not None:
     test = 'known deviation' if math.isinf(pooled.df) else 'pooled deviation'
-    difference = statistics.difference_of_means(
-        mean=entry.mean + charge, num_runs=entry.num_runs, base_mean=base.mean,
-        base_num_runs=base.num_runs, pooled=pooled)
+    difference = statistics.difference_with_deviation(
+        group, base.group, pooled)
   elif len(differences) >= statistics.MIN_SEEDS:
     test = f'{len(differences)} pairs of seeds'
     difference = statistics.difference_of_pairs(differences)
   else:
     test = 'two samples (Welch)'
-    difference = statistics.difference_of_groups(values, base.values)
+    difference = statistics.difference_of_groups(group, base.group)
 
   row = {'base': base.name, 'entry': entry.name, 'metric': metric,
-         'base_mean': base.mean, 'mean': entry.mean, 'base_step': base.step,
-         'step': entry.step, 'base_runs': base.num_runs,
-         'runs': entry.num_runs, 'charge': charge, 'test': test,
-         'effect': entry.mean + charge - base.mean, 'differences': differences}
+         'base_mean': base.group.mean, 'mean': entry.group.mean,
+         'base_step': base.step, 'step': entry.step,
+         'base_runs': base.group.num_runs, 'runs': entry.group.num_runs,
+         'charge': charge, 'test': test,
+         'effect': group.mean - base.group.mean, 'differences': differences}
   if difference is None:
     row['test'] = 'none: too few runs'
     return row | {'low': None, 'high': None, 'p': None}
@@ -460,7 +478,24 @@ def _compare_items(base: str, base_runs: Sequence[foreign.ForeignRun],
         'test': f'{row["test"]}, {row["items"]} items',
         'effect': row['effect'], 'low': row['low'], 'high': row['high'],
         'p': row['p']})
-  require(rows, f'{base} and {entry} have no figure of the same items')
+
+  # Figures whose items are others are those of two samples, of one run each.
+  paired = {row['metric'] for row in rows}
+  for figure in base_runs[0].items:
+    if figure in paired or figure not in runs[0].items:
+      continue
+    base_group = statistics.describe_group(base_runs[0].items[figure]['scores'])
+    group = statistics.describe_group(runs[0].items[figure]['scores'])
+    difference = statistics.difference_of_groups(group, base_group)
+    if difference is not None:
+      low, high = difference.interval(0.05)
+      rows.append({
+          'base': base, 'entry': entry, 'metric': figure,
+          'base_mean': base_group.mean, 'mean': group.mean, 'base_runs': 1,
+          'runs': 1, 'test': f'two samples of {group.num_runs} and '
+          f'{base_group.num_runs} items (Welch)', 'effect': difference.mean,
+          'low': low, 'high': high, 'p': difference.p})
+  require(rows, f'{base} and {entry} have no figure in common')
   return rows
 
 
@@ -490,7 +525,7 @@ def _find_first_step_below(sample: Sample, metric: str, args
   shared_steps = sorted(set.intersection(*(set(curve) for curve in curves))
                         ) if curves else []
   row: dict[str, Any] = {
-      'entry': sample.name, 'runs': sample.num_runs,
+      'entry': sample.name, 'runs': sample.group.num_runs,
       'looks': len(shared_steps), 'step': None, 'p': None, 'p_counted': None,
       'counted_step': None}
   if not shared_steps:

@@ -459,56 +459,79 @@ def difference_of_pairs(differences: Sequence[float]) -> MeanDifference | None:
       df=len(differences) - 1, deviation=sd, df_per_run=1)
 
 
-def difference_of_groups(values: Sequence[float], base_values: Sequence[float]
+class GroupOfRuns(NamedTuple):
+  """The mean of a figure over some runs.
+
+  Attributes:
+    mean: the mean.
+    num_runs: the number of runs.
+    deviation: the standard deviation of a run; None: it is not known.
+  """
+  mean: float
+  num_runs: int
+  deviation: float | None
+
+
+def describe_group(values: Sequence[float]) -> GroupOfRuns:
+  """Returns the mean of a figure over runs, with the deviation of a run, which
+  is not known of fewer than two runs, or of runs that are all alike."""
+  deviation = None
+  if len(values) > 1 and not _are_all_alike(values):
+    deviation = float(np.std(values, ddof=1))
+  return GroupOfRuns(mean=float(np.mean(values)), num_runs=len(values),
+                     deviation=deviation)
+
+
+def difference_of_groups(group: GroupOfRuns, base: GroupOfRuns
                          ) -> MeanDifference | None:
   """Returns the difference of the means of two groups of runs that have nothing
-  in common, whose deviations may differ (Welch 1947); None where either has
-  fewer than MIN_SEEDS runs, or has runs that are all alike.
+  in common, whose deviations may differ (Welch 1947); None where a deviation is
+  not known, or that of fewer than MIN_SEEDS runs.
 
   Args:
-    values: the figure of each run of one group.
-    base_values: that of each run of the group that is subtracted.
+    group: one group.
+    base: the group that is subtracted.
   """
-  groups = (values, base_values)
-  if any(len(group) < MIN_SEEDS or _are_all_alike(group) for group in groups):
-    return None
-  variances = [float(np.var(group, ddof=1)) for group in groups]
-  squares = [variance / len(group)
-             for variance, group in zip(variances, groups)]
+  squares, variances, df_of_squares = [], [], 0.0
+  for runs in (group, base):
+    if runs.deviation is None or runs.num_runs < MIN_SEEDS:
+      return None
+    variances.append(runs.deviation ** 2)
+    squares.append(runs.deviation ** 2 / runs.num_runs)
+    df_of_squares += squares[-1] ** 2 / (runs.num_runs - 1)
   # Welch and Satterthwaite's degrees of freedom.
-  df_of_squares = sum(square ** 2 / (len(group) - 1)
-                      for square, group in zip(squares, groups))
   return MeanDifference(
-      mean=float(np.mean(values) - np.mean(base_values)),
+      mean=group.mean - base.mean,
       standard_error=math.sqrt(sum(squares)),
       df=sum(squares) ** 2 / df_of_squares,
       deviation=math.sqrt(sum(variances)), df_per_run=2)
 
 
-def difference_of_means(mean: float, num_runs: int, base_mean: float,
-                        base_num_runs: int, pooled: PooledDeviation
-                        ) -> MeanDifference:
-  """Returns the difference of two means of runs of which each has the same
-  standard deviation.
+def difference_with_deviation(group: GroupOfRuns, base: GroupOfRuns,
+                              pooled: PooledDeviation) -> MeanDifference:
+  """Returns the difference of the means of two groups of runs of which each run
+  has the same standard deviation.
 
   Args:
-    mean, num_runs: the mean of one group, and how many runs it is of.
-    base_mean, base_num_runs: likewise of the group that is subtracted.
+    group: one group.
+    base: the group that is subtracted.
     pooled: the deviation of a run; its `df` is infinite where it is known.
   """
+  share = math.sqrt(1 / group.num_runs + 1 / base.num_runs)
   return MeanDifference(
-      mean=mean - base_mean,
-      standard_error=pooled.sd * math.sqrt(1 / num_runs + 1 / base_num_runs),
+      mean=group.mean - base.mean, standard_error=pooled.sd * share,
       df=pooled.df, deviation=pooled.sd * math.sqrt(2), df_per_run=math.inf)
 
 
-def pool_deviations(groups: Sequence[Sequence[float]]
-                    ) -> PooledDeviation | None:
+def pool_deviations(groups: Sequence[GroupOfRuns]) -> PooledDeviation | None:
   """Returns one standard deviation of a run for all groups of runs, each around
-  its own mean; None where no group has two runs that differ."""
-  df = sum(len(group) - 1 for group in groups)
-  sum_of_squares = sum(float(np.var(group)) * len(group) for group in groups)
-  if not sum_of_squares:
+  its own mean; None where the deviation of no group is known."""
+  sum_of_squares, df = 0.0, 0
+  for group in groups:
+    if group.deviation is not None:
+      sum_of_squares += group.deviation ** 2 * (group.num_runs - 1)
+      df += group.num_runs - 1
+  if not df:
     return None
   return PooledDeviation(sd=math.sqrt(sum_of_squares / df), df=df)
 

@@ -48,6 +48,15 @@ def _write_nanogpt(folder, entry, losses):
   (folder / f'{entry}.txt').write_text('\n'.join(lines))
 
 
+def _write_printed(folder, entry, losses):
+  """As nanoGPT prints them, a log a run."""
+  (folder / entry).mkdir()
+  for seed, run in enumerate(losses):
+    lines = [f'step {step}: train loss 9.1, val loss {loss}\niter {step}: loss '
+             '9.0000, time 1.00ms' for step, loss in zip(STEPS, run)]
+    (folder / entry / f'run{seed}.log').write_text('\n'.join(lines))
+
+
 def _write_trainer(folder, entry, losses):
   """By transformers, with an earlier checkpoint of each run."""
   from transformers.trainer_callback import TrainerState
@@ -69,17 +78,18 @@ def _write_events(folder, entry, losses):
   from tensorboard.plugins.scalar import summary_v2
   from tensorboard.summary.writer import event_file_writer
   for seed, run in enumerate(losses):
-    for part in (slice(0, 2), slice(2, 3)):
-      writer = event_file_writer.EventFileWriter(
-          str(folder / entry / f'seed-{seed}'),
-          filename_suffix=f'.{part.start}')
-      for step, loss in zip(STEPS[part], run[part]):
-        summary = summary_v2.scalar_pb('eval/loss', float(loss))
-        if entry == 'base':
-          summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(
-              tag='eval/loss', simple_value=float(loss))])
-        writer.add_event(event_pb2.Event(step=step, summary=summary))
-      writer.close()
+    for split in ('train', 'validation'):  # as Keras does
+      for part in (slice(0, 2), slice(2, 3)):
+        writer = event_file_writer.EventFileWriter(
+            str(folder / entry / f'seed-{seed}' / split),
+            filename_suffix=f'.{part.start}')
+        for step, loss in zip(STEPS[part], run[part] - (split == 'train')):
+          summary = summary_v2.scalar_pb('epoch_loss', float(loss))
+          if entry == 'base':
+            summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(
+                tag='epoch_loss', simple_value=float(loss))])
+          writer.add_event(event_pb2.Event(step=step, summary=summary))
+        writer.close()
 
 
 def _write_wandb_chart(folder, entry, losses):
@@ -111,8 +121,9 @@ def _write_plain(folder, entry, losses):
 
 
 @pytest.mark.parametrize('write, has_seeds', [
-    (_write_nanogpt, False), (_write_trainer, True), (_write_events, True),
-    (_write_wandb_chart, True), (_write_history, True), (_write_plain, True)])
+    (_write_nanogpt, False), (_write_printed, False), (_write_trainer, True),
+    (_write_events, True), (_write_wandb_chart, True), (_write_history, True),
+    (_write_plain, True)])
 def test_each_format_gives_scipys_test_of_the_same_runs(
     tmp_path, capsys, write, has_seeds):
   sources = []
@@ -155,6 +166,13 @@ def test_samples_of_lm_eval_are_paired_item_by_item(tmp_path, capsys):
       int(wins), int(wins + losses)).pvalue)
   assert row['verdict'] == 'better' and row['test'] == 'McNemar, 40 items'
 
+  # Of other items, such as of another limit, no pair is made.
+  file, = (tmp_path / 'base').rglob('*.jsonl')
+  file.write_text(''.join(file.read_text().splitlines(keepends=True)[:30]))
+  row, = _judge(capsys, tmp_path / 'base', tmp_path / 'better')['comparisons']
+  assert row['p'] == pytest.approx(stats.ttest_ind(
+      right[1], right[0, :30], equal_var=False).pvalue)
+
 
 def test_noise_of_all_entries_and_holm_over_all_of_them(tmp_path, capsys):
   """One run is compared by the noise of the others; a saved step is charged."""
@@ -190,10 +208,34 @@ def test_noise_of_all_entries_and_holm_over_all_of_them(tmp_path, capsys):
       statistics.correct_p_values(p_values))
 
 
+def test_a_table_of_means_and_the_runs_that_are_left_out(tmp_path, capsys):
+  _write_csv(tmp_path / 'means.csv', [
+      ['model', 'mean', 'n', 'std'], ['a', 3.0, 5, 0.01], ['b', 2.98, 4, 0.02]])
+  row, = _judge(capsys, tmp_path / 'means.csv')['comparisons']
+  assert row['p'] == pytest.approx(stats.ttest_ind_from_stats(
+      2.98, 0.02, 4, 3.0, 0.01, 5, equal_var=False).pvalue)
+
+  # One run of b ended early, one diverged, one is longer, and one is there
+  # twice; a run is of an entry by its name.
+  rows = [['run', 'step', 'val_loss']]
+  for name, last_step, last_loss in (
+      ('a-1', 4, 3.0), ('a-2', 4, 3.1), ('b-1', 4, 2.0), ('b-2', 2, 2.5),
+      ('b-3', 4, 'nan'), ('b-4', 5, 2.2), ('b-1/copy', 4, 2.0)):
+    rows += [[name, step, 5 - step / 9] for step in range(last_step)]
+    rows.append([name, 4 if last_step == 5 else last_step, last_loss])
+  _write_csv(tmp_path / 'runs.csv', rows)
+  answer = _judge(capsys, tmp_path / 'runs.csv', '--entries=a,b', '--sd=0.1')
+  row, = answer['comparisons']
+  assert (row['step'], row['runs'], row['base_runs']) == (4, 2, 2)
+  assert 'b: 2 of 4 runs are left out' in answer['summary']
+  assert 'b: 1 of its logs are copies' in answer['summary']
+
+
 def test_the_runs_that_are_needed_and_what_so_many_find():
   """Against simulated tests of two groups of runs."""
   base = np.random.default_rng(0).normal(0, 1, 8)
-  difference = statistics.difference_of_groups(base + 0.8, base)
+  difference = statistics.difference_of_groups(
+      statistics.describe_group(base + 0.8), statistics.describe_group(base))
   runs = difference.runs_needed(level=0.05, power=0.8)
   random, sd = np.random.default_rng(1), np.std(base, ddof=1)
   for effect, n in ((0.8, runs), (difference.detectable(0.05, 0.8), 8)):
@@ -233,6 +275,7 @@ def test_wrong_requests_are_refused(tmp_path, capsys):
   _write_nanogpt(tmp_path, 'log', ENTRIES['base'])
   with pytest.raises(RequestError, match='several formats'):
     foreign.read_source(tmp_path)
+  assert len(foreign.read_source(tmp_path, 'csv')) == len(ENTRIES['base'])
   (tmp_path / 'page.md').write_text('no runs')
   with pytest.raises(RequestError, match='has no runs that are known'):
     foreign.read_source(tmp_path / 'page.md')
