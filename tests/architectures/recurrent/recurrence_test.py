@@ -143,6 +143,19 @@ def test_groups_that_share_a_piece(monkeypatch):
                               for f in (scanned, in_groups)))
 
 
+@pytest.mark.parametrize('count, most, size', [
+    (5, 2, 2), (5, 4, 3), (8, 3, 3), (6, 6, 6), (6, 9, 6), (3, 1, 1)])
+def test_groups_are_as_few_as_may_be_and_of_one_size(count, most, size):
+  sizes = set()
+  def double(rows):
+    sizes.add(len(rows))
+    return 2 * rows
+  x = np.arange(2.0 * count).reshape(count, 2)  # of two rows
+  np.testing.assert_array_equal(
+      pieces.map_pieces_in_groups(double, most, x), 2 * x)
+  assert sizes == {2 * size}
+
+
 @pytest.mark.parametrize('length, decays', [(9, K), (1, 1)])
 def test_inputs_of_bfloat16_are_those_numbers_in_float32(length, decays):
   """Only their gradients are rounded, to the numbers that bfloat16 has."""
