@@ -5,7 +5,6 @@ that the shapes that a plan takes for a batch are the loader's."""
 import json
 import types
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -272,27 +271,6 @@ def test_the_loss_of_a_number_is_its_squared_error():
       'regression', np.array([[1.0], [3.0], [9.0]]),
       dict(targets=np.float32([2, 0, 0]), weights=np.float32([1, 1, 0])))
   assert figures == dict(loss=5, mean_absolute_error=2)
-
-
-def test_micro_batches_add_up():
-  rng = np.random.default_rng(1)
-  record, output, batch, c, _ = _figures(
-      'classification', rng.normal(size=(8, 2)),
-      dict(targets=rng.integers(0, 2, 8),
-           weights=rng.random(8).astype(np.float32)))
-
-  def loss(scores_BU, rows, whole):
-    output.extra['scores'] = scores_BU[rows]
-    part = {key: value[rows] for key, value in batch.items()}
-    return record.loss(output, part, c, whole)[0]
-
-  scores_BU, all_rows = output.extra['scores'], np.arange(8)
-  whole = record.weights(batch)
-  grads = lambda rows: jax.jit(jax.grad(
-      lambda scores_BU: loss(scores_BU, rows, whole)))(scores_BU)
-  together = grads(all_rows)
-  apart = sum(grads(all_rows[i::2]) for i in range(2))
-  np.testing.assert_allclose(together, apart, atol=1e-6)
 
 
 def test_the_loss_of_an_answer_is_that_of_both_ends_without_padding():
