@@ -246,7 +246,7 @@ def axes_of_groups(members: np.ndarray, mesh_shape: Mapping[str, int]
 
 
 def read_collectives(text: str, mesh_shape: Mapping[str, int], *,
-                     host_of: np.ndarray, ragged_rows: int = 0,
+                     host_of_device: np.ndarray, ragged_rows: int = 0,
                      num_passes: int | None = None) -> list[Collective]:
   """Returns every collective that a step of a compiled program runs.
 
@@ -254,8 +254,8 @@ def read_collectives(text: str, mesh_shape: Mapping[str, int], *,
     text: the text of the program.
     mesh_shape: the number of devices along each mesh axis. Devices are numbered
       with the last axis running fastest.
-    host_of: int [devices], the number of the slice (TPU) or host (GPU) of each
-      device.
+    host_of_device: int [devices], the number of the slice (TPU) or host (GPU)
+      of each device.
     ragged_rows: the number of rows that a device sends in a ragged all-to-all
       if all experts get equally many tokens. The array has room for the most
       uneven load. 0: count the whole array.
@@ -266,7 +266,7 @@ def read_collectives(text: str, mesh_shape: Mapping[str, int], *,
   counted_channels = set()
   for instruction in _walk_instructions(text, num_passes):
     collective = _collective_of_instruction(
-        instruction, mesh_shape=mesh_shape, host_of=host_of,
+        instruction, mesh_shape=mesh_shape, host_of_device=host_of_device,
         ragged_rows=ragged_rows)
     if collective is None or collective.size == 1 or not collective.runs:
       continue
@@ -449,7 +449,7 @@ def _parse_arrays(shape: str) -> list[_Array]:
 
 def _collective_of_instruction(instruction: _Instruction,
                                mesh_shape: Mapping[str, int],
-                               host_of: np.ndarray, ragged_rows: int
+                               host_of_device: np.ndarray, ragged_rows: int
                                ) -> Collective | None:
   """Returns an instruction of a program as a Collective; None if it is no
   collective.
@@ -458,8 +458,8 @@ def _collective_of_instruction(instruction: _Instruction,
     instruction: the instruction.
     mesh_shape: the number of devices along each mesh axis. Devices are numbered
       with the last axis running fastest.
-    host_of: int [devices], the number of the slice (TPU) or host (GPU) of each
-      device.
+    host_of_device: int [devices], the number of the slice (TPU) or host (GPU)
+      of each device.
     ragged_rows: the number of rows that a device sends in a ragged all-to-all;
       0: count the whole array.
   """
@@ -493,7 +493,7 @@ def _collective_of_instruction(instruction: _Instruction,
     payload = payload * min(rows, ragged_rows) // rows
 
   # The group that spans the most hosts counts for all groups.
-  num_hosts = max(len(set(host_of[group])) for group in members)
+  num_hosts = max(len(set(host_of_device[group])) for group in members)
   largest_array = max(arrays, key=lambda array: array.nbytes)
   return Collective(
       kind=kind, axes=axes_of_groups(members, mesh_shape), size=size,

@@ -29,7 +29,7 @@ from training.runs import parameter_roles
 _BATCH_AXES = ('data', 'fsdp', 'expert')
 
 
-def predict_collectives(run: runs.Run, host_of: np.ndarray
+def predict_collectives(run: runs.Run, host_of_device: np.ndarray
                         ) -> list[collectives.Collective]:
   """Predicts the collectives that a training step must run: those that gather
   weights, reduce gradients, sum products over `tensor`, and carry tokens to
@@ -37,10 +37,10 @@ def predict_collectives(run: runs.Run, host_of: np.ndarray
 
   Args:
     run: the run, on the topology's devices.
-    host_of: int [devices], the number of the slice (TPU) or host (GPU) of each
-      device, in the order of the mesh.
+    host_of_device: int [devices], the number of the slice (TPU) or host (GPU)
+      of each device, in the order of the mesh.
   """
-  step = _Step(run, host_of)
+  step = _Step(run, host_of_device)
   num_gathers = memory.gathers_per_step(run)
   for path, x in paths.flatten_by_path(run.abstract_state.params).items():
     step.add_parameter(path, x, gathers=num_gathers[path])
@@ -51,9 +51,9 @@ def predict_collectives(run: runs.Run, host_of: np.ndarray
 class _Step:
   """The collectives that a training step must run, added one by one."""
 
-  def __init__(self, run: runs.Run, host_of: np.ndarray):
+  def __init__(self, run: runs.Run, host_of_device: np.ndarray):
     self.run, self.model, self.mesh = run, run.model, run.mesh.shape
-    self.host_of = host_of
+    self.host_of_device = host_of_device
     self.accumulation = run.config.train.grad_accumulation
     self.itemsize = run.model.compute_dtype.itemsize
     self.sent: list[collectives.Collective] = []
@@ -69,7 +69,7 @@ class _Step:
       times: how often a step runs it.
     """
     shape = tuple(self.mesh.items())
-    size, hosts = _size_of_group(shape, axes, self.host_of.tobytes())
+    size, hosts = _size_of_group(shape, axes, self.host_of_device.tobytes())
     if size > 1:
       self.sent.append(collectives.Collective(
           kind=kind, axes=axes, size=size, hosts=hosts, dtype=self.model.dtype,
@@ -172,7 +172,7 @@ def _layers_of_pass(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
 
 
 @functools.lru_cache
-def _size_of_group(shape: tuple, axes: tuple[str, ...], host_of: bytes
+def _size_of_group(shape: tuple, axes: tuple[str, ...], host_of_device: bytes
                    ) -> tuple[int, int]:
   """Returns the number of devices of a group along some axes of a mesh, and the
   number of hosts that such a group spans at most.
@@ -180,8 +180,8 @@ def _size_of_group(shape: tuple, axes: tuple[str, ...], host_of: bytes
   Args:
     shape: pairs of the name of a mesh axis and its size.
     axes: the mesh axes along which the devices of a group differ.
-    host_of: the bytes of an int64 array [devices] with the number of the host
-      of each device. An array itself could be no key of the cache.
+    host_of_device: the bytes of an int64 array [devices] with the number of the
+      host of each device. An array itself could be no key of the cache.
   """
   names, sizes = zip(*shape)
   dimensions = [names.index(axis) for axis in axes]
@@ -189,7 +189,7 @@ def _size_of_group(shape: tuple, axes: tuple[str, ...], host_of: bytes
 
   # Move the axes of a group to the end, so that the reshape makes each group a
   # row, [groups, devices of a group].
-  hosts = np.frombuffer(host_of, np.int64).reshape(sizes)
+  hosts = np.frombuffer(host_of_device, np.int64).reshape(sizes)
   hosts = np.moveaxis(hosts, dimensions, range(-len(dimensions), 0))
   hosts_of_groups = hosts.reshape(-1, group_size).tolist()
   return group_size, max(len(set(group)) for group in hosts_of_groups)

@@ -129,12 +129,12 @@ def make_plan(run: runs.Run, topology: chips.Topology, names: list[str]
       sequences_per_device=config.data.batch_size / shards / accumulation,
       grad_accumulation=accumulation, remat=model.remat,
       keep_gathered=model.keep_gathered, optimizer=config.optim.name,
-      whole_along_fsdp=whole_along_fsdp(run),
+      whole_along_fsdp=largest_parameters_whole_along_fsdp(run),
       programs=reports, fits=not reasons,
       reasons=list(dict.fromkeys(reasons)))
 
 
-def whole_along_fsdp(run: runs.Run) -> list[dict]:
+def largest_parameters_whole_along_fsdp(run: runs.Run) -> list[dict]:
   """Returns the largest parameters that fsdp does not shard.
 
   Every device along the fsdp axis holds such a parameter, and the optimiser's
@@ -356,7 +356,7 @@ def analyse_program(run: runs.Run, topology: chips.Topology, name: str) -> dict:
     sizes = state | _memory_of_program(executable.memory_analysis())
     sent = collectives.read_collectives(
         executable.as_text(), mesh_shape=run.mesh.shape,
-        host_of=host_of_devices(run, topology),
+        host_of_device=host_of_devices(run, topology),
         ragged_rows=ragged_rows(run, name), num_passes=program.passes)
   else:
     sizes = memory.estimate_peak_bytes(run, platform=topology.chip.platform)

@@ -47,6 +47,7 @@ from training.runs import parameter_shapes, parameter_shares
 # Parts of a count: the products of which a mask hides a part, and the others.
 ATTENTION = 'attention'
 WEIGHTS = 'weights'
+FlopsByPart = tuple[tuple[str, float], ...]  # pairs of a part and its FLOPs
 
 
 def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
@@ -60,7 +61,7 @@ def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
     model: config.model, or the frozen ModelConfig.
     length: the number of tokens; for an encoder-decoder, those of the encoder.
     decoder_length: the number of tokens of an encoder-decoder's decoder.
-    prompt: whether all tokens see each other: those of a prompt of a prefix LM.
+    prompt: whether all tokens see each other, as in a prompt of a prefix LM.
 
   Returns:
     `attention`: the FLOPs of attention's scores and weighted values.
@@ -222,11 +223,11 @@ def _program_over_sequence(config: ModelConfig, length: int,
 
   # An encoder-decoder is applied to a source and a target.
   if decoder_length:
-    def translate(module: Any, params: Any, source: Any, target: Any):
+    def apply_to_pair(module: Any, params: Any, source: Any, target: Any):
       return module.apply(
           params, source, decoder_tokens_BL=target,
           decoder_positions_BL=positions_of(decoder_length))
-    return (translate, _token_shape(config, length),
+    return (apply_to_pair, _token_shape(config, length),
             _token_shape(config, decoder_length))
 
   # All others are applied to one row of tokens.
@@ -234,16 +235,17 @@ def _program_over_sequence(config: ModelConfig, length: int,
   if prefix:
     options['prefix_B'] = jnp.ones(_fewest_rows(config), jnp.int32)
 
-  def read(module: Any, params: Any, tokens: Any):
+  def apply_to_row(module: Any, params: Any, tokens: Any):
     return module.apply(
         params, tokens, positions_BL=positions_of(length), **options)
-  return read, _token_shape(config, length)
+  return apply_to_row, _token_shape(config, length)
 
 
 @functools.lru_cache(maxsize=4096)
 def _forward_flops_by_part(config: ModelConfig, length: int,
                            decoder_length: int, num_unread: int = 0,
-                           prefix: bool = False, prompt: bool = False) -> tuple:
+                           prefix: bool = False, prompt: bool = False
+                           ) -> FlopsByPart:
   """Returns the FLOPs of a forward pass over one sequence, as pairs of a part
   (ATTENTION or WEIGHTS) and its FLOPs.
 
@@ -340,7 +342,7 @@ def _backward_passes(forward: float, with_all_gradients: float,
 
 @functools.lru_cache(maxsize=4096)
 def _decoding_flops_by_part(config: ModelConfig, keys: int, memory_length: int
-                            ) -> tuple:
+                            ) -> FlopsByPart:
   """Returns the FLOPs of generating one token with a full cache, as pairs of a
   part (ATTENTION or WEIGHTS) and its FLOPs.
 
@@ -388,7 +390,7 @@ def _cache_with_memory(config: ModelConfig, cache: Any, keys: int,
     return architectures.init_cache(
         without_sharing(config), _fewest_rows(config), keys)
 
-  def lengthened(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  def lengthen(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Returns a shape that is as long as the memory, [*rows, M, J, K]."""
     *rows, _, heads, size = x.shape
     return jax.ShapeDtypeStruct((*rows, memory_length, heads, size), x.dtype)
@@ -400,8 +402,8 @@ def _cache_with_memory(config: ModelConfig, cache: Any, keys: int,
   for layer, unshared_layer in zip(cache, jax.eval_shape(unshared_cache)):
     unshared = unshared_layer.mixer
     mixer = layer.mixer.replace(
-        memory_key_BMJK=lengthened(unshared.key_BMJK),
-        memory_value_BMJK=lengthened(unshared.value_BMJK))
+        memory_key_BMJK=lengthen(unshared.key_BMJK),
+        memory_value_BMJK=lengthen(unshared.value_BMJK))
     layers_with_memory.append(layer.replace(mixer=mixer))
   return tuple(layers_with_memory)
 
@@ -416,7 +418,7 @@ def without_sharing(config: ModelConfig) -> ModelConfig:
 
 def _row_flops_by_part(config: ModelConfig, program: Any, *args,
                        num_unread: int = 0, rate_shares: Any = None,
-                       prompt: bool = False) -> tuple:
+                       prompt: bool = False) -> FlopsByPart:
   """Counts the FLOPs of one row of a traced program: of its logits and of all
   else that the model returns.
 

@@ -49,7 +49,7 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
   run = run_on(topology, preset, config)
   sent = collectives.read_collectives(
       compiled(run, topology).as_text(), run.mesh.shape,
-      host_of=programs.host_of_devices(run, topology),
+      host_of_device=programs.host_of_devices(run, topology),
       ragged_rows=programs.ragged_rows(run, 'train'))
   crossings = [c for c in sent if c.kind == 'ragged-all-to-all'
                and c.dtype == 'bf16']  # of rows, not of gates
@@ -83,7 +83,7 @@ def test_no_weight_is_summed_whole_on_a_mesh_of_fsdp_alone():
   run = run_on(topology, 'fsdp=64', config)
   sent = collectives.read_collectives(
       compiled(run, topology).as_text(), run.mesh.shape,
-      host_of=programs.host_of_devices(run, topology))
+      host_of_device=programs.host_of_devices(run, topology))
   # Norms, and the ids of tokens.
   assert not [c for c in sent if c.kind == 'all-reduce' and c.size == 64
               and c.elements > 4 * 512 and c.dtype != 's32']
@@ -113,7 +113,7 @@ def test_what_is_large_is_scattered_and_gathered(preset, kinds):
   run = run_on(topology, preset, config)
   sent = collectives.read_collectives(
       compiled(run, topology).as_text(), run.mesh.shape,
-      host_of=programs.host_of_devices(run, topology),
+      host_of_device=programs.host_of_devices(run, topology),
       ragged_rows=programs.ragged_rows(run, 'train'))
   # What a reduce-scatter returns is one of its shards.
   whole = lambda c: c.elements * (c.size if c.kind == 'reduce-scatter' else 1)

@@ -144,11 +144,11 @@ def test_a_plan_names_the_largest_of_what_stands_whole(
   monkeypatch.setattr(programs, 'LEAST_BYTES_NAMED', 2 * 64 * 4)
   t = chips.parse_topology('v5p:2x2x2')
   run = programs.run_on_topology(small(gpt.get_config()), t, 'fsdp')
-  row, = programs.whole_along_fsdp(run)
+  row, = programs.largest_parameters_whole_along_fsdp(run)
   assert row['bytes_per_device'] == 2 * 64 * 4
   assert row['name'].startswith('decoder/layers/block_0/ffn/up')
   alone = programs.run_on_topology(small(gpt.get_config()), t, 'dp')
-  assert not programs.whole_along_fsdp(alone)
+  assert not programs.largest_parameters_whole_along_fsdp(alone)
 
 
 def test_what_does_not_fit_is_refused_with_figures(no_compiler):
@@ -374,8 +374,8 @@ MESH = dict(data=1, fsdp=4, expert=1, tensor=2)
 
 
 def test_every_collective_is_read_with_its_runs_and_bytes():
-  moves = collectives.read_collectives(PROGRAM, MESH, host_of=np.zeros(8, int),
-                                       ragged_rows=20)
+  moves = collectives.read_collectives(
+      PROGRAM, MESH, host_of_device=np.zeros(8, int), ragged_rows=20)
   rows = {(c.kind, c.axes, c.runs, c.known): c for c in moves}
   assert len(rows) == len(moves)
   sent = {key: c.sent for key, c in rows.items()}
@@ -389,7 +389,7 @@ def test_every_collective_is_read_with_its_runs_and_bytes():
       ('collective-permute', ('tensor',), 3, True): 16,
       ('all-reduce', ('fsdp', 'tensor'), 1, True): 2 * 7 / 8 * 40}
   again = collectives.read_collectives(
-      PROGRAM, MESH, host_of=np.zeros(8, int), num_passes=6)
+      PROGRAM, MESH, host_of_device=np.zeros(8, int), num_passes=6)
   assert all(c.known for c in again)
   assert {c.runs for c in again if c.kind == 'collective-permute'} == {24, 3}
   table = collectives.sum_by_kind(moves)
@@ -421,7 +421,7 @@ def test_a_gather_that_several_fusions_print_is_one():
       (5, 5, 6))) + 'ENTRY %main (x: bf16[1,4]) -> bf16[8,4] {\n' + '\n'.join(
           call.format(i) for i in range(3)) + '\n}\n'
   sent = collectives.read_collectives(
-      text, dict(fsdp=8), host_of=np.zeros(8, int))
+      text, dict(fsdp=8), host_of_device=np.zeros(8, int))
   assert [c.kind for c in sent] == ['all-gather'] * 2
 
 

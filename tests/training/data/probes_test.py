@@ -211,7 +211,7 @@ def of(name, levels=(), length=0, vocab=0):
   levels = tuple(levels) or probe.levels
   settings = probes.Settings(length or probe.length, levels,
                              vocab or probe.vocab, 50, 50)
-  size = max(probe.size(level, settings) for level in levels)
+  size = max(probe.min_length(level, settings) for level in levels)
   settings = settings._replace(length=max(settings.length, size))
   for level in levels:
     probes.check_level(name, level, settings)
@@ -262,7 +262,7 @@ def test_circles_of_depo_are_as_large_as_published(name, most):
   question has its own hops; evaluation: N words, and one level of hops."""
   probe, settings = of(name)
   vocab, hops = settings.vocab, len(probe.levels)
-  small = settings._replace(length=probe.size(1, settings), examples=1)
+  small = settings._replace(length=probe.min_length(1, settings), examples=1)
   assert set(words_of_circles(probe, small, 'train')) == {3}
   rows = probes.Rows(probe, settings, 'eval', 0, levels=(hops,))
   for row in itertools.islice(rows, 3):

@@ -148,9 +148,9 @@ def check_level(name: str, level: Level, settings: Settings) -> None:
                        f'{probe.least}')
 
   # A row of this level must exist at all, and fit into data.length.
-  reason = probe.limit(settings, level)
+  reason = probe.reason_against(settings, level)
   require(not reason, f'{location}: {reason}')
-  size = probe.size(level, settings)
+  size = probe.min_length(level, settings)
   require(size <= settings.length,
           f'{location} has rows of {size} tokens or '
           f'more, and data.length is {settings.length}: set it to {size} or '

@@ -69,7 +69,7 @@ class SelectiveCopying(Probe):
     return record.ask_at_positions(
         tokens, positions=asking_positions, answers=letters)
 
-  def size(self, count: int, settings: Settings) -> int:
+  def min_length(self, count: int, settings: Settings) -> int:
     return 2 * count + 1
 
   def vocab_size(self, settings: Settings) -> int:
@@ -107,7 +107,7 @@ class Copy(Probe):
     """Returns the letters that are to be written after some letters."""
     return letters
 
-  def size(self, count: int, settings: Settings) -> int:
+  def min_length(self, count: int, settings: Settings) -> int:
     return 2 * count + 1
 
   def vocab_size(self, settings: Settings) -> int:
@@ -167,7 +167,7 @@ class Addition(Probe):
     answer = [int(digit) for digit in str(total)]
     return record.ask_to_write(question, np.array([*answer, END]))
 
-  def size(self, digits: int, settings: Settings) -> int:
+  def min_length(self, digits: int, settings: Settings) -> int:
     return 3 * digits + 3
 
   def vocab_size(self, settings: Settings) -> int:
@@ -199,7 +199,7 @@ class Compression(Probe):
     return record.ask_at_positions(
         tokens, positions=np.arange(len(tokens)), answers=tokens)
 
-  def size(self, letters: int, settings: Settings) -> int:
+  def min_length(self, letters: int, settings: Settings) -> int:
     return letters + 1
 
   def vocab_size(self, settings: Settings) -> int:

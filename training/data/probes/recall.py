@@ -126,16 +126,16 @@ class Recall(Probe):
     return _draw_pairs(rng, keys=keys, values=values, noise=0.0, first_noise=0,
                        settings=settings)
 
-  def size(self, vocab: int, settings: Settings) -> int:
+  def min_length(self, vocab: int, settings: Settings) -> int:
     return 4
 
   def vocab_size(self, settings: Settings) -> int:
     return settings.hardest_level
 
-  def limit(self, settings: Settings, vocab: int) -> str:
+  def reason_against(self, settings: Settings, vocab: int) -> str:
     if vocab % 2:
       return 'half of the letters are keys'
-    return record.limit_to_training_levels(settings, vocab)
+    return record.reason_against_harder_level(settings, vocab)
 
 
 class NoisyRecall(Probe):
@@ -160,13 +160,13 @@ class NoisyRecall(Probe):
     return _draw_pairs(rng, keys=keys, values=values, noise=noise,
                        first_noise=settings.vocab, settings=settings)
 
-  def size(self, noise: float, settings: Settings) -> int:
+  def min_length(self, noise: float, settings: Settings) -> int:
     return 4
 
   def vocab_size(self, settings: Settings) -> int:
     return settings.vocab + NUM_NOISE_IDS
 
-  def limit(self, settings: Settings, noise: float) -> str:
+  def reason_against(self, settings: Settings, noise: float) -> str:
     return '' if noise < 1 else 'a share is below 1'
 
 
@@ -232,13 +232,13 @@ class FuzzyRecall(Probe):
     return record.ask_at_positions(
         row, positions=positions, answers=row[positions + 1])
 
-  def size(self, motif: int, settings: Settings) -> int:
+  def min_length(self, motif: int, settings: Settings) -> int:
     return 4 * motif
 
   def vocab_size(self, settings: Settings) -> int:
     return settings.vocab
 
-  def limit(self, settings: Settings, motif: int) -> str:
+  def reason_against(self, settings: Settings, motif: int) -> str:
     keys = settings.vocab // 2
     if motif <= keys:
       return ''
@@ -313,13 +313,13 @@ class MQAR(Probe):
       tokens[fillers] = rng.integers(0, settings.vocab, fillers.sum())
     return record.ask_at_positions(tokens, positions=positions, answers=values)
 
-  def size(self, pairs: int, settings: Settings) -> int:
+  def min_length(self, pairs: int, settings: Settings) -> int:
     return 4 * pairs
 
   def vocab_size(self, settings: Settings) -> int:
     return settings.vocab
 
-  def limit(self, settings: Settings, pairs: int) -> str:
+  def reason_against(self, settings: Settings, pairs: int) -> str:
     half = settings.vocab // 2
     if pairs < half:
       return ''
@@ -378,14 +378,14 @@ class Memorisation(Probe):
         tokens.reshape(-1), positions=marked_positions,
         answers=values[chosen_keys])
 
-  def size(self, keys: int, settings: Settings) -> int:
+  def min_length(self, keys: int, settings: Settings) -> int:
     return 2
 
   def vocab_size(self, settings: Settings) -> int:
     return 2 * settings.hardest_level + 1
 
-  def limit(self, settings: Settings, keys: int) -> str:
-    return record.limit_to_training_levels(settings, keys)
+  def reason_against(self, settings: Settings, keys: int) -> str:
+    return record.reason_against_harder_level(settings, keys)
 
 
 NAMES_OF_NUMBERS = ('amber', 'birch', 'cedar', 'delta', 'ember', 'fjord',
@@ -470,13 +470,13 @@ class Passkey(Probe):
     return record.ask_to_write(np.frombuffer(prompt.encode(), np.uint8),
                                np.frombuffer(answer.encode(), np.uint8))
 
-  def size(self, needles: int, settings: Settings) -> int:
+  def min_length(self, needles: int, settings: Settings) -> int:
     return needles * _MOST_BYTES_OF_FACT + _MOST_BYTES_OF_QUESTION + NUM_DIGITS
 
   def vocab_size(self, settings: Settings) -> int:
     return 256
 
-  def limit(self, settings: Settings, needles: int) -> str:
+  def reason_against(self, settings: Settings, needles: int) -> str:
     if needles <= len(NAMES_OF_NUMBERS):
       return ''
     return f'there are {len(NAMES_OF_NUMBERS)} names'

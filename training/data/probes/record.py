@@ -88,7 +88,7 @@ def ask_to_write(prompt: np.ndarray, answer: np.ndarray) -> Row:
   return ask_at_positions(tokens[:-1], positions=positions, answers=answer)
 
 
-def limit_to_training_levels(settings: Settings, level: Level) -> str:
+def reason_against_harder_level(settings: Settings, level: Level) -> str:
   """Returns the reason why a level that is harder than all levels of training
   cannot be drawn; '' for an easier one.
 
@@ -108,8 +108,8 @@ class Probe:
   """A small task with exact answers. The docstring of its module says which
   paper defines it, and how it differs from the published task.
 
-  A subclass has `draw`, `size`, `vocab_size`, `level` and `levels`, and others
-  of these methods and attributes where it differs from this class.
+  A subclass has `draw`, `min_length`, `vocab_size`, `level` and `levels`, and
+  others of these methods and attributes where it differs from this class.
 
   Attributes:
     level: what a level counts, as a plural noun.
@@ -151,7 +151,7 @@ class Probe:
     """
     raise NotImplementedError
 
-  def size(self, level: Level, settings: Settings) -> int:
+  def min_length(self, level: Level, settings: Settings) -> int:
     """Returns the number of tokens that the rows of a level have at least."""
     raise NotImplementedError
 
@@ -159,7 +159,7 @@ class Probe:
     """Returns the number of ids of the task, which is model.vocab_size."""
     raise NotImplementedError
 
-  def limit(self, settings: Settings, level: Level) -> str:
+  def reason_against(self, settings: Settings, level: Level) -> str:
     """Returns the reason why a level cannot be drawn with these settings; ''
     where it can."""
     return ''

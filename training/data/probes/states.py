@@ -153,7 +153,7 @@ class Counting(Probe):
     sums = np.cumsum(numbers) % modulus
     return _ask_for_states(first_id=modulus, tokens=numbers, states=sums)
 
-  def size(self, count: int, settings: Settings) -> int:
+  def min_length(self, count: int, settings: Settings) -> int:
     return count + 1
 
   def vocab_size(self, settings: Settings) -> int:
@@ -282,14 +282,14 @@ class Induction(Probe):
     return record.ask_at_positions(
         tokens, positions=1 + asking_positions, answers=answers)
 
-  def size(self, hops: int, settings: Settings) -> int:
+  def min_length(self, hops: int, settings: Settings) -> int:
     return hops + 2
 
   def vocab_size(self, settings: Settings) -> int:
     return settings.vocab + settings.hardest_level
 
-  def limit(self, settings: Settings, hops: int) -> str:
-    return record.limit_to_training_levels(settings, hops)
+  def reason_against(self, settings: Settings, hops: int) -> str:
+    return record.reason_against_harder_level(settings, hops)
 
 
 def follow_hops(letters_T: np.ndarray, hops: int) -> np.ndarray:
@@ -354,14 +354,14 @@ class Hops(Probe):
     return record.ask_at_positions(
         tokens, positions=np.arange(1, settings.length), answers=answers_T)
 
-  def size(self, hops: int, settings: Settings) -> int:
+  def min_length(self, hops: int, settings: Settings) -> int:
     return 2
 
   def vocab_size(self, settings: Settings) -> int:
     return settings.vocab + settings.hardest_level + 2
 
-  def limit(self, settings: Settings, hops: int) -> str:
-    return record.limit_to_training_levels(settings, hops)
+  def reason_against(self, settings: Settings, hops: int) -> str:
+    return record.reason_against_harder_level(settings, hops)
 
 
 MOST_QUESTIONS = 10  # in a row of Depo: M of the published code
@@ -416,7 +416,7 @@ def _draw_words(rng: np.random.Generator, count: int, words: _WordLengths,
 
   Args:
     rng: the generator of the draws.
-    count: how many words. That many words must exist: see Depo.limit.
+    count: how many words. That many words must exist: see Depo.reason_against.
     words: the least and the most tokens of a word.
     letters: the number of letters. The last letter of a word has another id,
       that is larger by this number, so that it shows where the word ends.
@@ -510,13 +510,13 @@ class Depo(Probe):
     return record.ask_at_positions(
         row[:-1], positions=positions_A, answers=row[positions_A + 1])
 
-  def size(self, hops: int, settings: Settings) -> int:
+  def min_length(self, hops: int, settings: Settings) -> int:
     return _most_tokens_of_row(self._words, 3)
 
   def vocab_size(self, settings: Settings) -> int:
     return 2 * settings.vocab + 2 + settings.hardest_level
 
-  def limit(self, settings: Settings, hops: int) -> str:
+  def reason_against(self, settings: Settings, hops: int) -> str:
     """Returns the reason why no row can ask for a number of hops; '' if one
     can.
 
@@ -524,7 +524,7 @@ class Depo(Probe):
       settings: the settings of the probe.
       hops: the number of hops.
     """
-    reason = record.limit_to_training_levels(settings, hops)
+    reason = record.reason_against_harder_level(settings, hops)
     if reason:
       return reason
     # The words of a row must all differ: so many of the allowed sizes have to
@@ -582,15 +582,15 @@ class Mano(Probe):
         np.array(tokens), positions=np.array([last_position]),
         answers=np.array([value]))
 
-  def size(self, operators: int, settings: Settings) -> int:
+  def min_length(self, operators: int, settings: Settings) -> int:
     return 2 * operators + 4
 
   def vocab_size(self, settings: Settings) -> int:
     signs = len(OPERATORS) + 1 + 2 * settings.hardest_level
     return settings.vocab + FORMS_OF_SIGN * signs
 
-  def limit(self, settings: Settings, operators: int) -> str:
-    return record.limit_to_training_levels(settings, operators)
+  def reason_against(self, settings: Settings, operators: int) -> str:
+    return record.reason_against_harder_level(settings, operators)
 
 
 def _draw_form(rng: np.random.Generator, first: int) -> int:

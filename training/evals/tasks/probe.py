@@ -147,7 +147,7 @@ def _why_not_measurable(evaluation: Evaluation, cell: ProbeCell) -> str:
   if cell.length > longest:
     return f'the positions of the model end at {longest:g}'
   settings = probes.read_settings(config)._replace(length=cell.length)
-  return probes.find_probe(config).limit(settings, cell.level)
+  return probes.find_probe(config).reason_against(settings, cell.level)
 
 
 def _format_row(cell: ProbeCell, scores: dict[str, Any]) -> str:
