@@ -65,8 +65,8 @@ from training.workdir import checkpoints, run_config, storage
 
 
 def import_model(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
-            seed: int, adapter: pathlib.Path | None = None,
-            dtype: str = '') -> None:
+                 seed: int, adapter: pathlib.Path | None = None,
+                 dtype: str = '') -> None:
   """Makes the workdir of a run at step 0 from weights in Hugging Face's format.
 
   Args:
@@ -102,7 +102,7 @@ def import_model(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
 
     _write_workdir(workdir, config, params=params,
                    generation=hf_generation.read_generation(folder),
-                   trained=False, what=f'of {module.config.arch}')
+                   trained=False, origin=f'of {module.config.arch}')
 
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
@@ -155,7 +155,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     _write_workdir(
         workdir, config, params=mixture_params, generation=generation,
         trained=trained,
-        what=f'of {run.model.arch}, from the {num_dense:,} of {source}',
+        origin=f'of {run.model.arch}, from the {num_dense:,} of {source}',
         derived=derived)
 
 
@@ -408,7 +408,7 @@ def _resolve_model(config: Any):
 
 def _write_workdir(workdir: epath.Path, config: Any, params: Any,
                    generation: hf_generation.Generation | None, trained: bool,
-                   what: str, derived=()) -> None:
+                   origin: str, derived=()) -> None:
   """Writes the workdir of a run at step 0, and prints a line about it.
 
   Args:
@@ -417,7 +417,7 @@ def _write_workdir(workdir: epath.Path, config: Any, params: Any,
     params: the parameters of its model.
     generation: the settings of generation; None: none are known.
     trained: whether the model was trained here after an import.
-    what: the words that follow 'N parameters' in the printed line.
+    origin: words for the printed line that say where the parameters are from.
     derived: the fields of the model's config that were derived, as pairs or a
       dict.
   """
@@ -428,12 +428,12 @@ def _write_workdir(workdir: epath.Path, config: Any, params: Any,
   # The config is written last. With it, a run whose import was cut short would
   # begin without its parameters.
   run_config.save_config(workdir, config, dict(derived))
-  print(f'{workdir}: {runs.count_parameters(params):,} parameters {what}')
+  print(f'{workdir}: {runs.count_parameters(params):,} parameters {origin}')
   print(f'to go on: {run_config.training_command(workdir, config)}')
 
 
 _HELP_OF_STEP = ('of the checkpoint; best; of several, for the mean of their '
-         'parameters: 100,200 or last:5; the newest')
+                 'parameters: 100,200 or last:5; the newest')
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -508,8 +508,8 @@ def main() -> None:
     if adapter:
       adapter = pathlib.Path(hub.download_if_on_hub(adapter))
     import_model(pathlib.Path(hub.download_if_on_hub(args.source)),
-            workdir=args.workdir, adapter=adapter, partial=args.partial,
-            seed=args.seed, dtype=args.dtype)
+                 workdir=args.workdir, adapter=adapter, partial=args.partial,
+                 seed=args.seed, dtype=args.dtype)
   else:
     upcycle(storage.checked_path(hub.download_if_on_hub(args.source), 'SOURCE'),
             workdir=args.workdir,

@@ -203,11 +203,11 @@ def _lines_of_bytes(figures: dict) -> list[str]:
   lines = []
   if figures['kv_cache_bytes_per_token'] is not None:
     lines.append(_format_figure('KV-cache bytes per token',
-                       figures['kv_cache_bytes_per_token']))
+                                figures['kv_cache_bytes_per_token']))
     for row in figures['kinds_of_layer']:
       kind = row['kind'] or 'no kind'
       lines.append(_format_figure(f'  of a layer of {kind}',
-                         row['kv_cache_bytes_per_token']))
+                                  row['kv_cache_bytes_per_token']))
 
   # The other figures, but those that are 0 or do not apply to the model.
   key_of_name = {

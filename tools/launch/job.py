@@ -109,7 +109,8 @@ def make_job(num_devices: int) -> Job:
       max_restarts=args.max_restarts, dry_run=args.dry_run)
 
 
-def environment_of_processes(args, compile_cache: str) -> dict[str, str]:
+def environment_of_processes(args: flags.FlagValues, compile_cache: str
+                             ) -> dict[str, str]:
   """Returns the environment variables that every process of a job gets: the
   settings of jax's cache of compiled programs, and those of --env.
 

@@ -23,6 +23,8 @@ import sys
 import time
 from typing import Any
 
+from absl import flags
+
 from tools import dies_with_parent
 from tools.launch import job as job_lib
 from training.distributed import signals
@@ -41,7 +43,7 @@ POLL_SECONDS = 0.05
 _VARIABLE_OF_GPUS = 'CUDA_VISIBLE_DEVICES'
 
 
-def count_devices(args) -> int:
+def count_devices(args: flags.FlagValues) -> int:
   """Returns the number of devices of all processes together."""
   return args.processes * args.devices
 
@@ -61,7 +63,7 @@ def _choose_platform(platform: str) -> str:
   return 'cpu'
 
 
-def launch(job: job_lib.Job, args) -> int:
+def launch(job: job_lib.Job, args: flags.FlagValues) -> int:
   """Runs a job as processes on this machine, or prints their commands.
 
   Args:
@@ -248,9 +250,9 @@ class _ProcessGroup:
     """
     self.processes: list[subprocess.Popen] = []
     self._logs = logs
-    self._failed: set[int] = set()  # numbers of processes
-    self._stopped: set[int] = set()  # numbers of processes
-    self._passed_on: set[int] = set()  # numbers of signals
+    self._failed_processes: set[int] = set()  # by number
+    self._stopped_processes: set[int] = set()  # by number
+    self._sent_signals: set[int] = set()  # by number
     self._deadline: float | None = None  # when the remaining ones are killed
 
     # Process 0 writes to the terminal of this program, and each other process
@@ -277,11 +279,11 @@ class _ProcessGroup:
     for i, process in enumerate(self.processes):
       if process.poll() is None and _is_stopped_by_signal(process.pid):
         stopped.add(i)
-    for i in sorted(stopped - self._stopped):
+    for i in sorted(stopped - self._stopped_processes):
       _print_line(f'process {i} is stopped, as by SIGSTOP: the others wait for '
                   'it, and end without it; kill -CONT '
                   f'{self.processes[i].pid} lets it go on')
-    self._stopped = stopped
+    self._stopped_processes = stopped
 
   def pass_on_signals(self, numbers: set[int]) -> None:
     """Sends signals to all processes, each signal only once.
@@ -289,8 +291,8 @@ class _ProcessGroup:
     Args:
       numbers: the numbers of all signals that they should have received.
     """
-    for number in numbers - self._passed_on:
-      self._passed_on.add(number)
+    for number in numbers - self._sent_signals:
+      self._sent_signals.add(number)
       for process in self.processes:
         process.send_signal(number)
 
@@ -299,20 +301,20 @@ class _ProcessGroup:
 
     The first failure sets a deadline PATIENCE_SECONDS later, because the others
     usually end by themselves when they lose the connection. This is called
-    again and again while processes run, so `_failed` keeps each from being
-    named twice.
+    again and again while processes run, so `_failed_processes` keeps each from
+    being named twice.
     """
     for i, process in enumerate(self.processes):
       code = process.poll()
       # A process that still runs is killed after the deadline.
       if code is None:
         if self._deadline and time.monotonic() > self._deadline:
-          self._failed.add(i)
+          self._failed_processes.add(i)
           process.kill()
           _print_line(f'process {i} did not end by itself then, and was killed')
       # A process that has failed sets the deadline, and is named.
-      elif code not in (0, job_lib.STOPPED) and i not in self._failed:
-        self._failed.add(i)
+      elif code not in (0, job_lib.STOPPED) and i not in self._failed_processes:
+        self._failed_processes.add(i)
         if self._deadline is None:
           self._deadline = time.monotonic() + PATIENCE_SECONDS
         # Popen gives minus the number of the signal that killed a process.

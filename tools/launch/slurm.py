@@ -15,6 +15,8 @@ import pathlib
 import shlex
 import subprocess
 
+from absl import flags
+
 from common.errors import EnvironmentFailure, RequestError
 from tools.launch import job as job_lib
 
@@ -35,7 +37,7 @@ FLAGS = (
 SCRIPT = pathlib.Path(__file__).with_name('slurm.sh')
 
 
-def count_devices(args) -> int:
+def count_devices(args: flags.FlagValues) -> int:
   """Returns the number of devices of all nodes together: GPUs, or one CPU for
   each node."""
   if args.per_gpu and not args.gpus:
@@ -44,7 +46,7 @@ def count_devices(args) -> int:
   return args.nodes * max(args.gpus, 1)
 
 
-def launch(job: job_lib.Job, args) -> int:
+def launch(job: job_lib.Job, args: flags.FlagValues) -> int:
   """Submits a job to SLURM with sbatch, or prints the command.
 
   Args:
@@ -81,7 +83,7 @@ def launch(job: job_lib.Job, args) -> int:
   return 0
 
 
-def command_to_launch(job: job_lib.Job, args) -> list[str]:
+def command_to_launch(job: job_lib.Job, args: flags.FlagValues) -> list[str]:
   """Returns the sbatch command that submits a job, as a list of words.
 
   Args:

@@ -17,6 +17,8 @@ import os
 import pathlib
 import shlex
 
+from absl import flags
+
 from common.errors import RequestError, require
 from tools.launch import job as job_lib
 from training.workdir import storage
@@ -53,7 +55,7 @@ exit $code
 '''
 
 
-def count_devices(args) -> int:
+def count_devices(args: flags.FlagValues) -> int:
   """Returns 0 for the number of devices, which only the TPU knows.
 
   Raises:
@@ -64,7 +66,7 @@ def count_devices(args) -> int:
   return 0
 
 
-def launch(job: job_lib.Job, args) -> int:
+def launch(job: job_lib.Job, args: flags.FlagValues) -> int:
   """Starts a job on TPU VMs, or prints the command.
 
   This process is replaced by the command, so that it returns only with
@@ -82,7 +84,7 @@ def launch(job: job_lib.Job, args) -> int:
   os.execvp('bash', command)
 
 
-def command_to_launch(job: job_lib.Job, args) -> list[str]:
+def command_to_launch(job: job_lib.Job, args: flags.FlagValues) -> list[str]:
   """Returns the command that runs here and starts the job on the TPU's workers.
 
   Args:

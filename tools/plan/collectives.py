@@ -308,7 +308,7 @@ class _Instruction(NamedTuple):
 
 _PATTERN_OF_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*-> .*\{$')
 _PATTERN_OF_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) '
-                          r'([a-z][\w\-]*)\((.*)$')
+                                     r'([a-z][\w\-]*)\((.*)$')
 _PATTERN_OF_CALLED = re.compile(
     r'\b(calls|to_apply|body|condition|true_computation|'
     r'false_computation|async_execution_thread)=%?([\w.\-]+)')

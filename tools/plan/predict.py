@@ -318,7 +318,7 @@ def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
 
 
 def _share_of_experts_read(run: runs.Run, training: bool, accumulation: int
-                      ) -> float:
+                           ) -> float:
   """Returns the share of a device's experts that a micro-batch chooses, if all
   experts get equally many tokens.
 

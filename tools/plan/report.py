@@ -3,7 +3,7 @@
 from tools.plan.chips import GIB
 
 _NAME_OF_BOUND = {'compute': 'compute', 'hbm': 'HBM', 'network': 'network',
-           'network_outside': 'network between slices or hosts'}
+                  'network_outside': 'network between slices or hosts'}
 
 
 def plan_as_text(plan: dict) -> str:

@@ -163,7 +163,7 @@ def _possible_accumulations(run: runs.Run) -> Sequence[int]:
 
 
 def change_policy(config: ml_collections.ConfigDict, policy: str,
-                accumulation: int) -> ml_collections.ConfigDict:
+                  accumulation: int) -> ml_collections.ConfigDict:
   """Returns a copy of a config with another remat policy and accumulation."""
   config = config.copy_and_resolve_references()
   config.model.remat = policy

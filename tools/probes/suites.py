@@ -353,7 +353,7 @@ def _draw_card(card: Mapping[str, Any]) -> Any:
       axes.text(0, y, 'diverged', ha='center', va='center', fontsize=8)
     cells = list(enumerate(row['level'].items()))
     for x, (name, cell) in enumerate(row['beyond'].items(),
-                                       num_level_columns):
+                                     num_level_columns):
       cells.append((x, (f'{name} length', cell)))
     for x, (name, cell) in cells:
       values[y, x] = cell['mean']

@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 
 def ask_at_positions(tokens: np.ndarray, positions: np.ndarray,
-                  answers: np.ndarray) -> Row:
+                     answers: np.ndarray) -> Row:
   """Returns a row of tokens that asks for answers at some of its positions.
 
   Args:
