@@ -83,9 +83,8 @@ def main() -> None:
 
 def _sampling_options(generation: dict[str, Any], overrides: dict[str, Any]
                       ) -> types.SimpleNamespace:
-  """Returns the options with which tokens are drawn, such as the temperature
-  and
-  top_k: those of writing.SAMPLING_FLAGS.
+  """Returns the options of writing.SAMPLING_FLAGS, with which tokens are drawn,
+  such as the temperature and top_k.
 
   The command line comes first, then a folder's generation_config.json, then the
   defaults of the flags. If one of the options `temperature`, `top_k`, `top_p`

@@ -507,13 +507,14 @@ def main() -> None:
     adapter = args.adapter
     if adapter:
       adapter = pathlib.Path(hub.download_if_on_hub(adapter))
-    import_model(pathlib.Path(hub.download_if_on_hub(args.source)),
-                 workdir=args.workdir, adapter=adapter, partial=args.partial,
-                 seed=args.seed, dtype=args.dtype)
+    source = pathlib.Path(hub.download_if_on_hub(args.source))
+    import_model(
+        source, workdir=args.workdir, adapter=adapter, partial=args.partial,
+        seed=args.seed, dtype=args.dtype)
   else:
-    upcycle(storage.checked_path(hub.download_if_on_hub(args.source), 'SOURCE'),
-            workdir=args.workdir,
-            moe=args.moe, step=step, seed=args.seed)
+    dense = storage.checked_path(hub.download_if_on_hub(args.source), 'SOURCE')
+    upcycle(dense, workdir=args.workdir, moe=args.moe, step=step,
+            seed=args.seed)
 
 
 if __name__ == '__main__':

@@ -193,9 +193,8 @@ def _find_constraints(jaxpr: Any, names_above: str
 
 
 def _path_of_module(stack: str) -> str:
-  """Returns the path of a module, given JAX's stack of names inside of it,
-  which
-  also has names that JAX and Flax add, such as jit(...)."""
+  """Returns the path of a module, given JAX's stack of names inside of it. The
+  stack also has names that JAX and Flax add, such as jit(...)."""
   parts = []
   for part in stack.split('/'):
     if part and not _ADDED_NAMES.match(part):

@@ -631,8 +631,7 @@ ELEMENTWISE_PRIMITIVES = frozenset((
 
 
 def _is_of_associative_scan(eqn: jex.JaxprEqn) -> bool:
-  """Whether `jax.lax.associative_scan` wrote an equation. As it is no
-  primitive,
+  """Whether `jax.lax.associative_scan` wrote an equation. It is no primitive, so
   only the traceback of the equation shows it."""
   trace = eqn.source_info.traceback
   if trace is None:

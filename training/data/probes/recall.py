@@ -354,9 +354,8 @@ class Memorisation(Probe):
 
   def draw(self, rng: np.random.Generator, keys: int, settings: Settings
            ) -> Row:
-    """Draws a row of keys, each followed by a mark that asks for the key's
-    value
-    in a fixed table. No row shows the table.
+    """Draws a row of keys, each followed by a mark that asks for the value of
+    the key in a fixed table. No row shows the table.
 
     Args:
       rng: the generator of the draws.
@@ -454,8 +453,7 @@ class Passkey(Probe):
   def draw(self, rng: np.random.Generator, needles: int, settings: Settings
            ) -> Row:
     """Draws a text in which numbers are hidden, as bytes. Its end asks for one
-    of
-    the numbers.
+    of the numbers.
 
     The sentences around the numbers are those of the passkey task, repeated,
     and not essays. No tokenizer is needed, as tokens are bytes.
