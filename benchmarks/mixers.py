@@ -160,7 +160,7 @@ def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
   params = jax.jit(module.init)(
       jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
   params, cache = jax.jit(skeletons.unstack_layers)(
-      params, architectures.init_cache(config, 1, length))
+      params, architectures.init_cache(config, batch=1, length=length))
 
   def write_tokens(params: Any, cache: Any) -> tuple[jax.Array, Any]:
     """Generates the tokens, each the likeliest one after the token before it.

@@ -134,8 +134,8 @@ def _make_session(args: Any, overrides: dict[str, Any]) -> Any:
     speaker = chat.load_from_folder(folder, args.template)
   else:
     step = checkpoints.parse_step(args.step)
-    speaker = chat.load_from_run(storage.checked_path(args.workdir), step,
-                                 args.template)
+    speaker = chat.load_from_run(
+        storage.checked_path(args.workdir), step=step, template=args.template)
 
   # Begin the conversation.
   options = _sampling_options(speaker.options, overrides)

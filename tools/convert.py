@@ -421,7 +421,7 @@ def _write_workdir(workdir: epath.Path, config: Any, params: Any,
     derived: the fields of the model's config that were derived, as pairs or a
       dict.
   """
-  hf_generation.save_generation(workdir, generation, trained)
+  hf_generation.save_generation(workdir, generation, trained=trained)
   with progress.show_task('saving'), checkpoints.Checkpoints(
       workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)

@@ -94,8 +94,9 @@ def _curves_of_run(folder: str, weight: float) -> dict[str, dict[str, list]]:
   lines = {}
   for figure in TITLE_OF_FIGURE:
     split, name = figure.split('/')
-    line = curves.curve_from_rows(rows, split, name, run_config.flatten(config),
-                                  spent.tokens, spent.flops_per_token)
+    line = curves.curve_from_rows(
+        rows, split=split, name=name, config=run_config.flatten(config),
+        tokens=spent.tokens, flops_per_token=spent.flops_per_token)
     if not line:
       continue
     if split != 'eval':

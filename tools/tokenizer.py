@@ -121,7 +121,9 @@ def _training_texts(spec: str, every: int) -> Iterator[str]:
     # A run selects its documents in the same way.
     documents = sources.hold_out_end_of_text(source, every).documents()
     for i, document in enumerate(documents):
-      if not tokens.select_documents(np.array([i]), every, 'train').any():
+      selected = tokens.select_documents(
+          np.array([i]), every=every, split='train')
+      if not selected.any():
         continue
       # A conversation is a list of pairs, in which the text comes second.
       if isinstance(document, str):

@@ -65,7 +65,8 @@ def main() -> int:
   preflight.check_config(args.config, cli.overridden_fields())
   if args.search:
     from tools.plan import search
-    plans = search.search_plans(args.config, topology, args.search)
+    plans = search.search_plans(
+        args.config, topology, wanted=args.search)
     if args.json:
       print(json.dumps(plans, indent=2))
     else:
@@ -73,8 +74,8 @@ def main() -> int:
     return 0
 
   # Else plan the one run, and print the plan even if it does not fit.
-  run = programs.run_on_topology(args.config, topology, args.mesh)
-  plan = programs.make_plan(run, topology, args.programs)
+  run = programs.run_on_topology(args.config, topology, mesh=args.mesh)
+  plan = programs.make_plan(run, topology, names=args.programs)
   if args.json:
     print(json.dumps(plan, indent=2))
   elif plan['programs']:

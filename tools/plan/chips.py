@@ -187,7 +187,7 @@ def _parse_shape(name: str, chip_name: str, text: str) -> tuple[int, ...]:
   Raises:
     RequestError: if it does not have as many sides as slices of the chip have.
   """
-  # TPUs are wired as planes or as cubes, and GPUs have three numbers.
+  # Slices of TPUs are planes or cubes, and GPUs are given by three numbers.
   dimensions, example = 3, '4x4x8'
   if CHIPS[chip_name].shapes == _SHAPES_OF_PLANES:
     dimensions, example = 2, '4x8'

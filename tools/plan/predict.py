@@ -162,7 +162,7 @@ def _layers_of_pass(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
   lengths_of_stacks = [model.num_layers]
   if architectures.stack(model) == 'encoder-decoder':
     lengths_of_stacks.append(model.num_decoder_layers)
-  max_loops = layers.count_reads_of_weight(model, '/layers/', back)
+  max_loops = layers.count_reads_of_weight(model, '/layers/', back=back)
   layer_kinds: tuple[LayerKind, ...] = ()
   for num_layers in lengths_of_stacks:
     for section in model.sections(num_layers):
@@ -299,7 +299,8 @@ def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
 
   # Sum the gathered weights that a micro-batch reads, times their reads.
   roles = paths.flatten_by_path(parameter_roles(run.module))
-  share_of_experts = _share_of_experts_read(run, training, accumulation)
+  share_of_experts = _share_of_experts_read(
+      run, training=training, accumulation=accumulation)
   weights = 0.0
   for path, x in paths.flatten_by_path(run.abstract_state.params).items():
     role = roles[path]

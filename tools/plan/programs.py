@@ -79,7 +79,8 @@ def run_on_topology(config, topology: chips.Topology, mesh: str) -> runs.Run:
 
   # Lay the described devices out as the mesh.
   described = chips.described_devices(topology)
-  mesh_of_devices = devices.make_mesh(shape, described, topology.slices)
+  mesh_of_devices = devices.make_mesh(
+      shape, described, slices=topology.slices)
   return runs.build(config, model, mesh_of_devices)
 
 
@@ -264,7 +265,8 @@ def compile_program(run: runs.Run, program: Program, traced: Any, hbm: float):
   task = progress.show_task(f'compiling {program.name}')
   with run.context(), _translate_memory_errors(program.name), task:
     executable = traced.lower().compile()
-  _check_peak(program.name, peak_bytes(executable.memory_analysis()), hbm)
+  peak = peak_bytes(executable.memory_analysis())
+  _check_peak(program.name, peak=peak, hbm=hbm)
   return executable
 
 
@@ -382,7 +384,8 @@ def analyse_program(run: runs.Run, topology: chips.Topology, name: str) -> dict:
   inside, outside = collectives.bytes_sent(sent)
   roofline = predict.step_times(
       topology, dtype=run.model.dtype, flops=figures['per_device'],
-      hbm_bytes=predict.memory_traffic(run, work.nbytes, name == 'train'),
+      hbm_bytes=predict.memory_traffic(
+          run, products=work.nbytes, training=name == 'train'),
       sent=inside, sent_outside=outside,
       model_flops=figures['model_per_device'])
 

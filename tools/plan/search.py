@@ -96,7 +96,7 @@ def plans_by_estimate(config: ml_collections.ConfigDict,
   activations: dict[str, tuple[int, int]] = {}  # by remat policy
   shapes = list(possible_meshes(config, model, topology))
   for shape in progress.show_items(shapes, 'meshes estimated'):
-    mesh = devices.make_mesh(shape, described, topology.slices)
+    mesh = devices.make_mesh(shape, described, slices=topology.slices)
     run = runs.build(config, model, mesh)
     if sum(memory.state_bytes(run).values()) <= topology.chip.hbm:
       plans += _plans_of_mesh(run, topology, activations)
@@ -132,7 +132,7 @@ def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
       if policy.keeps_input_on_host and num_parts >= fewest_parts:
         break
       candidate = _run_with_policy(run, policy=name, accumulation=num_parts)
-      plan = _estimate_plan(candidate, topology, activations[name])
+      plan = _estimate_plan(candidate, topology, kept=activations[name])
       if plan['peak_bytes'] < topology.chip.hbm:
         plans.append(plan)
         fewest_parts = min(fewest_parts, num_parts)
@@ -293,9 +293,10 @@ def _compile_plan(config: ml_collections.ConfigDict, topology: chips.Topology,
   if not chips.installed_compiler(topology):
     return plan
   mesh = ','.join(f'{axis}={n}' for axis, n in plan['mesh'].items())
-  config = change_policy(config, plan['remat'], plan['grad_accumulation'])
-  run = programs.run_on_topology(config, topology, mesh)
-  report = programs.analyse_program(run, topology, 'train')
+  config = change_policy(
+      config, policy=plan['remat'], accumulation=plan['grad_accumulation'])
+  run = programs.run_on_topology(config, topology, mesh=mesh)
+  report = programs.analyse_program(run, topology, name='train')
   bounds = {name: report['roofline'][name] for name in KEYS_OF_BOUNDS}
   return plan | bounds | dict(
       estimate=False, peak_bytes=report['memory']['peak'])

@@ -355,7 +355,8 @@ def _decoding_flops_by_part(config: ModelConfig, keys: int, memory_length: int
   # and values are in the cache, and only the decoder runs.
   method = '__call__'
   rows = _fewest_rows(config)
-  cache = jax.eval_shape(lambda: architectures.init_cache(config, rows, keys))
+  cache = jax.eval_shape(lambda: architectures.init_cache(
+      config, batch=rows, length=keys))
   if memory_length:
     method = 'decode'
     cache = _cache_with_memory(
@@ -388,7 +389,7 @@ def _cache_with_memory(config: ModelConfig, cache: Any, keys: int,
   def unshared_cache() -> Any:
     """Returns the cache of a decoder whose layers share no keys and values."""
     return architectures.init_cache(
-        without_sharing(config), _fewest_rows(config), keys)
+        without_sharing(config), batch=_fewest_rows(config), length=keys)
 
   def lengthen(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Returns a shape that is as long as the memory, [*rows, M, J, K]."""
@@ -452,7 +453,8 @@ def _row_flops_by_part(config: ModelConfig, program: Any, *args,
   def sum_outputs(trained: Any, params: Any, *args):
     """Returns a loss that reads all outputs, so that no gradient is dropped."""
     total = 0
-    all_params = shares.fill_in_frozen(rate_shares, trained, params)
+    all_params = shares.fill_in_frozen(
+        rate_shares, trained=trained, params=params)
     for x in jax.tree.leaves(compute_outputs(all_params, *args)):
       if jnp.issubdtype(x.dtype, jnp.floating):
         total += x.astype(jnp.float32).sum()
@@ -575,7 +577,7 @@ def count_work(jaxpr: Any, options: CountOptions) -> Work:
     # The work is counted in full first, and then scaled to its useful share.
     work = _work_of_equation(eqn, options)
     if options.only_useful and work.flops:
-      work = _useful_work(work, eqn, options.prompt)
+      work = _useful_work(work, eqn, prompt=options.prompt)
     total += work
   return total
 
@@ -631,8 +633,8 @@ ELEMENTWISE_PRIMITIVES = frozenset((
 
 
 def _is_of_associative_scan(eqn: jex.JaxprEqn) -> bool:
-  """Whether `jax.lax.associative_scan` wrote an equation. It is no primitive, so
-  only the traceback of the equation shows it."""
+  """Whether `jax.lax.associative_scan` wrote an equation. It is no primitive,
+  so only the traceback of the equation shows it."""
   trace = eqn.source_info.traceback
   if trace is None:
     return False

@@ -200,7 +200,7 @@ def gathers_per_step(run: runs.Run) -> dict[str, int]:
   """Returns how often a training step gathers each parameter that is sharded
   over fsdp, by the path of the parameter."""
   roles = paths.flatten_by_path(parameter_roles(run.module))
-  return {path: layers.count_gathers_of_weight(run.model, path, role.axes)
+  return {path: layers.count_gathers_of_weight(run.model, path, axes=role.axes)
           for path, role in roles.items()}
 
 

@@ -49,7 +49,7 @@ def count_costs(config: Config, length: int = 0,
   if not length:
     most = positions.longest_supported_length(model)
     length = int(min(config.data.length, most))
-  sides = _row_lengths(config, model, length)
+  sides = _row_lengths(config, model, length=length)
   is_encoder_decoder = architectures.stack(model) == 'encoder-decoder'
 
   # Parameters, and the bytes of the state.
@@ -58,11 +58,11 @@ def count_costs(config: Config, length: int = 0,
   state = _state_bytes(module, config)
 
   # FLOPs, and the bytes that a decoder keeps; None where it does not apply.
-  training = flops.training_flops_of_row(config, model, sides)
+  training = flops.training_flops_of_row(config, model, lengths=sides)
   has_prefix = objectives.find_objective(config).prefix
   flops_per_token = {
       'training': _flops_per_token(training, sides),
-      **_inference_flops(model, length, has_prefix),
+      **_inference_flops(model, length=length, prefix=has_prefix),
   }
   per_token = per_row = memory_per_token = None
   if _writes_text(model):
@@ -174,7 +174,7 @@ def count_briefly(config: Config) -> dict:
     config: the config of a run.
   """
   model = resolve_model_without_tokenizer(config)
-  sides = _row_lengths(config, model, config.data.length)
+  sides = _row_lengths(config, model, length=config.data.length)
   total, active = count_parameters(model)
   return {
       'rumoured': model.arch.startswith('gpt4'),

@@ -213,9 +213,9 @@ class FuzzyRecall(Probe):
     # value when it is drawn for the first time.
     room = settings.length - 2 * motif
     while True:
-      key = tuple(_draw_motif(rng, keys, motif))
+      key = tuple(_draw_motif(rng, keys, most=motif))
       if key not in value_of_key:
-        value_of_key[key] = _draw_motif(rng, values, motif)
+        value_of_key[key] = _draw_motif(rng, values, most=motif)
       size_of_pair = len(key) + len(value_of_key[key])
       if seen_keys and len(tokens) + size_of_pair > room:
         break

@@ -137,7 +137,7 @@ class Counting(Probe):
       count: the number of numbers.
       settings: the settings of the probe; settings.vocab is the modulus.
     """
-    return self.draw_sums(rng, count, settings.vocab)
+    return self.draw_sums(rng, count, modulus=settings.vocab)
 
   def draw_sums(self, rng: np.random.Generator, count: int,
                 modulus: int) -> Row:
@@ -574,7 +574,7 @@ class Mano(Probe):
     announcing = start + FORMS_OF_SIGN + 2 * FORMS_OF_SIGN * (operators - 1)
 
     # Draw the row in a fixed order, as each draw moves the generator on.
-    formula, value = _draw_formula(rng, operators, modulus)
+    formula, value = _draw_formula(rng, count=operators, modulus=modulus)
     tokens = [_draw_form(rng, start), _draw_form(rng, announcing), *formula]
     tokens.append(_draw_form(rng, announcing + FORMS_OF_SIGN))
     last_position = len(tokens) - 1
@@ -627,8 +627,10 @@ def _draw_formula(rng: np.random.Generator, count: int, modulus: int
   sign = _draw_form(rng, modulus + FORMS_OF_SIGN * operator)
 
   # Each operand is a formula of its own.
-  first, first_value = _draw_formula(rng, count_of_first, modulus)
-  second, second_value = _draw_formula(rng, count - 1 - count_of_first, modulus)
+  first, first_value = _draw_formula(
+      rng, count=count_of_first, modulus=modulus)
+  second, second_value = _draw_formula(
+      rng, count=count - 1 - count_of_first, modulus=modulus)
   value = int(OPERATORS[operator](first_value, second_value)) % modulus
   return [sign, *first, *second], value
 
