@@ -59,7 +59,7 @@ def main() -> None:
   model = runs.resolve_model_without_tokenizer(args.config)
   preflight.refuse_unread_fields(cli.overridden_fields(), args.config, model)
   figures = totals.count_costs(args.config, args.length)
-  differences = systems.fields_unlike_the_system(model)
+  differences = systems.differences_from_system(model)
   figures['not_as_published'] = [row._asdict() for row in differences]
   if args.json:
     print(json.dumps(figures, indent=2))

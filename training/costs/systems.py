@@ -43,7 +43,7 @@ class Difference(NamedTuple):
   published: Any
 
 
-def fields_unlike_the_system(model: ModelConfig) -> list[Difference]:
+def differences_from_system(model: ModelConfig) -> list[Difference]:
   """Returns the fields in which a model differs from the system that it is
   named after (`model.arch`).
 
@@ -55,7 +55,7 @@ def fields_unlike_the_system(model: ModelConfig) -> list[Difference]:
   Args:
     model: the model, resolved.
   """
-  fields = *_fields_that_tell_a_system(model.arch), 'kinds'
+  fields = *_distinguishing_fields(model.arch), 'kinds'
   nearest: list[Difference] | None = None
   seen = set()
   for size in _configs_by_size(model.arch).values():
@@ -76,7 +76,7 @@ def describe_differences(model: ModelConfig) -> str:
   """Returns a line of text that says how a model differs from the system that
   it is named after; '' if it does not."""
   parts = []
-  for field, value, published in fields_unlike_the_system(model):
+  for field, value, published in differences_from_system(model):
     in_place = f'in place of {_format_value(published)}'
     parts.append(f'{field}={_format_value(value)} {in_place}')
   if not parts:
@@ -203,7 +203,7 @@ def _configs_by_size(arch: str) -> Mapping[str, ml_collections.ConfigDict]:
 
 
 @functools.cache
-def _fields_that_tell_a_system(arch: str) -> tuple[str, ...]:
+def _distinguishing_fields(arch: str) -> tuple[str, ...]:
   """Returns the dotted names of the fields that distinguish a system, without
   those of the kinds of layer (model.kinds).
 
@@ -220,7 +220,8 @@ def _fields_that_tell_a_system(arch: str) -> tuple[str, ...]:
     is_choice = isinstance(leaf.default, str | bool)
     is_factor = name.endswith(('_scale', '_softcap'))
     is_part = leaf.rule.about == declared.PART and name != 'arch'
-    if name in named or is_part and (is_choice or is_factor):
+    distinguishes = is_part and (is_choice or is_factor)
+    if name in named or distinguishes:
       names.append(name)
   return tuple(names)
 
@@ -236,12 +237,12 @@ def _with_parts(model: ModelConfig, system: ml_collections.ConfigDict
   """
   # A dotted name has a group, such as `moe`, and a field in it.
   fields = flat.to_dict(model)
-  for field in _fields_that_tell_a_system(model.arch):
-    group, _, name = field.rpartition('.')
+  for dotted_name in _distinguishing_fields(model.arch):
+    group, _, name = dotted_name.rpartition('.')
     group_fields = fields
     if group:
       group_fields = fields.setdefault(group, {})
-    group_fields[name] = system[field]
+    group_fields[name] = system[dotted_name]
   return flat.make_model(fields | {'kinds': system.kinds.to_dict()})
 
 
@@ -260,7 +261,7 @@ def _differences_of_models(model: ModelConfig, system: ModelConfig
   # The fields of the model itself.
   differences = []
   read = flat.fields_that_are_read(model) & flat.fields_that_are_read(system)
-  for field in _fields_that_tell_a_system(model.arch):
+  for field in _distinguishing_fields(model.arch):
     value = flat.get_field(model, field)
     published = flat.get_field(system, field)
     if value != published and field in read:

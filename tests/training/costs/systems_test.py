@@ -54,7 +54,7 @@ def test_a_base_becomes_every_system_of_its_kind(base, arch):
   made = spec.apply_changes(config, changes, 'it')
   model = runs.resolve_model_without_tokenizer(made)
   preflight.refuse_unread_fields(changes, made, model)
-  assert model.arch == arch and systems.fields_unlike_the_system(model) == []
+  assert model.arch == arch and systems.differences_from_system(model) == []
   for name in 'd_model', 'num_layers', 'num_heads', 'num_kv_heads', 'd_ff':
     assert made.model[name] == config.model[name]
   assert all(name.startswith('model.') for name in changes)
