@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from tools.compare import layout
+from tools.compare import plan as plans
 from training import progress
 
 HEADINGS = ('point', 'runs', 'trained', 'held-out loss', 'vs base')
@@ -50,8 +51,8 @@ def _study(workdir, as_json: bool) -> int:
     workdir: the folder of the study.
     as_json: whether to print JSON.
   """
-  from tools.compare import plan, results
-  frozen = plan.load_frozen_plan(workdir)
+  from tools.compare import results
+  frozen = plans.load_frozen_plan(workdir)
   saved = results.load(workdir)
   # Each phase with its cost, which has the largest number of its runs, and the
   # runs that it has begun, which may lie in several folders.
@@ -78,10 +79,33 @@ def _study(workdir, as_json: bool) -> int:
                       'verdicts': verdicts}, indent=2))
     return 0
 
+  _print_plan_and_phases(frozen, phases)
+  if seconds_left is None:
+    print('time left: not known yet')
+  else:
+    print(f'time left: at most {progress.format_seconds(seconds_left)} of one '
+          'process')
+  for variant, verdict in verdicts.items():
+    print(f'{variant}: {verdict}')
+  if verdicts:
+    print('These verdicts are those that the study saved; `report` computes '
+          'them from the runs.')
+  return 0
+
+
+def _print_plan_and_phases(
+    frozen: plans.FrozenPlan,
+    phases: Sequence[tuple[Any, list[layout.Run]]]) -> None:
+  """Prints the plan of a study with its amendments, and how far each phase is.
+
+  Args:
+    frozen: the plan.
+    phases: the cost of each phase, and the runs that it has begun.
+  """
   print(f'study {frozen.plan.name}, plan {frozen.hash}, frozen on '
-        f'{plan.format_date(frozen.time)}')
+        f'{plans.format_date(frozen.time)}')
   for change in frozen.amendments:
-    print(f'changed on {plan.format_date(change["time"])}: '
+    print(f'changed on {plans.format_date(change["time"])}: '
           f'{", ".join(change["changed"])}. Reason: {change["reason"]}')
   width = max(len(cost.phase) for cost, _ in phases)
   for cost, runs in phases:
@@ -89,18 +113,6 @@ def _study(workdir, as_json: bool) -> int:
           'planned at most')
     for line in failed(runs):
       print(f'{"":<{width}} failed: {line}')
-  if seconds_left is None:
-    print('time left: not known yet')
-  else:
-    print(f'time left: at most {progress.format_seconds(seconds_left)} of one '
-          'process')
-  # The effects follow from the runs, and take a while to be computed.
-  for variant, verdict in verdicts.items():
-    print(f'{variant}: {verdict}')
-  if verdicts:
-    print('These verdicts are those that the study saved; `report` computes '
-          'them from the runs.')
-  return 0
 
 
 def _seconds_left(phases: Sequence[tuple[Any, list[layout.Run]]],
@@ -123,7 +135,7 @@ def _seconds_left(phases: Sequence[tuple[Any, list[layout.Run]]],
   return seconds_left
 
 
-def _saved_verdicts(plan: Any, saved: Mapping[str, Any]) -> dict[str, str]:
+def _saved_verdicts(plan: plans.Plan, saved: Mapping[str, Any]) -> dict[str, str]:
   """Returns the last verdict that a study has saved on each variant, by the
   first measure; variants that no phase has compared are left out.
 
