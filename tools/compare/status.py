@@ -135,7 +135,8 @@ def _seconds_left(phases: Sequence[tuple[Any, list[layout.Run]]],
   return seconds_left
 
 
-def _saved_verdicts(plan: plans.Plan, saved: Mapping[str, Any]) -> dict[str, str]:
+def _saved_verdicts(plan: plans.Plan, saved: Mapping[str, Any]
+                    ) -> dict[str, str]:
   """Returns the last verdict that a study has saved on each variant, by the
   first measure; variants that no phase has compared are left out.
 
