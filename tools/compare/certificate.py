@@ -408,13 +408,14 @@ def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
         == ('confirm', variant, size, plans.TEXT)]
     if not runs_of_variant:
       continue
-    # What was solved for or tuned alike for all is no difference.
+    # What was solved for is no difference; a value that tuning chose is one.
     point = frozen.point(variant, size, plans.TEXT)
     found = {*point['matched'], *plan.tuning.fields}
     changes = {name: value for name, value in point['changes'].items()
                if name not in found}
     certificates[variant] = certify_runs(
-        config=base_config | changes, costs=point,
+        config=base_config | changes | _tuned_values(plan, outcomes, variant),
+        costs=point,
         folders=_folders_of_variant(sweeps, variant, size),
         seeds=[run.seed for run in runs_of_variant],
         tuning=_tuning_of_variant(plan, tuned, variant),
@@ -434,6 +435,20 @@ def _folders_of_variant(sweeps: Sequence[pathlib.Path], variant: str, size: str
         folders += [layout.run_folder(sweep, row['name'], seed)
                     for seed in row['seeds']]
   return folders
+
+
+def _tuned_values(plan: plans.Plan, outcomes: Sequence[plans.Outcome],
+                  variant: str) -> dict[str, Any]:
+  """Returns the values that tuning chose for the confirmed runs of a variant on
+  text, by 'FIELD at SIZE'."""
+  values = {}
+  for run in outcomes:
+    if (run.phase, run.variant, run.workload) == (
+        'confirm', variant, plans.TEXT):
+      for field in plan.tuning.fields:
+        if field in run.changes:
+          values[f'{field} at {run.size}'] = run.changes[field]
+  return values
 
 
 def _tuning_of_variant(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],

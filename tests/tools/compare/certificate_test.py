@@ -282,9 +282,15 @@ def test_a_study_names_what_is_not_alike(tmp_path):
       row['tried'].append(row['tried'][0] | {'changes': {'optim.lr': 8e-3}})
   point = frozen.point('alibi', frozen.plan.sizes[-1], plans.TEXT)
   point['flops_per_token'] *= 2
+  for row in tree['outcomes']:
+    if (row['phase'], row['variant'], row['size']) == (
+        'confirm', 'alibi', 'medium'):
+      row['changes'] = {'optim.lr': 4e-3}
   unfair = comparison.compare_study(tmp_path, frozen, tree)
   assert unfair.differences('rope').named == {
       'tuning': 'recipes tried 3 -> 4'}
-  assert [*unfair.differences('alibi').named] == ['flops_per_token', 'flops']
+  named = unfair.differences('alibi').named
+  assert [*named] == ['flops_per_token', 'flops', 'recipe']
+  assert named['recipe'] == 'optim.lr at medium 0.002 -> 0.004'
   rows = {row['variant']: row['not_alike'] for row in unfair.verdicts()}
   assert rows['rope'] == 'tuning' and 'FLOPs of a token' in rows['alibi']
