@@ -14,7 +14,7 @@ NEW = 5
 # So many that texts do end, some of them early.
 STOPS = tuple(range(1, models.VOCAB, 2))
 STOP = 2  # of the smallest vocabulary
-LENGTHS = (3, 6)
+LENGTHS = (3, 6, 4)
 
 
 @pytest.fixture(scope='module')
@@ -108,7 +108,7 @@ def _log_p(model, prompt):
 @pytest.fixture(scope='module')
 def rows(gpt):
   """Prompts, padded, and `log_p` of each."""
-  tokens = models.random_tokens(2, 6)
+  tokens = models.random_tokens(len(LENGTHS), 6)
   padding = jnp.arange(6)[None] >= jnp.array(LENGTHS)[:, None]
   return jnp.where(padding, 60, tokens), [
       _log_p(gpt, np.asarray(row[:n])) for row, n in zip(tokens, LENGTHS)]
