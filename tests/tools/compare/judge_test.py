@@ -13,7 +13,7 @@ from common.errors import RequestError
 from configs import base
 from tests.helpers import sweep_folder
 from tools.compare import __main__ as command
-from tools.compare import curves, judge, statistics
+from tools.compare import judge, statistics
 from training.workdir import run_config
 
 SHIFT = {0: 0.0, 1: 0.01, 2: -0.02}
@@ -175,8 +175,6 @@ def test_what_cannot_be_judged_is_refused_and_what_diverges_not_better(ask):
     ask('base', 'wild')
   file.write_text(whole + json.dumps({
       'step': 201, 'split': 'train', 'param_norm': None}) + '\n')
-  assert curves.Run(0, '', '', {}, ({'split': 'train', 'param_norm': None},), {}
-                    ).has_ended_badly
   code, answer = ask('base', 'wild')
   assert (code, answer['verdict'], answer['p']) == (3, 'unstable', None)
   assert answer['diverged'] == {'base': 0, 'wild': 1}

@@ -265,6 +265,11 @@ def test_looks_at_every_step_are_counted_by_their_correlation(monkeypatch):
       same[:, 0], 0, alternative='less').pvalue)
   assert looks.p_counted[0] == pytest.approx(looks.p[0], rel=0.3)
 
+  # One run says nothing of a correlation: its looks count as independent.
+  alone = statistics.p_values_of_looks(np.array([[0.0, -3.0, -9.0]]), 0.0, 1.0)
+  np.testing.assert_allclose(alone.p, stats.norm.sf([0, 3, 9]))
+  np.testing.assert_allclose(alone.p_counted, np.minimum(3 * alone.p, 1))
+
 
 def test_wrong_requests_are_refused(tmp_path, capsys):
   _write_plain(tmp_path, 'base', ENTRIES['base'])

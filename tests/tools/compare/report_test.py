@@ -33,6 +33,40 @@ from training.workdir import run_config
 ALL = (*VARIANTS, ODD)
 
 
+@pytest.mark.parametrize('changes, is_cool', [
+    (dict(), True), (dict(schedule='linear'), True),
+    (dict(schedule='wsd'), True),
+    (dict(schedule='constant'), False), (dict(schedule='rsqrt'), False),
+    (dict(decay_steps=100), True), (dict(decay_steps=101), False),
+    (dict(final_fraction=0.5), True), (dict(final_fraction=0.51), False)])
+def test_a_run_has_cooled_down_if_its_rate_fell_to_a_half(changes, is_cool):
+  fields = dict(schedule='cosine', decay_steps=80, final_fraction=0.1) | changes
+  assert curves.ends_cooled_down({'train.steps': 100} | {
+      f'optim.{name}': value for name, value in fields.items()}) is is_cool
+
+
+GOOD = [dict(step=4, split='train'), dict(step=4, split='eval', loss=2.0)]
+
+
+@pytest.mark.parametrize('state, rows, every, has_all, diverged', [
+    ('done', GOOD, 2, True, False), ('running', GOOD, 2, False, False),
+    ('done', GOOD[:1], 2, False, False), ('done', GOOD[:1], 0, True, False),
+    ('done', [dict(step=2, split='eval', loss=2.0)], 2, False, False),
+    ('done', [*GOOD, dict(step=4, split='eval', loss=None)], 2, False, True),
+    ('done', [*GOOD, dict(step=4, split='train', param_norm=None)], 2, True,
+     True),
+    ('done', [dict(step=3, split='train', bad_in_row=3), *GOOD], 2, True, True),
+    ('done', [dict(step=3, split='train', bad_in_row=2), *GOOD], 2, True,
+     False)])
+def test_how_a_run_ended_is_read_from_its_rows(state, rows, every, has_all,
+                                               diverged):
+  run = curves.Run(
+      seed=0, state=state, error='', rows=tuple(rows), evaluations={}, config={
+          'train.steps': 4, 'train.max_bad_steps': 3,
+          'eval.every_steps': every})
+  assert (run.has_all_results, run.diverged) == (has_all, diverged)
+
+
 @pytest.fixture(scope='module')
 def sweep(tmp_path_factory):
   folder = tmp_path_factory.mktemp('sweep')

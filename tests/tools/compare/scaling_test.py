@@ -125,18 +125,6 @@ def test_a_best_size_is_claimed_if_almost_all_laws_have_one(law, flat, known):
       for name, value in size.items()} or {})
 
 
-@pytest.mark.parametrize('changes, is_cool', [
-    (dict(), True), (dict(schedule='linear'), True),
-    (dict(schedule='wsd'), True),
-    (dict(schedule='constant'), False), (dict(schedule='rsqrt'), False),
-    (dict(decay_steps=100), True), (dict(decay_steps=101), False),
-    (dict(final_fraction=0.5), True), (dict(final_fraction=0.51), False)])
-def test_a_run_has_cooled_down_if_its_rate_fell_to_a_half(changes, is_cool):
-  fields = dict(schedule='cosine', decay_steps=80, final_fraction=0.1) | changes
-  assert curves.ends_cooled_down({'train.steps': 100} | {
-      f'optim.{name}': value for name, value in fields.items()}) is is_cool
-
-
 def _point(name, changes, params, tokens, losses):
   return sweep_folder.point(
       name, changes, seeds=range(len(losses)), params=int(params),
