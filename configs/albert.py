@@ -16,9 +16,9 @@ than in FLOPs: base has a tenth of BERT's parameters and all of its FLOPs.
 order of two passages.
 """
 
-from configs import bert, recipes
+from configs import base, bert
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_heads d_ff loops.passes parameters', rows={
         'base': (768, 12, 3072, 12, 11_683_584),
         'large': (1024, 16, 4096, 24, 17_683_968),
@@ -31,7 +31,7 @@ SIZES['tiny'] = bert.SIZES['tiny'] | {
 UNCOUNTED = {size: 128 * (row['d_model'] + 1) + 2 * 128 + 30000 + 2 * (
     row['d_model'] + 1) for size, row in SIZES.items() if size != 'tiny'}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'albert', SIZES, dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
     dict(objective='mlm_sop'), remat='dots', batch_size=4096, steps=125_000,
     lr=1e-4, warmup_steps=3125, schedule='linear', final_fraction=0.0,

@@ -10,9 +10,9 @@ Counts are those of transformers' BartForConditionalGeneration.
 `tiny` trains on rows of 64 bytes.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'num_layers d_model num_heads d_ff lr warmup_steps parameters', rows={
         'base': (6, 768, 12, 3072, 6e-4, 24_000, 139_420_416),
         'large': (12, 1024, 16, 4096, 4e-4, 30_000, 406_291_456)},
@@ -20,7 +20,7 @@ SIZES = recipes.table_of_sizes(
 SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, d_ff=512,
                      max_len=64, batch_size=32, steps=600)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'bart', SIZES, dict(init='normal'),
     {'objective': 'denoising', 'span.noise_density': 0.3}, remat='dots',
     batch_size=8000, length=512, steps=500_000, schedule='linear',

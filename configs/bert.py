@@ -32,14 +32,14 @@ left in 3.3M bytes, in blocks of `pre_norm` neither, while with
 (`--config.objective=mlm`, the rate constant).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'num_layers d_model num_heads max_len vocab_size parameters', {
         'minilm': (6, 384, 12, 512, 30522, 22_713_216),
         'base': (12, 768, 12, 512, 30522, 109_482_240),
         'large': (24, 1024, 16, 512, 30522, 335_141_888)})
-SIZES['minilm'] |= recipes.TINY_TRAINING | dict(
+SIZES['minilm'] |= base.TINY_TRAINING | dict(
     dtype='float32', remat='none', length=128, steps=200, lr=2e-4,
     warmup_steps=20)
 for _size in ('base', 'large'):
@@ -50,7 +50,7 @@ SIZES['tiny'] = dict(num_layers=4, d_model=128, num_heads=4, max_len=32,
 # Pre-training needs these beside `parameters`: transform, its norm, nsp, head.
 UNCOUNTED = {'minilm': 179_900, 'base': 624_188, 'large': 1_084_220}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'bert', SIZES, dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
     dict(objective='mlm_nsp'), remat='dots', batch_size=256, steps=1_000_000,
     lr=1e-4, warmup_steps=10_000, schedule='linear', final_fraction=0.0)

@@ -11,9 +11,9 @@ called 1b1 and 1b7 have 1.07 and 1.72B.
 loss of 1.823 nats a byte (2.63 bits) on 16 held-out batches.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads batch_size lr parameters', rows={
         '560m': (1024, 24, 16, 256, 3.0e-4, 559_214_592),
         '1b1': (1536, 24, 16, 256, 2.5e-4, 1_065_314_304),
@@ -25,5 +25,5 @@ SIZES = recipes.table_of_sizes(
 SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, max_len=256,
                      batch_size=8, steps=600, lr=2e-3, warmup_steps=100)
 
-get_config = recipes.make_get_config('bloom', sizes=SIZES, tokens=341e9,
+get_config = base.make_get_config('bloom', sizes=SIZES, tokens=341e9,
                                      warmup=375e6)

@@ -14,9 +14,9 @@ of the table of tokens.
 `tiny` is BERT's (configs/bert.py), with 16 buckets on each side.
 """
 
-from configs import bert, recipes
+from configs import base, bert
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'num_layers generator.num_layers d_model num_heads d_ff lr parameters',
     rows={'v3-xsmall': (12, 6, 384, 6, 1536, 6e-4, 70_682_112),
           'v3-small': (6, 3, 768, 12, 3072, 6e-4, 141_304_320),
@@ -29,7 +29,7 @@ SIZES['tiny'] = bert.SIZES['tiny'] | dict(
 UNCOUNTED = {'v3-xsmall': 60_460_261, 'v3-small': 121_352_293,
              'v3-base': 142_615_909, 'v3-large': 285_087_845}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'deberta_v2', SIZES, dict(norm_eps=1e-7, init='normal'),
     dict(objective='replaced_tokens'), remat='dots', batch_size=8192,
     steps=500_000, warmup_steps=10_000, schedule='linear', final_fraction=0.0,

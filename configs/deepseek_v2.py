@@ -18,9 +18,9 @@ later training: with `--config.model.rope.scaling=yarn
 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads d_ff max_len latent.kv_rank latent.nope_dim '
     'latent.rope_dim latent.v_dim moe.num_experts moe.d_ff', {
         'tiny': (128, 4, 4, 344, 256, 48, 24, 16, 24, 16, 48),
@@ -40,6 +40,6 @@ SIZES['236b'] |= PUBLISHED | {
 MOE = dict(dispatch='auto', capacity_factor=0.0, eval_capacity_factor=0.0,
            balance_loss='sequence')
 
-get_config = recipes.make_get_config('deepseek_v2', SIZES, dict(
+get_config = base.make_get_config('deepseek_v2', SIZES, dict(
     norm_eps=1e-6, latent=dict(norm_eps=1e-6), moe=MOE | dict(
         shared_experts=2, balance_weight=0.001)))

@@ -24,9 +24,9 @@ context of 131,072 tokens has yarn with factor 32.
 bits).
 """
 
-from configs import deepseek_v2, recipes
+from configs import base, deepseek_v2
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads d_ff max_len prefix latent.q_rank '
     'latent.kv_rank latent.nope_dim latent.rope_dim latent.v_dim '
     'moe.num_experts moe.d_ff moe.expert_groups moe.top_groups', {
@@ -50,5 +50,5 @@ MODEL = dict(norm_eps=1e-6, latent=dict(norm_eps=1e-6), moe=(
     deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.5,
                            balance_weight=0.0001, bias_rate=0.001)))
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'deepseek_v3', SIZES, MODEL, tokens=14.8e12, batch_size=15360, lr=2.2e-4)

@@ -12,7 +12,7 @@ the indexer alone learned, at 1e-3: `--config.model.indexer.top_k=0
 `tiny` is that of DeepSeek-V3, of whose 256 tokens a query sees 64.
 """
 
-from configs import deepseek_v3, recipes
+from configs import base, deepseek_v3
 
 SIZES = {
     'tiny': deepseek_v3.SIZES['tiny'] | {
@@ -25,6 +25,6 @@ SIZES = {
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'671b': 58 * 256}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'deepseek_v32', SIZES, deepseek_v3.MODEL, steps=15_000, batch_size=480,
     lr=7.3e-6, warmup_steps=0, schedule='constant')

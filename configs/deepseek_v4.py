@@ -15,7 +15,7 @@ default text its held-out loss is 2.449 nats a byte (3.53 bits).
 """
 
 from architectures import deepseek_v4
-from configs import deepseek_v2, recipes
+from configs import base, deepseek_v2
 
 
 def _layers(first: str, n: int) -> dict:
@@ -24,7 +24,7 @@ def _layers(first: str, n: int) -> dict:
       [i < 3 for i in range(n)])
 
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads compressed.q_rank compressed.out_groups '
     'indexer.top_k moe.num_experts moe.d_ff moe.gate_scale parameters', rows={
         'flash': (4096, 43, 64, 1024, 8, 512, 256, 2048, 1.5, 284_332_230_231),
@@ -48,7 +48,7 @@ SIZES['tiny'] = deepseek_v4.pattern_of_layers(
 UNCOUNTED = {'flash': 40 * 256 + 3 * 129280 * 6,
              'pro': 58 * 384 + 3 * 129280 * 6}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'deepseek_v4', SIZES, dict(
         norm_eps=1e-6, moe=deepseek_v2.MOE | dict(balance_weight=0.0001)),
     length=4096, tokens=32e12, batch_size=15360, lr=2.2e-4)

@@ -7,12 +7,12 @@ norms with a scale and heads in another order.
 """
 
 from architectures import diffllama
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff parameters',
     rows={'1b': (2048, 16, 32, 32, 8192, 1_204_885_504)},
     max_len=2048, vocab_size=32000, **diffllama.kinds_by_depth(16))
-SIZES['tiny'] = recipes.SMALL_DECODER | diffllama.kinds_by_depth(4)
+SIZES['tiny'] = base.SMALL_DECODER | diffllama.kinds_by_depth(4)
 
-get_config = recipes.make_get_config('diffllama', SIZES, dict(norm_eps=1e-5))
+get_config = base.make_get_config('diffllama', SIZES, dict(norm_eps=1e-5))

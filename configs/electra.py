@@ -14,9 +14,9 @@ encoders; UNCOUNTED is the generator beside it, which shares the embedding.
 `tiny` reads rows of 32 bytes, with a generator of half its width.
 """
 
-from configs import bert, recipes
+from configs import base, bert
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'num_layers d_model num_heads embed_dim max_len batch_size steps lr '
     'generator.num_layers generator.d_model generator.num_heads parameters',
     rows={
@@ -35,7 +35,7 @@ SIZES['tiny'] = bert.SIZES['tiny'] | {
 # The parameters of the generator, without the embedding.
 UNCOUNTED = {'small': 647_162, 'base': 9_903_418, 'large': 19_512_378}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'electra', SIZES, dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
     dict(objective='replaced_tokens'), remat='dots', warmup_steps=10_000,
     schedule='linear', final_fraction=0.0, weight_decay=0.01, b2=0.999,

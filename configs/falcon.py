@@ -9,9 +9,9 @@ loss on log(Z)^2 of the logits, with a weight of 1e-4. Counts are exact.
 `tiny` has one head of keys and values for four of queries.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads block batch_size tokens lr '
     'parameters', rows={
         '7b': (4544, 32, 71, 1, 'shared_norm', 2304, 1.5e12, 6e-4,
@@ -21,6 +21,6 @@ SIZES = recipes.table_of_sizes(
         '180b': (14848, 80, 232, 8, 'parallel', 2048, 3.5e12, 1.25e-4,
                  178_557_088_768),
     }, max_len=2048, vocab_size=65024)
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(num_kv_heads=1, d_ff=0)
+SIZES['tiny'] = base.SMALL_DECODER | dict(num_kv_heads=1, d_ff=0)
 
-get_config = recipes.make_get_config('falcon', SIZES, warmup=4e9)
+get_config = base.make_get_config('falcon', SIZES, warmup=4e9)

@@ -13,9 +13,9 @@ checkpoints, the shared embedding once.
 held-out loss of 1.662 nats a byte (2.40 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads head_dim d_ff tokens lr '
     'parameters', rows={
         '2b': (2304, 26, 8, 4, 256, 9216, 2e12, 3e-4, 2_614_341_888),
@@ -23,6 +23,6 @@ SIZES = recipes.table_of_sizes(
         '27b': (4608, 46, 32, 16, 128, 36864, 13e12, 1.5e-4, 27_227_128_320),
     }, max_len=8192, vocab_size=256000, kinds=dict(local=dict(window=4096)))
 SIZES['27b']['attention_scale'] = (4608 / 32) ** -0.5
-SIZES['tiny'] = recipes.SMALL_DECODER
+SIZES['tiny'] = base.SMALL_DECODER
 
-get_config = recipes.make_get_config('gemma2', SIZES, dict(norm_eps=1e-6))
+get_config = base.make_get_config('gemma2', SIZES, dict(norm_eps=1e-6))

@@ -15,9 +15,9 @@ model in the published checkpoints, the shared embedding once.
 default text to a held-out loss of 1.464 nats a byte (2.11 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads head_dim d_ff tokens lr max_len '
     'vocab_size kinds.local.window parameters', {
         '1b': (1152, 26, 4, 1, 256, 6912, 2e12, 3e-4, 32768, 262144, 512,
@@ -29,11 +29,11 @@ SIZES = recipes.table_of_sizes(
         '27b': (5376, 62, 32, 16, 128, 21504, 14e12, 1.5e-4, 131072, 262208,
                 1024, 27_009_346_304)})
 SIZES['27b']['attention_scale'] = (5376 / 32) ** -0.5
-SIZES['tiny'] = recipes.SMALL_DECODER
+SIZES['tiny'] = base.SMALL_DECODER
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.make_config('gemma3', size=size, sizes=SIZES, model=dict(
+  c = base.make_config('gemma3', size=size, sizes=SIZES, model=dict(
       norm_eps=1e-6, rope=dict(theta=1e6)), length=32768)
   if size != 'tiny':
     # Every sixth layer sees all. Layers that are no multiple of six stand

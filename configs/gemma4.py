@@ -9,17 +9,17 @@ text, with the 60 numbers that multiply layers, which are buffers there.
 `tiny` has windows of 128 in 256 tokens, in every other layer.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads head_dim d_ff parameters',
     rows={'31b': (5376, 60, 32, 16, 256, 21504, 30_697_345_340)},
     max_len=262_144, vocab_size=262_144,
     pattern='local,local,local,local,local,global', kinds={
         'local': dict(window=1024),
         'global': dict(num_kv_heads=4, head_dim=512)})
-SIZES['tiny'] = recipes.SMALL_DECODER | {
+SIZES['tiny'] = base.SMALL_DECODER | {
     'kinds.global.num_kv_heads': 1, 'kinds.global.head_dim': 64}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'gemma4', SIZES, dict(norm_eps=1e-6), length=4096)

@@ -10,9 +10,9 @@ AdamW is here. Counts are without the module that predicts a second token.
 `tiny` has 32 experts of 32 hidden units, of which 8 work for a token.
 """
 
-from configs import deepseek_v2, recipes
+from configs import base, deepseek_v2
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers d_ff prefix qk_norm moe.num_experts moe.d_ff '
     'moe.gate_scale parameters', rows={
         '106b-a12b': (4096, 46, 10944, 'dense', False, 128, 1408, 1.0,
@@ -21,11 +21,11 @@ SIZES = recipes.table_of_sizes(
                       2.5, 352_797_814_784),
     }, num_heads=96, num_kv_heads=8, head_dim=128, max_len=4096,
     vocab_size=151552, rope=dict(theta=1e6))
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(moe=dict(num_experts=32, d_ff=32))
+SIZES['tiny'] = base.SMALL_DECODER | dict(moe=dict(num_experts=32, d_ff=32))
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'106b-a12b': 45 * 128, '355b-a32b': 89 * 160}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'glm4_moe', SIZES, dict(norm_eps=1e-5, moe=deepseek_v2.MOE | dict(
         balance_weight=0.0001, bias_rate=0.001)),
     tokens=23e12, batch_size=16384, lr=2.5e-4)

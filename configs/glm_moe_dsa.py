@@ -10,9 +10,9 @@ Muon; AdamW is here, with the batch and the rate of GLM-4.5
 `tiny` is that of DeepSeek-V3.2 without groups of experts.
 """
 
-from configs import deepseek_v2, deepseek_v3, deepseek_v32, recipes
+from configs import base, deepseek_v2, deepseek_v3, deepseek_v32
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads d_ff max_len prefix latent.q_rank '
     'latent.kv_rank latent.nope_dim latent.rope_dim latent.v_dim '
     'moe.num_experts moe.d_ff indexer.top_k indexer.heads indexer.head_dim '
@@ -26,6 +26,6 @@ SIZES['tiny'] = deepseek_v32.SIZES['tiny'] | {
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'744b-a40b': 75 * 256}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'glm_moe_dsa', SIZES, deepseek_v3.MODEL | dict(norm_eps=1e-5),
     tokens=28.5e12, batch_size=16384, lr=2.5e-4)

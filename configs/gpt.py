@@ -19,9 +19,9 @@ vocabulary is GPT-2's: data.tokenizer=FOLDER names its Hugging Face
 folder, model.vocab_size=0 takes that of another tokenizer.
 """
 
-from configs import recipes
+from configs import base
 
-GPT2 = recipes.table_of_sizes(
+GPT2 = base.table_of_sizes(
     'num_layers d_model num_heads parameters', rows={
         'gpt2': (12, 768, 12, 124_439_808),
         'gpt2-medium': (24, 1024, 16, 354_823_168),
@@ -29,7 +29,7 @@ GPT2 = recipes.table_of_sizes(
         'gpt2-xl': (48, 1600, 25, 1_557_611_200),
     }, max_len=1024, vocab_size=50257, batch_size=512, steps=300_000, lr=6e-4)
 # `batch` in tokens, to the next 16 rows below.
-GPT3 = recipes.table_of_sizes(
+GPT3 = base.table_of_sizes(
     'num_layers d_model num_heads batch lr parameters', rows={
         'gpt3-125m': (12, 768, 12, 0.5e6, 6.0e-4, 125e6),
         'gpt3-350m': (24, 1024, 16, 0.5e6, 3.0e-4, 350e6),
@@ -48,5 +48,5 @@ TINY = dict(num_layers=4, d_model=128, num_heads=4, max_len=128, batch_size=8,
             steps=2500, warmup_steps=100)
 SIZES = {'tiny': TINY} | GPT2 | GPT3
 
-get_config = recipes.make_get_config('gpt', sizes=SIZES, remat='dots',
+get_config = base.make_get_config('gpt', sizes=SIZES, remat='dots',
                                      tokens=300e9)

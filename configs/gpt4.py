@@ -24,9 +24,9 @@ d_model 14,720 (115 heads of 128). The two rumours contradict each other.
 loss of 2.324 nats a byte (3.35 bits) on 16 held-out batches.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads moe.num_experts parameters', rows={
         'rumoured': (10752, 120, 84, 16, 1.8e12),
         'rumoured-8x220b': (14720, 120, 115, 8, 1.76e12),
@@ -36,6 +36,6 @@ SIZES['tiny'] = dict(
     moe=dict(num_experts=4), batch_size=8, steps=600, lr=2e-3, warmup_steps=100)
 
 # About 60M tokens a batch.
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'gpt4-rumoured', SIZES, dict(moe=dict(dispatch='auto')), batch_size=7168,
     tokens=13e12, lr=1e-4)

@@ -12,9 +12,9 @@ the exact one, 20B's the tanh approximation.
 loss of 1.772 nats a byte (2.56 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads vocab_size lr parameters', {
         '20b': (6144, 44, 64, 50432, 0.97e-4, 20_554_567_680),
         'pythia-70m': (512, 6, 8, 50304, 10.0e-4, 70_426_624),
@@ -30,6 +30,6 @@ SIZES['20b'] |= dict(ffn='gelu_tanh', batch_size=1536,  # 1,538, made divisible
                      steps=150_000, warmup_steps=1500)
 SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, max_len=256)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'gpt_neox', sizes=SIZES, batch_size=1024, steps=143_000, warmup_steps=1430,
     weight_decay=0.01)

@@ -14,9 +14,9 @@ has 0.9, which nothing says was trained with).
 the default text to a held-out loss of 1.462 nats a byte (2.11 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads head_dim d_ff max_len '
     'moe.num_experts kinds.local.window', {
         'tiny': (128, 4, 4, 2, 32, 88, 256, 8, 32),
@@ -28,6 +28,6 @@ for _size, _parameters in (('20b', 20_914_757_184), ('120b', 116_829_156_672)):
           theta=150_000.0, scaling='yarn', factor=32.0, original_len=4096,
           truncate=False))
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'gpt_oss', SIZES, dict(moe=dict(balance_weight=0.001)), length=4096,
     tokens=15e12)

@@ -10,10 +10,10 @@ Counts are exact.
 `tiny` has 16 experts of 32 hidden units, of which 6 work for a token.
 """
 
-from configs import recipes
+from configs import base
 
 TEN = 'linear,linear,linear,linear,linear,full,linear,linear,linear,linear'
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_heads num_kv_heads d_ff attention_scale logits_scale '
     'mamba2.heads parameters', rows={
         '1b': (1536, 12, 4, 4096, 1 / 128, 1 / 6, 48, 1_461_538_368),
@@ -34,10 +34,10 @@ for dense in '350m', '1b', 'micro':
   SIZES[dense]['ffn'] = 'swiglu'
 SIZES['7b-a1b']['moe'] = dict(num_experts=64, d_ff=512)
 SIZES['small']['moe'] = dict(num_experts=72, top_k=10, d_ff=768)
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(
+SIZES['tiny'] = base.SMALL_DECODER | dict(
     d_ff=64, attention_scale=1 / 32, logits_scale=1.0, mamba2=dict(state=32),
     moe=dict(num_experts=16, d_ff=32))
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'granitemoehybrid', SIZES, dict(moe=dict(balance_weight=0.001)),
     length=4096, tokens=15e12)

@@ -17,9 +17,9 @@ nats a byte; the busiest expert has 1.2 times the mean load in the encoder, 1.6
 in the decoder.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'moe.num_experts parameters', rows={
         '600b': (2048, 600e9), '150b': (512, 150e9), '37b': (128, 37e9),
     }, num_layers=18, d_model=1024, num_heads=16, head_dim=128, d_ff=8192,
@@ -29,7 +29,7 @@ SIZES['tiny'] = dict(
     moe=dict(num_experts=4), length=64, batch_size=8, steps=1600, lr=2e-3,
     warmup_steps=100, init_stddev=128 ** -0.5)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'gshard', SIZES, dict(init='fan_in', moe=dict(
         capacity_factor=1.0, eval_capacity_factor=2.0, balance_loss='switch',
         balance_weight=0.01)), dict(objective='seq2seq'), remat='dots',

@@ -17,7 +17,7 @@ units. It trains on the default text to a held-out loss of 1.357 nats a byte
 (1.96 bits).
 """
 
-from configs import deepseek_v2, recipes
+from configs import base, deepseek_v2
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, head_dim=24, d_ff=344,
@@ -40,7 +40,7 @@ SIZES = {
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'48b-a3b': 26 * 256}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'kimi_linear', SIZES, dict(
         norm_eps=1e-5, latent=dict(norm_eps=1e-6),
         moe=deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.446,

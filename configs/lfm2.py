@@ -10,9 +10,9 @@ have 4,096 tokens. Counts are those of the published checkpoints.
 `tiny` has a short convolution and attention in turn, in four layers.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_heads d_ff parameters', rows={
         '350m': (1024, 16, 4608, 354_483_968),
         '700m': (1536, 24, 6912, 742_489_344),
@@ -23,7 +23,7 @@ SIZES = recipes.table_of_sizes(
 SIZES['2.6b'] |= dict(
     num_layers=30, prefix='conv,conv,full,conv', pattern='conv,full,conv,conv',
     suffix='full,conv,conv,full,conv,conv')
-SIZES['tiny'] = recipes.SMALL_DECODER
+SIZES['tiny'] = base.SMALL_DECODER
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'lfm2', SIZES, dict(rope=dict(theta=1e6)), length=4096, tokens=10e12)

@@ -24,9 +24,9 @@ published templates (training/data/conversations.py):
   python eval.py --workdir runs/chat --prompt="Name three primary colours."
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff max_len lr tokens '
     'parameters', {
         '7b': (4096, 32, 32, 32, 11008, 2048, 3.0e-4, 1.0e12, 6_738_415_616),
@@ -43,7 +43,7 @@ for _size in ('7b', '13b', '33b'):  # the others' params.json say 1e-5
   SIZES[_size]['norm_eps'] = 1e-6
 for _size in ('3-8b', '3-70b'):
   SIZES[_size] |= {'vocab_size': 128256, 'rope.theta': 500_000.0}
-SIZES['tiny'] = recipes.SMALL_DECODER
+SIZES['tiny'] = base.SMALL_DECODER
 SIZES['smollm2-135m'] = dict(
     d_model=576, num_layers=30, num_heads=9, num_kv_heads=3, d_ff=1536,
     max_len=8192, vocab_size=49152, tie_embeddings=True,
@@ -51,4 +51,4 @@ SIZES['smollm2-135m'] = dict(
     batch_size=4, steps=40, lr=1e-3, warmup_steps=4, schedule='linear',
     weight_decay=0.0, parameters=134_515_008)
 
-get_config = recipes.make_get_config('llama', SIZES, dict(norm_eps=1e-5))
+get_config = base.make_get_config('llama', SIZES, dict(norm_eps=1e-5))

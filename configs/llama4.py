@@ -10,9 +10,9 @@ not published and LLaMA 2's here. Counts are without what reads images.
 `tiny` has chunks of 64 in rows of 256, and 16 experts of 172 hidden units.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'moe.num_experts max_len tokens parameters', rows={
         '17b-16e': (16, 262_144, 40e12, 107_769_861_120),
         '17b-128e': (128, 262_144, 22e12, 400_711_848_960),
@@ -23,9 +23,9 @@ SIZES['17b-128e'] |= dict(
     pattern='chunk_dense,chunk,chunk_dense,full', kinds=dict(
         chunk_dense=dict(attention='chunked', ffn='dense'),
         chunk=dict(qk_norm=False)))
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(
+SIZES['tiny'] = base.SMALL_DECODER | dict(
     attention_chunk=64, attention_log_from=64, moe=dict(
         num_experts=16, d_ff=172))
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'llama4', SIZES, dict(moe=dict(balance_weight=0.001)))

@@ -12,9 +12,9 @@ authors' are uniform. Counts are those of transformers' class.
 `tiny` has eight layers of 128 features, for trials on the default text.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(  # lr is GPT-3's
+SIZES = base.table_of_sizes(  # lr is GPT-3's
     'd_model num_layers lr parameters', rows={
         '130m': (768, 24, 6.0e-4, 129_135_360),
         '370m': (1024, 48, 3.0e-4, 371_516_416),
@@ -27,5 +27,5 @@ for _size in SIZES.values():
                 final_fraction=1e-5 / (5 * _size['lr']))
 SIZES['tiny'] = dict(d_model=128, num_layers=8, max_len=256)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'mamba', sizes=SIZES, batch_size=256, tokens=300e9)

@@ -19,10 +19,10 @@ head of its own; nothing is published of its training. Counts are exact.
 bits).
 """
 
-from configs import recipes
+from configs import base
 
 # A layer has twice num_heads heads (model.mamba2.heads); lr is GPT-3's.
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads lr parameters', rows={
         '130m': (768, 24, 12, 6.0e-4, 128_989_632),
         '370m': (1024, 48, 16, 3.0e-4, 368_346_624),
@@ -40,5 +40,5 @@ SIZES['codestral-7b'] = dict(
     mamba2=dict(groups=8), tie_embeddings=False, steps=1000, lr=1e-3,
     warmup_steps=100, parameters=7_285_403_648)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'mamba2', sizes=SIZES, batch_size=256, tokens=300e9)

@@ -8,10 +8,10 @@ tokens, and the bias of the routers moves as in DeepSeek-V3.
 `tiny` has 32 experts of 32 hidden units, of which 8 work for a token.
 """
 
-from configs import deepseek_v2, recipes
+from configs import base, deepseek_v2
 
 SIZES = {
-    'tiny': recipes.SMALL_DECODER | dict(d_ff=32, moe=dict(num_experts=32)),
+    'tiny': base.SMALL_DECODER | dict(d_ff=32, moe=dict(num_experts=32)),
     '230b-a10b': dict(
         d_model=3072, num_layers=62, num_heads=48, num_kv_heads=8, head_dim=128,
         d_ff=1536, max_len=196608, vocab_size=200064, rope=dict(theta=5e6),
@@ -19,6 +19,6 @@ SIZES = {
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'230b-a10b': 62 * 256}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'minimax_m2', SIZES, dict(norm_eps=1e-6, moe=deepseek_v2.MOE | dict(
         balance_weight=0.0001, bias_rate=0.001)), length=4096)

@@ -10,9 +10,9 @@ Nothing of the training is published: batch, learning rate and steps are LLaMA
 loss of 1.577 nats a byte (2.27 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff max_len sliding_window', {
         'tiny': (128, 4, 4, 2, 448, 256, 64),
         '7b': (4096, 32, 32, 8, 14336, 32768, 4096),
@@ -21,5 +21,5 @@ SIZES['7b'] |= dict(vocab_size=32000, parameters=7_241_732_096)
 SIZES['7b-v0.3'] |= dict(vocab_size=32768, parameters=7_248_023_552,
                          attention='global', rope=dict(theta=1e6))
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'mistral', SIZES, dict(norm_eps=1e-5), length=8192)

@@ -12,15 +12,15 @@ loss of 1.608 nats a byte (2.32 bits), the busiest expert of a layer with 1.05
 to 1.10 of the mean load.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff max_len parameters', rows={
         '8x7b': (4096, 32, 32, 8, 14336, 32768, 46_702_792_704),
         '8x22b': (6144, 56, 48, 8, 16384, 65536, 140_620_634_112),
     }, vocab_size=32000, moe=dict(num_experts=8), rope=dict(theta=1e6))
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(d_ff=172, moe=dict(num_experts=4))
+SIZES['tiny'] = base.SMALL_DECODER | dict(d_ff=172, moe=dict(num_experts=4))
 
-get_config = recipes.make_get_config('mixtral', SIZES, dict(moe=dict(
+get_config = base.make_get_config('mixtral', SIZES, dict(moe=dict(
     dispatch='auto', capacity_factor=0.0, eval_capacity_factor=0.0,
     balance_weight=0.02)), length=4096)

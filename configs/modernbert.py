@@ -15,9 +15,9 @@ rows, 1.2M bytes in all, to 1.47 nats and 56 % right of those held out. Rotary
 positions spare it the plateau of BERT's `tiny` (configs/bert.py).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'num_layers d_model num_heads d_ff max_len lr batch_size data.mask_rate '
     'kinds.local.window', {
         'tiny': (4, 128, 4, 192, 64, 2e-3, 32, 0.15, 9),
@@ -27,7 +27,7 @@ SIZES['tiny'] |= dict(steps=600, warmup_steps=100)
 SIZES['base'] |= dict(vocab_size=50368, parameters=149_655_232)
 SIZES['large'] |= dict(vocab_size=50368, parameters=395_881_664)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'modernbert', SIZES, dict(rope=dict(theta=160_000.0), kinds={
         'local': dict(rope=dict(theta=10_000.0)), 'global': {}}),
     dict(objective='mlm'), remat='dots', length=1024, tokens=1.719e12,

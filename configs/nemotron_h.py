@@ -14,7 +14,7 @@ without the biases of the routers; that of Super is of transformers' class.
 """
 
 from architectures import nemotron_h
-from configs import recipes
+from configs import base
 
 SIZES = {
     '8b': nemotron_h.pattern_of_letters(
@@ -43,14 +43,14 @@ SIZES = {
 for published in SIZES.values():
   published |= dict(head_dim=128, max_len=8192, vocab_size=131_072)
   published['mamba2'] |= dict(groups=8, least_step=0.001)
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(mamba2=dict(
+SIZES['tiny'] = base.SMALL_DECODER | dict(mamba2=dict(
     state=32, groups=2, least_step=0.001))
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'30b-a3b': 23 * 128, '120b-a12b': 40 * 512}
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.make_config('nemotron_h', size=size, sizes=SIZES, tokens=15e12,
+  c = base.make_config('nemotron_h', size=size, sizes=SIZES, tokens=15e12,
                           batch_size=768, lr=8e-4)
   if size != 'tiny':  # not beside those of the page
     c.model.kinds = {}

@@ -13,9 +13,9 @@ checkpoints.
 loss of 1.534 nats a byte (2.21 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff batch_size lr tokens '
     'parameters', rows={
         '1b': (2048, 16, 16, 16, 8192, 512, 4e-4, 4e12, 1_484_916_736),
@@ -23,9 +23,9 @@ SIZES = recipes.table_of_sizes(
         '13b': (5120, 40, 40, 40, 13824, 2048, 9e-4, 5e12, 13_716_198_400),
         '32b': (5120, 64, 40, 8, 27648, 2048, 6e-4, 6e12, 32_234_279_936),
     }, max_len=4096, vocab_size=100352)
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(num_kv_heads=0)
+SIZES['tiny'] = base.SMALL_DECODER | dict(num_kv_heads=0)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'olmo2', SIZES,
     dict(norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)),
     {'train.z_loss': 1e-5})

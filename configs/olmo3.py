@@ -13,9 +13,9 @@ for 65,536 tokens. Counts are those of the published checkpoints.
 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff batch lr parameters', rows={
         '7b': (4096, 32, 32, 32, 11008, 2**22, 3e-4, 7_298_011_136),
         '32b': (5120, 64, 40, 8, 27648, 2**23, 6e-4, 32_233_522_176),
@@ -25,9 +25,9 @@ SIZES |= {f'{name}-64k': size | dict(
         window=4096, rope=dict(scaling='none'))),
     rope=dict(scaling='yarn', factor=8.0, original_len=8192))
           for name, size in SIZES.items()}
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(num_kv_heads=0)
+SIZES['tiny'] = base.SMALL_DECODER | dict(num_kv_heads=0)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'olmo3', SIZES,
     dict(norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)),
     {'train.z_loss': 1e-5}, tokens=5e12)

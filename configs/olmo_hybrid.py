@@ -12,17 +12,17 @@ positions. The count is that of transformers' class.
 bits).
 """
 
-from configs import recipes
+from configs import base
 
 SIZES = {'7b': dict(
     d_model=3840, num_layers=32, num_heads=30, num_kv_heads=30, d_ff=11008,
     max_len=8192, vocab_size=100352, deltanet=dict(key_dim=96, value_dim=192),
     parameters=7_430_870_688)}
 SIZES['7b-64k'] = SIZES['7b'] | dict(max_len=65536, position='none')
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(
+SIZES['tiny'] = base.SMALL_DECODER | dict(
     num_kv_heads=0, deltanet=dict(key_dim=24, value_dim=48))
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'olmo_hybrid', SIZES, dict(
         norm_eps=1e-6, init='normal', deltanet=dict(norm_eps=1e-5),
         rope=dict(theta=500_000.0)),

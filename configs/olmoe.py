@@ -14,15 +14,15 @@ checkpoint; 1.3B of the parameters work for a token. 256 H100s took 10 days.
 on the default text to a held-out loss of 1.628 nats a byte (2.35 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads d_ff max_len moe.num_experts', {
         'tiny': (128, 4, 4, 44, 256, 16),
         '1b-7b': (2048, 16, 16, 1024, 4096, 64)})
 SIZES['1b-7b'] |= dict(vocab_size=50304, parameters=6_919_161_856)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'olmoe', SIZES, dict(norm_eps=1e-5, init='normal', moe=dict(
         balance_weight=0.01, z_loss_weight=0.001)),
     tokens=5033e9, lr=4e-4, warmup_steps=2500, decay_mask=(('.*', 1),))

@@ -9,9 +9,9 @@ architecture, is left out.
 `tiny` is GPT's (configs/gpt.py).
 """
 
-from configs import gpt, recipes
+from configs import base, gpt
 
-SIZES = {'tiny': gpt.TINY} | recipes.table_of_sizes(
+SIZES = {'tiny': gpt.TINY} | base.table_of_sizes(
     'num_layers d_model num_heads batch lr parameters', rows={
         '125m': (12, 768, 12, 500_000, 6e-4, 125_239_296),
         '1.3b': (24, 2048, 32, 1_000_000, 2e-4, 1_315_758_080),
@@ -23,5 +23,5 @@ SIZES = {'tiny': gpt.TINY} | recipes.table_of_sizes(
         '175b': (96, 12288, 96, 2_000_000, 1.2e-4, 174_604_468_224),
     }, max_len=2048, vocab_size=50272, dropout=0.1)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'opt', sizes=SIZES, tokens=300e9, schedule='linear')

@@ -9,13 +9,13 @@ passes, which is not here. What else of the training is not known is LLaMA 2's.
 `tiny` runs two layers three times.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes('num_layers parameters', rows={
+SIZES = base.table_of_sizes('num_layers parameters', rows={
     '1.4b': (24, 1_434_650_624), '2.6b': (48, 2_667_972_608)},
     d_model=2048, num_heads=16, d_ff=5632, max_len=65536, vocab_size=49152,
     length=4096)
-SIZES['tiny'] = recipes.SMALL_DECODER | {'num_layers': 2, 'loops.passes': 3}
+SIZES['tiny'] = base.SMALL_DECODER | {'num_layers': 2, 'loops.passes': 3}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'ouro', SIZES, dict(norm_eps=1e-6, rope=dict(theta=1e6)), tokens=7.7e12)

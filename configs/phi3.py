@@ -13,13 +13,13 @@ longrope, which their config.json has: an import reads them.
 held-out loss of 1.580 nats a byte (2.28 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff tokens parameters', rows={
         'mini': (3072, 32, 32, 32, 8192, 3.3e12, 3_821_079_552),
         'medium': (5120, 40, 40, 10, 17920, 4.8e12, 13_960_238_080),
     }, max_len=4096, vocab_size=32064, sliding_window=2047)
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(num_kv_heads=0, sliding_window=128)
+SIZES['tiny'] = base.SMALL_DECODER | dict(num_kv_heads=0, sliding_window=128)
 
-get_config = recipes.make_get_config('phi3', SIZES, dict(norm_eps=1e-5))
+get_config = base.make_get_config('phi3', SIZES, dict(norm_eps=1e-5))

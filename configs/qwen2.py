@@ -10,9 +10,9 @@ stand for 2T tokens. Counts are those of the published checkpoints.
 loss of 1.628 nats a byte (2.35 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff vocab_size norm_eps '
     'parameters', {
         '0.5b': (896, 24, 14, 2, 4864, 151936, 1e-6, 494_032_768),
@@ -25,7 +25,7 @@ SIZES = recipes.table_of_sizes(
     }, max_len=131072)
 for _size in ('0.5b', '1.5b', '3b'):
   SIZES[_size] |= dict(max_len=32768, tie_embeddings=True)
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(norm_eps=1e-6)
+SIZES['tiny'] = base.SMALL_DECODER | dict(norm_eps=1e-6)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'qwen2', SIZES, dict(rope=dict(theta=1e6)), length=4096)

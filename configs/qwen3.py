@@ -11,9 +11,9 @@ tokens. Counts are those of the published checkpoints.
 loss of 1.558 nats a byte (2.25 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff tie_embeddings '
     'parameters', rows={
         '0.6b': (1024, 28, 16, 8, 3072, True, 596_049_920),
@@ -23,7 +23,7 @@ SIZES = recipes.table_of_sizes(
         '14b': (5120, 40, 40, 8, 17408, False, 14_768_307_200),
         '32b': (5120, 64, 64, 8, 25600, False, 32_762_123_264),
     }, head_dim=128, max_len=32768, vocab_size=151936)
-SIZES['tiny'] = recipes.SMALL_DECODER
+SIZES['tiny'] = base.SMALL_DECODER
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'qwen3', SIZES, dict(norm_eps=1e-6, rope=dict(theta=1e6)), length=4096)

@@ -11,9 +11,9 @@ of its own.
 layers.
 """
 
-from configs import qwen3_next, recipes
+from configs import base, qwen3_next
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff deltanet.value_heads '
     'tie_embeddings parameters', rows={
         '0.8b': (1024, 24, 8, 2, 3584, 16, True, 752_393_024),
@@ -24,5 +24,5 @@ SIZES = recipes.table_of_sizes(
     }, **qwen3_next.SAME, vocab_size=248320)
 SIZES['tiny'] = qwen3_next.TINY
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'qwen3_5', SIZES, dict(norm_eps=1e-6), qwen3_next.DECAY, length=4096)

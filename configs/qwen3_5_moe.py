@@ -10,9 +10,9 @@ is that of config.json.
 `tiny` has 32 experts of 24 hidden units, of which 8 work for a token.
 """
 
-from configs import qwen3_next, recipes
+from configs import base, qwen3_next
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads deltanet.value_heads moe.num_experts '
     'moe.top_k moe.d_ff parameters', rows={
         '35b-a3b': (2048, 40, 16, 32, 256, 8, 512, 34_660_610_688),
@@ -21,6 +21,6 @@ SIZES = recipes.table_of_sizes(
     }, num_kv_heads=2, **qwen3_next.SAME, vocab_size=248320)
 SIZES['tiny'] = qwen3_next.TINY | dict(moe=dict(num_experts=32, d_ff=24))
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'qwen3_5_moe', SIZES, dict(norm_eps=1e-6, moe=dict(balance_weight=0.001)),
     qwen3_next.DECAY, length=4096)

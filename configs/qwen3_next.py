@@ -14,14 +14,14 @@ recurrences with 2 heads of keys and 4 of values: for trials on the default
 text, on which it trains to a held-out loss of 1.272 nats a byte (1.84 bits).
 """
 
-from configs import recipes
+from configs import base
 
 # Qwen3.5 shares these: the fields of published sizes, of the small one, and the
 # decay.
 SAME = dict(
     head_dim=256, max_len=262144, rope=dict(theta=1e7), deltanet=dict(
         key_heads=16, key_dim=128, value_dim=128))
-TINY = recipes.SMALL_DECODER | dict(
+TINY = base.SMALL_DECODER | dict(
     head_dim=48, rope=dict(theta=1e4), deltanet=dict(
         key_heads=2, value_heads=4, key_dim=32, value_dim=32))
 DECAY = {'optim.decay_mask': (
@@ -33,6 +33,6 @@ SIZES = {
         moe=dict(num_experts=512, d_ff=512), vocab_size=151936,
         parameters=79_674_391_296)}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'qwen3_next', SIZES, dict(norm_eps=1e-6, moe=dict(balance_weight=0.001)),
     DECAY, length=4096, tokens=15e12)

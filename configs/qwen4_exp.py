@@ -14,7 +14,7 @@ DeepSeek-V3.2's: tokens, batch and learning rate are LLaMA 2's, and rows have
 of 4,096 rows, and of 256 tokens a query sees 64.
 """
 
-from configs import qwen3_next, recipes
+from configs import base, qwen3_next
 
 SIZES = {
     'tiny': qwen3_next.TINY | dict(
@@ -29,6 +29,6 @@ SIZES = {
         ngrams=dict(stops=True, rows=20_000_000, heads=8, pad_token=248044),
         parameters=176_943_899_520)}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'qwen4_exp', SIZES, dict(norm_eps=1e-6, moe=dict(balance_weight=0.001)),
     qwen3_next.DECAY, length=4096)

@@ -15,7 +15,7 @@ for masked words, with the two rows of positions before the first token.
 It predicts held-out masked bytes with a loss of 1.50 nats, 55 % of them right.
 """
 
-from configs import bert, recipes
+from configs import base, bert
 
 SIZES = {'tiny': bert.SIZES['tiny']} | {
     size: bert.SIZES[size] | dict(
@@ -27,7 +27,7 @@ SIZES = {'tiny': bert.SIZES['tiny']} | {
 
 
 def get_config(size: str = 'tiny', arch: str = 'roberta', sizes=None):
-  return recipes.make_config(arch, size=size, sizes=sizes or SIZES,
+  return base.make_config(arch, size=size, sizes=sizes or SIZES,
                              model=dict(type_vocab_size=1, init='normal'),
                              run=dict(objective='mlm'), remat='dots',
                              batch_size=8192, steps=500_000, schedule='linear',

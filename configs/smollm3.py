@@ -13,16 +13,16 @@ are not here. The count is that of the published checkpoint.
 bits).
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'max_len rope.theta', rows={'3b': (4096, 50_000.0), '3b-64k': (65536, 5e6)},
     d_model=2048, num_layers=36, num_heads=16, num_kv_heads=4, d_ff=11008,
     vocab_size=128256, parameters=3_075_098_624,
     **{'data.document_mask': True})
-SIZES['tiny'] = recipes.SMALL_DECODER | {'rope.theta': 50_000.0}
+SIZES['tiny'] = base.SMALL_DECODER | {'rope.theta': 50_000.0}
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'smollm3', SIZES, dict(norm_eps=1e-6), batch=576 * 4096, steps=4_720_000,
     lr=2e-4, schedule='wsd', final_fraction=0.0,
     decay_fraction=522_000 / 4_720_000)

@@ -9,9 +9,9 @@ after another 0.2T tokens in longer rows.
 `tiny` is LLaMA's with a window of 128 in 256 tokens.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff rope.theta batch tokens '
     'parameters', rows={
         '3b': (3072, 30, 24, 2, 12288, 999_999.4420358813, 2_600_000, 3.1e12,
@@ -21,7 +21,7 @@ SIZES = recipes.table_of_sizes(
                 15_957_889_024),
     }, max_len=16384, vocab_size=49152, sliding_window=4096)
 SIZES['15b']['tie_embeddings'] = False
-SIZES['tiny'] = recipes.SMALL_DECODER | dict(sliding_window=128)
+SIZES['tiny'] = base.SMALL_DECODER | dict(sliding_window=128)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'starcoder2', SIZES, dict(norm_eps=1e-5), length=4096, warmup_steps=1000)

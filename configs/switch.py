@@ -24,12 +24,12 @@ loss of 2.396 nats a byte of the spans; the busiest expert has 1.04 times the
 mean load in the encoder, 1.18 in the decoder. The loss is still falling there.
 """
 
-from configs import recipes, t5
+from configs import base, t5
 
 # The sizes of base are those of the paper's table of distilled models, where
 # 1.1B of base-16 is 1.07B rounded up. It has no base-8, whose count is that of
 # transformers' model of google/switch-base-8.
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'num_layers d_model num_heads d_ff moe.num_experts moe.ffn parameters', {
         **{f'base-{n}': (12, 768, 12, 3072, n, 'relu', parameters)
            for n, parameters in (

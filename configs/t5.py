@@ -16,12 +16,12 @@ made: `--config.data.length=568`.
 held-out loss of 2.272 nats a byte of the spans.
 """
 
-from configs import recipes
+from configs import base
 
 # All sizes have these, and those of Switch too.
 SAME = {'head_dim': 64, 'vocab_size': 32128, 'dropout': 0.1,
         'attention_dropout': 0.1, 'ffn_dropout': 0.1, 'train.z_loss': 1e-4}
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'num_layers d_model num_heads head_dim d_ff parameters', {
         'small': (6, 512, 8, 64, 2048, 60_506_624),
         'base': (12, 768, 12, 64, 3072, 222_903_552),
@@ -46,7 +46,7 @@ SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
 
 def of(arch: str, sizes, model, **training):
   """Returns the get_config of a system that learns as T5 does."""
-  return recipes.make_get_config(
+  return base.make_get_config(
       arch, sizes, dict(
           norm_eps=1e-6, init='fan_in', init_stddev=1.0, **model),
       dict(objective='span'), remat='dots', length=512, lr=0.01,

@@ -19,9 +19,9 @@ stretch of 64 bytes and the 64 bytes that follow it, to a held-out loss of 1.826
 nats a byte. No such target is guessed whole: BLEU is 0.3.
 """
 
-from configs import recipes
+from configs import base
 
-SIZES = recipes.table_of_sizes(
+SIZES = base.table_of_sizes(
     'num_layers d_model num_heads dropout steps parameters', rows={
         'base': (6, 512, 8, 0.1, 100_000, 65e6),
         'big': (6, 1024, 16, 0.3, 300_000, 213e6),
@@ -34,7 +34,7 @@ for _size in SIZES.values():
   _size |= dict(init_stddev=_size['d_model'] ** -0.5, schedule='rsqrt', b1=0.9,
                 b2=0.98, eps=1e-9, weight_decay=0.0, clip_norm=0.0)
 
-get_config = recipes.make_get_config(
+get_config = base.make_get_config(
     'transformer', SIZES, dict(init='fan_in'),
     {'objective': 'seq2seq', 'train.label_smoothing': 0.1},
     length=256, batch_size=96, warmup_steps=4000)
