@@ -30,12 +30,12 @@ class BART(EncoderDecoder):
                ffn='gelu', tie_embeddings=True)
 
 
-def _embedding_rows(ours: str, stack: str) -> tuple[hf.Row, ...]:
+def _embedding_rows(our_prefix: str, stack: str) -> tuple[hf.Row, ...]:
   """Returns the rows that map two parameters of an embedding to the tensors of
   a Hugging Face file: its learned positions, and its norm.
 
   Args:
-    ours: what the names of our parameters begin with, such as 'decoder_'.
+    our_prefix: what the names of our parameters begin with, such as 'decoder_'.
     stack: 'encoder' or 'decoder', as the tensors' names have it.
 
   Returns:
@@ -43,10 +43,11 @@ def _embedding_rows(ours: str, stack: str) -> tuple[hf.Row, ...]:
     name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
     of which the first is ours of H and K as one (see tensor_map.py).
   """
-  theirs = f'model.{stack}'
-  return ((f'embed/{ours}positions', 'LD',
-           f'{theirs}.embed_positions.weight', 'L D'),
-          *hf.norm_rows(f'embed/{ours}norm', f'{theirs}.layernorm_embedding'))
+  hf_prefix = f'model.{stack}'
+  return ((f'embed/{our_prefix}positions', 'LD',
+           f'{hf_prefix}.embed_positions.weight', 'L D'),
+          *hf.norm_rows(f'embed/{our_prefix}norm',
+                        f'{hf_prefix}.layernorm_embedding'))
 
 
 class HF(transformer.HF):

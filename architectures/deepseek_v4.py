@@ -97,14 +97,14 @@ COMPRESSED_ENTRY_ROWS = (
     ('score_bias', 'PU', 'ape', 'P U'), ('norm/scale', 'K', 'norm.weight', 'K'))
 
 
-def _branch_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
+def _branch_rows(our_name: str, hf_name: str) -> tuple[hf.Row, ...]:
   """Returns the rows that give the Hugging Face names of the norm and the
   hyper-connections before one branch of a layer: the matrices by which it reads
   and writes the residual streams.
 
   Args:
-    ours: our name of the branch, 'attention' or 'ffn'.
-    theirs: the name of the branch in transformers.
+    our_name: our name of the branch, 'attention' or 'ffn'.
+    hf_name: the name of the branch in transformers.
 
   Returns:
     Rows of four strings: the path and the axes of a parameter of ours, and the
@@ -112,11 +112,11 @@ def _branch_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
     of which the first is ours of H and K as one (see tensor_map.py).
   """
   return (
-      (f'{ours}_norm/scale', 'D', f'{theirs}_norm.weight', 'D'),
-      (f'{ours}_streams/dynamic', 'UDI', f'hc_{theirs}_fn', 'I UD'),
-      (f'{ours}_streams/read|write|mix', 'U|U|UI', f'hc_{theirs}_base',
+      (f'{our_name}_norm/scale', 'D', f'{hf_name}_norm.weight', 'D'),
+      (f'{our_name}_streams/dynamic', 'UDI', f'hc_{hf_name}_fn', 'I UD'),
+      (f'{our_name}_streams/read|write|mix', 'U|U|UI', f'hc_{hf_name}_base',
        'U+U+UI'),
-      (f'{ours}_streams/dynamic_scale', 'U', f'hc_{theirs}_scale', 'U'))
+      (f'{our_name}_streams/dynamic_scale', 'U', f'hc_{hf_name}_scale', 'U'))
 
 
 ROWS = (

@@ -29,7 +29,7 @@ class Gemma2(Decoder):
       logits_softcap=30.0)
 
 
-def read_alternating_layers(reader: hf.Reader, fields: dict, every: int,
+def read_alternating_layers(reader: hf.Reader, fields: dict, interval: int,
                             **kind_fields: Any) -> dict:
   """Reads which layers attend to a sliding window of keys, and which to all
   keys.
@@ -37,8 +37,8 @@ def read_alternating_layers(reader: hf.Reader, fields: dict, every: int,
   Args:
     reader: the reader of the Hugging Face config.json.
     fields: the fields of our config.model that were looked up before.
-    every: where there are no layer_types, the last of every `every` layers sees
-      all.
+    interval: where there are no layer_types, the last of every `interval`
+      layers sees all.
     **kind_fields: further arguments of layer_types.fields_of_attention_types.
 
   Returns:
@@ -48,7 +48,7 @@ def read_alternating_layers(reader: hf.Reader, fields: dict, every: int,
   # Layers are numbered from 0, so those that see all are every - 1, and so on.
   num_layers = fields['num_layers']
   types = layer_types.read_attention_types(
-      reader, layers=num_layers, has_window=lambda n: (n + 1) % every)
+      reader, layers=num_layers, has_window=lambda n: (n + 1) % interval)
   window = reader('sliding_window', 4096)
   return layer_types.fields_of_attention_types(
       types, layers=num_layers, window=window, **kind_fields)
@@ -148,7 +148,7 @@ class HF(llama.Family):
     # Three dicts are joined that have no field in common: the window and the
     # order of the layers, the scales, and LLaMA's rotary positions (super).
     softcap = read_softcap(reader, 'attn_logit_softcapping', default=50.0)
-    model_fields = read_alternating_layers(reader, fields=fields, every=2)
+    model_fields = read_alternating_layers(reader, fields=fields, interval=2)
     model_fields |= read_scales(reader)
     model_fields |= super().read(reader, fields)
     model_fields['attention_softcap'] = softcap

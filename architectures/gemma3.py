@@ -58,7 +58,7 @@ class HF(gemma2.HF):
     model_fields['rope'] = global_rope
     # Where all layers have a window, theirs are the positions of the model.
     model_fields |= gemma2.read_alternating_layers(
-        reader, fields=fields, every=reader('sliding_window_pattern', 6),
+        reader, fields=fields, interval=reader('sliding_window_pattern', 6),
         kind_fields={layer_types.SLIDING_ATTENTION: dict(rope=local_rope)})
     return model_fields
 

@@ -55,12 +55,13 @@ def _read_hidden_units(reader: hf.Reader) -> int:
   return width
 
 
-def decoder_rows(out: str = 'out_proj', norm: str = 'layernorm'
+def decoder_rows(name_of_out_product: str = 'out_proj', norm: str = 'layernorm'
                  ) -> tuple[hf.Row, ...]:
   """Returns the rows that give the Hugging Face names of an LFM2 decoder.
 
   Args:
-    out: the name in transformers of the last product of attention.
+    name_of_out_product: the name in transformers of the last product of
+      attention.
     norm: the end of the names there of the norms of queries and keys.
 
   Returns:
@@ -74,7 +75,7 @@ def decoder_rows(out: str = 'out_proj', norm: str = 'layernorm'
       ('query', 'DHK', 'q_proj.weight', 'HK D'),
       ('key', 'DJK', 'k_proj.weight', 'JK D'),
       ('value', 'DJK', 'v_proj.weight', 'JK D'),
-      ('out', 'HKD', f'{out}.weight', 'D HK'),
+      ('out', 'HKD', f'{name_of_out_product}.weight', 'D HK'),
       ('query_norm/scale', 'K', f'q_{norm}.weight', 'K'),
       ('key_norm/scale', 'K', f'k_{norm}.weight', 'K'))
   # The layers that are a gated short convolution: its input product makes three

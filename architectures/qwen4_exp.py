@@ -47,13 +47,13 @@ KIND_OF_LAYER_TYPE = {layer_types.LINEAR_ATTENTION: 'linear',
                       layer_types.FULL_ATTENTION: 'full'}
 
 
-def _stream_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
+def _stream_rows(our_folder: str, hf_module: str) -> tuple[hf.Row, ...]:
   """Returns the rows that give the Hugging Face names of the hyper-connections
   of one branch: the matrices by which it reads and writes the residual streams.
 
   Args:
-    ours: the folder of our parameters.
-    theirs: the name of the module in transformers.
+    our_folder: the folder of our parameters.
+    hf_module: the name of the module in transformers.
 
   Returns:
     Rows of four strings: the path and the axes of a parameter of ours, and the
@@ -61,7 +61,7 @@ def _stream_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
     of which the first is ours of H and K as one (see tensor_map.py).
   """
   return hf.prefix_rows(
-      ours, theirs, ('norm/offset', 'UD', 'hc_norm.weight', 'UD'),
+      our_folder, hf_module, ('norm/offset', 'UD', 'hc_norm.weight', 'UD'),
       ('down', 'UDC', 'input_mix_weight_down.weight', 'C UD'),
       ('up', 'CUD', 'input_mix_weight_up.weight', 'UD C'),
       ('write', 'UDC', 'block_inject_weight.weight', 'C UD'))

@@ -69,14 +69,15 @@ def stack_rows(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
        'D'))
 
 
-def _attention_rows(ours: str, norm: str, theirs: str) -> tuple[hf.Row, ...]:
+def _attention_rows(our_name: str, norm: str, hf_name: str
+                    ) -> tuple[hf.Row, ...]:
   """Returns the rows that give the Hugging Face names of one attention and of
   the norm before it.
 
   Args:
-    ours: our name of the attention.
+    our_name: our name of the attention.
     norm: our name of the norm.
-    theirs: the name of the attention in transformers.
+    hf_name: the name of the attention in transformers.
 
   Returns:
     Rows of four strings: the path and the axes of a parameter of ours, and the
@@ -84,10 +85,10 @@ def _attention_rows(ours: str, norm: str, theirs: str) -> tuple[hf.Row, ...]:
     of which the first is ours of H and K as one (see tensor_map.py).
   """
   return (
-      (f'{ours}/query', 'DHK', f'{theirs}.q.weight', 'HK D'),
-      (f'{ours}/key', 'DHK', f'{theirs}.k.weight', 'HK D'),
-      (f'{ours}/value', 'DHK', f'{theirs}.v.weight', 'HK D'),
-      (f'{ours}/out', 'HKD', f'{theirs}.o.weight', 'D HK'),
+      (f'{our_name}/query', 'DHK', f'{hf_name}.q.weight', 'HK D'),
+      (f'{our_name}/key', 'DHK', f'{hf_name}.k.weight', 'HK D'),
+      (f'{our_name}/value', 'DHK', f'{hf_name}.v.weight', 'HK D'),
+      (f'{our_name}/out', 'HKD', f'{hf_name}.o.weight', 'D HK'),
       (f'{norm}/scale', 'D', 'layer_norm.weight', 'D'))
 
 

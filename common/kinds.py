@@ -40,18 +40,18 @@ def fewest_layers(model: Mapping[str, Any], least: int = 1) -> int:
   return layers_outside + layers_of_period * max(1, num_periods)
 
 
-def place_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
+def place_experts(model: Mapping[str, Any], interval: int) -> dict[str, Any]:
   """Returns the fields `pattern` and `kinds` of a model in which the last of
   every so many layers has experts, and the layers between have the dense
   network, as in GShard and Switch (every other layer, the second first).
 
   Args:
     model: config.model, with a pattern of its own or without.
-    every: the distance between two layers of experts.
+    interval: the distance between two layers of experts.
   """
   names_in_pattern = split_kind_names(model.get('pattern', ''))
   kinds = dict(model.get('kinds', {}))
-  if every == 1:
+  if interval == 1:
     return {'pattern': ','.join(names_in_pattern), 'kinds': kinds}
 
   # The kinds of layer of a prefix and a suffix stay.
@@ -65,14 +65,14 @@ def place_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
   # new pattern is as long as it takes until both the old pattern and the
   # distance between experts repeat, their least common multiple.
   new_pattern = []
-  for i in range(math.lcm(len(names_in_pattern) or 1, every)):
+  for i in range(math.lcm(len(names_in_pattern) or 1, interval)):
     old_name = ''
     fields_of_kind = {}
     if names_in_pattern:
       old_name = names_in_pattern[i % len(names_in_pattern)]
       fields_of_kind = dict(kinds.get(old_name, {}))
     network = DENSE_NETWORK
-    if i % every == every - 1:
+    if i % interval == interval - 1:
       network = 'moe'
     else:
       fields_of_kind['ffn'] = DENSE_NETWORK

@@ -197,7 +197,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
                 labels=run_config.load_labels(workdir))
   hf_tokenizer.export_tokenizer(workdir, config, folder=folder, step=step)
   card.write_model_card(workdir, config, folder=folder, step=step,
-                        count=runs.count_parameters(params))
+                        num_parameters=runs.count_parameters(params))
   print(f'{folder}: {runs.count_parameters(params):,} parameters of {workdir}')
 
 

@@ -784,7 +784,7 @@ def generate_by_unmasking(
   padded_prompts_BL = jnp.pad(prompts_BL, ((0, 0), (0, new)))
   tokens_BL = jnp.where(is_new_BL, mask, padded_prompts_BL)
 
-  def unmask_step(s: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+  def unmask_step(step: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Returns the tokens after step s, some more of which are no masks.
 
     The function around it gives the model (`module`, `params`), which places of
@@ -793,7 +793,7 @@ def generate_by_unmasking(
     `mask`, and the key and temperature of the draws.
 
     Args:
-      s: the number of the step, from 0 on.
+      step: the number of the step, from 0 on.
       tokens_BL: the tokens before the step, [B, L], with masks for those
         unknown.
     """
@@ -807,7 +807,7 @@ def generate_by_unmasking(
     logits_BLV = output.logits.at[..., mask].set(-jnp.inf)
     noisy_logits_BLV = logits_BLV
     if temperature:
-      noise_BLV = jax.random.gumbel(jax.random.fold_in(key, s),
+      noise_BLV = jax.random.gumbel(jax.random.fold_in(key, step),
                                     logits_BLV.shape)
       noisy_logits_BLV = logits_BLV / temperature + noise_BLV
     filled_BL = noisy_logits_BLV.argmax(-1).astype(tokens_BL.dtype)
@@ -821,7 +821,7 @@ def generate_by_unmasking(
     sureness_of_others_BL = jnp.where(is_new_BL, 2.0, -1.0)
     sureness_BL = jnp.where(is_masked_BL, prob_of_filled_BL1[..., 0],
                             sureness_of_others_BL)
-    stays_BL = is_among_largest(sureness_BL, new * (s + 1) // steps)
+    stays_BL = is_among_largest(sureness_BL, new * (step + 1) // steps)
     return jnp.where(is_masked_BL & stays_BL, filled_BL, tokens_BL)
 
   tokens_BL = jax.lax.fori_loop(0, steps, unmask_step, tokens_BL)

@@ -723,9 +723,10 @@ def _read_written_questions(document: Any,
 
 
 def _group_into_paragraphs(
-    asked: Iterable[_WrittenQuestion]) -> Iterator[Paragraph]:
+    questions_of_file: Iterable[_WrittenQuestion]) -> Iterator[Paragraph]:
   """Yields the paragraphs of questions, of which neighbours may share one."""
-  for _, group in itertools.groupby(asked, lambda row: row.paragraph):
+  groups = itertools.groupby(questions_of_file, lambda row: row.paragraph)
+  for _, group in groups:
     rows = list(group)
     location = rows[0].where
     context = rows[0].context
@@ -737,27 +738,29 @@ def _group_into_paragraphs(
     yield Paragraph(context=text, questions=tuple(questions))
 
 
-def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
+def _check_question(question: dict[str, Any], context: str, path: str
+                    ) -> Question:
   """Reads a question of SQuAD, and checks that its answers stand in the text.
 
   Args:
-    asked: its id, question, answers and is_impossible, as a file has them.
+    question: the fields id, question, answers and is_impossible, as a file has
+      them.
     context: the text of the paragraph.
     path: the file, for messages.
 
   Raises:
     RequestError: for an answer that does not stand where it says, or none.
   """
-  location = f'{path}, question {shorten(asked["id"])}'
-  if 'answers' not in asked and 'is_impossible' not in asked:
-    return Question(id=_check_not_empty(asked['id'], location), answers=None,
-                    where=location, question=_check_not_empty(asked['question'],
-                                                           location))
+  location = f'{path}, question {shorten(question["id"])}'
+  if 'answers' not in question and 'is_impossible' not in question:
+    return Question(id=_check_not_empty(question['id'], location),
+                    question=_check_not_empty(question['question'], location),
+                    answers=None, where=location)
 
   # Check each answer against the characters at its start. For an impossible
   # question, a file may hold answers that only look right; they do not count.
-  is_impossible = bool(asked.get('is_impossible', False))
-  written_answers = [] if is_impossible else asked['answers']
+  is_impossible = bool(question.get('is_impossible', False))
+  written_answers = [] if is_impossible else question['answers']
   answers = []
   for answer in written_answers:
     text = _check_not_empty(answer['text'], location)
@@ -773,8 +776,8 @@ def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
   require(is_impossible or bool(answers), f'{location}, has no answer, and '
           'is_impossible is not true: leave out `answers` where they are not '
           'known')
-  return Question(id=_check_not_empty(asked['id'], location),
-                  question=_check_not_empty(asked['question'], location),
+  return Question(id=_check_not_empty(question['id'], location),
+                  question=_check_not_empty(question['question'], location),
                   answers=tuple(answers), where=location)
 
 

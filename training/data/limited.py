@@ -36,13 +36,13 @@ _LONG_TEXT = ''.join(chr(i) * 32 for i in [*range(1, 0x180), 0x2581, 0x65e5])
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def call_with_limits(what: str, function: str, *args: Any,
+def call_with_limits(subject: str, function: str, *args: Any,
                      keep: bool = False) -> Any:
   """Calls a function of this file in a process with limits of time and memory,
   for work on files that anybody may have published.
 
   Args:
-    what: the beginning of a message, which says what fails.
+    subject: the beginning of a message, which says what fails.
     function: the name of the function.
     *args: its arguments, as JSON has them.
     keep: whether the process stays for the next call. Else its memory is free
@@ -75,9 +75,9 @@ def call_with_limits(what: str, function: str, *args: Any,
   value, why = json.loads(reply or '[null, "MemoryError"]')
   require(
       why != 'MemoryError',
-      f'{what}: it takes more than {MOST_SECONDS} seconds '
+      f'{subject}: it takes more than {MOST_SECONDS} seconds '
       f'or {MOST_BYTES >> 20:,} MiB of memory, or ends the process it is in')
-  require(not why, f'{what}: {why}')
+  require(not why, f'{subject}: {why}')
   return value
 
 
@@ -153,11 +153,11 @@ def read_others(folder: str, kinds: Sequence[str]
     special token, or None.
   """
   transformers = texts.import_extra('transformers', subject='it', extra='hf')
-  theirs = transformers.AutoTokenizer.from_pretrained(
+  hf_tokenizer = transformers.AutoTokenizer.from_pretrained(
       folder, local_files_only=True)
-  _try_tokenizer(theirs.backend_tokenizer)
-  ids = {kind: getattr(theirs, f'{kind}_token_id') for kind in kinds}
-  return theirs.backend_tokenizer.to_str(), ids
+  _try_tokenizer(hf_tokenizer.backend_tokenizer)
+  ids = {kind: getattr(hf_tokenizer, f'{kind}_token_id') for kind in kinds}
+  return hf_tokenizer.backend_tokenizer.to_str(), ids
 
 
 def _try_tokenizer(pipeline: Any) -> None:

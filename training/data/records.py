@@ -141,25 +141,27 @@ def describe_labels(views: Sequence[Any]) -> list[str]:
   return lines
 
 
-def _warn_of_rare_labels(rare: Sequence[str], places: Mapping[str, str]) -> str:
+def _warn_of_rare_labels(rare: Sequence[str],
+                         location_of_label: Mapping[str, str]) -> str:
   """Returns a warning that some labels occur once in the training data, or
   never.
 
   Args:
     rare: these labels, at least one.
-    places: {label: the file and line where it stands}; a label that occurs
-      nowhere is not a key.
+    location_of_label: {label: the file and line where it stands}; a label that
+      occurs nowhere is not a key.
   """
   shown_labels = []
   for label in rare[:NUM_SHOWN_RARE_LABELS]:
-    shown_labels.append(f'{label!r} ({places.get(label, "none")})')
+    shown_labels.append(f'{label!r} ({location_of_label.get(label, "none")})')
 
   # A label in the first line of a file may be the name of its column. The
   # advice is '' for any other place; one piece of advice is enough.
   advice = ''
   for label in rare:
-    if label in places:
-      advice = advice or labelled.advice_for_line_of_names(places[label])
+    if label in location_of_label:
+      location = location_of_label[label]
+      advice = advice or labelled.advice_for_line_of_names(location)
   return ('warning: one record of training alone, or none, has the label '
           f'{", ".join(shown_labels)}{advice}')
 

@@ -38,11 +38,11 @@ TABLE_ENDINGS = ('.tsv', '.csv')
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where it stands, and what it has
 
 
-def decode_text(data: bytes, location: str) -> str:
+def decode_text(content: bytes, location: str) -> str:
   """Decodes UTF-8 bytes, and refuses those that were not written as text.
 
   Args:
-    data: the bytes of the text.
+    content: the bytes of the text.
     location: where they stand, for messages.
 
   Raises:
@@ -52,13 +52,13 @@ def decode_text(data: bytes, location: str) -> str:
   # A file of another form, such as one that is compressed, is known by how it
   # begins.
   for first_bytes, advice in _ADVICE_FOR_FIRST_BYTES.items():
-    require(not data.startswith(first_bytes), f'{location} is {advice}')
+    require(not content.startswith(first_bytes), f'{location} is {advice}')
 
   # Damaged and binary data may be valid UTF-8, too. Count the control
   # characters of each stretch, so that a damaged end is found in a long text; a
   # few, or a twentieth, are allowed.
-  for start in range(0, len(data), _CHECKED_BYTES):
-    part = data[start:start + _CHECKED_BYTES]
+  for start in range(0, len(content), _CHECKED_BYTES):
+    part = content[start:start + _CHECKED_BYTES]
     controls = len(part) - len(part.translate(None, _CONTROL_CHARACTERS))
     most_controls = max(_ALLOWED_CONTROL_CHARACTERS, len(part) // 20)
     require(controls <= most_controls, f'{location} is no text: of '
@@ -66,7 +66,7 @@ def decode_text(data: bytes, location: str) -> str:
             'control characters, as in UTF-16, of which UTF-8 has to be made, '
             'or in a damaged or binary file')
   try:
-    return data.decode('utf-8')
+    return content.decode('utf-8')
   except UnicodeDecodeError as error:
     raise RequestError(f'{location} is not UTF-8: {error}.') from error
 

@@ -94,16 +94,16 @@ class Evaluation:
     whole_key = (*key, self.run.model, *fields)
     return self.programs.setdefault(whole_key, jax.jit(function))
 
-  def run_on_batches(self, step: Callable, loader: pipeline.Loader, doing: str
-                     ) -> Iterator[Any]:
+  def run_on_batches(self, step: Callable, loader: pipeline.Loader,
+                     task_name: str) -> Iterator[Any]:
     """Yields step(params, batch) for each batch of a loader, on the host.
 
     Args:
       step: a jitted function of parameters and a batch.
       loader: the loader of the batches.
-      doing: the words of the progress bar for what is being done.
+      task_name: the words of the progress bar for what is being done.
     """
-    for batch in progress.show_items(loader.iterate(), text=doing,
+    for batch in progress.show_items(loader.iterate(), text=task_name,
                                      total=loader.num_batches):
       yield jax.device_get(step(self.params, self.run.put(batch)))
 

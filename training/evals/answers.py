@@ -86,7 +86,7 @@ class ChosenAnswer(NamedTuple):
 
 
 def best_spans_of_window(context: str, window: ContextWindow, most_tokens: int,
-                         count: int) -> dict[tuple[int, int], float]:
+                         num_spans: int) -> dict[tuple[int, int], float]:
   """Finds the best answers (spans of tokens) in a part of a text (window).
 
   The score of a span is the score of its first token as a start plus that of
@@ -99,7 +99,7 @@ def best_spans_of_window(context: str, window: ContextWindow, most_tokens: int,
     context: the text of which the window is a part.
     window: the part, with the scores of its T tokens as starts and as ends.
     most_tokens: the most tokens of a span.
-    count: how many spans are wanted.
+    num_spans: how many spans are wanted.
 
   Returns:
     {(first character, the one after the last): score}, the best first.
@@ -120,7 +120,7 @@ def best_spans_of_window(context: str, window: ContextWindow, most_tokens: int,
   for index in np.argsort(-scores_TS, axis=None, kind='stable'):
     first_token, num_more = divmod(int(index), S)
     score = float(scores_TS[first_token, num_more])
-    if len(score_of_span) == count or not np.isfinite(score):
+    if len(score_of_span) == num_spans or not np.isfinite(score):
       break
     start = int(window.characters_T2[first_token, 0])
     end = int(window.characters_T2[first_token + num_more, 1])
@@ -154,7 +154,7 @@ def choose_answer(context: str, windows: Sequence[ContextWindow], *,
   score_of_span: dict[tuple[int, int], float] = {}
   for window in windows:
     spans_of_window = best_spans_of_window(
-        context, window=window, most_tokens=most_tokens, count=count)
+        context, window=window, most_tokens=most_tokens, num_spans=count)
     for span, score in spans_of_window.items():
       score_of_span[span] = max(score, score_of_span.get(span, -np.inf))
 
@@ -179,7 +179,7 @@ def choose_answer(context: str, windows: Sequence[ContextWindow], *,
   return ChosenAnswer(text=text, spans=spans, null_minus_best=null_minus_best)
 
 
-def answer_questions(view: Questions, scores: Sequence[np.ndarray], kind: str,
+def answer_questions(view: Questions, scores: Sequence[np.ndarray], stack: str,
                      options: Any) -> list[ChosenAnswer]:
   """Chooses the answer to each question of a source, by the model's scores.
 
@@ -190,7 +190,7 @@ def answer_questions(view: Questions, scores: Sequence[np.ndarray], kind: str,
     view: the questions, their contexts, and the windows of these.
     scores: for each window, the scores of its row's tokens as the first and as
       the last one of the answer, [L, 2], padding or not.
-    kind: 'encoder' or 'decoder', as architectures.stack names it; the null
+    stack: 'encoder' or 'decoder', as architectures.stack names it; the null
       token is the first one of an encoder's row, and the last of a decoder's.
     options: max_answer_length, n_best and null_threshold.
 
@@ -206,7 +206,7 @@ def answer_questions(view: Questions, scores: Sequence[np.ndarray], kind: str,
     num_tokens = len(item.context)
     start = labelled.start_of_paragraph(item)
     context_T2 = scores_L2[start:start + num_tokens]
-    null_score = scores_L2[labelled.place_of_null_token(item, kind)].sum()
+    null_score = scores_L2[labelled.place_of_null_token(item, stack)].sum()
     _, characters = view.contexts[item.asked]
     windows_by_question[item.asked].append(ContextWindow(
         starts_T=context_T2[:, 0], ends_T=context_T2[:, 1],

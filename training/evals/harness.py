@@ -275,7 +275,7 @@ class Model(api.TemplateLM):
     """Returns the scores of the tokens of each continuation."""
     with self.evaluation.run.context():
       return scoring.score_continuations(
-          continuations, evaluation=self.evaluation, doing='scoring')
+          continuations, evaluation=self.evaluation, task_name='scoring')
 
   def loglikelihood_rolling(self, requests: Sequence[Any],
                             disable_tqdm: bool = False) -> list[float]:

@@ -123,25 +123,25 @@ def predict_word_labels(view: records.Sentences, scores: Sequence[np.ndarray]
   return predictions
 
 
-def predict_answer(chosen: answers.ChosenAnswer) -> QuestionAnswer:
+def predict_answer(answer: answers.ChosenAnswer) -> QuestionAnswer:
   """Returns the answer to a question, with its probability: the softmax over
   the scores of the best spans and of no answer.
 
   Args:
-    chosen: the answer, the best spans of the text with their scores, and how
+    answer: the answer, the best spans of the text with their scores, and how
       much higher the score of no answer is than the best span's.
   """
   # The score of no answer is known as a difference to the best span's. Without
   # spans it is alone, and its probability is 1 whatever it is.
-  span_scores = [span.score for span in chosen.spans]
-  null_score = chosen.null_minus_best
+  span_scores = [span.score for span in answer.spans]
+  null_score = answer.null_minus_best
   if span_scores:
     null_score += span_scores[0]
   probabilities = special.softmax([*span_scores, null_score])
-  if not chosen.text:
+  if not answer.text:
     return QuestionAnswer(text='', start=-1,
                           probability=float(probabilities[-1]))
-  return QuestionAnswer(text=chosen.text, start=chosen.spans[0].start,
+  return QuestionAnswer(text=answer.text, start=answer.spans[0].start,
                         probability=float(probabilities[0]))
 
 
@@ -198,7 +198,7 @@ def predict_rows(module: Any, params: Any, config: objectives.Config,
   if config.objective != 'question_answering':
     return PREDICT_BY_OBJECTIVE[config.objective](view, scores)
   chosen_answers = answers.answer_questions(
-      view, scores=scores, kind=architectures.stack(module.config),
+      view, scores=scores, stack=architectures.stack(module.config),
       options=options)
   return [predict_answer(chosen) for chosen in chosen_answers]
 

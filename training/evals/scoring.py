@@ -78,7 +78,7 @@ def why_not_scorable(config: ml_collections.ConfigDict) -> str:
 
 
 def score_continuations(continuations: Sequence[Continuation],
-                        evaluation: Evaluation, doing: str
+                        evaluation: Evaluation, task_name: str
                         ) -> list[TokenScores]:
   """Computes the log-probability of each token of some continuations of texts.
 
@@ -86,7 +86,7 @@ def score_continuations(continuations: Sequence[Continuation],
     continuations: texts of at most max_len + 1 tokens each, the last of which
       are scored.
     evaluation: the evaluation of a decoder.
-    doing: what the progress bar says is done.
+    task_name: what the progress bar says is done.
 
   Returns:
     The scores of the tokens of each continuation, in the order of these.
@@ -103,7 +103,7 @@ def score_continuations(continuations: Sequence[Continuation],
       continuations, longest=longest, shards=evaluation.run.mesh.size,
       one_per_row=is_prefix_lm))
   scores_by_index: dict[int, TokenScores] = {}
-  for shape, rows in progress.show_items(batches, doing):
+  for shape, rows in progress.show_items(batches, task_name):
     batch = devices.put_on_devices(
         _make_batch(shape, rows=rows, continuations=continuations),
         evaluation.run.batch_sharding)

@@ -13,7 +13,7 @@ TEMPLATES = pathlib.Path(__file__).parent / 'templates'
 
 
 def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
-                     step: int, count: int) -> None:
+                     step: int, num_parameters: int) -> None:
   """Writes the model card (README.md) of a run's checkpoint into a folder,
   unless there is one, which may have been edited.
 
@@ -22,7 +22,7 @@ def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
     config: the config of the run.
     folder: the folder of the export.
     step: the step of the checkpoint, whose last evaluation the card reports.
-    count: the number of parameters of the model.
+    num_parameters: the number of parameters of the model.
   """
   import jinja2
   if (folder / hub.MODEL_CARD_FILE).exists():
@@ -43,8 +43,8 @@ def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
       loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True,
       undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
   text = templates.get_template('card.md.jinja').render(
-      config=config, step=step, count=count, verdicts=read_verdicts(workdir),
-      at=step_of_losses, losses=losses,
+      config=config, step=step, count=num_parameters,
+      verdicts=read_verdicts(workdir), at=step_of_losses, losses=losses,
       command=run_config.training_command('RUN', config))
   (folder / hub.MODEL_CARD_FILE).write_text(text)
 

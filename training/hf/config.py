@@ -165,13 +165,14 @@ class Reader:
     """The name of the system in config.json."""
     return self('model_type', '')
 
-  def refuse_unread_fields(self, known: Collection[str] | None) -> list[str]:
+  def refuse_unread_fields(self, known_names: Collection[str] | None
+                           ) -> list[str]:
     """Refuses the fields that nobody has read and that may change the model;
     returns the names of those that nobody has read and that change nothing.
 
     Args:
-      known: the names that transformers declares or reads; None: that is not
-        recorded, and any may matter.
+      known_names: the names that transformers declares or reads; None: that is
+        not recorded, and any may matter.
 
     Raises:
       RequestError: for a known field that was not read and may matter.
@@ -183,13 +184,13 @@ class Reader:
       has_no_effect = FIELDS_WITHOUT_EFFECT.fullmatch(name)
       if name in self.names_read or has_no_effect or value is None:
         continue
-      if known is None or name in known:
+      if known_names is None or name in known_names:
         refused.append(f'{self._full(name)} {shorten(value)}')
       else:
         unread.append(self._full(name))
     # The objects in it, such as text_config, have fields of their own.
     for part in self._parts:
-      unread += part.refuse_unread_fields(known)
+      unread += part.refuse_unread_fields(known_names)
     require(not refused, 'config.json has fields that transformers knows and '
             f'this architecture does not, {", ".join(refused[:9])}: remove '
             'those that do not change what the model computes')
@@ -218,11 +219,11 @@ CHECK_OF_TYPE: dict[type, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _check_type(what: str, value: Any, default: Any) -> Any:
+def _check_type(subject: str, value: Any, default: Any) -> Any:
   """Returns the value of a field, as a float where its default is one.
 
   Args:
-    what: the field in words, with which a message begins.
+    subject: the field in words, with which a message begins.
     value: the value of the field.
     default: transformers' default, whose type the value must have; where it is
       a size above 0, so must be the value.
@@ -233,9 +234,9 @@ def _check_type(what: str, value: Any, default: Any) -> Any:
   expected_type = type(default)
   words, is_valid = CHECK_OF_TYPE[expected_type]
   if not is_valid(value):
-    raise RequestError(f'{what} {shorten(value)}: it must be {words}')
+    raise RequestError(f'{subject} {shorten(value)}: it must be {words}')
   if expected_type is int and default and not value:
-    raise RequestError(f'{what} {shorten(value)}: it must be 1 or more')
+    raise RequestError(f'{subject} {shorten(value)}: it must be 1 or more')
   if expected_type is float:
     return float(value)
   return value
@@ -513,7 +514,7 @@ def config_json_of_model(config: ModelConfig,
   tree |= _write_head(config, labels)
   # A field for which a config.json has no words is found by reading the result
   # again, and comparing the two models.
-  check_same_function(config, theirs=model_of_config_json(tree),
+  check_same_function(config, their_model=model_of_config_json(tree),
                       why=f'a {page.model_type} config.json cannot say that')
   return tree
 
@@ -564,17 +565,17 @@ def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
   return fields
 
 
-def check_same_function(ours: ModelConfig, theirs: ModelConfig,
+def check_same_function(our_model: ModelConfig, their_model: ModelConfig,
                         why: str) -> None:
   """Raises RequestError where two models compute different functions.
 
   Args:
-    ours: the config of one model.
-    theirs: the config of the other.
+    our_model: the config of one model.
+    their_model: the config of the other.
     why: the end of the message, which says why they should be the same.
   """
-  lines = [*describe_differences(ours, theirs).values()]
-  if _capacity_in_evaluation(ours) != _capacity_in_evaluation(theirs):
+  lines = [*describe_differences(our_model, their_model).values()]
+  if _capacity_in_evaluation(our_model) != _capacity_in_evaluation(their_model):
     lines.append('model.moe.eval_capacity_factor and model.moe.group_size drop '
                  'other tokens (`tools.convert export --dropless` writes a '
                  'model that drops none)')
@@ -605,20 +606,21 @@ def _capacity_in_evaluation(config: ModelConfig) -> tuple | None:
       experts=moe.num_experts)
 
 
-def describe_differences(ours: ModelConfig, theirs: ModelConfig
+def describe_differences(our_model: ModelConfig, their_model: ModelConfig
                          ) -> dict[str, str]:
   """Returns a sentence for each field in which two models compute different
   functions, by the field's dotted name.
 
   Args:
-    ours: the config of one model; the sentence says of it that it `is` a value.
-    theirs: the config of the other, of which it says `not`.
+    our_model: the config of one model; the sentence says of it that it `is` a
+      value.
+    their_model: the config of the other, of which it says `not`.
   """
   # A field of layers is named once, with the first layer in which it differs.
   # The number of the layer is told only where layers may be of several kinds.
   lines: dict[str, str] = {}
-  has_kinds = bool(ours.kinds or theirs.kinds)
-  layers = _first_layer_of_each_pair_of_kinds(ours, theirs)
+  has_kinds = bool(our_model.kinds or their_model.kinds)
+  layers = _first_layer_of_each_pair_of_kinds(our_model, their_model)
   for n, (our_layer, their_layer) in layers.items():
     location = f' of layer {n}' if has_kinds else ''
     their_fields = fields_of_function(their_layer)
@@ -629,15 +631,15 @@ def describe_differences(ours: ModelConfig, theirs: ModelConfig
 
   # Two fields are read outside of the layers too.
   for name in ('position', 'block'):
-    value = getattr(ours, name)
-    other = getattr(theirs, name)
+    value = getattr(our_model, name)
+    other = getattr(their_model, name)
     if value != other and name not in lines:
       lines[name] = f'model.{name} is {value!r}, not {other!r}'
   return lines
 
 
 def _first_layer_of_each_pair_of_kinds(
-    ours: ModelConfig, theirs: ModelConfig
+    our_model: ModelConfig, their_model: ModelConfig
 ) -> dict[int, tuple[ModelConfig, ModelConfig]]:
   """Returns the configs of the first layer, in both models, at which a pair of
   kinds of layer meets, by the number of this layer.
@@ -646,22 +648,22 @@ def _first_layer_of_each_pair_of_kinds(
   layers tell all differences.
 
   Args:
-    ours: the config of one model.
-    theirs: the config of the other.
+    our_model: the config of one model.
+    their_model: the config of the other.
 
   Returns:
     {the number of the layer: (its config in our model, its config in theirs)}.
   """
-  num_layers = max(ours.num_layers, ours.num_decoder_layers)
-  pairs = zip(_kind_of_each_layer(ours, num_layers),
-              _kind_of_each_layer(theirs, num_layers))
+  num_layers = max(our_model.num_layers, our_model.num_decoder_layers)
+  pairs = zip(_kind_of_each_layer(our_model, num_layers),
+              _kind_of_each_layer(their_model, num_layers))
   seen: set[tuple[str, str]] = set()
   first_layers = {}
   for n, (our_kind, their_kind) in enumerate(pairs):
     if (our_kind, their_kind) not in seen:
       seen.add((our_kind, their_kind))
-      first_layers[n] = (_config_of_kind(ours, our_kind),
-                         _config_of_kind(theirs, their_kind))
+      first_layers[n] = (_config_of_kind(our_model, our_kind),
+                         _config_of_kind(their_model, their_kind))
   return first_layers
 
 

@@ -115,7 +115,7 @@ def upcycle_parameters(module: nn.Module, like: Any, dense: Any, seed: int
   drawn = {}
   if new_paths:
     drawn = weights.draw_parameters(
-        module, like=like, wanted=new_paths, seed=seed)
+        module, abstract_params=like, paths_to_draw=new_paths, seed=seed)
 
   def make_parameters(dense_params: dict[str, jax.Array],
                       drawn: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -188,17 +188,17 @@ def _restack_layers(dense_params: dict[str, jax.Array], path: str,
   return jnp.stack(layers)
 
 
-def parse_moe_fields(words: Sequence[str], like: Mapping[str, Any]
+def parse_moe_fields(words: Sequence[str], moe_fields: Mapping[str, Any]
                      ) -> dict[str, Any]:
   """Returns the values of --moe FIELD=VALUE words, by field.
 
   Args:
     words: the words of the command line. Beside fields of model.moe there is
       `every`; see `upcycle_config`.
-    like: model.moe, whose values say of what type each is.
+    moe_fields: model.moe, whose values say of what type each is.
   """
   defaults = {}
-  for name, value in like.items():
+  for name, value in moe_fields.items():
     if name not in FIELDS_OF_DENSE_NETWORK:
       defaults[name] = value
   defaults['every'] = 1

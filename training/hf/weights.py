@@ -147,7 +147,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   drawn = {}
   if comparison.drawn:
     drawn = draw_parameters(
-        module, like=like, wanted=comparison.drawn, seed=seed)
+        module, abstract_params=like, paths_to_draw=comparison.drawn, seed=seed)
   tensors_of_path: dict[str, list] = {path: [] for path in shapes}
   for tensor in tensors:
     for number, path in enumerate(tensor.paths):
@@ -445,7 +445,8 @@ def check_values_fit(name: str, x: np.ndarray, dtype: np.dtype) -> None:
         f'{limit:g}: choose another dtype')
 
 
-def draw_parameters(module: nn.Module, like: Any, wanted: set[str], seed: int
+def draw_parameters(module: nn.Module, abstract_params: Any,
+                    paths_to_draw: set[str], seed: int
                     ) -> dict[str, jax.Array]:
   """Draws the initial values of some parameters of a model, and returns them by
   path.
@@ -456,8 +457,8 @@ def draw_parameters(module: nn.Module, like: Any, wanted: set[str], seed: int
 
   Args:
     module: the Flax module of the model.
-    like: the shapes of its parameters, with their shardings.
-    wanted: the paths of the parameters to return.
+    abstract_params: the shapes of its parameters, with their shardings.
+    paths_to_draw: the paths of the parameters to return.
     seed: the seed of the draw.
   """
 
@@ -465,10 +466,11 @@ def draw_parameters(module: nn.Module, like: Any, wanted: set[str], seed: int
     tokens_BL = jnp.zeros((1, 1), jnp.int32)
     params = module.init(key, tokens_BL)['params']
     flat = paths.flatten_by_path(nn.meta.unbox(params))
-    return {path: flat[path] for path in wanted}
+    return {path: flat[path] for path in paths_to_draw}
 
-  flat = paths.flatten_by_path(like)
-  shardings = {path: getattr(flat[path], 'sharding', None) for path in wanted}
+  flat = paths.flatten_by_path(abstract_params)
+  shardings = {path: getattr(flat[path], 'sharding', None)
+               for path in paths_to_draw}
   return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 

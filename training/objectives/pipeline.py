@@ -521,7 +521,7 @@ def _open_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
   chosen = tokens.select_documents(np.arange(len(records)), every=every,
                                    split=split, part=part)
   text = _describe_part(source, every=every, split=split, part=part,
-                        taken=chosen.sum(), of=len(records))
+                        num_taken=chosen.sum(), num_documents=len(records))
   return sources.Corpus(
       name=source.name, text=text, split=split, tokenizer=tokenizer,
       config=config, records=list(itertools.compress(records, chosen)))
@@ -557,15 +557,15 @@ def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
                         part='' if source.is_cut else part,
                         separator=tokenizer.separator_id)
   text = _describe_part(source, every=every, split=split, part=part,
-                        taken=chosen.documents,
-                        of=chosen.num_documents_of_folder)
+                        num_taken=chosen.documents,
+                        num_documents=chosen.num_documents_of_folder)
   return sources.Corpus(
       name=source.name, text=text, split=split, tokenizer=tokenizer,
       config=config, tokens=chosen)
 
 
 def _describe_part(source: sources.Source, every: int | None, split: str,
-                   part: str, taken: int, of: int) -> str:
+                   part: str, num_taken: int, num_documents: int) -> str:
   """Says in words which part of a source is in a split.
 
   Args:
@@ -573,18 +573,18 @@ def _describe_part(source: sources.Source, every: int | None, split: str,
     every: data.holdout_every; None: nothing of the source is held out.
     split: 'train' for the data to train on, or 'eval' for the held-out data.
     part: eval.part.
-    taken: how many of its documents are in the split.
-    of: how many it has.
+    num_taken: how many of its documents are in the split.
+    num_documents: how many it has.
 
   Raises:
     RequestError: for a split without a document.
   """
   # A small source may leave a split without a document.
-  if not taken:
+  if not num_taken:
     location = f'{split} with eval.part={part}' if part else split
     raise RequestError(
-        f'data source {source.name!r} has {of} document(s), of which '
-        f'data.holdout_every={every} leaves none for {location}: set '
+        f'data source {source.name!r} has {num_documents} document(s), of '
+        f'which data.holdout_every={every} leaves none for {location}: set '
         'data.eval_source or another data.holdout_every')
   # A single text is cut in two by its length.
   if source.is_cut:
@@ -594,9 +594,9 @@ def _describe_part(source: sources.Source, every: int | None, split: str,
     if split != 'eval':
       words = f'all but {words}'
     return words
-  if taken == of:
+  if num_taken == num_documents:
     return source.name
-  return f'{taken:,} of {of:,} documents of {source.name}'
+  return f'{num_taken:,} of {num_documents:,} documents of {source.name}'
 
 
 # Batches that grow.

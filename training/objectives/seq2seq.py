@@ -163,37 +163,38 @@ def arrays_of_pair(M: int, L: int) -> dict[str, Shape]:
               weights=((L,), np.float32))
 
 
-def count_cut_tokens(n: int, density: float, mean: float) -> tuple[int, int]:
+def count_cut_tokens(num_tokens: int, density: float, mean: float
+                     ) -> tuple[int, int]:
   """Returns how many tokens of a text are cut out, and in how many spans.
 
   Args:
-    n: the number of tokens of the text.
+    num_tokens: the number of tokens of the text.
     density: the share of them that is cut out.
     mean: the mean length of a span.
   """
   # One token at least is cut out, and one stays. Each span has a token, and one
   # that stays before it, so that there are no more spans than either.
-  num_cut = min(max(round(n * density), 1), n - 1)
-  num_staying = n - num_cut
+  num_cut = min(max(round(num_tokens * density), 1), num_tokens - 1)
+  num_staying = num_tokens - num_cut
   num_spans = max(round(num_cut / mean), 1)
   return num_cut, min(num_spans, num_cut, num_staying)
 
 
-def draw_cut_tokens(n: int, density: float, mean: float,
+def draw_cut_tokens(num_tokens: int, density: float, mean: float,
                     rng: np.random.Generator) -> np.ndarray:
   """Draws which tokens of a text are cut out, in spans (Raffel et al. 2020,
   section 3.1.4).
 
   Args:
-    n: the number of tokens of the text, at least 2.
+    num_tokens: the number of tokens of the text, at least 2.
     density: the share of them that is cut out.
     mean: the mean length of a span that is cut out.
     rng: the random generator that draws the spans.
 
   Returns:
-    bool [n], whether a token is cut out.
+    bool [num_tokens], whether a token is cut out.
   """
-  num_cut, num_spans = count_cut_tokens(n, density=density, mean=mean)
+  num_cut, num_spans = count_cut_tokens(num_tokens, density=density, mean=mean)
 
   def draw_lengths(total: int) -> np.ndarray:
     """Splits `total` tokens into `num_spans` parts of at least 1, every split
@@ -203,7 +204,7 @@ def draw_cut_tokens(n: int, density: float, mean: float,
 
   # Stretches that stay and stretches that are cut take turns, one that stays
   # first. Interleave their lengths, and repeat False and True so often.
-  staying_lengths = draw_lengths(n - num_cut)
+  staying_lengths = draw_lengths(num_tokens - num_cut)
   cut_lengths = draw_lengths(num_cut)
   lengths = np.stack([staying_lengths, cut_lengths], axis=1).reshape(-1)
   is_cut = np.tile([False, True], num_spans)

@@ -118,21 +118,22 @@ def write_json(file: epath.Path | None, tree: Any) -> None:
 def write_picture(file: epath.Path, figure: Any) -> None:
   """Writes a figure of matplotlib in the format that the ending of the file's
   name names: .png, .svg or .pdf."""
-  write_file(file, render_picture(figure, kind=file.suffix[1:], dpi=150))
+  write_file(file, render_picture(figure, file_format=file.suffix[1:], dpi=150))
 
 
-def render_picture(figure: Any, kind: str, dpi: int) -> bytes:
+def render_picture(figure: Any, file_format: str, dpi: int) -> bytes:
   """Returns a figure of matplotlib as the bytes of a file, without the time at
   which it was drawn, so that the same figure gives the same bytes.
 
   Args:
     figure: the figure of Matplotlib.
-    kind: the format of the file: png, svg or pdf.
+    file_format: the format of the file: png, svg or pdf.
     dpi: the dots per inch.
   """
   metadata = {'svg': {'Date': None}, 'pdf': {'CreationDate': None}}
   file = io.BytesIO()
-  figure.savefig(file, format=kind, dpi=dpi, metadata=metadata.get(kind))
+  figure.savefig(file, format=file_format, dpi=dpi,
+                 metadata=metadata.get(file_format))
   return file.getvalue()
 
 
@@ -523,12 +524,12 @@ _BUCKET_CLIENTS = ('aiohttp', 'gcsfs')
 
 
 @contextlib.contextmanager
-def explain_write_failures(what: str | os.PathLike) -> Iterator[None]:
+def explain_write_failures(words_for_file: str | os.PathLike) -> Iterator[None]:
   """Turns an error of the environment, such as a full disk, that the `with`
   block meets while it writes into an EnvironmentFailure with one sentence.
 
   Args:
-    what: the file, or words for it; it follows 'cannot write'.
+    words_for_file: the file, or words for it; it follows 'cannot write'.
 
   Raises:
     EnvironmentFailure: in place of an error that lies outside of the program.
@@ -542,8 +543,9 @@ def explain_write_failures(what: str | os.PathLike) -> Iterator[None]:
     reason = environment_reason(error)
     if not reason:
       raise
-    raise EnvironmentFailure(f'cannot write {what}: {reason}; once that is '
-                             'mended, the same command goes on') from error
+    raise EnvironmentFailure(
+        f'cannot write {words_for_file}: {reason}; once that is mended, the '
+        'same command goes on') from error
 
 
 def environment_reason(error: BaseException | None) -> str:

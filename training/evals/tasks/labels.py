@@ -566,18 +566,18 @@ def _format_conll(table: Sequence[dict[str, Any]], columns: Sequence[str]
   return {'': ''.join(line + '\n' for line in lines)}
 
 
-def _word_rows(number: int, record: labelled.Sentence,
+def _word_rows(sentence_number: int, record: labelled.Sentence,
                sentence: predicting.WordLabels) -> list[dict[str, Any]]:
   """Returns the rows of a table of words for one sentence.
 
   Args:
-    number: the number of the sentence.
+    sentence_number: the number of the sentence.
     record: its words, with their labels if these are known.
     sentence: the labels that the model gives its words.
   """
   rows = []
   for i, word in enumerate(record.words):
-    row = {'sentence': number, 'word': word}
+    row = {'sentence': sentence_number, 'word': word}
     if record.labels:
       row['label'] = record.labels[i]
     row['predicted'] = sentence.labels[i]
@@ -660,7 +660,7 @@ def measure_answers(view: records.Questions, scores: Sequence[np.ndarray],
   """
   # Choose the answers, and lay them out as rows of a .csv.
   stack = architectures.stack(evaluation.run.model)
-  predictions = answers.answer_questions(view, scores=scores, kind=stack,
+  predictions = answers.answer_questions(view, scores=scores, stack=stack,
                                          options=evaluation.options)
   table = []
   for question, chosen in zip(view.questions, predictions):

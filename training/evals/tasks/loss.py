@@ -163,7 +163,7 @@ def measure_with_stride(evaluation: Evaluation) -> dict[str, Any]:
     document = np.concatenate([[tokenizer.separator_id], ids])
     continuations += cut_into_windows(document, length=length, stride=stride)
   token_scores = scoring.score_continuations(
-      continuations, evaluation=evaluation, doing='reading windows')
+      continuations, evaluation=evaluation, task_name='reading windows')
   nats = 0.0
   for scores in token_scores:
     nats -= float(scores.log_probs.sum())

@@ -380,7 +380,7 @@ def _list_row_answers(rows: Sequence[probes.Row]) -> tuple[np.ndarray, int]:
   return np.array(answers, int), num_asking
 
 
-def wilson_interval(share: float, count: float) -> tuple[float, float]:
+def wilson_interval(share: float, num_trials: float) -> tuple[float, float]:
   """Computes Wilson's 95 % confidence interval (1927) of a share p of n:
   (p + z^2/2n ± z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n).
 
@@ -388,7 +388,7 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
 
   Args:
     share: p, from 0 to 1.
-    count: n, which may be a fraction.
+    num_trials: n, which may be a fraction.
 
   Returns:
     The lower and the upper bound.
@@ -396,9 +396,10 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
   # z is the 97.5 % quantile of the normal distribution, which leaves out 2.5 %
   # on either side. Rounding may bring the bounds out of 0 to 1.
   z_squared = 1.959963984540054 ** 2
-  scale = 1 + z_squared / count
-  middle = (share + z_squared / (2 * count)) / scale
-  variance = share * (1 - share) / count + z_squared / (4 * count ** 2)
+  scale = 1 + z_squared / num_trials
+  middle = (share + z_squared / (2 * num_trials)) / scale
+  variance = share * (1 - share) / num_trials
+  variance += z_squared / (4 * num_trials ** 2)
   half_width = math.sqrt(z_squared * variance) / scale
   return max(middle - half_width, 0.0), min(middle + half_width, 1.0)
 
