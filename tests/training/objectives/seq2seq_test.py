@@ -158,7 +158,9 @@ def test_denoising_masks_spans_of_the_whole_text(n, arch):
 def test_sentences_change_places_whole():
   text = b'One. Two two! Three? Four'
   ids = np.frombuffer(text, np.uint8).astype(np.int32)
-  ends = seq2seq._find_sentence_ends(TOKENIZER)[ids]
+  is_end = seq2seq._find_sentence_ends(TOKENIZER)
+  assert {*np.flatnonzero(is_end)} == {*b'.!?', END}
+  ends = is_end[ids]
   seen = {bytes(seq2seq.permute_sentences(
       ids, ends, 1.0, np.random.default_rng(seed)).astype(np.uint8))
           for seed in range(200)}
