@@ -448,6 +448,7 @@ def test_parameters_in_bfloat16_are_drawn_in_float32():
     ('llama', dict(mixer='latent', rope=dict(fraction=0.5)), 'of whose heads'),
     ('llama', dict(mixer='latent', latent=dict(rope_dim=3)), 'rope_dim .* 3:'),
     ('llama', dict(rope=dict(scaling='yarn', beta_fast=0.5)), 'fast is 0.5'),
+    ('llama', dict(attention_difference=0.3, num_kv_heads=1), 'an even model'),
     ('llama', dict(keep_gathered='query_up'), "'query_up', a product that no"),
     ('llama', dict(type_vocab_size=2), '2 has no meaning with model.arch'),
     ('bert', dict(head='sequence', num_labels=0), 'num_labels is 0'),

@@ -347,6 +347,22 @@ def test_no_row_is_missing_and_none_is_there_twice(
                 (2, 1.0, 2), (4, 1.0, 4), (6, 1.0, 6)]
 
 
+@pytest.mark.parametrize('held_out_every, tasks_every', [
+    (0, 0), (0, 2), (2, 0), (3, 4)])
+def test_what_is_evaluated_has_its_own_steps(train, cheap, held_out_every,
+                                             tasks_every):
+  """The tasks also come after the last step; the loss only if it was asked."""
+  _, (member,), _ = train(
+      {}, eval__tasks='x', eval__every_steps=held_out_every,
+      eval__tasks_every_steps=tasks_every)
+  rows = _rows(member, 'eval')
+  for figure, every in ('loss', held_out_every), ('x/score', tasks_every):
+    due = [n for n in range(1, STEPS) if every and n % every == 0]
+    if every or figure == 'x/score':
+      due.append(STEPS)
+    assert [row['step'] for row in rows if figure in row] == due
+
+
 @pytest.mark.parametrize('every', [0, 1, 2, 4, 5, STEPS, 99])
 def test_a_rehearsal_counts_the_evaluations_that_a_run_makes(train, cheap,
                                                              every):

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import architectures
 from architectures.parts import layers
 from architectures.parts.context import Context
-from architectures.parts.moe import dispatch, grouped
+from architectures.parts.moe import dispatch, grouped, routing
 from architectures.parts.moe.layer import MoE, without_capacity
 from architectures.parts.moe.routing import MoEConfig
 from configs import base
@@ -162,6 +163,23 @@ def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   gate_BLU = 1 / (1 + np.exp(-x_BLD @ np.asarray(params['shared_gate'])))
   assert gate_BLU.shape == (B, L, 1) and abs(gate_BLU - 0.5).min() > 0.01
   assert_close(got_BLD, want_BLD + gate_BLU * shared_BLD)
+
+
+def test_the_noise_of_a_routers_logits_is_normal(monkeypatch):
+  c = config(logit_noise=0.3)
+  params, seen, report = parameters(c), [], routing.report_routing
+  def keep(*args, logits_TE, **others):
+    seen.append(np.asarray(logits_TE))
+    return report(*args, logits_TE=logits_TE, **others)
+  monkeypatch.setattr(routing, 'report_routing', keep)
+  x_BLD = jax.random.normal(jax.random.key(1), (16, L, D))
+  for deterministic in True, False:
+    MoE(c).apply(params, x_BLD, Context(
+        jnp.arange(L)[None], deterministic=deterministic),
+                 rngs={'router': jax.random.key(0)})
+  exact_TE, noisy_TE = seen
+  z = (noisy_TE - exact_TE).ravel() / 0.3
+  assert stats.kstest(z, 'norm').pvalue > 1e-3
 
 
 ROWS = ([5, 0, 40], [0, 0, 0], [64, 0, 0], [1, 62, 1])

@@ -31,11 +31,13 @@ def test_pairs_are_laid_out_as_bert_has_them(texts):
   batches = [loader.batch(n) for n in range(20)]
   tokens = np.concatenate([b['targets'] for b in batches])
   types = np.concatenate([b['types'] for b in batches])
+  weights = np.concatenate([b['weights'] for b in batches])
   real = np.concatenate([b['segment_ids'] for b in batches]) == 1
   assert (tokens[:, 0] == BYTES.cls_id).all()
-  for row, kind, mask in zip(tokens, types, real):
+  for row, kind, weight, mask in zip(tokens, types, weights, real):
     seps = np.flatnonzero(row == BYTES.sep_id)
     assert len(seps) == 2 and mask.sum() == seps[1] + 1
+    assert weight.any() and not weight[[0, *seps]].any()
     assert (kind[:seps[0] + 1] == 0).all()
     assert (kind[seps[0] + 1:seps[1] + 1] == 1).all()
     assert (kind[~mask] == 0).all()

@@ -31,6 +31,20 @@ def jsonl(workdir, steps, resumed_step=0, **figures):
   writer.close()
 
 
+def test_what_is_written_is_uploaded_once_a_minute():
+  seconds = iter([1000, 1030, 1059, 1060, 1062, 1121, 1122, 1123, 1124])
+  clock = mock.Mock(side_effect=seconds)
+  uploads = mock.Mock()
+  writer = metrics.UploadWriter(uploads, clock)  # reads it, as each push does
+  pushed = []
+  for step in range(5):
+    writer.write(step, 'train', {})
+    pushed.append(uploads.push.call_count)
+  assert pushed == [0, 0, 1, 1, 2]
+  writer.close()
+  assert uploads.push.call_count == 3
+
+
 def test_a_line_is_an_object_that_any_json_reader_takes(tmp_path):
   jsonl(tmp_path, [10], norm=jnp.float32(0.5), bad=float('nan'), mfu=None,
         over=np.float32(np.inf), load=jnp.arange(3), tokens=7)
