@@ -66,6 +66,13 @@ def test_splash_equals_xla(name):
                             jax.jit(jax.value_and_grad(splash, wrt))(*args))
 
 
+@pytest.mark.parametrize('length, padded', [
+    (1, 128), (200, 256), (256, 256), (2176, 2176), (2177, 2304),
+    (2049, 2304)])
+def test_rows_are_padded_to_blocks_where_they_are_no_lanes(length, padded):
+  assert kernels._padded_length(length) == padded
+
+
 @pytest.mark.parametrize('restart', [False, True])
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('attention', kernels.RULES)
