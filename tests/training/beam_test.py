@@ -141,7 +141,8 @@ def test_rows_are_searched_as_by_the_book(gpt, rows, monkeypatch, count,
 
 @pytest.mark.parametrize('penalty, alpha, stops, count', [
     ('gnmt', 4.0, (2,), 3), ('power', 1.0, (2,), 9),
-    ('power', -2.0, (2, 5), 3), ('power', 3.0, (2, 5), 3)])
+    ('power', -2.0, (2, 5), 3), ('power', 3.0, (2, 5), 3),
+    ('gnmt', 0.6, (2,), 1)])
 def test_every_penalty_of_a_length_is_as_by_the_book(penalty, alpha, stops,
                                                      count):
   """Of twenty models whose next token hangs on the last one and its place:
