@@ -432,7 +432,7 @@ class Model:
 
     Args:
       by_layer: an array for each layer, those of the encoder first.
-      num_extra: how many more entries than layers a stack has.
+      num_extra: the number of entries of a stack that are more than its layers.
     """
     if self.stack != 'encoder-decoder':
       return _as_numpy_float32(by_layer)

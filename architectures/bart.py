@@ -35,7 +35,8 @@ def _embedding_rows(our_prefix: str, stack: str) -> tuple[hf.Row, ...]:
   a Hugging Face file: its learned positions, and its norm.
 
   Args:
-    our_prefix: what the names of our parameters begin with, such as 'decoder_'.
+    our_prefix: the beginning of the names of our parameters, such as
+      'decoder_'.
     stack: 'encoder' or 'decoder', as the tensors' names have it.
 
   Returns:

@@ -106,7 +106,7 @@ def encoder_rows(name: str) -> tuple[hf.Row, ...]:
   Hugging Face file.
 
   Args:
-    name: what the names of these tensors begin with, such as 'bert'.
+    name: the beginning of the names of these tensors, such as 'bert'.
 
   Returns:
     Rows of four strings: the path and the axes of a parameter of ours, and the

@@ -37,7 +37,7 @@ def read_dense_layers(reader: hf.Reader, fields: dict, dense: int) -> dict:
   Args:
     reader: the reader of the Hugging Face config.json.
     fields: the fields of our config.model that were looked up before.
-    dense: how many they are where the config.json does not say.
+    dense: their number where the config.json does not say.
 
   Returns:
     The fields `prefix`, the names of these layers' kinds, and `kinds`, what the

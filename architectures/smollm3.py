@@ -34,7 +34,8 @@ def _pattern_of_layers(types: list[str], has_rope: list[int], window: int
   Args:
     types: for each layer 'sliding_attention' or 'full_attention'.
     has_rope: for each layer 1 where it has positions, and 0 where it has none.
-    window: how many tokens the layers with a window see; 0: none has one.
+    window: the number of tokens that the layers with a window see; 0: none has
+      one.
 
   Returns:
     The fields `position`, `attention` and `sliding_window` of the model; the

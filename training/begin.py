@@ -34,7 +34,8 @@ class RunRequest(NamedTuple):
     tokenizer: its tokenizer.
     model: its resolved config.model.
     derived: the fields that were derived, by dotted name.
-    changes: how the config differs from that of the run in the workdir.
+    changes: the fields in which the config differs from that of the run in the
+      workdir.
     allow_config_change: whether the run may go on all the same.
   """
   given_config: ml_collections.ConfigDict

@@ -47,7 +47,8 @@ class ChatModel(NamedTuple):
   Attributes:
     module, params: the Flax module of the model, and its parameters.
     tokenizer: its tokenizer.
-    talk: how it is talked with.
+    talk: how it is talked with: how a conversation becomes tokens, and which
+      tokens end an answer.
     options: the options of its draws in generation_config.json; {}: none.
   """
   module: nn.Module
@@ -176,7 +177,8 @@ class CachedDecoder:
     Args:
       module, params: the Flax module of the model, and its parameters.
       context: the largest number of tokens of a text.
-      sampling: how a token is drawn.
+      sampling: the way to draw a token from logits: temperature, top_k and so
+        on.
       seed: the seed of the draws.
     """
     # The experts have no capacity here, so that which of them a token is given
@@ -296,7 +298,7 @@ def _read_and_draw(module: nn.Module, sampling: generate.Sampling,
 
   Args:
     module, params: the Flax module of the model, and its parameters.
-    sampling: how the token is drawn.
+    sampling: the way to draw a token from logits: temperature, top_k and so on.
     is_unrolled: whether the layers follow one another in the program.
     cache: what the layers keep of the tokens before: keys and values, and
       states of recurrences.
@@ -425,7 +427,8 @@ class ChatSession:
   Args:
     engine: the engine that draws the tokens.
     tokenizer: the tokenizer of the model.
-    talk: how the model is talked with.
+    talk: how the model is talked with: how a conversation becomes tokens, and
+      which tokens end an answer.
     max_new_tokens: the largest number of tokens of an answer.
     stops: the strings before which an answer ends.
     system: the system text; '': none.

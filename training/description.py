@@ -18,7 +18,7 @@ def describe_run(run: runs.Run, start: int, tokens: int,
 
   Args:
     run: the run, with its config, its model and its devices.
-    start: how many steps of it are done.
+    start: the number of its steps that are done.
     tokens: the tokens of a step, padding included.
     train_data: the batches that it is trained on.
     eval_data: the batches that are held out, of each source.
@@ -80,7 +80,7 @@ def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
 
   Args:
     run: the run, with its config, its model and its devices.
-    start: how many steps of it are done.
+    start: the number of its steps that are done.
     tokens: the tokens of a step, padding included.
   """
   config = run.config

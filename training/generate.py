@@ -162,7 +162,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     lengths_B: the number of tokens of each prompt, at least 1.
     key: the key of the draws.
     max_new_tokens: T, the number of new tokens.
-    sampling: how a token is drawn.
+    sampling: the way to draw a token from logits: temperature, top_k and so on.
     stop_token: the token that ends a row, or several. A row that has drawn one
       is filled up to the end with the first of them.
     **inputs: source_BM, source_lengths_B and prefix_B of `read_prompts`.
@@ -546,7 +546,8 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
   Args:
     module, params, prompts_BL, lengths_B, **inputs: those of `generate`.
     max_new_tokens: T, the largest number of new tokens.
-    beams: how to search.
+    beams: the options of the search, with K, the number of texts that are
+      followed in each row.
     stop_token: the token that ends a text and fills it up; or several, of which
       the first fills up. A text of T tokens ends there.
 
@@ -645,7 +646,8 @@ def _extend_texts(beams: Beams, stop_tokens: tuple[int, ...],
   running text by one token.
 
   Args:
-    beams: how to search.
+    beams: the options of the search, with K, the number of texts that are
+      followed in each row.
     stop_tokens: the tokens that end a text.
     state: the state of t tokens.
     logits_BKV: the logits of token t after each running text.

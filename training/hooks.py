@@ -34,7 +34,7 @@ def usual_hooks(stop: signals.Stop, tokenizer: Tokenizer,
     tokenizer: the tokenizer of the run.
     eval_data: a loader for each held-out source.
     profile_steps: the steps to trace with a profiler, 'START:STOP'; '': none.
-    workdir: where the trace goes.
+    workdir: the folder of the run, where the trace is written.
   """
   report = Report()
   save = Save(report)

@@ -265,7 +265,7 @@ def alpaca_prompt(instruction: str, context: str = '') -> str:
   """Returns the text that Alpaca's template writes before an answer.
 
   Args:
-    instruction: what is to be done.
+    instruction: the text of the task that the model is given.
     context: the input of the instruction; '': it has none.
   """
   if context:

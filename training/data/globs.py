@@ -23,10 +23,10 @@ def find_files(pattern: str) -> tuple[str, ...]:
   # setdefault then leaves out. A file is known by its inode.
   paths = sorted({*filter(os.path.isfile, _find_paths(pattern))})
   paths.sort(key=os.path.islink)
-  path_of: dict[tuple[int, int], str] = {}
+  path_of_inode: dict[tuple[int, int], str] = {}
   for path in paths:
-    path_of.setdefault(_inode_of_path(path), path)
-  return tuple(sorted(path_of.values()))
+    path_of_inode.setdefault(_inode_of_path(path), path)
+  return tuple(sorted(path_of_inode.values()))
 
 
 def _find_paths(pattern: str) -> Iterator[str]:

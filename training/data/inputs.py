@@ -30,7 +30,7 @@ def arguments_of_module(stack: str, values: Mapping[str, Any], vocab_size: int
     stack: what the model stacks, as `architectures.stack` names it.
     values: {tokens, decoder_tokens, mask, decoder_mask or types: an array [B,
       L], or [L] for one row}.
-    vocab_size: how many ids the model has.
+    vocab_size: the number of token ids of the model.
 
   Returns:
     {argument of the model: int32 [B, L]}.
@@ -107,7 +107,7 @@ def check_ids(name: str, tokens: Any, vocab_size: int) -> None:
     name: the name of the input, for messages.
     tokens: the ids, of any shape. Ids that JAX traces pass, as their values are
       not known yet.
-    vocab_size: how many ids the model has.
+    vocab_size: the number of token ids of the model.
 
   Raises:
     RequestError: for an id without a row, and for numbers that are no integers.

@@ -108,7 +108,7 @@ class Question(NamedTuple):
 
   Attributes:
     id: its id, unique in the file.
-    question: what is asked.
+    question: the text of the question.
     answers: (text, its first character in the context) of each answer; ():
       the context holds none; None: the file does not say.
     where: its file and id, for messages.

@@ -52,7 +52,7 @@ def call_with_limits(subject: str, function: str, *args: Any,
     What the function returns, as JSON has it: tuples become lists.
 
   Raises:
-    RequestError: with `what`, and why: an exception, or a limit.
+    RequestError: with `subject`, and why: an exception, or a limit.
   """
   # The process answers in the order of its calls, so threads take turns. It is
   # ended if it gave no answer: a late one would be taken for the next call's.

@@ -479,7 +479,7 @@ def count_special_tokens(texts: int, between: int) -> int:
   """Returns how many special tokens a row has beside its texts.
 
   Args:
-    texts: how many texts the row has.
+    texts: the number of texts of the row.
     between: the number of separators between two texts.
   """
   return 2 + between * (texts - 1)
@@ -652,7 +652,7 @@ def _cut_sentence(sentence: int, words: Words, numbers: np.ndarray,
     sentence: the number of the sentence.
     words: its tokens, with the word of each.
     numbers: int [words], the class number of the label of each of its words.
-    shared: how many tokens two neighbouring rows share.
+    shared: the number of tokens that two neighbouring rows share.
     room: the most tokens of a row, special tokens not counted.
 
   Returns:
@@ -843,8 +843,8 @@ def cut_into_windows(size: int, room: int, stride: int) -> list[tuple[int,
   assert 0 <= stride < room, (stride, room)
   # The first window shows `room` tokens and each other one room - stride new
   # ones. -(-a // b) rounds the quotient up.
-  count = 1 + max(0, -(-(size - room) // (room - stride)))
-  starts = [i * (room - stride) for i in range(count)]
+  num_windows = 1 + max(0, -(-(size - room) // (room - stride)))
+  starts = [i * (room - stride) for i in range(num_windows)]
   return [(start, min(start + room, size)) for start in starts]
 
 

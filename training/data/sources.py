@@ -614,7 +614,7 @@ def _load_dataset(name: str, path: str, config: str, split: str) -> Any:
     name: the name of the source, for messages.
     path: its name on the hub, or its folder.
     config: which of its configurations; '': its only one.
-    split: which of its splits.
+    split: the name of one of its splits, such as train.
 
   Raises:
     RequestError: where there is none.

@@ -43,7 +43,7 @@ def decode_text(content: bytes, location: str) -> str:
 
   Args:
     content: the bytes of the text.
-    location: where they stand, for messages.
+    location: the file and the line, for messages.
 
   Raises:
     RequestError: for bytes that are not UTF-8, or hold so many control
@@ -142,7 +142,7 @@ def check_text(text: Any, location: str) -> str:
 
   Args:
     text: the value to check.
-    location: where it stands, for messages.
+    location: the file and the line, for messages.
 
   Raises:
     RequestError: for any other value.

@@ -129,7 +129,7 @@ class Tokens:
   """A complete folder of tokens, whose blocks are read as they are needed.
 
   Attributes:
-    folder: where it is.
+    folder: the path of the folder.
     begun: the content of begun.json.
     table: number of a shard -> its Table.
   """
@@ -196,9 +196,9 @@ class Tokens:
     """
     # The file is a checksum of four bytes and then an .npz.
     path = self.folder / f'{shard:05}.table'
-    data = path.read_bytes()
-    checksum = data[:4]
-    content = data[4:]
+    content_with_checksum = path.read_bytes()
+    checksum = content_with_checksum[:4]
+    content = content_with_checksum[4:]
     # The checksum of nothing is 0, as a file of zeros would have it.
     if not content or checksum != zlib.crc32(content).to_bytes(4, 'little'):
       raise damaged_file(path, 'it has another checksum')
@@ -545,7 +545,7 @@ def damaged_file(path: Any, why: str) -> EnvironmentFailure:
 
   Args:
     path: the path of the file.
-    why: what is wrong with it.
+    why: the end of the message: what is wrong with the file.
   """
   return EnvironmentFailure(
       f'{path} is damaged ({why}): delete it, and the command that made the '

@@ -99,7 +99,7 @@ def best_spans_of_window(context: str, window: ContextWindow, most_tokens: int,
     context: the text of which the window is a part.
     window: the part, with the scores of its T tokens as starts and as ends.
     most_tokens: the most tokens of a span.
-    num_spans: how many spans are wanted.
+    num_spans: the number of spans to return.
 
   Returns:
     {(first character, the one after the last): score}, the best first.
@@ -140,7 +140,7 @@ def choose_answer(context: str, windows: Sequence[ContextWindow], *,
     context: the text.
     windows: overlapping parts of the text, which together show all of it.
     most_tokens: the most tokens of an answer.
-    count: how many of the best spans are wanted.
+    count: the number of the best spans to return.
     may_be_null: whether the context may hold no answer.
     threshold: how much higher than the best span's score that of no answer (the
       null score) has to be for no answer.

@@ -255,7 +255,7 @@ class Model(api.TemplateLM):
 
     Args:
       ids: the tokens of the context and of the continuation.
-      num_scored: how many of them the continuation has.
+      num_scored: the number of tokens of the continuation, the last ones.
       text: the continuation, for the message.
 
     Raises:

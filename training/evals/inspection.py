@@ -135,7 +135,7 @@ def _run_and_keep_layers(module: nn.Module, params: Any,
     module: the Flax module of a model.
     params: its parameters, a tree of arrays.
     arrays: the module's arguments by name.
-    top: how many tokens the logit lens gives; 0: there is none.
+    top: the number of tokens that the logit lens gives; 0: there is none.
 
   Returns:
     `layers`, the states of the residual stream; `attention` and
@@ -176,7 +176,7 @@ def inspect_model(module: nn.Module, params: Any, arrays: Mapping[str, Any],
     module: any model.
     params: its parameters, a tree of arrays.
     arrays: the module's arguments by name.
-    top: how many tokens the logit lens gives; 0: there is none.
+    top: the number of tokens that the logit lens gives; 0: there is none.
   """
   kept = jax.device_get(_run_and_keep_layers(module, params, dict(arrays), top))
   config: ModelConfig = module.config  # type: ignore[attr-defined]

@@ -217,7 +217,7 @@ def _make_text_record(row: Any, location: str) -> labelled.Record:
 
   Args:
     row: the text or the pair.
-    location: which row it is, for messages.
+    location: the words for the row, for messages.
 
   Raises:
     RequestError: where it is neither, or a text is empty.
@@ -239,7 +239,7 @@ def _make_sentence(row: Any, location: str) -> labelled.Sentence:
 
   Args:
     row: the sentence, whose words spaces part, or the words.
-    location: which row it is, for messages.
+    location: the words for the row, for messages.
 
   Raises:
     RequestError: where it is neither, or has no word.
@@ -259,7 +259,7 @@ def _make_paragraph(row: Any, location: str) -> labelled.Paragraph:
 
   Args:
     row: the pair of a question and a text.
-    location: which row it is, for messages.
+    location: the words for the row, for messages.
 
   Raises:
     RequestError: where it is no such pair, or a text is empty.

@@ -54,9 +54,9 @@ class BatchShape(NamedTuple):
   """The shape that a program is compiled for.
 
   Attributes:
-    rows: how many rows a batch has.
+    rows: the number of rows of a batch.
     length: the tokens of a row.
-    places: how many tokens are scored in all rows.
+    places: the number of tokens that are scored in all rows.
   """
   rows: int
   length: int
@@ -86,7 +86,7 @@ def score_continuations(continuations: Sequence[Continuation],
     continuations: texts of at most max_len + 1 tokens each, the last of which
       are scored.
     evaluation: the evaluation of a decoder.
-    task_name: what the progress bar says is done.
+    task_name: the words of the progress bar for what is being done.
 
   Returns:
     The scores of the tokens of each continuation, in the order of these.

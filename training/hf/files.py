@@ -273,15 +273,16 @@ def refuse_files_left(folder: pathlib.Path, written: Collection[str],
   are written, and might be loaded with them.
 
   Args:
-    folder: where to; it need not be there.
+    folder: the folder to write to, which need not exist.
     written: the names of the files that are written.
     patterns: patterns of the names that matter.
   """
-  left: set[str] = set()
+  other_files: set[str] = set()
   for pattern in patterns:
     for file in folder.glob(pattern):
-      left.add(str(file.relative_to(folder)))
-  left -= {*written}
-  require(not left, f'{folder} holds {shorten(", ".join(sorted(left)))}, which '
-          'would stay and may be loaded with what is written: choose another '
-          'folder, or remove them')
+      other_files.add(str(file.relative_to(folder)))
+  other_files -= {*written}
+  require(not other_files, f'{folder} holds '
+          f'{shorten(", ".join(sorted(other_files)))}, which would stay and '
+          'may be loaded with what is written: choose another folder, or '
+          'remove them')

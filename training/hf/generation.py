@@ -201,7 +201,7 @@ def encode_prompts(texts: Sequence[str], config: ml_collections.ConfigDict,
   # Others as their training shows texts to them.
   prompts = objective.prompt(texts, config, tokenizer)
   check_model_has_ids(prompts.tokens, config=config, tokenizer=tokenizer,
-                      what='the prompt')
+                      subject='the prompt')
   return prompts, objective.ends(config, tokenizer)
 
 

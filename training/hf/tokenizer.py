@@ -164,7 +164,7 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer,
   Args:
     tokenizer: the tokenizer of a model.
     config: the config of its run.
-    folder: where to; it is there.
+    folder: the folder to write to, which exists.
   """
   sources = _files_of_tokenizer(tokenizer)
   _copy_files(sources, folder)

@@ -171,8 +171,10 @@ def _restack_layers(dense_params: dict[str, jax.Array], path: str,
     dense_params: the parameters of the dense model, by path.
     path: the path of the parameter in the mixture.
     shape: the shape of the parameter in the mixture, [layers, ...].
-    dense_stacks: where the layers of the dense model stand.
-    mixture_stacks: where the layers of the mixture stand.
+    dense_stacks: the path and the row of each layer in the dense model's
+      parameters.
+    mixture_stacks: the path and the row of each layer in the mixture's
+      parameters.
   """
   # Row i of the result is a layer of the mixture, which the dense model may
   # keep under another path and in another row.

@@ -491,7 +491,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
     shard_bytes: no file is larger, unless one tensor is.
     generation: token ids and options; none: of those that transformers must
       have, any that are in the vocabulary.
-    labels: what the outputs of the head of a task stand for.
+    labels: the names of the labels that the outputs of a task's head stand for.
 
   Raises:
     ValueError: naming a part of the model that transformers does not have, or

@@ -154,14 +154,15 @@ def model_lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
 
 
 def check_model_has_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer,
-                        what: str) -> None:
+                        subject: str) -> None:
   """Checks that the model has an embedding for each token.
 
   Args:
     ids: the tokens, of any shape.
     config: the config of the run.
     tokenizer: the tokenizer of the run.
-    what: what has these tokens, for messages.
+    subject: the words for the thing with these tokens, with which a message
+      begins.
 
   Raises:
     RequestError: for a token that the model does not have.
@@ -173,7 +174,7 @@ def check_model_has_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer,
   highest_id = int(np.max(ids, initial=0))
   if highest_id >= num_ids:
     raise RequestError(
-        f'{what} has the token {tokenizer.piece(highest_id)}, whose id is '
+        f'{subject} has the token {tokenizer.piece(highest_id)}, whose id is '
         f'{highest_id}, and the model has the ids 0 to {num_ids - 1}: take it '
         'out of the text, or out of the chat template')
 
@@ -394,7 +395,7 @@ class Objective:
 
     Args:
       config: the config of the run, with data.labels as its data have them.
-      vocab: how many ids the model has.
+      vocab: the number of token ids of the model.
     """
     return math.log(vocab)
 
@@ -463,7 +464,7 @@ class Objective:
       for key, value in values.items():
         if may_lack and self._has_ids(key):
           check_model_has_ids(value, config=config, tokenizer=tokenizer,
-                              what='a row of the data')
+                              subject='a row of the data')
         rows = batch[key]
         if np.shape(value) == rows.shape[1:]:
           rows[row] = value
@@ -564,7 +565,7 @@ class Objective:
     gradients are added up.
 
     Args:
-      output: what the model returns.
+      output: the output of the model, with its hidden states and its head.
       batch: a batch, or a micro-batch.
       config: the config of the run.
       whole: the weights of the whole batch, by the names of the losses; None:

@@ -474,10 +474,10 @@ def write_chat_template(config: Config, tokenizer: Tokenizer) -> str:
 
   # Name the separator as a template knows it: as eos_token or sep_token. Four
   # braces in an f-string write two.
-  kind = 'eos'
+  role_of_separator = 'eos'
   if tokenizer.special_ids.get('eos') != tokenizer.separator_id:
-    kind = 'sep'
-  end = f'{{{{ {kind}_token }}}}'
+    role_of_separator = 'sep'
+  end = f'{{{{ {role_of_separator}_token }}}}'
   assistant = "{% elif m.role == 'assistant' %}"
 
   # Write Alpaca's template or Vicuna's. Both begin with the separator, end each

@@ -129,7 +129,7 @@ def place_of_null_token(item: records.Window, kind: str) -> int:
 
   Args:
     item: a question and a part of its paragraph.
-    kind: what the model stacks: 'encoder' or 'decoder'.
+    kind: 'encoder' or 'decoder', the kind of the model's stack.
   """
   if kind == 'encoder':
     return 0

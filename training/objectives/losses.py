@@ -550,11 +550,11 @@ def _zero_gradients(settings: _LossSettings, is_needed: Any, x: jax.Array):
   return sharding.constrain_where_divisible(zeros, 'tokens', 'vocab', *others)
 
 
-def _total_gradient(d: jax.Array | None, x: jax.Array, *axes: str):
+def _total_gradient(gradient_of_shards: jax.Array | None, x: jax.Array, *axes: str):
   """Adds up the devices' gradients of a parameter of the head.
 
   Args:
-    d: the gradient of each shard of the tokens, its axes as
+    gradient_of_shards: the gradient of each shard of the tokens, its axes as
       `_transpose_for_gradient` has them; None: it is not needed.
     x: the parameter of the head, such as its kernel [features, vocabulary].
     *axes: the names of its axes, by which it is split over devices.
@@ -563,10 +563,11 @@ def _total_gradient(d: jax.Array | None, x: jax.Array, *axes: str):
     The gradient, laid out as x is and of its dtype; None where it is not
     needed.
   """
-  if d is None:
+  if gradient_of_shards is None:
     return None
   # On one CPU there is one shard, and nothing was transposed. Elsewhere the
   # gradient has the axes of x in reverse, so it is transposed after the sum.
   if sharding.is_single_cpu():
-    return d[0].astype(x.dtype)
-  return sharding.sum_gradients_of_shards(d, axes[::-1]).T.astype(x.dtype)
+    return gradient_of_shards[0].astype(x.dtype)
+  return sharding.sum_gradients_of_shards(gradient_of_shards,
+                                          axes[::-1]).T.astype(x.dtype)

@@ -72,7 +72,7 @@ class Loader:
       split: 'train' for the data to train on, or 'eval' for the held-out data.
       process_index: the number of this process, which reads its own rows of
         each batch.
-      process_count: how many processes there are.
+      process_count: the number of processes.
       The others are attributes of the class.
     """
     self.name = name
@@ -341,7 +341,7 @@ def make_evaluation_loaders(config: Config, tokenizer: Tokenizer,
     config: a run's config.
     tokenizer: the tokenizer, as tokenizers.load returns it.
     process_index: the number of this process.
-    process_count: how many processes there are.
+    process_count: the number of processes.
     in_order: whether rows come in the order of the source. Else they are
       shuffled, alike for all runs, so that the first batches are a fair sample.
     bare: whether records may be without the label that is to be predicted.
@@ -573,8 +573,8 @@ def _describe_part(source: sources.Source, every: int | None, split: str,
     every: data.holdout_every; None: nothing of the source is held out.
     split: 'train' for the data to train on, or 'eval' for the held-out data.
     part: eval.part.
-    num_taken: how many of its documents are in the split.
-    num_documents: how many it has.
+    num_taken: the number of its documents that are in the split.
+    num_documents: the number of all its documents.
 
   Raises:
     RequestError: for a split without a document.

@@ -249,7 +249,7 @@ def replace_by_masks(ids: np.ndarray, cut: int, mean: float, mask: int,
 
   Args:
     ids: the tokens of the text.
-    cut: how many of them are cut out.
+    cut: the number of tokens to cut out.
     mean: the mean length of a span.
     mask: the token that stands for a span.
     rng: the random generator that draws the spans.

@@ -762,8 +762,8 @@ def _expert_cell(routing: ExpertRouting, n: int, i: int,
 
   Args:
     routing: the decisions of the routers of a stack.
-    n: which of the layers of experts.
-    i: which token of the first row.
+    n: the number of the layer, among those with experts.
+    i: the number of the token in the first row.
     spelled_tokens: the tokens as a reader is shown them.
   """
   gates_E = routing.gates[n, 0, i]

@@ -412,7 +412,7 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
     module: the Flax module of the model.
     config: the config of its run.
     mask_id: the id of the mask token.
-    num_draws: how many draws a row gets.
+    num_draws: the number of draws for each row.
   """
   objective = objectives.find_objective(config)
 

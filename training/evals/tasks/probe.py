@@ -204,7 +204,7 @@ def measure_cell(evaluation: Evaluation, cell: ProbeCell, num_rows: int
   Args:
     evaluation: the evaluation of the run.
     cell: the level and the length.
-    num_rows: how many rows are drawn.
+    num_rows: the number of rows to draw.
 
   Returns:
     The figures, with the scores of the rows.
@@ -309,7 +309,7 @@ def _cross_validate_constant(name: str, settings: probes.Settings, seed: int,
 
   Args:
     name: the name of the probe.
-    settings: what its rows are drawn with.
+    settings: the settings with which its rows are drawn.
     seed: the seed of the rows.
     figure: one of CONSTANT_FIGURES.
   """

@@ -88,7 +88,7 @@ class PreparedPrompts(NamedTuple):
   Attributes:
     prompts: the prompts as the model is shown them.
     stop_tokens: the token, or tokens, that end a text.
-    num_tokens: how many tokens are written at most.
+    num_tokens: the largest number of tokens to write.
   """
   prompts: objectives.Prompts
   stop_tokens: Any
