@@ -550,7 +550,8 @@ def _zero_gradients(settings: _LossSettings, is_needed: Any, x: jax.Array):
   return sharding.constrain_where_divisible(zeros, 'tokens', 'vocab', *others)
 
 
-def _total_gradient(gradient_of_shards: jax.Array | None, x: jax.Array, *axes: str):
+def _total_gradient(gradient_of_shards: jax.Array | None, x: jax.Array,
+                    *axes: str):
   """Adds up the devices' gradients of a parameter of the head.
 
   Args:
