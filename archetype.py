@@ -42,7 +42,6 @@ from training.costs import totals
 from training.data import inputs as inputs_of
 from training.data import tokenizers
 from training.data.texts import check_text
-from training.distributed import devices
 from training.evals import inspection, predicting
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import tokenizer as hf_tokenizer, weights
@@ -605,7 +604,7 @@ def _draw_parameters(module: nn.Module, seed: int) -> Any:
   num_bytes = 0
   for x in jax.tree.leaves(shapes):
     num_bytes += math.prod(x.shape) * x.dtype.itemsize
-  devices.check_bytes_fit(num_bytes, device=jax.local_devices()[0],
+  runs.check_bytes_fit(num_bytes, device=jax.local_devices()[0],
                           what='the parameters')
   return nn.meta.unbox(init(*inputs)['params'])
 

@@ -155,7 +155,7 @@ import jax.numpy as jnp
 
 from architectures.parts import layers, mixer
 from architectures.parts.recurrent import features
-from architectures.parts.report import Report
+from architectures.parts.context import Report
 from common.errors import RequestError
 from common.fields import field, FUNCTION, SHAPES
 from configs import llama

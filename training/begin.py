@@ -109,7 +109,7 @@ def build_on_devices(request: RunRequest, mesh: Mesh | None = None) -> runs.Run:
       does not fit into the memory of the devices.
   """
   run = runs.build(request.config, model=request.model, mesh=mesh)
-  devices.check_state_fits(run.abstract_state, run.mesh)
+  runs.check_state_fits(run.abstract_state, run.mesh)
   return run
 
 

@@ -8,7 +8,7 @@ tests/architectures/parts_test.py has their equations again.
 
 from collections.abc import Callable
 import functools
-from typing import Optional
+from typing import Any, Optional
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ from architectures.parts.attention import multi_head
 from architectures.parts import lookup
 from architectures.parts.cache import LayerCache
 from architectures.parts.config import LayerKind, ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.context import Context, Report
 from architectures.parts.layers import FFN, NO_FFN, norm
 from architectures.parts.mixer import has_array_of_fixed_size, Mixer
 from architectures.parts.moe.layer import MoE
@@ -30,7 +30,6 @@ from architectures.parts.recurrent import features
 from architectures.parts.recurrent import linear_attention, mamba
 from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
 from architectures.parts.recurrent.layer import Recurrence
-from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from architectures.parts.streams import LayerInput, pin_residual, Streams
 
@@ -373,7 +372,7 @@ class Sequential(Block):
       y_BLD, cache, report_of_cross = self.cross_attention(
           self.input_of_branch('cross', x_BLD), ctx, cache)
       x = self._add_result('cross', x, y_BLD, weights=weights, ctx=ctx)
-      report = report.merge(report_of_cross)
+      report = merge_reports(report, report_of_cross)
     # The network.
     if self.kind.ffn == NO_FFN:
       return pin_residual(x), cache, report
@@ -381,7 +380,7 @@ class Sequential(Block):
     y_BLD, cache, report_of_ffn = self.ffn(
         self.input_of_branch('ffn', x_BLD), ctx, cache)
     x = self._add_result('ffn', x, y_BLD, weights=weights, ctx=ctx)
-    return pin_residual(x), cache, report.merge(report_of_ffn)
+    return pin_residual(x), cache, merge_reports(report, report_of_ffn)
 
   def _add_result(self, branch: str, x: LayerInput, y_BLD: jax.Array,
                   weights: Optional[streams.StreamWeights], ctx: Context
@@ -498,12 +497,12 @@ class Parallel(Block):
       cross_BLD, cache, report_of_cross = self.cross_attention(
           inputs['cross'], ctx, cache)
       y_BLD = y_BLD + cross_BLD
-      report = report.merge(report_of_cross)
+      report = merge_reports(report, report_of_cross)
     ffn_BLD, cache, report_of_ffn = self.ffn(inputs['ffn'], ctx, cache)
     y_BLD = self.apply_dropout(y_BLD + ffn_BLD, ctx)
     # The sum is one branch for the residual streams, and is added once.
     x = streams.add_to_streams(self.config, x, y_BLD, weights=weights)
-    return pin_residual(x), cache, report.merge(report_of_ffn)
+    return pin_residual(x), cache, merge_reports(report, report_of_ffn)
 
 
 class SharedNorm(Parallel):
@@ -542,3 +541,29 @@ def count_branches(config: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
     block = BLOCKS[config.layer_config(kind.name).block]
     count += block.count_branches(kind)
   return count
+
+
+def merge_reports(first: Report, second: Report) -> Report:
+  """Returns one report of two parts of a layer, such as its attention and its
+  feed-forward network.
+
+  Args:
+    first: the report of one part.
+    second: the report of the other part. No name of a loss or a figure is in
+      both, and no other array either: the first that exists is taken.
+  """
+  return Report(
+      losses=first.losses | second.losses,
+      health=first.health | second.health,
+      loads=first.loads | second.loads,
+      experts=first.experts | second.experts,
+      weights_BHLM=_first_that_exists(first.weights_BHLM, second.weights_BHLM),
+      memory_weights_BHLM=_first_that_exists(
+          first.memory_weights_BHLM, second.memory_weights_BHLM),
+      first_values=_first_that_exists(first.first_values, second.first_values),
+      keys=_first_that_exists(first.keys, second.keys))
+
+
+def _first_that_exists(first: Any, second: Any) -> Any:
+  """Returns the first value, or the second where the first is None."""
+  return second if first is None else first

@@ -1,4 +1,5 @@
-"""The context of a call: what the layers of a stack read besides their input.
+"""The context of a call, which the layers of a stack read besides their input;
+and the report of a layer, which it returns beside its result and its cache.
 
 An array's leading dimension may be 1 where all rows agree.
 """
@@ -126,3 +127,32 @@ class Context:
     if self.lengths_B is None:
       return self.positions_BL.shape[1]
     return self.lengths_B
+
+
+@struct.dataclass
+class Report:
+  """The losses and figures that a layer, or a part of it, returns beside its
+  result.
+
+  Attributes:
+    losses: the terms that it adds to the training loss, by name.
+    health: the figures of a router, by name.
+    loads: the load of each expert, by the path of the bias that it moves.
+    experts: the choices of a router (moe.layer.choices), with
+      context.keep_layers.
+    weights_BHLM: the weights with which self-attention sums the values, with
+      context.keep_attention.
+    memory_weights_BHLM: the weights of attention to a memory, likewise.
+    first_values: the values of the first layer, which the layers after this
+      one read, with model.value_residual.
+    keys: the keys and values of this layer, where later layers read them
+      instead of their own (context.shared.lends).
+  """
+  losses: dict[str, jax.Array] = struct.field(default_factory=dict)
+  health: dict[str, jax.Array] = struct.field(default_factory=dict)
+  loads: dict[str, jax.Array] = struct.field(default_factory=dict)
+  experts: dict[str, jax.Array] = struct.field(default_factory=dict)
+  weights_BHLM: Optional[jax.Array] = None
+  memory_weights_BHLM: Optional[jax.Array] = None
+  first_values: Optional[FirstLayerValues] = None
+  keys: Optional[KeysAndValues] = None

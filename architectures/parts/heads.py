@@ -103,40 +103,6 @@ class Head:
     return logits_BLV
 
 
-class Unembed(nn.Module):
-  """The module that makes the head of a language model, whose matrix is the
-  embedding, transposed, or one of its own."""
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, table_DV: jax.Array) -> Head:
-    """Returns the output head of a language model.
-
-    Args:
-      table_DV: the transpose of the table of embeddings, [d_model, vocabulary],
-        which is the head's matrix where the two are tied.
-
-    Returns:
-      The Head, which has not computed any logits yet: callers do so for the
-      tokens that they need.
-    """
-    config = self.config
-    kernel_DV = table_DV
-    if not config.tie_embeddings:
-      kernel_DV = layers.weight(
-          self, 'kernel', shape=(config.d_model, config.vocab_size),
-          axes=('embed', 'vocab'), output=True)
-    bias_V = None
-    if config.logits_bias:
-      bias_V = layers.bias(self, 'bias', shape=(config.vocab_size,),
-                           axes=('vocab',), output=True)
-    # muP's output multiplier, of a tied table too; the bias makes up for it by
-    # its learning rate.
-    return Head(kernel_DV=kernel_DV, bias_V=bias_V,
-                scale=config.logits_scale / config.widening,
-                softcap=config.logits_softcap, tied=config.tie_embeddings)
-
-
 class TaskHead(nn.Module):
   """The head of a task, which gives scores: dropout, then a product.
 

@@ -18,9 +18,8 @@ import numpy as np
 
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.context import Context, Report
 from architectures.parts.loops import LoopsConfig
-from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.fields import field, FUNCTION
 

@@ -20,17 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts import blocks, heads, layers, positions, report
+from architectures.parts import blocks, heads, layers, positions
 from architectures.parts import sharding, streams
 from architectures.parts.cache import LayerCache
 from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context, Memory
+from architectures.parts.context import Context, Memory, Report
 from architectures.parts.heads import GeneratorConfig
 from architectures.parts.layers import FFNS, norm
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.passes import project_concatenation
-from architectures.parts.stack import add_distances, find_cache_of_tokens
-from architectures.parts.stack import is_cache, Period, Stack
+from architectures.parts.stack import add_distances, add_losses
+from architectures.parts.stack import find_cache_of_tokens, is_cache
+from architectures.parts.stack import merge_reports_of_stacks, Period, Stack
 from common.errors import require, shorten
 from common.kinds import SECTIONS
 
@@ -129,14 +130,14 @@ class Decoder(nn.Module):
     # The head: the next token's, or that of a task.
     if config.head != 'lm':
       return self._apply_task_head(x_BLD, ctx).replace(cache=cache, aux=aux)
-    head = heads.Unembed(config, name='head')(table_DV)
+    head = Unembed(config, name='head')(table_DV)
     extra = {}
     shows_layers = ctx.keep_layers or ctx.keep_attention
     if config.mtp_depth and cache is None and not shows_layers:
       predict_further = Mtp(config, name='mtp')
       extra['mtp'], reports = predict_further(x_BLD, embedded_BLD, ctx)
       for layer_report in reports:
-        aux = report.add_losses(
+        aux = add_losses(
             aux, losses=layer_report.losses, loads=layer_report.loads)
     return Output(hidden=x_BLD, head=head, cache=cache, aux=aux, extra=extra)
 
@@ -232,6 +233,40 @@ class Embed(nn.Module):
     return sharding.constrain_stream(x_BLD, 'embed'), table_VD.T
 
 
+class Unembed(nn.Module):
+  """The module that makes the head of a language model, whose matrix is the
+  embedding, transposed, or one of its own."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, table_DV: jax.Array) -> heads.Head:
+    """Returns the output head of a language model.
+
+    Args:
+      table_DV: the transpose of the table of embeddings, [d_model, vocabulary],
+        which is the head's matrix where the two are tied.
+
+    Returns:
+      The Head, which has not computed any logits yet: callers do so for the
+      tokens that they need.
+    """
+    config = self.config
+    kernel_DV = table_DV
+    if not config.tie_embeddings:
+      kernel_DV = layers.weight(
+          self, 'kernel', shape=(config.d_model, config.vocab_size),
+          axes=('embed', 'vocab'), output=True)
+    bias_V = None
+    if config.logits_bias:
+      bias_V = layers.bias(self, 'bias', shape=(config.vocab_size,),
+                           axes=('vocab',), output=True)
+    # muP's output multiplier, of a tied table too; the bias makes up for it by
+    # its learning rate.
+    return heads.Head(kernel_DV=kernel_DV, bias_V=bias_V,
+                scale=config.logits_scale / config.widening,
+                softcap=config.logits_softcap, tied=config.tie_embeddings)
+
+
 def _make_context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
                   segment_ids_BL: Optional[jax.Array], **context_fields: Any
                   ) -> Context:
@@ -291,7 +326,7 @@ class Mtp(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, embedded_BLD: jax.Array, ctx: Context
-               ) -> tuple[tuple[jax.Array, ...], list[report.Report]]:
+               ) -> tuple[tuple[jax.Array, ...], list[Report]]:
     """Runs the modules that predict tokens further ahead, one for each depth
     from 1 to model.mtp_depth: each is one more layer.
 
@@ -629,7 +664,7 @@ class Encoder(nn.Module):
       aux = aux | {'readouts': readouts_NBLD}
     else:
       hidden_BLD = self.transform(x_BLD)
-    head = heads.Unembed(config.config_of_embedding, name='head')(table_DV)
+    head = Unembed(config.config_of_embedding, name='head')(table_DV)
     return Output(hidden=hidden_BLD, head=head, aux=aux, extra=extra)
 
   def _activation(self, network: str = '') -> Callable[[jax.Array], jax.Array]:
@@ -731,7 +766,7 @@ class EncoderDecoder(nn.Module):
                          config.sections(config.num_layers, causal=False))
     self.decoder = Stack(config,
                          config.sections(config.num_decoder_layers, cross=True))
-    self.head = heads.Unembed(config)
+    self.head = Unembed(config)
 
   def __call__(self, tokens_BM: Optional[jax.Array],
                decoder_tokens_BL: Optional[jax.Array] = None, *,
@@ -774,7 +809,7 @@ class EncoderDecoder(nn.Module):
         positions_BL=decoder_positions_BL,
         segment_ids_BL=decoder_segment_ids_BL, cache=cache,
         one_by_one=one_by_one, **context_fields)
-    return output.replace(aux=report.merge_reports_of_stacks(aux, output.aux))
+    return output.replace(aux=merge_reports_of_stacks(aux, output.aux))
 
   def encode(self, tokens_BM: jax.Array, *,
              segment_ids_BM: Optional[jax.Array] = None,

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import math
-import os
 import re
 from typing import Any
 
@@ -76,45 +75,6 @@ def bytes_on_one_device(tree: Any) -> int:
     shard = x.sharding.shard_shape(x.shape)
     total += math.prod(shard) * np.dtype(x.dtype).itemsize
   return total
-
-
-def check_state_fits(state: Any, mesh: Mesh) -> None:
-  """Raises RequestError for a training state that is larger than all memory of
-  a device, or of this machine where its devices are CPUs.
-
-  Args:
-    state: abstract arrays with shardings.
-    mesh: the mesh that they lie on.
-  """
-  num_bytes = bytes_on_one_device(state)
-  device = mesh.local_devices[0]
-  if device.platform == 'cpu':
-    num_bytes *= len(mesh.local_devices)
-  check_bytes_fit(num_bytes, device=device, what='parameters and optimiser',
-                  more=', or more devices over which mesh.fsdp cuts them')
-
-
-def check_bytes_fit(num_bytes: int, device: jax.Device, what: str,
-                    more: str = '') -> None:
-  """Raises RequestError for more bytes than all memory of a device has, or of
-  this machine if its devices are CPUs.
-
-  Args:
-    num_bytes: the number of bytes.
-    device: the device on which they are to be.
-    what: the plural noun for what has the bytes, such as 'parameters', with
-      which the message begins.
-    more: further advice, with which the message ends.
-  """
-  if device.platform == 'cpu':
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  else:
-    stats = device.memory_stats() or {}
-    memory = stats.get('bytes_limit', math.inf)
-  require(num_bytes <= memory,
-          f'{what} have {num_bytes / 2**30:,.1f} GiB on a '
-          f'{device.device_kind}, which has {memory / 2**30:,.1f}: take a '
-          f'smaller model.d_model or model.num_layers{more}')
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:

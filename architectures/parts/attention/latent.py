@@ -33,9 +33,8 @@ from architectures.parts.attention.fields import LatentConfig
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.cache import Cache
 from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.context import Context, Report
 from architectures.parts.positions import RopeConfig
-from architectures.parts.report import Report
 from common.errors import require
 
 UP_AXES = 'latent', 'heads', 'head'

@@ -32,7 +32,7 @@ from architectures.parts.attention.indexer import IndexerConfig
 from architectures.parts.cache import Cache
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context, FirstLayerValues, KeysAndValues
-from architectures.parts.report import Report
+from architectures.parts.context import Report
 from common.errors import RequestError
 
 GATE = 'output_gate'  # the name of the gate's weight, and of its product

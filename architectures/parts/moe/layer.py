@@ -25,13 +25,12 @@ import jax.numpy as jnp
 from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.context import Context, Report
 from architectures.parts.layers import ClampConfig
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import routing
 from architectures.parts.moe.dispatch import ExpertDropout, ExpertWeights
 from architectures.parts.moe.routing import MoEConfig
-from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import require
 

@@ -64,7 +64,7 @@ import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import hash_uint32
-from architectures.parts.report import Report
+from architectures.parts.context import Report
 from common.errors import RequestError, require
 from common.fields import field, FUNCTION, RECIPE, REGULARISATION, Effect
 from common.fields import RUN, SAFE, SAME, SHAPES, ReadIf

@@ -38,9 +38,8 @@ import numpy as np
 
 from architectures.parts import layers, mixer
 from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.context import Context, Report
 from architectures.parts.recurrent import features, layer, mamba2, recurrence
-from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import RequestError
 from common.fields import field, SHAPES

@@ -38,10 +38,9 @@ import numpy as np
 
 from architectures.parts import layers, mixer
 from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.context import Context, Report
 from architectures.parts.recurrent import features, layer
 from architectures.parts.recurrent import linear_attention, recurrence
-from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import require
 from common.fields import field, SHAPES

@@ -22,9 +22,8 @@ import jax.numpy as jnp
 
 from architectures.parts import layers, mixer, sharding
 from architectures.parts.config import LayerKind, ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.context import Context, Report
 from architectures.parts.recurrent import features
-from architectures.parts.report import Report
 from common.fields import field, MOST_TAPS, SHAPES
 
 
