@@ -473,7 +473,7 @@ def _unread_fields_of_layer_kind(config: ModelConfig, kind_name: str
   """
   layer = config.layer_config(kind_name)
   read, conditions = fields_of_layers(layer), _conditions_of_reading(layer)
-  sources = blocks.mixer_of_layers(layer).sources
+  sources = blocks.MIXERS[layer.mixer].sources
   unread = {}
   for name, value in flatten_groups(config.kinds[kind_name].overrides).items():
     model_field = _name_of_model_field(name)
@@ -567,7 +567,7 @@ def _unneeded_sources_of_sizes(config: ModelConfig, tree: Mapping[str, Any]
   mixers: dict[str, None] = {}
   sources = set(FIELDS)
   for layer in config.distinct_layers:
-    sources &= set(blocks.mixer_of_layers(layer).sources)
+    sources &= set(blocks.MIXERS[layer.mixer].sources)
     mixers[f'model.{layer.mixer}'] = None
   if not sources:
     return {}

@@ -748,7 +748,9 @@ def make_searches(plan: plans.Plan) -> list[Search]:
 PHASES = {phase.name: phase for phase in (
     Noise(name='noise', block=0, seeds=5, part='first',
           decide=noise.measure_noise),
-    Tune(name='tune', block=1, seeds=1, part='first', min_seeds=1),
+    # One seed would choose among rates by the noise of a run, and verdicts
+    # would rest on that choice.
+    Tune(name='tune', block=1, seeds=3, part='first', min_seeds=1),
     Screen(name='screen', block=2, seeds=5, part='first',
            decide=decide.screen_variants),
     Rescreen(
