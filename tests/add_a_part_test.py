@@ -5,6 +5,7 @@ folder outside the project, and there set its fields, train, resume, evaluate
 and are refused by the programs themselves.
 """
 
+import importlib
 import json
 import pathlib
 import re
@@ -12,6 +13,7 @@ import re
 import pytest
 
 from tests.helpers import forked, studies
+from training import plugins
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / 'docs/tutorials/add_a_part.md'
@@ -380,3 +382,9 @@ def test_an_entry_that_is_there_already_is_refused(tmp_path):
                cwd=tmp_path, code=2)
   sentence = "NORMS has 'rmsnorm', which architectures.parts.layers has already"
   assert sentence in result.stderr
+
+
+@pytest.mark.parametrize('table', plugins.MODULE_OF_TABLE)
+def test_a_table_that_a_file_may_add_to_is_where_it_is_looked_for(table):
+  module = importlib.import_module(plugins.MODULE_OF_TABLE[table])
+  assert hasattr(module, table)

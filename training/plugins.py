@@ -62,7 +62,7 @@ MODULE_OF_TABLE = {
     'POSITIONS': 'architectures.parts.positions',
     'SCALINGS': 'architectures.parts.positions',
     'BLOCKS': 'architectures.parts.blocks',
-    'RESIDUALS': 'architectures.parts.blocks',
+    'RESIDUALS': 'architectures.parts.streams',
     'MIXERS': 'architectures.parts.blocks',
     'MEMORIES': 'architectures.parts.lookup',
     'ROUTERS': 'architectures.parts.moe.routing',

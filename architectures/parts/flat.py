@@ -668,12 +668,13 @@ def make_model(tree: Mapping[str, Any]) -> ModelConfig:
 
   # Heads that nothing is derived from need not divide the width.
   is_divided = fields['head_dim'] or config.d_model % config.num_heads == 0
-  unneeded_sizes = _unneeded_sources_of_sizes(config, tree)
-  if not is_divided and 'num_heads' not in unneeded_sizes:
-    raise RequestError(
-        f'model.num_heads is {config.num_heads}, which does not divide '
-        f'model.d_model {config.d_model}: choose a divisor, or set '
-        'model.head_dim')
+  if not is_divided:
+    unneeded_sizes = _unneeded_sources_of_sizes(config, tree)
+    if 'num_heads' not in unneeded_sizes:
+      raise RequestError(
+          f'model.num_heads is {config.num_heads}, which does not divide '
+          f'model.d_model {config.d_model}: choose a divisor, or set '
+          'model.head_dim')
   return config
 
 

@@ -32,6 +32,8 @@ def _fault(fault: dict) -> None:
     raise KeyError('raised on purpose')
   os.kill(os.getpid(), {'kill': signal.SIGKILL, 'term': signal.SIGTERM}[
       fault['kind']])
+  # The service that spreads SIGTERM takes longer than several of these steps.
+  time.sleep(1)
 
 
 def _watch_steps(faults: list[dict]) -> None:

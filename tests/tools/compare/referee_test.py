@@ -59,7 +59,8 @@ def _write_printed(folder, entry, losses):
 
 def _write_trainer(folder, entry, losses):
   """By transformers, with an earlier checkpoint of each run."""
-  from transformers.trainer_callback import TrainerState
+  callback = pytest.importorskip('transformers.trainer_callback',
+                                 reason='no transformers')
   for seed, run in enumerate(losses):
     history = []
     for step, loss in zip(STEPS, run):
@@ -67,8 +68,8 @@ def _write_trainer(folder, entry, losses):
                   {'eval_loss': float(loss), 'epoch': 0.1, 'step': step}]
       checkpoint = folder / entry / f'seed-{seed}' / f'checkpoint-{step}'
       checkpoint.mkdir(parents=True)
-      TrainerState(log_history=history, global_step=step).save_to_json(
-          str(checkpoint / 'trainer_state.json'))
+      state = callback.TrainerState(log_history=history, global_step=step)
+      state.save_to_json(str(checkpoint / 'trainer_state.json'))
 
 
 def _write_events(folder, entry, losses):
@@ -145,11 +146,11 @@ def test_each_format_gives_scipys_test_of_the_same_runs(
 
 def test_samples_of_lm_eval_are_paired_item_by_item(tmp_path, capsys):
   """By the writer of lm-eval itself."""
-  from lm_eval.loggers import EvaluationTracker
+  loggers = pytest.importorskip('lm_eval.loggers', reason='no lm_eval')
   right = np.random.default_rng(0).integers(2, size=(1, 40)).repeat(2, axis=0)
   right[1, :24], right[1, 24] = 1, 1 - right[0, 24]
   for entry, scores in zip(ENTRIES, right):
-    tracker = EvaluationTracker(output_path=str(tmp_path / entry))
+    tracker = loggers.EvaluationTracker(output_path=str(tmp_path / entry))
     tracker.general_config_tracker.model_name_sanitized = 'model'
     tracker.date_id = '2026-01-01T00-00-00.000000'
     samples = [{'doc_id': i, 'doc': {}, 'target': 0, 'arguments': [('a', 'b')],

@@ -151,10 +151,10 @@ def test_an_error_of_the_machine_is_no_damage(copy, monkeypatch, code, part):
   name = f'_read_{part}'
   read = getattr(checkpoints, name)
 
-  def fail(folder, *args):
+  def fail(folder, *args, **options):
     if folder.name == '30':
       raise OSError(code, os.strerror(code), str(folder))
-    return read(folder, *args)
+    return read(folder, *args, **options)
   monkeypatch.setattr(checkpoints, name, fail)
   with toy_run.open_store(copy) as store:
     if code == errno.EIO:  # which may be of these files alone
