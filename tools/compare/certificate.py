@@ -79,7 +79,7 @@ _QUANTITIES_OF_QUESTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-  """What the runs of one side of a comparison were given, by QUANTITIES.
+  """The quantities that the runs of one side of a comparison were given.
 
   A quantity is a number, or a mapping of what it consists of, such as fields of
   the config, or the words of a CSV. None stands for what is not known.
@@ -286,7 +286,7 @@ def certify_runs(config: Mapping[str, Any], costs: Mapping[str, Any],
   if seconds and not any(map(math.isnan, seconds)):
     values['seconds'] = sum(seconds) / len(seconds)
 
-  # What the starts and the logs of the runs say.
+  # The quantities that the starts and the logs of the runs tell.
   codes, devices, hashes = _provenance_of_runs(folders)
   if codes:
     values['code'] = {'code': '; '.join(codes)}
@@ -361,7 +361,7 @@ def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:
                if name not in point.matched}
     configs[point.name] = dict(sweep.base_config) | changes
     num_seeds[point.name] = len(point.runs)
-  trained_here = [point for point in sweep.points if point.told is None]
+  trained_here = [point for point in sweep.points if point.csv_cells is None]
   tuning = count_recipes({point.name: configs[point.name]
                           for point in trained_here}, num_seeds)
 
@@ -378,9 +378,9 @@ def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:
         seconds=[curves.training_seconds(point.runs[seed].rows)
                  for seed in ended])
   for point in sweep.points:
-    if point.told is not None:
-      certificates[point.name] = certify_told(
-          point.name, point.told, certificates[sweep.base.name],
+    if point.csv_cells is not None:
+      certificates[point.name] = certify_csv_row(
+          point.name, point.csv_cells, certificates[sweep.base.name],
           seeds=point.runs)
   return certificates
 
@@ -408,11 +408,11 @@ def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
         == ('confirm', variant, size, plans.TEXT)]
     if not runs_of_variant:
       continue
-    # What was solved for is no difference; a value that tuning chose is one.
+    # A field that was solved for is no difference; a tuned value is one.
     point = frozen.point(variant, size, plans.TEXT)
-    found = {*point['matched'], *plan.tuning.fields}
+    solved_or_tuned = {*point['matched'], *plan.tuning.fields}
     changes = {name: value for name, value in point['changes'].items()
-               if name not in found}
+               if name not in solved_or_tuned}
     certificates[variant] = certify_runs(
         config=base_config | changes | _tuned_values(plan, outcomes, variant),
         costs=point,
@@ -465,14 +465,15 @@ def _tuning_of_variant(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],
   return {'recipes tried': max(num_tried), 'seeds of each': plan.seeds['tune']}
 
 
-def certify_told(name: str, told: Mapping[str, str], base: Certificate,
+def certify_csv_row(name: str, cells: Mapping[str, str], base: Certificate,
                  seeds: Iterable[int]) -> Certificate:
   """Returns the certificate of a variant that was trained elsewhere, by what
   its CSV tells: a number, SAME for what the base has, or words.
 
   Args:
     name: the name of the variant.
-    told: the cells of the CSV by column, of which those of QUANTITIES are read.
+    cells: the cells of the CSV by column, of which those of QUANTITIES are
+      read.
     base: the certificate of the base.
     seeds: the seeds of the variant.
 
@@ -482,7 +483,7 @@ def certify_told(name: str, told: Mapping[str, str], base: Certificate,
   values: dict[str, Any] = {
       'seeds': {'seeds': ', '.join(map(str, sorted(seeds)))}}
   for column, quantity in QUANTITIES.items():
-    text = (told.get(column) or '').strip()
+    text = (cells.get(column) or '').strip()
     if not text or column == 'seeds':
       continue
     if text == SAME:

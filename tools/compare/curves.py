@@ -136,8 +136,8 @@ class Point:
     flops_per_token: the FLOPs of training on one token.
     tokens: the number of tokens of a whole run.
     runs: the runs by seed.
-    told: of a variant that was trained elsewhere, what the further columns of
-      its CSV tell; None: it was trained here.
+    csv_cells: the further columns of the CSV of a variant that was trained
+      elsewhere; None: it was trained here.
   """
   name: str
   changes: Mapping[str, Any]
@@ -149,7 +149,7 @@ class Point:
   flops_per_token: float
   tokens: int
   runs: Mapping[int, Run]
-  told: Mapping[str, str] | None = None
+  csv_cells: Mapping[str, str] | None = None
 
   @functools.cached_property
   def final_losses(self) -> dict[int, float]:
@@ -350,7 +350,8 @@ def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
     RequestError: for a row that is none, or a variant whose name a point of the
       sweep has.
   """
-  variants, told = _read_csv_of_losses(file, sweep.base_config['train.steps'])
+  variants, cells_of_variant = _read_csv_of_losses(
+      file, sweep.base_config['train.steps'])
   names_of_sweep = {point.name for point in sweep.points}
   names_of_both = variants.keys() & names_of_sweep
   require(not names_of_both, f'{file}: the sweep has a variant of the name '
@@ -377,7 +378,7 @@ def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
         flops_per_token=math.nan,
         tokens=sweep.base.tokens,
         runs=runs,
-        told=told[name]))
+        csv_cells=cells_of_variant[name]))
   return dataclasses.replace(sweep, points=tuple(points))
 
 
@@ -401,7 +402,7 @@ def _read_csv_of_losses(
     RequestError: for a row without variant, seed or loss.
   """
   variants: dict[str, dict[int, list]] = {}
-  told: dict[str, dict[str, str]] = {}
+  cells_of_variant: dict[str, dict[str, str]] = {}
   with open(file, newline='') as text:
     table = csv.DictReader(text)
     for row in table:
@@ -419,10 +420,10 @@ def _read_csv_of_losses(
         loss = None
       # A run has several rows where the CSV has its losses at several steps.
       rows_by_seed = variants.setdefault(variant, {})
-      told.setdefault(variant, row)
+      cells_of_variant.setdefault(variant, row)
       rows = rows_by_seed.setdefault(seed, [])
       rows.append({'split': 'eval', 'step': step, 'loss': loss})
-  return variants, told
+  return variants, cells_of_variant
 
 
 def read_sweep(workdir, description: Mapping[str, Any],

@@ -220,7 +220,7 @@ class LmEvalSamples:
             for line in text.splitlines()]
 
     # One record for each figure and filter, which older versions do not name.
-    # What is no number, such as the parts of a perplexity, has no scores.
+    # A value that is no number, such as parts of a perplexity, is no score.
     records = {}
     for filter_name in dict.fromkeys(row.get('filter', 'none') for row in rows):
       filtered = [row for row in rows
@@ -356,7 +356,7 @@ def read_source(source: pathlib.Path, format_name: str = ''
   if source.is_dir():
     files = sorted(file for file in source.rglob('*') if file.is_file())
 
-  # What each file holds, and the formats.
+  # The format and the content of each file.
   results, titles = [], {}
   for file in files:
     text = _read_text(file)

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   folder, target = pathlib.Path(args.bundles), pathlib.Path(args.page)
-  # What is no study that is over is refused before anything is written.
+  # Anything but an ended study is refused before anything is written.
   content_of_bundle = {}
   for source in args.workdirs:
     with _folder_of_study(pathlib.Path(source)) as workdir:
@@ -94,7 +94,7 @@ def bundle_study(workdir, results: Mapping[str, Any]) -> bytes:
     for path in workdir.glob(pattern):
       name = path.relative_to(workdir).as_posix()
       content_of_file[name] = path.read_bytes()
-  # What is said of the saved results is no part of new ones.
+  # Warnings about the saved results are no part of new ones.
   results = {**results, 'unlike_saved': []}
   content_of_file[results_lib.FILE] = layout.format_with_checksum(results)
   with (gzip.GzipFile(fileobj=file, mode='wb', mtime=0) as packed,

@@ -108,7 +108,7 @@ def recompute_results(workdir, frozen: plans.FrozenPlan) -> dict[str, Any]:
   state.outcomes = [
       run for run in state.outcomes if run.phase in state.finished]
 
-  # What trained the runs is known where they were trained.
+  # The code that trained the runs is known where they were trained.
   provenance = saved['provenance']
   if not saved['study']:
     provenance = results_lib.describe_provenance(workdir)

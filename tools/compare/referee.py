@@ -410,7 +410,7 @@ def _compare_samples(base: Sample, entry: Sample, *, metric: str,
   Returns:
     A row of 'comparisons', without its corrected p and its verdict.
   """
-  # What the steps that the entry saves would have been worth to its base.
+  # The loss that the steps which the entry saves are worth to its base.
   charge = 0.0
   if base.step is not None and entry.step is not None:
     charge = args.loss_per_step * (entry.step - base.step)
@@ -546,7 +546,7 @@ def _find_first_step_below(sample: Sample, metric: str, args
   return row
 
 
-# What is printed.
+# The printed answer.
 
 
 def render_table(answer: Mapping[str, Any]) -> str:
@@ -563,7 +563,7 @@ def render_table(answer: Mapping[str, Any]) -> str:
   for row in answer['comparisons']:
     effect = page.estimate(mean=row['effect'], low=row['low'],
                            high=row['high'], form='+.5f')
-    # What is the same in all rows stands in the paragraph alone.
+    # A value that all rows share stands in the paragraph alone.
     figure, steps, runs_to_decide = '', '', None
     if row['metric'] != answer['metric']:
       figure = row['metric']
@@ -610,7 +610,7 @@ def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
     if names:
       sentences.append(f'{verdict.capitalize()}: {len(names)}{listed}.')
 
-  # What the runs of those that are not decided could have shown.
+  # The differences that the runs of undecided entries could have shown.
   detectable = [row['detectable'] for row in rows
                 if row['verdict'] == decide.NONE_SHOWN and 'detectable' in row]
   if detectable:
