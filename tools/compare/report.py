@@ -82,9 +82,6 @@ def report_as_json(comparison: Comparison) -> dict[str, Any]:
   target = []
   for row in tables.target_table(comparison).rows:
     target.append({name: cell.value for name, cell in row.items()})
-  certificates = {}
-  for variant, given in comparison.certificates.items():
-    certificates[variant] = dataclasses.asdict(given)
   return {'name': comparison.plan.name, 'file': comparison.plan.file,
           'match': comparison.plan.match,
           'base': comparison.plan.base,
@@ -92,7 +89,7 @@ def report_as_json(comparison: Comparison) -> dict[str, Any]:
           'warnings': comparison.warnings,
           'target': target, 'estimates': comparison.estimates,
           'points': metrics.as_json_value(comparison.frozen.points),
-          'certificates': certificates,
+          'certificates': comparison.certificates,
           'excluded': comparison.excluded}
 
 
