@@ -48,8 +48,16 @@ class AttentionConfig:
       'layer.', of_layers=True)
 
   def conditions_of_reading(self, config: Sizes) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as long as another field has its
-    value, each with that field and what it would have to be."""
+    """Returns the fields of this group that have no effect as the config
+    stands. A field that a user sets without effect is refused by this list.
+
+    Args:
+      config: the config of the model, which is not read.
+
+    Returns:
+      {field without effect: the other field that switches it off, and the
+      condition under which it would be read}.
+    """
     del config
     conditions = {}
     if not self.attention_log_scale:

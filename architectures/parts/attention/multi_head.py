@@ -55,20 +55,24 @@ class Attention(nn.Module):
         self.config).score_factor(self.config)
 
   def project(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
-    """Returns the product W x that makes queries, keys or values, with a weight
-    that this method declares.
+    """Makes queries, keys or values of the layer's input, as the product W x.
+    The weight W is declared here.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features of
+    a head.
 
     Args:
       name: 'query', 'key' or 'value', the name of the weight.
-      x_BLD: the input, [batch, length, d_model].
+      x_BLD: the input.
       ctx: the context of the layer.
 
     Returns:
-      [B, L, heads, K]: num_heads heads of queries, or num_kv_heads of keys or
-      values.
+      The product, [B, L, H, K], with num_heads heads of queries, or
+      num_kv_heads of keys or values.
     """
     config = self.config
-    # Keys and values may have fewer heads than queries.
+    # Keys and values may have fewer heads than queries. `gain` multiplies the
+    # weight's initial values.
     heads, axis, gain = config.num_kv_heads, 'kv_heads', 1.0
     if name == 'query':
       heads, axis = config.num_heads, 'heads'
@@ -86,21 +90,29 @@ class Attention(nn.Module):
                      q_BLHK: jax.Array, k_BMJK: jax.Array,
                      k_positions_BM: jax.Array, ctx: Context
                      ) -> kernels.VisibleKeys:
-    """Returns `visible` with a bias on the scores, where the position encoding
-    has one that each layer makes of its own parameters; else `visible` itself.
+    """Adds to a mask the bias on attention's scores that this layer makes of
+    its own parameters, as some position encodings have one.
+
+    The suffixes name axes: B batch, L queries, D d_model, M keys, H heads of
+    queries, J heads of keys, K features of a head.
 
     Args:
       visible: which keys the queries see.
-      x_BLD: the layer's input, [batch, length, d_model].
-      q_BLHK: queries, [batch, length L, heads H, features K].
-      k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
-      k_positions_BM: the positions of the keys, [batch, M].
+      x_BLD: the layer's input.
+      q_BLHK: queries.
+      k_BMJK: keys.
+      k_positions_BM: the positions of the keys.
       ctx: the context of the layer.
+
+    Returns:
+      `visible` with the bias [B, H, L, M]; `visible` itself where the position
+      encoding has no such bias.
     """
     make_bias = positions.position_of(self.config).layer_bias
     if not make_bias:
       return visible
-    # The mask has a mark of the bias: fused kernels cannot add one.
+    # The mask is marked too, so that no fused kernel is chosen: these cannot
+    # add a bias.
     bias_BHLM = make_bias(self, x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
     return visible._replace(mask=visible.mask.replace(has_bias=True),
                             bias_BHLM=bias_BHLM)
@@ -176,13 +188,14 @@ class Attention(nn.Module):
 
   def project_output(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
                      ) -> jax.Array:
-    """Returns y = W_o o, the output of the layer, after a gate on o where
-    model.attention_gate names one (GATES).
+    """Makes the output of the layer of the results of its heads, y = W_o o. If
+    model.attention_gate names a gate, o is multiplied by it first.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model], of which the gate is
-        made.
-      o_BLHK: the results of the heads, [batch, length, heads, features].
+      x_BLD: the layer's input, which the gate is made of.
+      o_BLHK: the results of the heads.
       ctx: the context of the layer.
 
     Returns:
@@ -219,22 +232,26 @@ class Attention(nn.Module):
   def apply_indexer(self, x_BLD: jax.Array, query_input_BLU: jax.Array,
                     axis: str, ctx: Context, cache: Optional[Cache]
                     ) -> tuple[Optional[indexer.Index], Optional[Cache]]:
-    """Applies the indexer, a small attention that chooses which keys a query
-    sees (indexer.py), where the layer has one.
+    """Makes the queries and keys of the layer's indexer, a small attention that
+    chooses which keys a query of the layer may see (DeepSeek-V3.2).
+
+    The suffixes name axes: B batch, L length, D d_model, U features.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      query_input_BLU: the input of the product that makes queries, [batch,
-        length, features]: the layer's input, or a smaller vector made of it.
-      axis: the logical axis of these features.
+      x_BLD: the layer's input.
+      query_input_BLU: what the layer makes its own queries of: its input, or a
+        smaller vector made of it.
+      axis: the logical axis of the features U, by which the indexer's weight is
+        split over devices.
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
 
     Returns:
-      The indexer's queries and keys of the tokens, or None where the layer has
-      no indexer; and the cache with the inputs of the indexer's next keys. The
-      keys themselves are not written here, but by `write_and_read_cache`.
+      The indexer's queries and keys, or None where the layer has no indexer;
+      and the cache with what the next keys will be made of. The keys themselves
+      are written into the cache later, by `write_and_read_cache`.
     """
+    # A layer has an indexer if its rule of attention keeps only the top keys.
     if not kernels.RULES[self.kind.attention].top:
       return None, cache
     previous_inputs = None if cache is None else cache.inputs
@@ -302,16 +319,22 @@ class Attention(nn.Module):
   def _indexer_loss(self, scored: indexer.ScoredKeys, q_BLHK: jax.Array,
                     k_BMJK: jax.Array, seen_BLM: Optional[jax.Array],
                     ctx: Context, **score_arguments: Any) -> jax.Array:
-    """Returns the loss that teaches the indexer where attention goes:
-    loss_weight * KL(p || softmax of its scores), with p the mean over heads of
-    the attention's weights.
+    """Returns the loss that teaches the indexer (the small attention that
+    chooses keys) where the layer's attention goes:
+
+      loss_weight * KL(p || softmax of the indexer's scores)
+
+    where p is the mean over heads of the layer's attention weights.
+
+    The suffixes name axes: B batch, L queries, M keys, H heads of queries, J
+    heads of keys, K features of a head.
 
     Args:
       scored: the indexer's scores of the keys.
-      q_BLHK: queries, [batch, length L, heads H, features K].
-      k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
+      q_BLHK: queries of the layer.
+      k_BMJK: keys of the layer.
       seen_BLM: bool, which keys a query sees; None: all.
-      ctx: the context of the layer.
+      ctx: the context of the layer, which says which tokens are padding.
       **score_arguments: the other arguments of kernels.attention_weights.
     """
     # The target has no gradient: the loss moves the indexer alone.
@@ -323,15 +346,19 @@ class Attention(nn.Module):
   def _hide_all_but_best_keys(
       self, visible: kernels.VisibleKeys, scored: indexer.ScoredKeys,
       num_keys: int) -> kernels.VisibleKeys:
-    """Returns `visible` with only the top_k keys of each query that an indexer
-    scores highest, of those that it sees.
+    """Hides from each query all but the top_k keys that an indexer scores
+    highest among those that the query sees.
 
     Args:
       visible: which keys the queries see.
       scored: the indexer's scores of the keys.
-      num_keys: how many keys there are. With a top_k of 0, or of all keys or
-        more, `visible` is returned.
+      num_keys: how many keys there are.
+
+    Returns:
+      `visible` with fewer keys.
     """
+    # There is nothing to hide with a top_k of 0 (which stands for all keys), or
+    # where there are no more keys than top_k.
     top_k = self.config.part(IndexerConfig).top_k
     if not 0 < top_k < num_keys:
       return visible
@@ -413,23 +440,26 @@ class SelfAttention(Attention):
   def make_keys_and_values(
       self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
       ) -> tuple[KeysAndValues, Optional[FirstLayerValues], Optional[Cache]]:
-    """Returns the keys and values of the tokens, after all steps that change
-    them (steps.py).
+    """Makes the keys and values of the tokens, and applies all steps that
+    change them, such as a norm and the rotation by position.
+
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, K
+    features of a head.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
+      x_BLD: the layer's input.
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
 
     Returns:
       A tuple of three:
-        keys and values, [batch, length, heads of keys J, features K] each;
-        the values of the first layer, which the next layer mixes into its own;
-          None without model.value_residual;
+        keys and values, [B, L, J, K] each;
+        the values of the model's first layer, which the next layer mixes into
+          its own; None without model.value_residual;
         the cache, with the last inputs of the convolutions.
     """
-    # With keys_as_values the values start as the keys. Both then go their own
-    # way: the keys' steps come last, so that values have no part in them.
+    # With keys_as_values the values start as the keys. The steps of the keys
+    # come last, so that the values do not go through them.
     k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx=ctx,
                                               cache=cache)
     v_BLJK = k_BLJK
@@ -452,17 +482,20 @@ class SelfAttention(Attention):
   def project_and_convolve(
       self, name: str, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
       ) -> tuple[jax.Array, Optional[Cache]]:
-    """Returns the product W x that makes queries, keys or values, and with
-    model.attention_conv a convolution of it over the last few tokens.
+    """Makes queries, keys or values of the layer's input, as the product W x.
+    With model.attention_conv, a convolution over the last few tokens follows.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features of
+    a head.
 
     Args:
-      name: 'query', 'key' or 'value'.
-      x_BLD: the layer's input, [batch, length, d_model].
+      name: 'query', 'key' or 'value', the name of the weight.
+      x_BLD: the layer's input.
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
 
     Returns:
-      The products, [B, L, heads, K], and the cache, with the convolution's last
+      The result, [B, L, H, K], and the cache, with the convolution's last
       inputs.
     """
     axis = 'heads' if name == 'query' else 'kv_heads'
@@ -477,25 +510,24 @@ def write_and_read_cache(
     keys: KeysAndValues, index: Optional[indexer.Index], ctx: Context,
     cache: Optional[Cache], reads_slots: bool
     ) -> tuple[KeysAndValues, Optional[indexer.Index], Optional[Cache]]:
-  """Writes the tokens' keys and values into the cache, and reads from it those
-  that the queries meet.
+  """Writes the keys and values of new tokens into the cache, and returns those
+  that the queries are multiplied with.
 
   Args:
-    keys: the keys and values of the tokens.
-    index: the indexer's queries and keys of the tokens; None: there is no
-      indexer.
-    ctx: the context of the layer.
+    keys: the keys and values of the new tokens.
+    index: the queries and keys of the new tokens in an indexer, the small
+      attention that chooses keys; None: the layer has no indexer.
+    ctx: the context of the layer, which has the tokens' positions.
     cache: the layer's cache; None: there is none.
-    reads_slots: whether the queries meet all tokens in the cache, and not only
-      the tokens that are given.
+    reads_slots: whether the queries meet all tokens of the cache, and not only
+      the new ones.
 
   Returns:
     A tuple of three:
-      the keys and values that the queries meet: those of the tokens, or with
-        `reads_slots` all slots of the cache;
-      the indexer's queries, and its keys of the same tokens; None without an
-        indexer;
-      the cache with the tokens; None: there is none.
+      the keys and values that the queries meet: those of the new tokens or,
+        with `reads_slots`, of all slots (places for a token) of the cache;
+      `index`, with the indexer's keys of the same tokens;
+      the cache with the new tokens; None if there is none.
   """
   if cache is None:
     return keys, index, None
@@ -528,20 +560,24 @@ class CrossAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
-    """Returns attention of the tokens to a memory z, the result of an encoder:
+    """Computes cross-attention: each token attends to a memory z, the result of
+    an encoder.
 
       y_l = W_o sum over m of softmax over m (scale q_l k_m) v_m
       q_l = W_q x_l,   k_m = W_k z_m,   v_m = W_v z_m
 
+    The suffixes name axes: B batch, L length, D d_model, M tokens of the
+    memory, H heads of queries, J heads of keys, K features of a head.
+
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      ctx: the context of the call, with the memory; without it the cache has
-        its keys and values.
-      cache: what the layer keeps; None: there is none.
+      x_BLD: the layer's input.
+      ctx: the context of the call, with the memory. While decoding it has none,
+        and the cache has the memory's keys and values.
+      cache: what the layer keeps between calls; None: there is none.
 
     Returns:
       The output [B, L, D], the cache with the memory's keys and values, and a
-      report with the attention weights where they are kept.
+      report, which holds the attention weights if the context asks for them.
     """
     # Queries of the tokens, and keys and values of the memory: the first call
     # is given the memory and puts these into the cache, later ones read them.
@@ -570,11 +606,18 @@ class CrossAttention(Attention):
 
   def make_keys_and_values(self, memory_BMD: jax.Array, ctx: Context
                            ) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys and the values of the memory, [B, M, J, K] each.
+    """Makes the keys and the values of the memory, which is what
+    cross-attention attends to.
+
+    The suffixes name axes: B batch, M tokens of the memory, D d_model, J heads
+    of keys, K features of a head.
 
     Args:
-      memory_BMD: the result of the encoder, [batch, tokens M, d_model].
+      memory_BMD: the result of the encoder.
       ctx: the context of the layer.
+
+    Returns:
+      The keys and the values, [B, M, J, K] each.
     """
     # With keys_as_values the values start as the keys, before any step.
     k_BMJK = self.project_and_apply_steps('key', memory_BMD, steps_to_apply=(),
@@ -593,18 +636,21 @@ class CrossAttention(Attention):
   def project_and_apply_steps(
       self, name: str, x_BLD: jax.Array, steps_to_apply: tuple, ctx: Context
       ) -> jax.Array:
-    """Returns the product W x that makes queries, keys or values, after steps
-    such as a norm.
+    """Makes queries, keys or values of an input, as the product W x, and
+    applies steps to it, such as a norm.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features of
+    a head.
 
     Args:
-      name: 'query', 'key' or 'value'.
-      x_BLD: the input, [batch, length, d_model].
-      steps_to_apply: steps of steps.py, functions (module, name, x_BLHK, ctx)
-        -> x_BLHK, in their order.
+      name: 'query', 'key' or 'value', the name of the weight.
+      x_BLD: the input.
+      steps_to_apply: functions (module, name, x_BLHK, ctx) -> x_BLHK of
+        steps.py, in the order in which they are applied.
       ctx: the context of the layer.
 
     Returns:
-      [B, L, heads, K].
+      The result, [B, L, H, K].
     """
     axis = 'heads' if name == 'query' else 'kv_heads'
     x_BLHK = self.project(name, x_BLD, ctx)
@@ -615,8 +661,15 @@ class CrossAttention(Attention):
 
 
 def visible_keys_of_memory(ctx: Context) -> kernels.VisibleKeys:
-  """Returns which tokens of the encoder's result each token sees: those of its
-  segment (document), or all where the memory is not cut into segments."""
+  """Returns which tokens of the memory (the encoder's result) each token of the
+  decoder sees. These are the tokens of its own segment (document), or all
+  tokens where the memory has no segments.
+
+  The suffixes name axes: B batch, L queries, M tokens of the memory.
+
+  Args:
+    ctx: the context of the layer, which has the memory and the segment ids.
+  """
   k_ids_BM = ctx.memory.segment_ids_BM
   if k_ids_BM is None:
     return kernels.VisibleKeys(kernels.Mask())
@@ -635,19 +688,24 @@ class MultiHead(mixer.Mixer):
   positional = turns_heads = has_scores = True
 
   def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> Cache:
-    """Returns an empty cache of a layer.
+    """Returns an empty cache for a layer of attention.
+
+    The suffixes name axes: B rows of the batch, M slots (places for a token), J
+    heads of keys, K features of a head.
 
     Args:
       config: the config of the layer.
-      shape: (..., rows, tokens), for how many tokens there is room.
+      shape: (..., rows, tokens): the rows of the batch, and for how many tokens
+        of a row there is room.
 
     Returns:
       A cache of zeros, with keys and values, the keys of an indexer, and the
-      last inputs of convolutions; None in place of each that the layer lacks.
+      last inputs of convolutions. What the layer does not have is None.
     """
     key_BMJK = value_BMJK = None
     fields = config.part(AttentionConfig)
-    # A layer that shares an earlier layer's keys and values has only queries.
+    # The keys and values. A layer that shares those of an earlier layer has
+    # only queries.
     heads_of_convolution = {'query': config.num_heads}
     if not fields.kv_sharing:
       heads_of_convolution['key'] = config.num_kv_heads
@@ -655,7 +713,7 @@ class MultiHead(mixer.Mixer):
       slots = *shape, config.num_kv_heads, config.head_dim
       key_BMJK = jnp.zeros(slots, config.compute_dtype)
       value_BMJK = jnp.zeros(slots, config.compute_dtype)
-    # A convolution over W tokens keeps the last W - 1, whatever has room.
+    # A convolution over W tokens needs the last W - 1, however long the row is.
     inputs = indexer.empty_block_inputs(config, shape)
     if fields.attention_conv:
       for name, heads in heads_of_convolution.items():
@@ -705,13 +763,19 @@ class MultiHead(mixer.Mixer):
 
 def _gate_features(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
                    deterministic: bool) -> jax.Array:
-  """Returns o * sigmoid(W_g x), with a gate for each feature of each head.
+  """Multiplies the results of attention's heads by gates sigmoid(W_g x), one
+  for each feature of each head.
+
+  The suffixes name axes: B batch, L length, D d_model, H heads, K features.
 
   Args:
-    module: the layer's attention, in which W_g is declared.
-    x_BLD: the layer's input, [batch, length, d_model].
-    o_BLHK: the results of the heads, [batch, length, heads, features].
+    module: the layer's attention, in which the weight W_g is declared.
+    x_BLD: the layer's input.
+    o_BLHK: the results of the heads.
     deterministic: whether there is no dropout, as outside of training.
+
+  Returns:
+    The gated results, [B, L, H, K].
   """
   H, K = o_BLHK.shape[2:]
   axes = 'embed', 'heads', 'head'
@@ -723,17 +787,24 @@ def _gate_features(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
 
 def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
                 deterministic: bool) -> jax.Array:
-  """Returns o * sigmoid(W_g x), with a gate for each head.
+  """Multiplies the results of attention's heads by gates sigmoid(W_g x), one
+  for each head.
 
-  Heads need not grow in number with the width of a model. So in muP W_g x is
-  treated as logits are: divided by how many times as wide the model is as its
-  base model.
+  A wider model need not have more heads. So under muP W_g x is treated as
+  logits are: it is divided by `widening`, the ratio of the model's width to
+  that of the base model whose hyperparameters it takes. Otherwise `widening` is
+  1.
+
+  The suffixes name axes: B batch, L length, D d_model, H heads, K features.
 
   Args:
-    module: the layer's attention, in which W_g is declared.
-    x_BLD: the layer's input, [batch, length, d_model].
-    o_BLHK: the results of the heads, [batch, length, heads, features].
+    module: the layer's attention, in which the weight W_g is declared.
+    x_BLD: the layer's input.
+    o_BLHK: the results of the heads.
     deterministic: whether there is no dropout, as outside of training.
+
+  Returns:
+    The gated results, [B, L, H, K].
   """
   H, axes = o_BLHK.shape[2], ('embed', 'heads')
   z_BLH = layers.dense(
@@ -745,14 +816,17 @@ def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
 
 def _gate_of_logits(module: Any, z: jax.Array, axes: tuple[str, ...]
                     ) -> jax.Array:
-  """Returns the gate sigmoid(z + bias), where the bias is there with
-  model.attention_bias; muP does not divide it.
+  """Returns the gates sigmoid(z + bias). Without model.attention_bias there is
+  no bias.
 
   Args:
-    module: the layer's attention.
-    z: the logits, [B, L, H, K] or [B, L, H].
-    axes: the logical axes of z after the length.
+    module: the layer's attention, in which the bias is declared.
+    z: the logits, [batch, length, heads] or [batch, length, heads, features].
+    axes: the logical axes of z after the length, by which it is split over
+      devices.
   """
+  # The bias is added here, after the caller's division by muP's factor, which
+  # must not divide it.
   if module.config.attention_bias:
     bias = layers.bias(module, f'{GATE}_bias', shape=z.shape[2:], axes=axes)
     z = layers.add_bias(z, bias)

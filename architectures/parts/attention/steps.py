@@ -36,25 +36,32 @@ VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
 def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
                    axes: tuple[str, str], ctx: Context, cache: Optional[Cache]
                    ) -> tuple[jax.Array, Optional[Cache]]:
-  """Returns queries, keys or values after a short convolution (Primer's
-  multi-DConv-head attention: So et al. 2021, arXiv 2109.08668, section 3, with
-  3 tokens),
+  """Applies a short convolution over tokens to queries, keys or values
+  (Primer's multi-DConv-head attention: So et al. 2021, arXiv 2109.08668,
+  section 3, there over 3 tokens):
 
     x'_l = sum over i < W of w_i * x_(l - W + 1 + i),   W = model.attention_conv
 
-  and the cache, which holds the last W - 1 inputs. Each feature of each head
-  has weights of its own. Through it a token sees the W - 1 tokens before it in
-  its document.
+  Each feature of each head has weights of its own. A token sees the W - 1
+  tokens before it in its document.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head, W
+  tokens of the convolution.
 
   Args:
     module: the layer's attention, in which the weights are declared.
     name: 'query', 'key' or 'value', what x is.
-    x_BLHK: the inputs of the convolution, [batch, length, heads, features].
-    axes: the logical axes of its heads and of their features.
+    x_BLHK: the inputs of the convolution.
+    axes: the logical axes of heads and of features, by which the weights are
+      split over devices.
     ctx: the context of the layer.
     cache: the layer's cache; None: there is none.
+
+  Returns:
+    The convolved x, [B, L, H, K], and the cache with the last W - 1 inputs,
+    which the next tokens need; None without a cache.
   """
-  # A cache has the last inputs of each convolution by its name.
+  # A cache keeps the last inputs of each of the three convolutions by name.
   previous_BWHK = None if cache is None else cache.inputs[name]
   W = module.config.part(AttentionConfig).attention_conv
   x_BLHK, last_BWHK = features.declare_and_convolve(
@@ -68,17 +75,23 @@ def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
 
 def normalise_heads(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
                     ) -> jax.Array:
-  """Returns queries or keys after a norm (QK-norm), or unchanged without
-  model.qk_norm.
+  """Normalises queries or keys (QK-norm). Without model.qk_norm they are
+  returned unchanged.
 
-  The norm is taken over each head by itself (Qwen3) or over all heads at once
-  (OLMo 2). It is the norm of the model, or one without parameters.
+  The norm is over each head by itself (Qwen3) or over all heads at once
+  (OLMo 2). It is the model's kind of norm, or one without parameters.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head.
 
   Args:
     module: the layer's attention, in which the norm is declared.
     name: 'query' or 'key', what x is.
-    x_BLHK: queries or keys, [batch, length, heads, features].
-    ctx: the context of the layer, which is not read.
+    x_BLHK: queries or keys.
+    ctx: the context of the layer. It is not read: all such steps have the same
+      arguments.
+
+  Returns:
+    The normalised x, [B, L, H, K].
   """
   del ctx
   config: ModelConfig = module.config
@@ -103,18 +116,23 @@ def normalise_heads(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
 
 def clip_lengths(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
                  ) -> jax.Array:
-  """Returns queries or keys of which none is longer than model.qk_clip
-  (Inkling 2):
+  """Bounds the length of each query or key by model.qk_clip (Inkling 2):
 
     x' = x min(1, clip / |x|)
 
   A query is first multiplied by a learned scale of each feature.
 
+  The suffixes name axes: B batch, L length, H heads, K features of a head.
+
   Args:
     module: the layer's attention, in which the scale is declared.
     name: 'query' or 'key', what x is.
-    x_BLHK: queries or keys, [batch, length, heads, features].
-    ctx: the context of the layer, which is not read.
+    x_BLHK: queries or keys.
+    ctx: the context of the layer. It is not read: all such steps have the same
+      arguments.
+
+  Returns:
+    The bounded x, [B, L, H, K]; x itself with a qk_clip of 0.
   """
   del ctx
   fields = module.config.part(AttentionConfig)
@@ -129,8 +147,8 @@ def clip_lengths(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
                        shape=x_BLHK.shape[2:], role=Role(('heads', 'head')))
     x32_BLHK *= scale_HK[None, None]
 
-  # The length of each head's vector. The bound below the root gives the root a
-  # finite gradient where x is 0.
+  # The length of each head's vector. The minimum under the root keeps its
+  # gradient finite where x is 0.
   squares_BLH1 = jnp.square(x32_BLHK).sum(-1, keepdims=True)
   length_BLH1 = jnp.sqrt(jnp.maximum(squares_BLH1, 1e-30))
   factor_BLH1 = jnp.minimum(fields.qk_clip / (length_BLH1 + 1e-6), 1.0)
@@ -150,17 +168,23 @@ def rotate_by_position(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
 
 def scale_queries_by_position(module: Any, name: str, x_BLHK: jax.Array,
                               ctx: Context) -> jax.Array:
-  """Returns queries that grow with their position, against weights that flatten
-  over more keys (Nakanishi 2025, arXiv 2501.19399; as in Llama 4):
+  """Scales queries up with their position, so that attention's weights do not
+  flatten as the number of keys grows (Nakanishi 2025, arXiv 2501.19399; as in
+  Llama 4):
 
     q' = q (1 + attention_log_scale log(1 + n)),
     n  = floor((position + 1) / attention_log_from)
 
+  The suffixes name axes: B batch, L length, H heads, K features of a head.
+
   Args:
     module: the layer's attention.
-    name: 'query', which is not read.
-    x_BLHK: queries, [batch, length, heads, features].
+    name: 'query'. It is not read: all such steps have the same arguments.
+    x_BLHK: queries.
     ctx: the context of the layer, with the positions.
+
+  Returns:
+    The scaled queries, [B, L, H, K].
   """
   del name
   fields = module.config.part(AttentionConfig)
@@ -190,12 +214,20 @@ def normalise_values(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
 
 def zero_first_values(config: ModelConfig, x_BLD: jax.Array
                       ) -> FirstLayerValues:
-  """Returns the values that the first layer is given as those of the first
-  layer: zeros [B, L, J, K], and the mark that they are not known yet.
+  """Returns a placeholder for the values of the first layer, which later layers
+  mix into their own (value residual): zeros, marked as not known yet. The first
+  layer is given it, so that all layers have inputs of the same structure, as a
+  scan over layers needs.
+
+  The suffixes name axes: B batch, L length, D d_model, J heads of values, K
+  features of a head.
 
   Args:
     config: the config of the first layer.
-    x_BLD: its input.
+    x_BLD: the input of the first layer, which gives B and L.
+
+  Returns:
+    The zeros, [B, L, J, K], with `known` false.
   """
   shape = *x_BLD.shape[:2], config.num_kv_heads, config.head_dim
   zeros_BLJK = jnp.zeros(shape, config.compute_dtype)
@@ -207,29 +239,35 @@ def zero_first_values(config: ModelConfig, x_BLD: jax.Array
 def mix_first_values(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
                      first: Optional[FirstLayerValues]
                      ) -> tuple[jax.Array, Optional[FirstLayerValues]]:
-  """Returns the values, mixed with those of the first layer, and the latter for
-  the next layer (value residual: Zhou et al. 2024, arXiv 2410.17897; with one
-  learned number a layer, as in modded-nanogpt):
+  """Mixes the values of the first layer into the values of this layer n (value
+  residual: Zhou et al. 2024, arXiv 2410.17897; with one learned number a layer,
+  as in modded-nanogpt):
 
     v'_n = (1 - lambda_n) v_n + lambda_n v_1,   lambda_n = 1/2 at first
 
-  v_1 are the same token's values in the first layer, which mixes them with
-  themselves. So a layer needs of the first one only what it makes of the tokens
-  that it is given, and a cache of keys and values holds what was mixed already.
+  v_1 are the same token's values in the first layer. A cache holds values that
+  are mixed already, so only the values of new tokens are passed on here.
+
+  The suffixes name axes: B batch, L length, D d_model, J heads of values, K
+  features of a head.
 
   Args:
-    module: the layer's attention.
-    x_BLD: the input of the product that makes the values.
-    v_BLJK: the values.
-    first: the first layer's values, from the layer before; None: this layer is
-      alone.
+    module: the layer's attention, in which lambda is declared.
+    x_BLD: the layer's input, which gives the shape of missing values.
+    v_BLJK: the values of this layer.
+    first: the first layer's values, passed on by the layer before; None: the
+      layer is used by itself.
+
+  Returns:
+    The mixed values, [B, L, J, K], and the first layer's values for the next
+    layer; None in their place without model.value_residual.
   """
   config: ModelConfig = module.config
   fields = config.part(AttentionConfig)
   if not fields.value_residual:
     return v_BLJK, None
 
-  # In the first layer its own values stand in for those of the first layer.
+  # The first layer is given zeros marked as unknown: its own values are v_1.
   if first is None:
     first = zero_first_values(config, x_BLD)
   first_BLJK = jnp.where(first.known, first.value_BLJK, v_BLJK)
@@ -247,28 +285,33 @@ def mix_first_values(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
 
 def add_value_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
                         ctx: Context) -> jax.Array:
-  """Returns the values plus, for each token, a vector of its own (value
-  embedding: modded-nanogpt; the gate is nanochat's, which reads a few features
-  of x, and here reads them all):
+  """Adds to the values an embedding of the token (value embedding:
+  modded-nanogpt; with nanochat's gate, but made of all features of x):
 
     v' = v + 2 sigmoid(W_g x) e[token],   W_g = 0 at first
 
-  e is a table of the layer's own, with a row of all heads for each token, and
-  the gate has one number for each head.
+  Each layer has its own table e, with a vector of all heads for each token of
+  the vocabulary. The gate has one number for each head.
+
+  The suffixes name axes: B batch, L length, D d_model, V vocabulary, J heads of
+  values, K features of a head.
 
   Args:
-    module: the layer's attention.
+    module: the layer's attention, in which the table and W_g are declared.
     x_BLD: the layer's input.
     v_BLJK: the values.
     ctx: the context of the layer, with the tokens.
+
+  Returns:
+    v', [B, L, J, K]; v without model.value_embedding.
   """
   config: ModelConfig = module.config
   fields = config.part(AttentionConfig)
   if not fields.value_embedding:
     return v_BLJK
 
-  # The rows of the table, which is gathered whole over fsdp first, as the
-  # embedding of tokens.
+  # Look up the tokens. The table is split over the devices of the mesh axis
+  # 'fsdp' and gathered first, as the embedding of the model's input is.
   J, K = v_BLJK.shape[2:]
   table_VJK = declare(
       module, 'value_embedding',
@@ -279,7 +322,8 @@ def add_value_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
       table_VJK, None, 'kv_heads', 'head')
   e_BLJK = gathered_VJK[ctx.tokens_BL].astype(v_BLJK.dtype)
 
-  # The gate. A wider model may have as many heads: in muP these are logits.
+  # The gate. A wider model need not have more heads, so under muP its logits
+  # are divided by the widening, as those of the vocabulary are.
   gate_DJ = declare(
       module, 'value_gate', init=nn.initializers.zeros,
       shape=(x_BLD.shape[-1], J),
@@ -304,15 +348,20 @@ def add_value_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
 
 def join_values_of_head_pairs(config: ModelConfig, v_BMJK: jax.Array
                               ) -> jax.Array:
-  """Returns the values of pairs of heads for the differential attention above,
-  or the values as they are without model.attention_difference.
+  """Joins the values of each pair of heads, as differential attention needs
+  (Ye et al. 2024, arXiv 2410.05258): both heads of a pair weigh the values
+  [v_1, v_2] of both.
+
+  The suffixes name axes: B batch, M tokens, J heads of values, K features of a
+  head, U = 2 K.
 
   Args:
     config: the config of the layer.
-    v_BMJK: the values, [batch, tokens M, heads of keys J, features K].
+    v_BMJK: the values.
 
   Returns:
-    [B, M, J, 2 K]: for each head the values [v_1, v_2] of its pair.
+    The joined values, [B, M, J, 2 K]; the values as they are without
+    model.attention_difference.
   """
   if not config.part(AttentionConfig).attention_difference:
     return v_BMJK
@@ -324,16 +373,25 @@ def join_values_of_head_pairs(config: ModelConfig, v_BMJK: jax.Array
 
 
 def subtract_head_pairs(module: Any, o_BLHU: jax.Array) -> jax.Array:
-  """Returns the differences of pairs of heads, with model.attention_difference:
+  """Subtracts the second head of each pair from the first (differential
+  attention: Ye et al. 2024, arXiv 2410.05258):
 
-    y = (1 - l) n(o_1 - lambda o_2),   o_i = A_i [v_1, v_2]
+    y      = (1 - l) n(o_1 - lambda o_2),   o_i = A_i [v_1, v_2]
+    lambda = exp(a_1 b_1) - exp(a_2 b_2) + l
 
-  as [B, L, H, K], where each pair has the features of two heads; the equations
-  above define l, n and lambda. Else o is returned.
+  A_i are the attention weights of the pair's heads and v_i their values, n is a
+  norm, a_i and b_i are learned vectors, and l is model.attention_difference.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head, U =
+  2 K.
 
   Args:
-    module: the layer's attention.
-    o_BLHU: the results of the heads, with U = 2 K features each.
+    module: the layer's attention, in which a_i and b_i are declared.
+    o_BLHU: the results o of the heads.
+
+  Returns:
+    y, [B, L, H, K]: a pair's U features stand as those of two heads. Without
+    model.attention_difference o is returned.
   """
   config: ModelConfig = module.config
   fields = config.part(AttentionConfig)
@@ -347,7 +405,8 @@ def subtract_head_pairs(module: Any, o_BLHU: jax.Array) -> jax.Array:
         shape=(config.head_dim,), role=Role(('head',)))
     return vector_K.astype(jnp.float32)
 
-  # The share lambda of the second head.
+  # Lambda, the share of the second head. The vectors are declared in an order
+  # that fixes their initial values by the seed.
   a1_K = declare_vector('a1')
   b1_K = declare_vector('b1')
   a2_K = declare_vector('a2')
