@@ -9,17 +9,19 @@ import dataclasses
 import functools
 import json
 import math
+import pathlib
 from typing import Any
 
 import numpy as np
 
 from common.errors import require
 from tools.compare import certificate as certificates_lib
-from tools.compare import curves, decide, efficiency, layout, page, statistics
+from tools.compare import curves, decide, efficiency, foreign, layout, page
 from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
 from tools.compare import recompute
 from tools.compare import results as results_lib
+from tools.compare import statistics
 from training import evals
 
 LEARNING_RATE_FIELD = 'optim.lr'
@@ -271,7 +273,7 @@ def load_comparison(workdir, rows: str = '') -> Comparison:
   Args:
     workdir: the folder of a sweep or a study.
     rows: the path of a CSV of further variants of a sweep, trained elsewhere
-      (curves.add_variants_of_csv); '': none.
+      (add_variants_of_csv); '': none.
 
   Raises:
     RequestError: where no sweep or study was run there, a file is damaged, or
@@ -547,7 +549,7 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
   """
   sweep = curves.load_sweep(workdir)
   if rows:
-    sweep = curves.add_variants_of_csv(sweep, rows)
+    sweep = add_variants_of_csv(sweep, rows)
 
   # The results that a study would have in its files. Through JSON they get the
   # form that they would have when read from there; NOTHING has what a sweep
@@ -590,6 +592,65 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
       about=[_describe_sweep(sweep)],
       warnings=warnings,
       certificates=certificates)
+
+
+def add_variants_of_csv(sweep: curves.Sweep, file: str) -> curves.Sweep:
+  """Returns a sweep with further variants from a CSV, which were trained
+  elsewhere on the batches of the same seeds; their costs are not known.
+
+  Args:
+    sweep: the sweep that was read.
+    file: the path of the CSV with the columns variant, seed and loss, held out;
+      and step, where a run has several rows. Further columns tell what the
+      variant was given (certificate.QUANTITIES).
+
+  Raises:
+    RequestError: for a run without seed or loss, or a variant whose name a
+      point of the sweep has.
+  """
+  runs_of_variant: dict[str, dict[int, curves.Run]] = {}
+  cells_of_variant: dict[str, dict[str, str]] = {}
+  for log in foreign.read_source(pathlib.Path(file), 'csv'):
+    is_run = (isinstance(log, foreign.ForeignRun) and log.seed is not None
+              and 'loss' in log.curves)
+    require(is_run, f'{file}: {log.path} has no seed or no loss, or has them '
+            'twice: write columns variant, seed, loss and perhaps step')
+    variant = log.path.removesuffix(f'/seed-{log.seed}')
+    require(all(variant != point.name for point in sweep.points), f'{file}: '
+            f'the sweep has a variant of the name {variant!r}, too: call it '
+            'otherwise')
+
+    # The rows of metrics.jsonl, which has None for what is not finite. Without
+    # a column of steps, a loss is the final one.
+    rows = []
+    for step, loss in log.curves['loss'].items():
+      rows.append({'split': 'eval',
+                   'step': step or sweep.base_config['train.steps'],
+                   'loss': loss if math.isfinite(loss) else None})
+    runs_of_variant.setdefault(variant, {})[log.seed] = curves.Run(
+        seed=log.seed, state=layout.DONE, error='',
+        config={**sweep.base_config, 'seed': log.seed}, rows=tuple(rows),
+        evaluations={})
+    given = log.given_until(max(log.curves['loss']))
+    cells_of_variant[variant] = {
+        name: str(value) for name, value in given.items()}
+
+  # What the CSV does not tell is that of the base (config, tokens) or NaN
+  # (costs).
+  costs_of_run = dict.fromkeys(
+      ('params', 'active_params', 'multiplied_params', 'looked_up_params',
+       'flops_per_token'), math.nan)
+  points = list(sweep.points)
+  for name, runs in runs_of_variant.items():
+    points.append(curves.Point(
+        name=name,
+        changes={'rows': f'{file}:{name}'},
+        matched=(),
+        tokens=sweep.base.tokens,
+        runs=runs,
+        csv_cells=cells_of_variant[name],
+        **costs_of_run))
+  return dataclasses.replace(sweep, points=tuple(points))
 
 
 def _frozen_row(point: curves.Point) -> dict[str, Any]:

@@ -549,7 +549,7 @@ def train_command(description: dict, workdir, point: str, seed: int
   changes = point_row(description, point)['changes'] | {'seed': seed}
   for field, value in changes.items():
     # JSON made lists of tuples, which the config asks for.
-    command.append(f'--config.{field}={spec.lists_to_tuples(value)}')
+    command.append(f'--config.{field}={run_config.lists_to_tuples(value)}')
   return command
 
 
