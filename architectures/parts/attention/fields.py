@@ -43,6 +43,19 @@ class AttentionConfig:
   keys_as_values: bool = field(
       False, 'values are the keys, before their norm and their positions',
       of_layers=True)
+  key_offset: bool = field(
+      False, 'The features of a key that the position encoding does not rotate '
+      'are those of the token before.', of_layers=True)
+  learned_log_scale: bool = field(
+      False, 'A learned factor of the queries of each head, linear in the '
+      'logarithm of their position.', of_layers=True)
+  attention_exclusive: str = field(
+      'none', "The part of a head's result along its token's own value that "
+      'is removed: none, all of it, or a learned share of it.',
+      choices=('none', 'all', 'learned'), of_layers=True)
+  context_norm: bool = field(
+      False, "A norm of each head's result, before its gate: rmsnorm_plain.",
+      of_layers=True)
   kv_sharing: bool = field(
       False, 'A layer reads the keys and values of one before it: of a kind of '
       'layer.', of_layers=True)
@@ -67,7 +80,7 @@ class AttentionConfig:
         conditions[name] = ReadIf('qk_norm', 'is set')
     if self.kv_sharing:
       for name in ('value_residual', 'value_embedding', 'value_norm',
-                   'keys_as_values'):
+                   'keys_as_values', 'key_offset'):
         conditions[name] = ReadIf('kv_sharing', 'is False')
     return conditions
 

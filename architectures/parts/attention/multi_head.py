@@ -400,8 +400,11 @@ class SelfAttention(Attention):
       keys, index, cache = write_and_read_cache(
           keys, index=index, ctx=ctx, cache=cache, reads_slots=reads_slots)
     k_BMJK, v_BMJK = keys.key_BMJK, keys.value_BMJK
+    own_values_BLJK = v_BMJK
     k_positions_BM = ctx.positions_BL
     if reads_slots:
+      own_values_BLJK = jnp.take_along_axis(
+          v_BMJK, ctx.positions_BL[..., None, None], axis=1)
       k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
     scored, k_positions_BM, (k_BMJK, v_BMJK) = self.choose_keys(
         index, k_positions_BM=k_positions_BM, arrays=(k_BMJK, v_BMJK), ctx=ctx,
@@ -421,6 +424,8 @@ class SelfAttention(Attention):
           visible=visible, ctx=ctx, fused=not reads_slots, strict=cache is None,
           scored=scored)
     o_BLHK = steps.subtract_head_pairs(self, o_BLHK)
+    o_BLHK = steps.remove_own_value(self, o_BLHK, own_values_BLJK)
+    o_BLHK = steps.normalise_results(self, o_BLHK)
 
     # The report takes to later layers the keys and values that they share.
     shared_keys = KeysAndValues(k_BMJK, v_BMJK) if ctx.shared.lends else None
@@ -477,6 +482,7 @@ class SelfAttention(Attention):
 
     for apply_step in steps.KEY_STEPS:
       k_BLJK = apply_step(self, 'key', k_BLJK, ctx)
+    k_BLJK, cache = steps.offset_keys(self.config, k_BLJK, ctx=ctx, cache=cache)
     return KeysAndValues(k_BLJK, v_BLJK), first, cache
 
   def project_and_convolve(
@@ -601,6 +607,7 @@ class CrossAttention(Attention):
           q_BLHK, k_BMJK, v_BMJK, visible=visible_keys_of_memory(ctx), ctx=ctx,
           fused=cache is None, strict=cache is None)
     o_BLHK = steps.subtract_head_pairs(self, o_BLHK)
+    o_BLHK = steps.normalise_results(self, o_BLHK)
     report = Report(memory_weights_BHLM=report.weights_BHLM)
     return self.project_output(x_BLD, o_BLHK, ctx), cache, report
 
@@ -720,6 +727,11 @@ class MultiHead(mixer.Mixer):
         last_inputs = (
             *shape[:-1], fields.attention_conv - 1, heads, config.head_dim)
         inputs[name] = jnp.zeros(last_inputs, config.compute_dtype)
+    # Keys that are offset keep the features of the last one.
+    if fields.key_offset and not fields.kv_sharing:
+      last_features = (*shape[:-1], 1, config.num_kv_heads,
+                       config.head_dim - positions.rotary_dim(config))
+      inputs[steps.KEY_OFFSET] = jnp.zeros(last_features, config.compute_dtype)
     return Cache(key_BMJK=key_BMJK, value_BMJK=value_BMJK,
                  index_BMJK=indexer.empty_key_cache(config, shape),
                  inputs=inputs)
@@ -738,14 +750,30 @@ class MultiHead(mixer.Mixer):
     return ('tensor', 'num_heads'), ('tensor', 'num_kv_heads')
 
   def check(self, config: ModelConfig, stack: str) -> None:
-    """Raises RequestError where heads are to be pairs and cannot be."""
+    """Raises RequestError where heads are to be pairs and cannot be, where the
+    results of pairs are to be without their own values, and where keys are to
+    be offset and have no features for it."""
+    fields = config.part(AttentionConfig)
     has_odd_heads = config.num_kv_heads % 2 != 0
-    difference = config.part(AttentionConfig).attention_difference
+    difference = fields.attention_difference
     if difference and (has_odd_heads or config.parametrization == 'mup'):
       raise RequestError(
           f'model.attention_difference is {difference}: it needs '
           'an even model.num_kv_heads, and model.parametrization standard; '
           f'they are {config.num_kv_heads} and {config.parametrization}')
+    if difference and fields.attention_exclusive != 'none':
+      raise RequestError(
+          f'model.attention_exclusive is {fields.attention_exclusive!r}, and '
+          f'model.attention_difference {difference}: the values of pairs of '
+          "heads are not those of a head; set attention_exclusive='none', or "
+          'attention_difference=0')
+    if fields.key_offset:
+      rope = config.find_part(positions.RopeConfig)
+      if rope is None or rope.proportional or rope.fraction == 1.0:
+        raise RequestError(
+            'model.key_offset is set: it needs features that positions do not '
+            "rotate beside others that they do; set model.position='rope' and "
+            'model.rope.fraction below 1, without rope.proportional')
 
 
 # A gate on what the heads return, before the output's product (Qiu et al. 2025,

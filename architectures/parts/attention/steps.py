@@ -31,6 +31,7 @@ from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
 
 VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
+KEY_OFFSET = 'key_offset'  # the name of its features in a cache
 
 
 def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
@@ -197,6 +198,35 @@ def scale_queries_by_position(module: Any, name: str, x_BLHK: jax.Array,
   return x32_BLHK.astype(x_BLHK.dtype)
 
 
+def scale_queries_by_learned_log(module: Any, name: str, x_BLHK: jax.Array,
+                                 ctx: Context) -> jax.Array:
+  """Returns queries times a learned factor of each head that grows with the
+  logarithm of their position (scalable softmax: Nakanishi 2025, arXiv
+  2501.19399, equation 3 and section 2.3; as in Mistral Large 4):
+
+    q'_h = q_h (a_h log(1 + position) + b_h),   a_h = 0 and b_h = 1 at first
+
+  Args:
+    module: the layer's attention, in which a and b are declared.
+    name: 'query', which is not read.
+    x_BLHK: queries, [batch, length, heads, features].
+    ctx: the context of the layer, with the positions.
+  """
+  del name
+  if not module.config.part(AttentionConfig).learned_log_scale:
+    return x_BLHK
+  shape, role = x_BLHK.shape[2:3], Role(('heads',))
+  slope_H = declare(module, 'log_scale', init=nn.initializers.zeros,
+                    shape=shape, role=role)
+  offset_H = declare(module, 'log_scale_bias', init=nn.initializers.ones,
+                     shape=shape, role=role)
+  log_BL = jnp.log1p(ctx.positions_BL.astype(jnp.float32))
+  factor_BLH = (slope_H[None, None] * log_BL[..., None]
+                + offset_H[None, None])
+  x32_BLHK = x_BLHK.astype(jnp.float32) * factor_BLH[..., None]
+  return x32_BLHK.astype(x_BLHK.dtype)
+
+
 def normalise_values(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
                      ) -> jax.Array:
   """Returns values, each head divided by its root mean square (Gemma 4)."""
@@ -206,6 +236,53 @@ def normalise_values(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
   if not fields.value_norm:
     return x_BLHK
   return layers.PlainRMSNorm(config, 'head', name=f'{name}_norm')(x_BLHK)
+
+
+def offset_keys(config: ModelConfig, k_BLJK: jax.Array, ctx: Context,
+                cache: Optional[Cache]) -> tuple[jax.Array, Optional[Cache]]:
+  """Returns keys of which the features that no position encoding rotates are
+  those of the token before (partial key offset: modded-nanogpt). So one layer
+  can find what followed an earlier occurrence of a token:
+
+    k'_l = (rotated features of k_l, other features of k_(l-1))
+
+  The first token of a document keeps its own. Without model.key_offset the keys
+  are returned as they are.
+
+  Args:
+    config: the config of the layer.
+    k_BLJK: keys after all steps, [batch, length, heads of keys J, features K].
+    ctx: the context of the layer, with positions and documents.
+    cache: the layer's cache, which keeps these features of the last token;
+      None: there is none.
+
+  Returns:
+    The keys, and the cache.
+  """
+  if not config.part(AttentionConfig).key_offset:
+    return k_BLJK, cache
+  rotated_BLJK, features_BLJU = jnp.split(
+      k_BLJK, [positions.rotary_dim(config)], axis=-1)
+
+  # The features of the token before: the last token of an earlier call stands
+  # in front of the tokens of this one.
+  previous_B1JU = jnp.zeros_like(features_BLJU[:, :1])
+  if cache is not None:
+    previous_B1JU = cache.inputs[KEY_OFFSET].astype(features_BLJU.dtype)
+  all_BMJU = jnp.concatenate([previous_B1JU, features_BLJU], 1)
+  shifted_BLJU = all_BMJU[:, :-1]
+  if cache is not None:
+    last_B1JU = features.last_inputs(
+        all_BMJU, count=1, length=k_BLJK.shape[1], valid_BL=ctx.valid_BL)
+    cache = cache.replace(inputs=cache.inputs | {KEY_OFFSET: last_B1JU})
+
+  # The first token of a document keeps its own features.
+  is_first_BL = ctx.positions_BL == 0
+  if ctx.segment_ids_BL is not None:
+    is_first_BL = is_first_BL | features.begins_document(ctx.segment_ids_BL)
+  shifted_BLJU = jnp.where(is_first_BL[..., None, None], features_BLJU,
+                           shifted_BLJU)
+  return jnp.concatenate([rotated_BLJK, shifted_BLJU], -1), cache
 
 
 # Values of the first layer, and values from a table of tokens, are mixed into
@@ -423,10 +500,63 @@ def subtract_head_pairs(module: Any, o_BLHU: jax.Array) -> jax.Array:
   return (1 - fields.attention_difference) * y_BLHK
 
 
+def remove_own_value(module: Any, o_BLHK: jax.Array, v_BLJK: jax.Array
+                     ) -> jax.Array:
+  """Returns the results of the heads without their part along the value of the
+  token itself (exclusive self-attention, XSA: arXiv 2603.09078):
+
+    o' = o - s (o . v) v / |v|^2
+
+  With model.attention_exclusive 'all', s is 1; with 'learned' it is tanh(alpha)
+  of a number alpha of each head, 0 at first (as in NeoMME); with 'none' o is
+  returned as it is.
+
+  Args:
+    module: the layer's attention, in which alpha is declared.
+    o_BLHK: the results of the heads, [batch, length, heads H, features K].
+    v_BLJK: the values of the same tokens, [batch, length, heads of values J,
+      features K]. R = H / J heads of queries share one.
+  """
+  fields = module.config.part(AttentionConfig)
+  if fields.attention_exclusive == 'none':
+    return o_BLHK
+
+  # Values of length 1. The bound keeps the gradient of a value of zeros finite.
+  v32_BLJK = v_BLJK.astype(jnp.float32)
+  squares_BLJ1 = jnp.square(v32_BLJK).sum(-1, keepdims=True)
+  unit_BLJK = v32_BLJK * jax.lax.rsqrt(jnp.maximum(squares_BLJ1, 1e-24))
+
+  # The part of each head's result along them.
+  B, L, H, K = o_BLHK.shape
+  J = unit_BLJK.shape[2]
+  o32_BLJRK = o_BLHK.astype(jnp.float32).reshape(B, L, J, H // J, K)
+  unit_BLJ1K = unit_BLJK[:, :, :, None]
+  along_BLJR1 = (o32_BLJRK * unit_BLJ1K).sum(-1, keepdims=True)
+  own_part_BLHK = (along_BLJR1 * unit_BLJ1K).reshape(B, L, H, K)
+  if fields.attention_exclusive == 'learned':
+    alpha_H = declare(module, 'exclusive', init=nn.initializers.zeros,
+                      shape=(H,), role=Role(('heads',)))
+    own_part_BLHK = jnp.tanh(alpha_H)[None, None, :, None] * own_part_BLHK
+  return (o_BLHK - own_part_BLHK).astype(o_BLHK.dtype)
+
+
+def normalise_results(module: Any, o_BLHK: jax.Array) -> jax.Array:
+  """Returns the results of the heads, each divided by its root mean square with
+  model.context_norm (Muse Spark), or unchanged.
+
+  Args:
+    module: the layer's attention.
+    o_BLHK: the results of the heads, [batch, length, heads, features].
+  """
+  if not module.config.part(AttentionConfig).context_norm:
+    return o_BLHK
+  return layers.PlainRMSNorm(module.config, 'head', name='context_norm')(o_BLHK)
+
+
 # The order matters: a norm would undo the factors of later steps, and the clip
 # bounds what the norm returns.
 QUERY_STEPS = (normalise_heads, clip_lengths, rotate_by_position,
-               scale_queries_by_position)
+               scale_queries_by_position, scale_queries_by_learned_log)
 KEY_STEPS = normalise_heads, clip_lengths, rotate_by_position
 VALUE_STEPS = (normalise_values,)
 # The steps of queries and keys in cross-attention, whose memory has no
