@@ -298,11 +298,9 @@ def _provenance_of_runs(folders: Iterable[pathlib.Path]
   devices: list[str] = []
   hashes: dict[str, str] = {}
   for folder in folders:
-    # A config that is damaged is reported where the run is looked at.
-    with contextlib.suppress(RequestError):
-      starts_of_run = run_config.load_starts(folder)
-      starts += starts_of_run
-      hashes |= provenance.last_known_data(starts_of_run)
+    starts_of_run = layout.starts_of_runs([folder])
+    starts += starts_of_run
+    hashes |= provenance.last_known_data(starts_of_run)
     devices += layout.devices_of_run(folder)
   codes = sorted(provenance.list_codes(starts))
   return codes, sorted(set(devices)), hashes

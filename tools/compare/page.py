@@ -259,6 +259,13 @@ def estimate(mean: float | None, low: float | None, high: float | None,
   return Cell(f'{cell.text} [{low:{form}}, {high:{form}}]', mean)
 
 
+def effect(row: Mapping[str, Any], form: str = '+.4f') -> Cell:
+  """Returns the cell of the 'effect' of a row with its interval, from 'low' to
+  'high'; a row without one has it unknown."""
+  return estimate(mean=row.get('effect'), low=row.get('low'),
+                  high=row.get('high'), form=form)
+
+
 def mean(x: float | None, deviation: float | None) -> Cell:
   """Returns a mean over seeds with the standard deviation."""
   cell = number(x)

@@ -13,7 +13,7 @@ was found, by key:
   predicted   the row of Frozen.predictions for the phase `largest`
   phases      by phase: {'planned': runs, 'done': runs, 'failed': runs,
               'tokens', 'flops', 'seconds', 'finished': bool}
-  as_planned  {'same': bool, 'differences': [sentences]}
+  as_planned  {'differences': [sentences], ...} (results.as_planned)
   provenance  {'codes': [...], 'devices': [...], 'versions': {...}}
 
 What a phase decides (phases.py) is absent where it is not over.

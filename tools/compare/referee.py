@@ -625,8 +625,6 @@ def render_table(answer: Mapping[str, Any]) -> str:
         'p of all looks': page.p_value(row['p_counted']),
         'first below, looks counted': page.count(row['counted_step'])})
   for row in answer['comparisons']:
-    effect = page.estimate(mean=row['effect'], low=row['low'],
-                           high=row['high'], form='+.5f')
     # A value that all rows share stands in the paragraph alone.
     figure, steps, runs_to_decide = '', '', None
     if row['metric'] != answer['metric']:
@@ -641,7 +639,7 @@ def render_table(answer: Mapping[str, Any]) -> str:
         'figure': page.label(figure), 'steps': page.label(steps),
         'verdict': page.label(row['verdict']),
         'not alike': page.label('yes' if row.get('unlike') else ''),
-        'difference': effect, 'p': page.p_value(row['p']),
+        'difference': page.effect(row, '+.5f'), 'p': page.p_value(row['p']),
         'corrected p': page.p_value(row['p_corrected']),
         'runs': page.label(f'{row["runs"]} and {row["base_runs"]}'),
         'could show': page.number(row.get('detectable'), '.5f'),

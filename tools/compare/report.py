@@ -297,7 +297,7 @@ def answer_in_a_sentence(comparison: Comparison) -> str:
   groups: dict[str, list[str]] = {}
   for row in comparison.verdicts()[1:]:
     variant = row['variant']
-    effect = page.estimate(row['effect'], row['low'], row['high']).text
+    effect = page.effect(row).text
     if effect != UNKNOWN:
       variant += f' ({effect}{_say_excluded_effect(comparison, row)})'
     groups.setdefault(row['verdict'], []).append(variant)

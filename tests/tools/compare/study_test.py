@@ -610,7 +610,7 @@ def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
                             for name in plans.PHASES_WITH_CURVES)
   assert curves[0]['step'] == [2, 4] and curves[0]['seconds'] == [1.0, 2.0]
   assert results['as_planned'] == {
-      'same': True, 'differences': [], 'repeated': {}, 'unknown': 0,
+      'differences': [], 'repeated': {}, 'unknown': 0,
       'without_hash': 0}
   assert results['provenance']['versions']['jax']
   assert start(workdir, frozen).did == []  # what is done is not done again
@@ -665,7 +665,7 @@ def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
       ('screen', gone.parent.name, int(gone.name[5:]))]
   again = read(tmp_path / 'w')
   assert again.pop('as_planned') == {
-      'same': False, 'repeated': {'screen': 1}, 'unknown': 0,
+      'repeated': {'screen': 1}, 'unknown': 0,
       'without_hash': 0, 'differences': [
           'Runs of screen were deleted and trained again: 1.']}
   assert again | {'checksum': 0} == {name: x for name, x in whole[1].items()
