@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from tools.compare import advice, decide, efficiency, phases, statistics
+from tools.compare import advice, curves, decide, efficiency, phases
+from tools.compare import statistics
 from tools.compare import noise as noise_lib
 from tools.compare import plan as plans
 from training.evals import items
@@ -338,6 +339,16 @@ def test_over_seeds_and_items_nothing_is_surer_than_over_seeds_alone(plateau):
     assert (row.p_shape < 0.05) == (plateau > 0)
     assert row.both.high - row.both.low >= (row.high - row.low) * (1 - 1e-12)
     assert row.both.p >= row.p
+
+
+def test_a_loss_is_warm_from_where_the_rate_is_at_its_height():
+  config = {'data.batch_ramp': '20:4', 'data.batch_size': 8, 'train.steps': 40,
+            'optim.warmup_steps': 20}
+  curve = curves.curve_from_rows(
+      [{'split': 'eval', 'step': n, 'loss': 1.0} for n in (19, 20, 40)],
+      'eval', 'loss', config, tokens=2400, flops_per_token=6.0)
+  assert curve['warm'] == [False, True, True]
+  assert curve['tokens'] == [760, 800, 2400]  # in proportion to rows
 
 
 def test_a_speed_up_is_the_factor_of_what_is_spent():

@@ -859,11 +859,12 @@ def test_runs_whose_figures_changed_since_they_ended_are_refused(
       use(workdir)
   assert not (tmp_path / 'bundles').exists()
   # One that is taken up again is under way.
-  with layout.Ledger(workdir / 'confirm') as ledger:
-    for run in ledger.runs():
-      ledger.set_state_of_unclaimed(run, state=layout.PENDING)
-  assert 'it has not ended' in ' '.join(
-      comparison.load_comparison(workdir).warnings)
+  for state in (layout.RUNNING, layout.PENDING):
+    with layout.Ledger(workdir / 'confirm') as ledger:
+      for run in ledger.runs():
+        ledger.set_state_of_unclaimed(run, state=state)
+    assert 'it has not ended' in ' '.join(
+        comparison.load_comparison(workdir).warnings)
 
 
 def test_a_variant_that_was_stopped_does_not_pass_by_other_figures(
