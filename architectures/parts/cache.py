@@ -31,6 +31,8 @@ class Cache:
     key_BMJK: the keys; None: the layer has none of its own.
     value_BMJK: the values; None: they are a part of the keys (latent.py).
     index_BMJK: the keys of an indexer, of one head; None: there is none.
+    forget_BMHU: the sums of the logarithms of forget gates (steps.py), float32,
+      with U = 1; None: there are no such gates.
     memory_key_BMJK: the keys of the memory (an encoder's output, to which a
       decoder attends). They are written when the decoder is called with both
       the memory and the cache, and replace the memory from then on.
@@ -43,6 +45,7 @@ class Cache:
   key_BMJK: Optional[jax.Array] = None
   value_BMJK: Optional[jax.Array] = None
   index_BMJK: Optional[jax.Array] = None
+  forget_BMHU: Optional[jax.Array] = None
   memory_key_BMJK: Optional[jax.Array] = None
   memory_value_BMJK: Optional[jax.Array] = None
   inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
@@ -61,6 +64,13 @@ class Cache:
     if self.layer is None:
       return self._in_slot_order(*slots)
     return jax.tree.map(self._select_layer, slots)
+
+  @property
+  def forget_slots(self) -> Optional[jax.Array]:
+    """The sums of the logarithms of forget gates, [B, M, H, 1]."""
+    if self.layer is None or self.forget_BMHU is None:
+      return self.forget_BMHU
+    return self._select_layer(self.forget_BMHU)
 
   @property
   def memory(self) -> tuple[jax.Array, jax.Array]:
@@ -131,8 +141,8 @@ class Cache:
             _bfloat16_to_bits(self.memory_value_BMJK), SLOT_AXIS, value_axis))
 
   def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
-            positions_BL: jax.Array, index_BLJK: Optional[jax.Array] = None
-            ) -> 'Cache':
+            positions_BL: jax.Array, index_BLJK: Optional[jax.Array] = None,
+            forget_BLHU: Optional[jax.Array] = None) -> 'Cache':
     """Writes the keys and values of new tokens into the cache.
 
     The suffixes name axes: B batch, L new tokens, J heads, K features of a
@@ -144,6 +154,8 @@ class Cache:
       positions_BL: their positions, which must be consecutive in each row.
       index_BLJK: their keys for an indexer (the small attention that chooses
         keys); None: there is no indexer.
+      forget_BLHU: their sums of the logarithms of forget gates; None: there are
+        no such gates.
 
     Returns:
       The cache with the new tokens.
@@ -158,7 +170,10 @@ class Cache:
                                      slot_axis=value_axis),
         index_BMJK=self._write_array(self.index_BMJK, new_BLJK=index_BLJK,
                                      positions_BL=positions_BL,
-                                     slot_axis=key_axis))
+                                     slot_axis=key_axis),
+        forget_BMHU=self._write_array(self.forget_BMHU, new_BLJK=forget_BLHU,
+                                      positions_BL=positions_BL,
+                                      slot_axis=SLOT_AXIS))
 
   def _write_array(self, slots: Optional[jax.Array],
                    new_BLJK: Optional[jax.Array], positions_BL: jax.Array,
@@ -298,9 +313,10 @@ def split_off_slots(entries: tuple[LayerCache, ...]
     arrays = {}
     if isinstance(cache, Cache):
       arrays = dict(key_BMJK=cache.key_BMJK, value_BMJK=cache.value_BMJK,
-                    index_BMJK=cache.index_BMJK)
+                    index_BMJK=cache.index_BMJK,
+                    forget_BMHU=cache.forget_BMHU)
       cache = cache.replace(key_BMJK=None, value_BMJK=None, index_BMJK=None,
-                            layer=None)
+                            forget_BMHU=None, layer=None)
     slots.append(arrays)
     entries_without_slots.append(entry.replace(mixer=cache))
   return tuple(slots), tuple(entries_without_slots)

@@ -29,7 +29,7 @@ NGRAMS = dict(rows=40, heads=2)
 ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2, attention_exclusive='all', memory='engram',
-                    ngrams=NGRAMS, branch_conv=2),
+                    forget_gate=True, ngrams=NGRAMS, branch_conv=2),
     'banded': dict(**models.window_in_every_other_layer(5), value_norm=True,
                    keys_as_values=True,
                    layer_scale=True, memory='over_encoding', ngrams=NGRAMS),
@@ -188,7 +188,7 @@ def _picture(mask):
 @pytest.mark.slow
 @pytest.mark.parametrize('changes', [
     dict(memory='engram', ngrams=NGRAMS, branch_conv=3, attention_conv=3,
-         key_offset=True, rope=dict(fraction=0.5)),
+         key_offset=True, forget_gate=True, rope=dict(fraction=0.5)),
     ATTENTIONS['indexed'], ATTENTIONS['indexed'] | dict(mixer='latent'),
     ATTENTIONS['blocks']])
 def test_packed_documents_do_not_see_each_other(changes):

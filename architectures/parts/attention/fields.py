@@ -49,6 +49,9 @@ class AttentionConfig:
   learned_log_scale: bool = field(
       False, 'A learned factor of the queries of each head, linear in the '
       'logarithm of their position.', of_layers=True)
+  forget_gate: bool = field(
+      False, 'A gate of each head, made of each token, that lowers the weights '
+      'of all tokens before it.', of_layers=True)
   attention_exclusive: str = field(
       'none', "The part of a head's result along its token's own value that "
       'is removed: none, all of it, or a learned share of it.',
@@ -80,7 +83,7 @@ class AttentionConfig:
         conditions[name] = ReadIf('qk_norm', 'is set')
     if self.kv_sharing:
       for name in ('value_residual', 'value_embedding', 'value_norm',
-                   'keys_as_values', 'key_offset'):
+                   'keys_as_values', 'key_offset', 'forget_gate'):
         conditions[name] = ReadIf('kv_sharing', 'is False')
     return conditions
 

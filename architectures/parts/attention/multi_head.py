@@ -262,9 +262,9 @@ class Attention(nn.Module):
     return index, cache
 
   def choose_keys(self, index: Optional[indexer.Index],
-                  k_positions_BM: jax.Array, arrays: tuple[jax.Array, ...],
-                  ctx: Context, reads_slots: bool
-                  ) -> tuple[Optional[indexer.ScoredKeys], jax.Array, tuple]:
+                  k_positions_BM: jax.Array, arrays: Any, ctx: Context,
+                  reads_slots: bool
+                  ) -> tuple[Optional[indexer.ScoredKeys], jax.Array, Any]:
     """Has the indexer score the keys, and chooses the best already where that
     is cheap: where one query in each row meets the slots of a cache.
 
@@ -272,7 +272,7 @@ class Attention(nn.Module):
       index: the indexer's queries and keys; None: there is no indexer.
       k_positions_BM: the positions of the keys, [batch, number of keys].
       arrays: arrays of the keys, such as keys and values, [batch, number of
-        keys, heads, features] each.
+        keys, heads, features] each, in a tuple or a record.
       ctx: the context of the layer.
       reads_slots: whether the keys are the slots of a cache.
 
@@ -287,7 +287,7 @@ class Attention(nn.Module):
       return None, k_positions_BM, arrays
     config, top_k = self.config, self.config.part(IndexerConfig).top_k
     B, L = index.query_BLHK.shape[:2]
-    M = arrays[0].shape[1]
+    M = jax.tree.leaves(arrays)[0].shape[1]
 
     # All keys that a query may see are scored, so the FLOPs of the scores count
     # as those of a layer without an indexer.
@@ -312,9 +312,12 @@ class Attention(nn.Module):
     # positions of the keys too. Indices past the end are clipped, and the mask
     # that is made of the positions later hides them.
     best_BM = scored.indices_of_best(seen_BLM, top_k)
-    chosen = [jnp.take_along_axis(x_BMJK, best_BM[..., None, None], 1,
-                                  mode='clip') for x_BMJK in arrays]
-    return None, best_BM, tuple(chosen)
+
+    def take_best(x_BMJK: jax.Array) -> jax.Array:
+      return jnp.take_along_axis(
+          x_BMJK, best_BM[..., None, None], axis=1, mode='clip')
+
+    return None, best_BM, jax.tree.map(take_best, arrays)
 
   def _indexer_loss(self, scored: indexer.ScoredKeys, q_BLHK: jax.Array,
                     k_BMJK: jax.Array, seen_BLM: Optional[jax.Array],
@@ -399,16 +402,15 @@ class SelfAttention(Attention):
       keys, first, cache = self.make_keys_and_values(x_BLD, ctx, cache)
       keys, index, cache = write_and_read_cache(
           keys, index=index, ctx=ctx, cache=cache, reads_slots=reads_slots)
-    k_BMJK, v_BMJK = keys.key_BMJK, keys.value_BMJK
-    own_values_BLJK = v_BMJK
+    own_keys = keys
     k_positions_BM = ctx.positions_BL
     if reads_slots:
-      own_values_BLJK = jnp.take_along_axis(
-          v_BMJK, ctx.positions_BL[..., None, None], axis=1)
-      k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
-    scored, k_positions_BM, (k_BMJK, v_BMJK) = self.choose_keys(
-        index, k_positions_BM=k_positions_BM, arrays=(k_BMJK, v_BMJK), ctx=ctx,
+      own_keys = take_slots_of_tokens(keys, config, ctx)
+      k_positions_BM = jnp.arange(keys.key_BMJK.shape[1])[None]
+    scored, k_positions_BM, keys = self.choose_keys(
+        index, k_positions_BM=k_positions_BM, arrays=keys, ctx=ctx,
         reads_slots=reads_slots)
+    k_BMJK, v_BMJK = keys.key_BMJK, keys.value_BMJK
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK = sharding.constrain(k_BMJK, 'batch', None, 'kv_heads', 'head')
     v_BMJK = sharding.constrain(v_BMJK, 'batch', None, 'kv_heads', 'head')
@@ -418,17 +420,21 @@ class SelfAttention(Attention):
                                         k_positions_BM=k_positions_BM)
     visible = self.add_layer_bias(
         visible, x_BLD, q_BLHK, k_BMJK, k_positions_BM=k_positions_BM, ctx=ctx)
+    visible = steps.add_forget_bias(visible, own_keys.forget_BMHU,
+                                    keys.forget_BMHU)
     with self.count_visible_pairs_only(q_BLHK, k_BMJK, ctx):
       o_BLHK, report = self.weigh_values(
           q_BLHK, k_BMJK, steps.join_values_of_head_pairs(config, v_BMJK),
           visible=visible, ctx=ctx, fused=not reads_slots, strict=cache is None,
           scored=scored)
     o_BLHK = steps.subtract_head_pairs(self, o_BLHK)
-    o_BLHK = steps.remove_own_value(self, o_BLHK, own_values_BLJK)
+    o_BLHK = steps.remove_own_value(self, o_BLHK, own_keys.value_BMJK)
     o_BLHK = steps.normalise_results(self, o_BLHK)
 
     # The report takes to later layers the keys and values that they share.
-    shared_keys = KeysAndValues(k_BMJK, v_BMJK) if ctx.shared.lends else None
+    shared_keys = None
+    if ctx.shared.lends:
+      shared_keys = keys.replace(key_BMJK=k_BMJK, value_BMJK=v_BMJK)
     report = report.replace(first_values=first, keys=shared_keys)
     return self.project_output(x_BLD, o_BLHK, ctx), cache, report
 
@@ -483,7 +489,8 @@ class SelfAttention(Attention):
     for apply_step in steps.KEY_STEPS:
       k_BLJK = apply_step(self, 'key', k_BLJK, ctx)
     k_BLJK, cache = steps.offset_keys(self.config, k_BLJK, ctx=ctx, cache=cache)
-    return KeysAndValues(k_BLJK, v_BLJK), first, cache
+    c_BLHU, cache = steps.sum_forget_gates(self, x_BLD, ctx=ctx, cache=cache)
+    return KeysAndValues(k_BLJK, v_BLJK, c_BLHU), first, cache
 
   def project_and_convolve(
       self, name: str, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
@@ -510,6 +517,25 @@ class SelfAttention(Attention):
       x_BLHK, cache = steps.convolve_heads(
           self, name, x_BLHK, axes=(axis, 'head'), ctx=ctx, cache=cache)
     return sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head'), cache
+
+
+def take_slots_of_tokens(keys: KeysAndValues, config: ModelConfig, ctx: Context
+                         ) -> KeysAndValues:
+  """Returns the keys and values of the given tokens among those of all slots of
+  a cache: the slot of a token is its position.
+
+  Args:
+    keys: the keys and values of all slots, [B, M, ...]. They are returned as
+      they are where no step of the layer reads those of the tokens themselves.
+    config: the config of the layer.
+    ctx: the context of the layer, with the positions of the tokens.
+  """
+  fields = config.part(AttentionConfig)
+  if fields.attention_exclusive == 'none' and not fields.forget_gate:
+    return keys
+  index_BL11 = ctx.positions_BL[..., None, None]
+  return jax.tree.map(
+      lambda x_BMJK: jnp.take_along_axis(x_BMJK, index_BL11, axis=1), keys)
 
 
 def write_and_read_cache(
@@ -541,8 +567,9 @@ def write_and_read_cache(
   # The tokens are written at their positions. They are written before slots are
   # read, since a token sees itself.
   index_BLJK = None if index is None else index.key_BMJK
-  cache = cache.write(keys.key_BMJK, keys.value_BMJK, ctx.positions_BL,
-                      index_BLJK)
+  cache = cache.write(
+      keys.key_BMJK, keys.value_BMJK, positions_BL=ctx.positions_BL,
+      index_BLJK=index_BLJK, forget_BLHU=keys.forget_BMHU)
   if not reads_slots:
     return keys, index, cache
 
@@ -550,7 +577,8 @@ def write_and_read_cache(
   k_BMJK, v_BMJK, index_BMJK = cache.slots
   if index is not None:
     index = index.replace(key_BMJK=index_BMJK)
-  return KeysAndValues(k_BMJK, v_BMJK), index, cache
+  keys = KeysAndValues(k_BMJK, v_BMJK, cache.forget_slots)
+  return keys, index, cache
 
 
 class CrossAttention(Attention):
@@ -732,9 +760,15 @@ class MultiHead(mixer.Mixer):
       last_features = (*shape[:-1], 1, config.num_kv_heads,
                        config.head_dim - positions.rotary_dim(config))
       inputs[steps.KEY_OFFSET] = jnp.zeros(last_features, config.compute_dtype)
+    # The sums of forget gates of all tokens, and of the last one by itself.
+    forget_BMHU = None
+    if fields.forget_gate and not fields.kv_sharing:
+      forget_BMHU = jnp.zeros((*shape, config.num_heads, 1), jnp.float32)
+      inputs[steps.FORGET_GATE] = jnp.zeros(
+          (*shape[:-1], 1, config.num_heads, 1), jnp.float32)
     return Cache(key_BMJK=key_BMJK, value_BMJK=value_BMJK,
                  index_BMJK=indexer.empty_key_cache(config, shape),
-                 inputs=inputs)
+                 forget_BMHU=forget_BMHU, inputs=inputs)
 
   def products(self, config: ModelConfig) -> set[str]:
     """Returns the products that a layer has, of those that adapters know."""

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts.attention import kernels
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.cache import Cache
 from architectures.parts.config import ModelConfig
@@ -31,7 +32,10 @@ from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
 
 VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
-KEY_OFFSET = 'key_offset'  # the name of its features in a cache
+# The names of what a cache keeps of the last token: the features of its key
+# that are offset, and the sum of its forget gates.
+KEY_OFFSET = 'key_offset'
+FORGET_GATE = 'forget_gate'
 
 
 def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
@@ -283,6 +287,83 @@ def offset_keys(config: ModelConfig, k_BLJK: jax.Array, ctx: Context,
   shifted_BLJU = jnp.where(is_first_BL[..., None, None], features_BLJU,
                            shifted_BLJU)
   return jnp.concatenate([rotated_BLJK, shifted_BLJU], -1), cache
+
+
+# Forgetting attention (FoX: Lin et al. 2025, arXiv 2503.02130, equations 4 and
+# 5): each token lowers the weights of all tokens before it, in each head by a
+# gate f of its own.
+#
+#   f_l = sigmoid(W_f x_l + b_f),   c_l = sum over i <= l of log f_i
+#   o_l = softmax over m of (scale q_l k_m + c_l - c_m) v_m
+#
+# The difference c_l - c_m is a bias on the scores. A cache keeps c of all
+# tokens in float32, and the newest one by itself, from which the sum goes on.
+
+
+def sum_forget_gates(module: Any, x_BLD: jax.Array, ctx: Context,
+                     cache: Optional[Cache]
+                     ) -> tuple[Optional[jax.Array], Optional[Cache]]:
+  """Returns the sums c of the logarithms of the forget gates in the equations
+  above, or None without model.forget_gate.
+
+  Args:
+    module: the layer's attention, in which W_f and b_f are declared.
+    x_BLD: the layer's input, [batch, length, d_model].
+    ctx: the context of the layer, which says what is padding.
+    cache: the layer's cache, which has c of the last token; None: there is
+      none.
+
+  Returns:
+    c, [B, L, H, 1] in float32, and the cache.
+  """
+  config: ModelConfig = module.config
+  if not config.part(AttentionConfig).forget_gate:
+    return None, cache
+  # A wider model may have as many heads: in muP these are logits.
+  D, H = x_BLD.shape[-1], config.num_heads
+  weight_DH = layers.weight(module, FORGET_GATE, shape=(D, H),
+                            axes=('embed', 'heads'), output=True)
+  bias_H = layers.bias(module, f'{FORGET_GATE}_bias', shape=(H,),
+                       axes=('heads',))
+  z_BLH = layers.einsum('BLD,DH->BLH', x_BLD, weight_DH, dtype=x_BLD.dtype,
+                        out_dtype=jnp.float32, axes=('embed', 'heads'))
+  z_BLH = z_BLH / config.widening + bias_H[None, None]
+  c_BLHU = jnp.cumsum(jax.nn.log_sigmoid(z_BLH), axis=1)[..., None]
+  if cache is None:
+    return c_BLHU, None
+
+  # The sum goes on from that of the last token of an earlier call.
+  last_B1HU = cache.inputs[FORGET_GATE]
+  c_BLHU += last_B1HU
+  all_BMHU = jnp.concatenate([last_B1HU, c_BLHU], 1)
+  last_B1HU = features.last_inputs(all_BMHU, count=1, length=x_BLD.shape[1],
+                                   valid_BL=ctx.valid_BL)
+  cache = cache.replace(inputs=cache.inputs | {FORGET_GATE: last_B1HU})
+  return c_BLHU, cache
+
+
+def add_forget_bias(visible: kernels.VisibleKeys,
+                    q_sums_BLHU: Optional[jax.Array],
+                    k_sums_BMHU: Optional[jax.Array]) -> kernels.VisibleKeys:
+  """Returns `visible` with the bias c_l - c_m of the equations above added to
+  what is added to the scores; `visible` itself without forget gates.
+
+  Args:
+    visible: which keys the queries see.
+    q_sums_BLHU: c of the queries' tokens, [B, L, H, 1]; None: there are no such
+      gates.
+    k_sums_BMHU: c of the keys' tokens, [B, M, H, 1].
+  """
+  if q_sums_BLHU is None:
+    return visible
+  c_BHL1 = q_sums_BLHU.swapaxes(1, 2)
+  c_BH1M = jnp.moveaxis(k_sums_BMHU, 1, 3)
+  bias_BHLM = c_BHL1 - c_BH1M
+  if visible.bias_BHLM is not None:
+    bias_BHLM += visible.bias_BHLM
+  # The mask has a mark of the bias: fused kernels cannot add one.
+  return visible._replace(mask=visible.mask.replace(has_bias=True),
+                          bias_BHLM=bias_BHLM)
 
 
 # Values of the first layer, and values from a table of tokens, are mixed into

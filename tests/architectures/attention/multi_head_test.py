@@ -55,7 +55,8 @@ FIELDS = [*(dict(qk_norm=True, qk_norm_over=over, norm=norm)
           *(dict(attention_gate=gate) for gate in GATES),
           dict(attention_exclusive='learned', context_norm=True),
           dict(attention_exclusive='all', attention_gate='headwise',
-               context_norm=True), dict(learned_log_scale=True),
+               context_norm=True),
+          dict(learned_log_scale=True), dict(forget_gate=True),
           dict(attention_out_bias=False), dict(attention_conv=3)]
 
 
@@ -85,8 +86,12 @@ def test_a_layer_is_its_definition(fields, cross):
   if fields.learned_log_scale:
     q = q * (p['log_scale'] * np.log(1 + np.arange(6))[:, None]
              + p['log_scale_bias'])[..., None]
+  bias = np.zeros((2, 4, 6, 6))
+  for b, h, i, j in np.argwhere(bias == 0) if fields.forget_gate else ():
+    z = at[b, j + 1:i + 1] @ p['forget_gate'][:, h] + p['forget_gate_bias'][h]
+    bias[b, h, i, j] = -np.log(1 + np.exp(-z)).sum()  # of what stands between
   o = numpy_attention.heads(q, heads('key', seen), v, c.score_scale,
-                            causal=not cross)
+                            causal=not cross, bias_BHLM=bias)
   if fields.attention_exclusive != 'none':
     v = np.repeat(v, 2, axis=2)
     share = np.tanh(p['exclusive'])[:, None] if 'exclusive' in p else 1.0
@@ -251,6 +256,7 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
 @pytest.mark.parametrize('fields', [
     dict(attention_conv=3), dict(branch_conv=3), dict(
         key_offset=True, rope=dict(fraction=0.5), learned_log_scale=True,
+        forget_gate=True, attention_sinks=True,
         attention_exclusive='learned')], ids=lambda x: [*x][0])
 def test_convolutions_decode_as_the_forward_pass(fields):
   module, params = models.make_model('llama', num_kv_heads=2, **fields)
