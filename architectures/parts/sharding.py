@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import flax.linen as nn
 from flax import struct
@@ -68,17 +68,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def mesh_axes_by_axis(*axes: str | None) -> MeshAxesByAxis:
-  """Looks up over which mesh axes each dimension of an array is sharded, by the
-  rules of the run (pairs of a logical axis and its mesh axes).
+  """Returns the mesh axes that each axis of an array is sharded over, by the
+  rules of the run.
 
   Args:
-    *axes: the logical axis of each dimension, such as 'batch'; None: the
-      dimension is not sharded.
+    *axes: the logical axis of each dimension of the array, such as 'batch';
+      None: it is not sharded.
 
   Returns:
-    For each dimension the names of its mesh axes, without those that have a
-    single device. () stands for a dimension that is whole on every device. All
-    are () where there is no mesh.
+    For each dimension the names of mesh axes, without those of a single device;
+    () where it is whole on every device, or where there is no mesh.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
@@ -103,19 +102,16 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
 def mesh_axes_that_divide(names: tuple[str, ...], length: int,
                           devices_along: Mapping[str, int]) -> tuple[str, ...]:
-  """Chooses over which mesh axes a dimension of a weight is sharded, so that
-  its size can be divided by the number of devices. From the end, names are
-  dropped until the remaining ones divide it.
+  """Returns the mesh axes over which a dimension of a weight is sharded: as
+  many as together divide it, from the first one on.
 
   Args:
-    names: the mesh axes that the rules give the dimension.
+    names: the mesh axes of the dimension's logical axis.
     length: the size of the dimension.
     devices_along: the number of devices along each mesh axis.
-
-  Returns:
-    The first few of `names`; () where none divides the size.
   """
-  # The loop ends at the latest when no name is left: an empty product is 1.
+  # In the end no name is left: the product of none is 1, which divides any
+  # size.
   while length % math.prod(devices_along[name] for name in names):
     names = names[:-1]
   return names
@@ -123,16 +119,15 @@ def mesh_axes_that_divide(names: tuple[str, ...], length: int,
 
 def mesh_axes_of_weight(shape: tuple[int, ...], axes: tuple[str | None, ...]
                         ) -> MeshAxesByAxis:
-  """Returns over which mesh axes each dimension of a weight is sharded. These
-  are the mesh axes of the run's rules whose devices divide the dimension.
+  """Returns the mesh axes that each axis of a weight is sharded over: those of
+  the rules that divide its size.
 
   Args:
     shape: the shape of the weight.
     axes: its logical axes, one for each dimension.
 
   Returns:
-    For each dimension the names of its mesh axes; () for a dimension that is
-    whole on every device.
+    For each dimension the names of mesh axes; () where it is whole.
   """
   devices_along = jax.sharding.get_abstract_mesh().shape
   mesh_axes_of_array = []
@@ -149,16 +144,12 @@ def count_devices_along(names: tuple[str, ...]) -> int:
 
 
 def count_shards(axis: str, length: int) -> int:
-  """Returns into how many shards a dimension of an array is cut, one for each
-  device along its mesh axes.
+  """Returns how many shards an axis of an array is cut into over the devices; 1
+  without a mesh, or where the number of devices does not divide the axis.
 
   Args:
-    axis: the logical axis of the dimension, such as 'batch'.
-    length: the size of the dimension.
-
-  Returns:
-    The number of shards; 1 without a mesh, or where the number of devices does
-    not divide the size.
+    axis: the logical axis, such as 'batch'.
+    length: the size of the array along it.
   """
   count = count_devices_along(mesh_axes(axis))
   if length % count:
@@ -177,18 +168,15 @@ def constrain_where_divisible(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_stream(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Fixes how the residual stream is sharded over the mesh, so that XLA neither
-  gathers nor moves it between layers.
+  """Returns the residual stream constrained to its place on the mesh, so that
+  XLA neither gathers nor moves it between layers.
 
-  Its length is sharded over the mesh axes of the logical axis 'stream' or, if
-  their devices do not divide the length, over those of 'length'.
+  Its length is sharded over the mesh axes of `stream` or, if their number of
+  devices does not divide it, over those of `length`.
 
   Args:
-    x: the stream, [batch, length, ...].
-    *axes: the logical axes of the dimensions after batch and length.
-
-  Returns:
-    x with this constraint.
+    x: the array, [batch, length, ...].
+    *axes: the logical axes after B and L.
   """
   length = 'stream' if count_shards('stream', x.shape[1]) > 1 else 'length'
   return constrain(x, 'batch', length, *axes)
@@ -279,17 +267,17 @@ class Role:
     return bool(self.inputs)
 
   def split(self, ndim: int) -> Axes:
-    """Sorts the axes of a parameter into batch, inputs and outputs, by which
-    optimisers that work on matrices (such as Muon) treat it. A product sums
-    over the inputs; along the batch there are separate matrices.
+    """Sorts the axes of an array that holds the parameter, or several of them
+    stacked, into batch, inputs and outputs.
+
+    Axes in front of the declared ones, such as the one over layers that the
+    scan adds, are a batch: the matrices along them are separate.
 
     Args:
-      ndim: the number of axes of the array. It may have more axes in front than
-        the parameter was declared with, such as one over layers that a scan
-        adds. These count as batch.
+      ndim: the number of axes of the array.
 
     Returns:
-      The indices of the axes of each sort.
+      The numbers of the axes of each sort.
     """
     front = ndim - len(self.axes)
     batch = [*range(front), *(front + i for i in self.batch)]
@@ -305,22 +293,21 @@ class Declared(nn.LogicallyPartitioned, eq=False):
   role: Role | None = struct.field(default=None, pytree_node=False)
 
 
-def roles_of_parameters(boxed: Any) -> Any:
-  """Returns the role of each parameter. A Role says what the axes of a
-  parameter are and what it is for; sharding and optimisers read it.
+def roles_of_parameters(boxed):
+  """Returns the Role of each parameter: its logical axes, which of them are
+  inputs, and its kind, by which it is sharded and optimized.
 
   Args:
-    boxed: a tree of parameters, each inside the box (`Declared`) in which
-      `declare` made it together with its role.
+    boxed: a tree of parameters in the boxes (Declared) in which `declare` makes
+      them.
 
   Returns:
     A tree of the same structure, with a Role for each parameter.
 
   Raises:
-    RequestError: for a parameter that was made without a role.
+    RequestError: for a parameter that declares none.
   """
-  def role_of_box(path: tuple, box: Any) -> Role:
-    """Returns the role of the parameter at a path of the tree."""
+  def role_of_box(path, box) -> Role:
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     require(isinstance(box, Declared),
             f'the parameter {name!r} declares no role: make it by weight, bias '
@@ -335,31 +322,27 @@ def roles_of_parameters(boxed: Any) -> Any:
 def declare(module: nn.Module, name: str, init: Callable,
             shape: tuple[int, ...], role: Role,
             dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-  """Declares a parameter of a Flax module together with its role, which says
-  what the axes of the parameter are and what it is for. Sharding and optimisers
-  read the role, so that they need no table of parameters' names.
+  """Declares a parameter of a Flax module together with its role: the names of
+  its axes and what it is for. Returns its value.
 
   Args:
-    module: the module, which must have a `config`.
+    module: the module, with a `config`.
     name: the parameter's name.
-    init: its initialiser, (key, shape, dtype) -> the initial value.
+    init: its initializer, (key, shape, dtype) -> the first value; it draws in
+      float32, since JAX's bfloat16 normals have 128 values, whose mean is not
+      0.
     shape: its shape.
-    role: its role.
+    role: its role. Every parameter has one, so that sharding and the optimizer
+      need no table of names.
     dtype: its type; None: the config's param_dtype.
 
-  Returns:
-    The value of the parameter.
-
   Raises:
-    ValueError: for a logical axis that is not in LOGICAL_AXES.
+    ValueError: for a logical axis that the legend lacks.
   """
   axes = check_logical_axes(role.axes)
   dtype = dtype or module.config.param_dtype
 
   def make_box(key: jax.Array, shape: tuple[int, ...]) -> Declared:
-    """Draws the initial value, and boxes it with the role."""
-    # The draw is in float32: JAX's normal numbers in bfloat16 have only 128
-    # values, whose mean is not 0.
     value = init(key, shape, jnp.float32).astype(dtype)
     return Declared(value, axes, role=role)
 
@@ -377,20 +360,16 @@ def abstract_params(module: nn.Module):
   return jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
 
 
-def parameter_shapes(module: nn.Module) -> Any:
-  """Returns the shape and the dtype of each parameter of a model, without
-  computing anything.
+def parameter_shapes(module: nn.Module):
+  """Returns the shape and the dtype of each parameter of a model, as a tree.
+
+  Parameters are made in boxes that hold their roles. In a run's context,
+  `nn.meta.unbox` would constrain them to its mesh, so they are taken out here.
 
   Args:
-    module: the model.
-
-  Returns:
-    A tree with a ShapeDtypeStruct for each parameter.
+    module: the model; nothing of it is computed.
   """
-  # Each parameter is inside a box that holds its role. It is taken out by hand,
-  # because `nn.meta.unbox` would also constrain it to the mesh of the run.
-  def shape_in_box(box: Any) -> Any:
-    """Returns what is inside a box."""
+  def shape_in_box(box):
     if nn.meta.is_axis_metadata(box):
       return box.value
     return box
@@ -452,18 +431,15 @@ def _gather_all_axes(w: jax.Array, axes: MeshAxesByAxis) -> jax.Array:
 
 
 def _reduce_scatter_all_axes(d: jax.Array, axes: MeshAxesByAxis) -> jax.Array:
-  """Sums an array over devices and keeps this device's shard of the sum, which
-  may be sharded along several dimensions. It is called inside of shard_map.
+  """Returns this device's shard of the sum of an array over devices, where
+  several axes of the sum may be sharded.
 
   Args:
-    d: the summand of this device.
-    axes: for each dimension of the sum, the mesh axes that it is sharded over.
-      The sum goes over the devices of all these mesh axes.
-
-  Returns:
-    The shard.
+    d: the summand of this device, inside of shard_map.
+    axes: for each axis of the sum, the mesh axes that it is sharded over; the
+      sum goes over all of these.
   """
-  # One dimension after another. Each step leaves less to send for the next.
+  # Each step leaves less to send for the next one.
   for axis, names in enumerate(axes):
     if names:
       d = reduce_scatter(d, axis, names)
@@ -472,25 +448,21 @@ def _reduce_scatter_all_axes(d: jax.Array, axes: MeshAxesByAxis) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_shards(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
-  """Gathers the shards of an array along one axis from all devices
-  (all-gather). It is called inside of shard_map. Its gradient, defined below,
-  is the transpose of a gather: a reduce-scatter.
+  """Returns an array that is whole along one axis, made of the shards of all
+  devices. Its gradient is a reduce-scatter, the transpose of a gather.
 
   Args:
-    w: the shard of this device.
+    w: the shard of this device, inside of shard_map.
     axis: the axis that is sharded.
     names: the mesh axes that it is sharded over.
-
-  Returns:
-    The array, whole along this axis.
   """
   if axis == 0 and w.shape[-1] % LANES_OF_TPU_REGISTER == 0:
-    # This is the layout that such a weight has on a TPU anyway. If it is not
-    # fixed, XLA copies the weights of all layers into another order of axes,
-    # and keeps the copies until the end of the backward pass.
+    # This is the layout of such a weight on a TPU. Without it XLA copies those
+    # of all layers into the order of axes that their product takes, and keeps
+    # the copies until the end of the backward pass.
     w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
-  # The steps must be those of `reduce_scatter` in reverse, so that the shards
-  # come back in the order of the devices.
+  # The steps of the scattering sum are undone in reverse, so that shards come
+  # back in the order of the devices.
   for mesh_axis, groups in reversed(_steps_of_collective(names)):
     w = jax.lax.all_gather(w, mesh_axis, axis=axis, tiled=True,
                            axis_index_groups=groups)
@@ -539,19 +511,16 @@ def _from_matrix_with_axis_first(matrix: jax.Array, shape: tuple[int, ...],
 
 def reduce_scatter(d: jax.Array, axis: int, names: tuple[str, ...]
                    ) -> jax.Array:
-  """Sums an array over devices and keeps this device's shard of the sum, along
-  one axis (reduce-scatter). It is called inside of shard_map.
+  """Returns this device's shard, along one axis, of the sum of d over devices.
+
+  The axis is moved to the front, because XLA turns a reduce-scatter along the
+  last axis in memory into an all-reduce.
 
   Args:
-    d: the summand of this device.
+    d: the summand of this device, inside of shard_map.
     axis: the axis along which the sum is sharded.
-    names: the mesh axes over whose devices the sum goes.
-
-  Returns:
-    The shard.
+    names: the mesh axes over which the sum goes.
   """
-  # The axis is moved to the front, because XLA turns a reduce-scatter along the
-  # last axis in memory into an all-reduce, which sends twice as much.
   d = jnp.moveaxis(d, axis, 0)
   for mesh_axis, groups in _steps_of_collective(names):
     d = jax.lax.psum_scatter(d, mesh_axis, tiled=True, axis_index_groups=groups)
@@ -560,21 +529,20 @@ def reduce_scatter(d: jax.Array, axis: int, names: tuple[str, ...]
 
 def _steps_of_collective(names: tuple[str, ...]
                          ) -> list[tuple[str, list[list[int]] | None]]:
-  """Divides a reduce-scatter over mesh axes into steps, none of which goes over
-  all devices of the mesh, as XLA would turn such a step into an all-reduce. A
-  gather takes the same steps in reverse order.
+  """Returns the collectives into which a reduce-scatter over mesh axes is
+  divided; a gather takes them in reverse.
 
-  Several mesh axes are taken one after another. A single axis that has all
-  devices is taken in two steps, first over devices that are far apart and then
-  over neighbours. The steps together send as much as one step would.
+  XLA turns a collective over all devices of the mesh into an all-reduce. So
+  several axes are taken one after another, and a single axis that has all
+  devices in two steps, first over devices that are far apart, then over
+  neighbours. The steps together send as much as one would.
 
   Args:
     names: the mesh axes.
 
   Returns:
-    A pair for each step: its mesh axis, and the groups of devices along it
-    within which the step goes, by their numbers. None in place of the groups
-    stands for a single group of all devices along the axis.
+    For each collective its mesh axis, and the groups of devices along this that
+    it goes over, by their numbers; None: all are one group.
   """
   if len(names) > 1:
     return [(name, None) for name in names]
@@ -583,8 +551,7 @@ def _steps_of_collective(names: tuple[str, ...]
   is_part_of_mesh = num_devices < jax.sharding.get_abstract_mesh().size
   if is_part_of_mesh or group_size == num_devices:
     return [(names[0], None)]
-  # Number the devices row by row in a grid. The devices of a column are far
-  # apart, and those of a row are neighbours.
+  # Devices in a grid: its columns are far apart, and its rows are neighbours.
   grid = np.arange(num_devices).reshape(group_size, num_devices // group_size)
   return [(names[0], grid.T.tolist()), (names[0], grid.tolist())]
 
@@ -602,28 +569,27 @@ def _size_of_first_groups(num_devices: int) -> int:
 def sharding_of_product(letters: str, x: jax.Array, w: jax.Array,
                         axes: Optional[tuple[str | None, ...]]
                         ) -> Optional[ShardingOfProduct]:
-  """Decides whether the devices gather the sharded weight of a product by
-  themselves (fully sharded data parallelism) or leave that to XLA. In the first
-  case it returns how tokens and weight are sharded.
+  """Returns how the tokens and the weight of a product lie on the mesh, where
+  devices gather the weight themselves instead of leaving that to XLA.
 
   Args:
-    letters: the letters of the product's einsum. They begin with those of the
-      axes of x, where B is the batch.
-    x: the activations, [batch, length, ...].
-    w: the weight.
-    axes: the weight's logical axes; None: the weight is not sharded.
+    letters: the letters of an einsum, which begin with those of the axes of x;
+      the batch is B.
+    x: activations, [batch, length, ...].
+    w: a weight.
+    axes: the weight's logical axes; None: it is none that is sharded.
 
   Returns:
-    The mesh axes of the tokens (of their batch and their length) and those of
-    each axis of the weight; None: the product is left to XLA.
+    The mesh axes of the tokens, for their batch and their length, and those of
+    each axis of the weight. None: the product is left to XLA.
   """
   if axes is None or letters[0] != 'B':
     return None
   weight = mesh_axes_of_weight(w.shape, axes)
   weight_axes = set(sum(weight, ()))
   batch_axes = mesh_axes('batch')
-  # The weight must be sharded only over mesh axes that split the batch too, and
-  # there must be no tensor parallelism (which would shard 'mlp').
+  # The weight must lie on mesh axes of the batch alone, which split the rows;
+  # and those of `tensor`, where `mlp` lies, must have one device.
   if not weight_axes or not weight_axes <= set(batch_axes):
     return None
   if mesh_axes('mlp') or count_shards('batch', x.shape[0]) == 1:
@@ -639,34 +605,26 @@ def multiply_by_gathered_weight(
     multiply: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
     w: jax.Array, product_sharding: ShardingOfProduct, keep: bool,
     name: str = '') -> jax.Array:
-  """Multiplies tokens by a sharded weight, which each device gathers whole and
-  applies to its own tokens (fully sharded data parallelism).
+  """Returns a product with a sharded weight, which each device gathers and
+  multiplies with its own tokens (fully sharded data parallelism).
 
   Args:
-    multiply: the product, (tokens, whole weight) -> result. The result must
-      begin with the tokens' axes.
-    x: the activations, [batch, length, ...].
-    w: the weight, in the dtype in which it is to be sent.
-    product_sharding: the mesh axes of the tokens and of the weight.
-    keep: whether the gathered weight may be kept for the gradient. It may where
-      the layer is computed again in the backward pass (remat), since it is then
-      kept for a short time only.
-    name: a name for the gathered weight, by which a remat policy can choose to
-      keep it longer; '': it has none.
-
-  Returns:
-    The product, sharded as the tokens are.
+    multiply: the product, (tokens, whole weight) -> result, which begins with
+      the tokens' axes.
+    x: activations, [batch, length, ...].
+    w: the weight, in the dtype that it is sent in.
+    product_sharding: how both lie on the mesh.
+    keep: whether the whole weight may be kept for the gradient. With remat it
+      may: it is kept only while its layer is computed again.
+    name: the name of the whole weight, by which a remat policy keeps it longer;
+      '': it has none.
   """
   on_device = functools.partial(
       _multiply_on_device, multiply, product_sharding.weight, name)
-  # Without `keep` the weight is gathered a second time for the gradient. The
-  # product is not computed a second time, since its gradient does not need it.
-  if not keep:
+  if not keep:  # gathers again; the product's gradient does not need its result
     on_device = jax.checkpoint(on_device)
   tokens_spec = _partition_spec(*product_sharding.tokens)
   weight_spec = _partition_spec(*product_sharding.weight)
-  # check_vma, JAX's check of what varies over devices, is off: it knows nothing
-  # of the hand-written gradient. Tests compare with a single device instead.
   on_mesh = jax.shard_map(
       on_device, in_specs=(tokens_spec, weight_spec), out_specs=tokens_spec,
       check_vma=False)
@@ -675,26 +633,22 @@ def multiply_by_gathered_weight(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _multiply_on_device(multiply: Callable, axes: MeshAxesByAxis, name: str,
-                        x: jax.Array, w: jax.Array) -> jax.Array:
-  """Gathers a weight from all devices and multiplies the tokens of this device
-  by it. It is called inside of shard_map.
+                        x: jax.Array, w: jax.Array):
+  """Returns multiply(x, the whole weight), on one device of the mesh.
 
-  The gradient, defined below, computes the weight's gradient and scatters it
-  over the devices before it computes the gradient of x. So a device holds the
-  whole gradient of one weight at a time, and the memory of x can be freed
-  before its gradient, which is as large, is made. XLA's own scheduler would
-  scatter at the end of the layer, when there is nothing left to compute
-  meanwhile.
+  The gradient of the weight is computed and scattered before that of x is
+  computed. So a device holds the whole gradient of one weight at a time, and x
+  may go before its gradient, which is as large, takes room. Left to itself,
+  XLA's scheduler puts the scattering off to the end of the layer, and no
+  compute is on its way meanwhile: libtpu compiles it to a synchronous
+  operation.
 
   Args:
-    multiply: the product, (tokens, whole weight) -> result.
-    axes: the mesh axes over which each axis of the weight is sharded.
-    name: a name for the gathered weight, which remat policies read; '': none.
+    multiply: the product.
+    axes: the mesh axes that each axis of the weight is sharded over.
+    name: the name of the whole weight for remat; '': it has none.
     x: the tokens of this device.
-    w: this device's shard of the weight.
-
-  Returns:
-    The product.
+    w: its shard of the weight.
   """
   return multiply(x, _gather_all_axes(w, axes))
 
@@ -710,36 +664,32 @@ def _multiply_on_device_fwd(multiply: Callable, axes: MeshAxesByAxis, name: str,
 
 def _multiply_on_device_bwd(multiply: Callable, axes: MeshAxesByAxis, name: str,
                             operands: tuple[jax.Array, jax.Array],
-                            dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Computes the gradients of `_multiply_on_device`, y = multiply(x, w):
+                            dy: jax.Array):
+  """Returns the gradients of x and of this device's shard of the weight.
 
-    dx = dy w^T on each device
-    dw = sum over devices of x^T dy, of which each device keeps its shard
+  With y = multiply(x, w), these are dx = dy w^T on each device, and
+  dw = sum over devices of x^T dy, of which each keeps its shard.
 
   Args:
-    multiply: the product, (tokens, whole weight) -> result.
-    axes: the mesh axes over which each axis of the weight is sharded.
+    multiply: the product.
+    axes: the mesh axes that each axis of the weight is sharded over.
     name: not read here.
-    operands: the tokens of this device, and the gathered weight.
+    operands: the tokens of this device, and the whole weight.
     dy: the gradient of the product.
-
-  Returns:
-    dx, and this device's shard of dw.
   """
   x, w = operands
-  # Compute dw and scatter it along the first axis that is sharded. After that,
-  # only a part of dw is left on the device.
+  # dw, scattered along the first of its axes that is sharded, which leaves the
+  # least of it on the device.
   _, gradient_of_w = jax.vjp(functools.partial(multiply, x), w)
   dw, = gradient_of_w(dy)
   first_axis = next(axis for axis, names in enumerate(axes) if names)
   matrix = reduce_scatter(
       _to_matrix_with_axis_first(dw, first_axis), 0, axes[first_axis])
-  # Compute dx after that. The barrier forces the order, as it makes dy depend
-  # on the scattered dw.
+  # dx is computed after that: dy passes one barrier with the scattered dw.
   matrix, dy = jax.lax.optimization_barrier((matrix, dy))
   _, gradient_of_x = jax.vjp(lambda x: multiply(x, w), x)
   dx, = gradient_of_x(dy)
-  # Scatter dw along its other axes.
+  # dw, scattered along its other axes.
   dw = _from_matrix_with_axis_first(matrix, dw.shape, first_axis)
   other_axes = axes[:first_axis] + ((),) + axes[first_axis + 1:]
   return dx, _reduce_scatter_all_axes(dw, other_axes)
@@ -750,39 +700,33 @@ _multiply_on_device.defvjp(_multiply_on_device_fwd, _multiply_on_device_bwd)
 
 def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
                        dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Looks up tokens in a table of embeddings that may be sharded over devices.
+  """Looks up tokens in a table of embeddings that may be sharded.
 
-  If the columns of the table (its features) are split over the devices that
-  also split the batch, each device looks up its columns for the tokens of all
-  these devices. An all-to-all then returns each token to its own device. So
-  neither the table nor its gradient is ever whole on a device.
-
-  The suffixes name axes: V vocabulary, D d_model, B batch, L length.
+  If the table's columns are split over devices of the batch, each device looks
+  up its columns for the tokens of all these devices, and an all-to-all returns
+  each token to its own device. So neither the table nor its gradient, which
+  adds up in the table's dtype, is ever whole.
 
   Args:
-    table_VD: the table.
-    ids_BL: the row of each token.
+    table_VD: the table, [vocabulary, d_model].
+    ids_BL: the row of each token, [batch, length].
     dtype: the type of the result.
 
   Returns:
     The rows, [B, L, D].
   """
-  # Without such columns the table is gathered over data parallelism first, and
-  # XLA does the rest. Split rows would have to move to where the batch is.
   product_sharding = sharding_of_product(
       'BL', ids_BL, table_VD, axes=('vocab', 'embed'))
-  column_axes: tuple[str, ...] = ()
-  if product_sharding is not None:
-    _, column_axes = product_sharding.weight
-  if product_sharding is None or not column_axes:
+  if product_sharding is None or not product_sharding.weight[1]:
+    # Gathered whole over fsdp first: rows that are split over fsdp would have
+    # to move to where the batch is split over it.
     whole_VD = constrain_where_divisible(table_VD, 'vocab', None)
     return whole_VD[ids_BL].astype(dtype)
+  column_axes = product_sharding.weight[1]
 
   def look_up_on_device(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
-    """Looks up this device's columns for the tokens of all devices that share
-    the columns, and exchanges them for all columns of its own tokens."""
-    # Both collectives must go over the same mesh axes, batch first: the second
-    # one undoes the first along the batch.
+    """Looks up this device's columns for the tokens of all devices that the
+    columns lie on, and exchanges them for all columns of its own tokens."""
     ids_BL = jax.lax.all_gather(ids_BL, column_axes, axis=0, tiled=True)
     x_BLD = table_VD[ids_BL].astype(dtype)
     return jax.lax.all_to_all(x_BLD, column_axes, split_axis=0, concat_axis=2,
@@ -790,8 +734,6 @@ def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
 
   tokens_spec = _partition_spec(*product_sharding.tokens)
   table_spec = _partition_spec(*product_sharding.weight)
-  # check_vma, JAX's check of what varies over devices, is off. Tests compare
-  # the result with that of a single device instead.
   on_mesh = jax.shard_map(
       look_up_on_device, in_specs=(table_spec, tokens_spec),
       out_specs=tokens_spec, check_vma=False)
@@ -800,27 +742,22 @@ def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
 
 def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
                          dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Looks up several rows for each token in a large table whose rows are split
-  over devices.
+  """Looks up several rows for each token in a large table whose rows are
+  divided over the devices.
 
-  Each device gets the ids of the tokens of all devices that share the table,
-  and looks up those that are among its own rows. The sum over these devices is
+  A device is given the ids of all tokens of the devices that the table lies on,
+  looks up those that are among its own rows, and the sum over the devices is
   scattered to where the tokens are. So neither the table nor its gradient is
-  ever whole on a device.
-
-  The suffixes name axes: I rows of the table, K features of a row, B batch, L
-  length, U rows that a token reads.
+  ever whole.
 
   Args:
-    table_IK: the table.
-    ids_BLU: the rows that each token reads.
+    table_IK: the table, of I rows with K features.
+    ids_BLU: the U rows that each token reads, [batch, length, U].
     dtype: the type of the result.
 
   Returns:
     The rows, [B, L, U, K].
   """
-  # Where the rows are not split over devices that also split the batch, XLA
-  # gathers the table and looks up the rows.
   row_axes, _ = mesh_axes_of_weight(table_IK.shape, ('table', None))
   batch_axes = mesh_axes('batch')
   lies_along_batch = bool(row_axes) and set(row_axes) <= set(batch_axes)
@@ -829,9 +766,9 @@ def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
     return whole_IK[ids_BLU].astype(dtype)
 
   def look_up_on_device(table_IK: jax.Array, ids_BLU: jax.Array) -> jax.Array:
-    """Looks up this device's rows for the tokens of all devices that share the
-    table, and returns all rows of its own tokens."""
-    # Gather the ids, and count them from the device's first row on.
+    """Looks up this device's rows for the tokens of all devices that the table
+    lies on, and returns the rows of its own tokens."""
+    # The ids, counted from the device's first row on.
     ids_BLU = jax.lax.all_gather(ids_BLU, row_axes, axis=0, tiled=True)
     ids_BLU = ids_BLU - jax.lax.axis_index(row_axes) * len(table_IK)
     is_here_BLU = (ids_BLU >= 0) & (ids_BLU < len(table_IK))
@@ -851,15 +788,12 @@ def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
 
 
 def gather_weight(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """Gathers a weight from the devices over which data parallelism shards it
-  (FSDP), in its own dtype. It stays sharded by tensor parallelism.
+  """Returns a weight made whole along what data parallelism shards of it, in
+  its own dtype; it stays sharded over the mesh axis `tensor`.
 
   Args:
     w: the weight.
     axes: its logical axes, one for each dimension.
-
-  Returns:
-    The gathered weight.
   """
   # A weight that data parallelism does not shard is whole already.
   batch_axes, other_axes = _split_by_batch_axes(w.shape, axes)
@@ -867,7 +801,6 @@ def gather_weight(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return w
 
   def gather_on_device(w: jax.Array) -> jax.Array:
-    """Gathers the shards of all devices."""
     return _gather_all_axes(w, batch_axes)
 
   on_mesh = jax.shard_map(
@@ -878,29 +811,25 @@ def gather_weight(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 def sum_gradients_of_shards(d_Q: jax.Array, axes: tuple[str | None, ...]
                             ) -> jax.Array:
-  """Sums the gradients of a weight that each device has computed from its own
-  tokens, and shards the sum as the weight is sharded.
+  """Returns the gradient of a weight: the sum of those that each of Q shards of
+  the tokens has computed, sharded as the weight is.
 
   Args:
-    d_Q: the gradients, [Q, ...], one for each of Q shards of the tokens. The
-      first axis is sharded as the tokens are.
-    axes: the logical axes of the weight, one for each dimension after Q.
-
-  Returns:
-    The gradient, of the shape of the weight.
+    d_Q: the gradients, [Q, ...], whose first axis is sharded as the tokens are.
+    axes: the logical axes of the weight.
   """
-  # The sum is left to XLA if the weight is not sharded over devices that split
-  # the tokens, or if there is not one gradient for each of these devices.
   batch_axes, other_axes = _split_by_batch_axes(d_Q.shape[1:], axes)
   token_axes = mesh_axes('tokens')
+  # Where the weight does not lie along the devices of the tokens, or there is
+  # another number of these than of gradients, the sum is left to XLA.
   weight_axes = set(sum(batch_axes, ()))
   lies_along_tokens = bool(weight_axes) and weight_axes <= set(token_axes)
   if not lies_along_tokens or count_devices_along(token_axes) != d_Q.shape[0]:
     return constrain_where_divisible(d_Q.sum(0), *axes)
 
   def sum_on_device(d_Q: jax.Array) -> jax.Array:
-    """Sums over all devices of the tokens: over the weight's mesh axes the sum
-    is scattered, over the others it is whole."""
+    """Scatters the sum over the weight's mesh axes, and sums over the other
+    ones of the tokens."""
     d = _reduce_scatter_all_axes(d_Q.sum(0), batch_axes)
     remaining_axes = tuple(
         [name for name in token_axes if name not in weight_axes])
@@ -916,16 +845,15 @@ def sum_gradients_of_shards(d_Q: jax.Array, axes: tuple[str | None, ...]
 
 def _split_by_batch_axes(shape: tuple[int, ...], axes: tuple[str | None, ...]
                          ) -> tuple[MeshAxesByAxis, MeshAxesByAxis]:
-  """Sorts the mesh axes that a weight is sharded over into those that also
-  split the batch (data parallelism) and others (tensor or expert parallelism).
+  """Splits the mesh axes that a weight is sharded over into those of the batch
+  (data parallelism) and others (tensor or expert parallelism).
 
   Args:
     shape: the shape of the weight.
     axes: its logical axes, one for each dimension.
 
   Returns:
-    Two tuples with an entry for each dimension: its mesh axes of the batch, and
-    its other mesh axes. One of the two entries is () at least.
+    For each dimension its mesh axes of the batch, and for each its others.
   """
   mesh_axes_of_batch = set(mesh_axes('batch'))
   batch_axes, other_axes = [], []

@@ -446,7 +446,8 @@ def draw_figures(comparison: Comparison) -> list[page.Figure]:
   effects = []
   for row in comparison.verdicts():
     if page.known(row['effect']):
-      effects.append(f'{row["variant"]} {page.effect(row).text}')
+      effect = page.estimate(row['effect'], row['low'], row['high']).text
+      effects.append(f'{row["variant"]} {effect}')
   if comparison.curves or effects:
     side = 'left' if plan.primary.sign < 0 else 'right'
     sizes = ''

@@ -96,10 +96,11 @@ def _print_verdicts(workdir) -> None:
   for row in compared.verdicts():
     if row['variant'] == compared.plan.base:
       continue
-    p_value = page.p_value(row['p_corrected']).text
+    effect = page.estimate(
+        mean=row['effect'], low=row['low'], high=row['high'], form='+.4f')
     progress.print_milestone(
-        f'{row["variant"]}: {row["verdict"]}, {row["measure"]} '
-        f'{page.effect(row).text}, corrected p {p_value}')
+        f'{row["variant"]}: {row["verdict"]}, {row["measure"]} {effect.text}, '
+        f'corrected p {page.p_value(row["p_corrected"]).text}')
 
 
 def submit(args, jobs: int) -> None:

@@ -61,25 +61,16 @@ def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
   used_patterns = set()
 
   def share_of_parameter(key: Any, role: Role, x: Any) -> float | np.ndarray:
-    """Returns what the learning rate of a parameter is multiplied by, 0 where
-    it is frozen.
+    """Returns the share of a parameter, or one for each of its layers.
 
     Args:
       key: the path of the parameter in the tree.
-      role: its Role, which says whether it is a table that tokens look rows up
-        in (`reads`), and whether it is trained when low-rank adapters are
-        (`tuned`).
-      x: the parameter's shape and dtype.
-
-    Returns:
-      One number; or an array that multiplies the parameter, where its layers,
-      along its first axis, have different numbers.
+      role: its role: whether a table, or tuned with adapters.
+      x: its shape.
     """
     path = paths.path_to_string(key)
     shares = []
-    # Collect the share of each layer that the parameter holds. A pattern may
-    # name the parameter or one of its layers. layer_paths and used_patterns
-    # collect for all parameters, so that unused patterns can be reported.
+    # Each row of a scanned parameter belongs to another layer.
     for layer_path, power in _layers_and_powers(path, stacks):
       layer_paths.append(layer_path)
       freezing_patterns = []
@@ -93,7 +84,7 @@ def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
         shares.append(optim.layer_decay ** power * optim.table_rate)
       else:
         shares.append(optim.layer_decay ** power)
-    # Return one number where all layers agree.
+    # One number where all layers agree, else one for each layer.
     if len(set(shares)) == 1:
       return shares[0]
     shape = (-1, *(1,) * (len(x.shape) - 1))
@@ -124,19 +115,16 @@ def _compile_patterns(freeze: str) -> list[re.Pattern]:
 
 def _layers_and_powers(path: str, stacks: paths.Stacks
                        ) -> list[tuple[str, int]]:
-  """Lists the layers that a parameter holds, each with the power of
-  optim.layer_decay by which its learning rate is multiplied: the last layer has
-  the power 1, and each layer below it one more.
+  """Returns, for each layer that a parameter holds, the path of the parameter
+  with the number of the layer in it, and the power of optim.layer_decay that
+  its learning rate is multiplied by.
 
-  A parameter outside of the layers is one entry of the list. The embedding has
-  one power more than the first layer, anything else the power 0.
+  A parameter outside of the layers holds one such entry: the embedding with one
+  power more than the first layer, any other with the power 0.
 
   Args:
-    path: the path of the parameter, which may hold a stack of layers.
+    path: the path of the parameter.
     stacks: which layers each stacked parameter of the model holds.
-
-  Returns:
-    (path, power) of each layer. The path has the number of the layer in it.
   """
   num_layers = sum(stacks.counts.values())
   if path.startswith('embed/'):
@@ -144,10 +132,10 @@ def _layers_and_powers(path: str, stacks: paths.Stacks
   if not paths.Stacks.is_in_stack(path):
     return [(path, 0)]
 
-  # The layers of an encoder come before those of the decoder that reads it, and
-  # count as below them.
+  # Layers count through all stacks (an encoder, then a decoder). The last layer
+  # has the power 1, and each layer below it one more.
   stack, name = stacks.split(path)
-  layers_below = 0
+  layers_below = 0  # layers of the stacks before this one
   for other in STACKS[:STACKS.index(stack)]:
     layers_below += stacks.counts.get(other, 0)
   layers = []
@@ -158,12 +146,10 @@ def _layers_and_powers(path: str, stacks: paths.Stacks
 
 
 def keep_trained(shares: Any, tree: Any):
-  """Removes the frozen parameters from a tree: each becomes an
-  optax.MaskedNode, which optax and JAX treat as nothing.
+  """Returns a tree of parameters with optax.MaskedNode() for each frozen one.
 
   Args:
-    shares: the factor of each parameter's learning rate, a number or an array
-      with one for each of its layers, 0 where frozen; None: nothing is frozen.
+    shares: what `learning_rate_shares` returns; None: nothing is frozen.
     tree: a tree with a leaf for each parameter.
   """
   if shares is None:
@@ -178,18 +164,14 @@ def keep_trained(shares: Any, tree: Any):
 
 
 def fill_in_frozen(shares: Any, trained: Any, params: Any):
-  """Puts the frozen parameters back into a tree of the trained ones, from which
-  `keep_trained` removed them.
+  """Returns the tree of all parameters: the trained ones, and the frozen ones
+  of `params` in the places that `keep_trained` left empty.
 
   Args:
-    shares: the factor of each parameter's learning rate, a number or an array
-      with one for each of its layers, 0 where frozen; None: nothing is frozen.
-    trained: the trained parameters, with an optax.MaskedNode for each other
-      one.
-    params: all parameters, from which the frozen ones are taken.
-
-  Returns:
-    The tree of all parameters.
+    shares: the factor of the learning rate of each parameter, 0 for a frozen
+      one; None: nothing is frozen.
+    trained: the trained parameters, with optax.MaskedNode() for the others.
+    params: all parameters.
   """
   if shares is None:
     return trained
@@ -210,25 +192,20 @@ def zero_frozen_layers(shares: Any, grads: Any):
 
 
 def restore_frozen_layers(shares: Any, new: Any, old: Any):
-  """Sets the frozen layers of parameters back to their old values, after an
-  optimiser has updated all layers. It matters to parameters that hold a stack
-  of layers of which only some are frozen.
+  """Returns the tree `new` with the values of `old` in the frozen layers of
+  parameters that hold a stack of layers, some of them frozen.
 
   Args:
-    shares: the factor of each parameter's learning rate, a number or an array
-      with one for each of its layers, 0 where frozen; None: nothing is frozen.
-    new: the tree of parameters after the update, without those that are frozen
-      as a whole (see `keep_trained`).
-    old: the same tree before the update.
-
-  Returns:
-    The tree `new` with the values of `old` in the frozen layers.
+    shares: the factor of the learning rate of each parameter, a number or an
+      array with an entry for each layer, 0 for a frozen one; None: nothing is
+      frozen.
+    new, old: trees of the trained parameters, as `keep_trained` returns them.
   """
   if shares is None:
     return new
 
-  # Parameters that are trained in all layers, or that were not changed, need no
-  # operation.
+  # Parameters that are trained in all layers, or that no one has changed, need
+  # no operation.
   def restore(share: Any, new_value: Any, old_value: Any) -> Any:
     if new_value is old_value or np.all(share):
       return new_value
