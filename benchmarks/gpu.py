@@ -55,6 +55,7 @@ def config_of_case(case: str, toy: bool) -> ml_collections.ConfigDict:
     case: the name of an entry of CONFIG_OF_CASE.
     toy: whether to take tiny sizes instead of the published ones.
   """
+  # The published sizes, or tiny ones that a CPU can try.
   name_and_size, fields, length, batch_size = CONFIG_OF_CASE[case]
   name, _, size = name_and_size.partition(':')
   if toy:
@@ -163,15 +164,16 @@ def time_program(compiled: jax.stages.Compiled, inputs: Sequence[Any]
 
 
 def time_everything(toy: bool) -> Iterator[dict[str, Any]]:
-  """Times attention in all cases and by all kernels, and a layer of experts in
-  all ways to multiply their rows.
+  """Times attention in all cases and by all kernels, and a layer of experts by
+  all ways to multiply the rows of a batch with the matrices of their experts.
 
   Args:
     toy: whether to take tiny sizes.
 
   Yields:
-    A row for each, with its `part`, `case` and `way`, and its times, or the
-    reason why there are none (`error`).
+    A row for each measurement: what was measured (`part`), in which model
+    (`case`) and by which kernel (`way`), and its times, or the reason why there
+    are none (`error`).
   """
   for case in CONFIG_OF_CASE:
     for row in time_attention(config_of_case(case, toy)):
@@ -180,7 +182,8 @@ def time_everything(toy: bool) -> Iterator[dict[str, Any]]:
     row = dict(part='experts', case='mixtral', way=way)
     try:
       yield row | time_experts(config_of_case('mixtral', toy), **options)
-    except Exception as error:  # of any kind: XLA refuses, or memory ends
+    # XLA may refuse a kernel, or memory may be too small. The others go on.
+    except Exception as error:
       yield row | dict(error=' '.join(str(error).split())[:400])
 
 

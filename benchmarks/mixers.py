@@ -132,6 +132,7 @@ def layer_of_mixer(run_config: ml_collections.ConfigDict) -> Contender:
   mixer = blocks.mixer_of_layers(config)
   module = mixer.module(config, config.layer_kinds(1)[0])
   length = run_config.data.length
+  # The last argument is the layer's cache, of which training has none.
   compiled, inputs = compile_gradient(module, config, 1, length, None)
   return Contender(
       run=lambda: jax.block_until_ready(compiled(*inputs)), repeats=1,
@@ -163,11 +164,11 @@ def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
       params, architectures.init_cache(config, batch=1, length=length))
 
   def write_tokens(params: Any, cache: Any) -> tuple[jax.Array, Any]:
-    """Generates the tokens, each the likeliest one after the token before it.
-
-    token_B1 and likeliest_B1 are [batch = 1, 1 token].
-    """
+    """Generates NEW_TOKENS tokens, each the likeliest one after the token
+    before it. Returns the last token and the cache."""
     def write_token(carry: Any, position: jax.Array):
+      """Generates one token: given token_B1 at a position, the most likely next
+      one, likeliest_B1, both [batch = 1, 1 token]."""
       token_B1, cache = carry
       out = module.apply({'params': params}, token_B1,
                          positions_BL=position[None, None], cache=cache,
@@ -175,6 +176,7 @@ def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
       likeliest_B1 = out.logits[:, -1:].argmax(-1).astype(jnp.int32)
       return (likeliest_B1, out.cache), None
 
+    # The first token is 0. Which tokens are written does not change the time.
     positions = length - NEW_TOKENS + jnp.arange(NEW_TOKENS)
     carry = jnp.zeros((1, 1), jnp.int32), cache
     carry, _ = jax.lax.scan(write_token, carry, positions)
@@ -278,7 +280,8 @@ HEAD_OF_TABLE = (f'{"tokens":>8}  {"mixer":<12}{"ms":>10}{"CPU ms":>10}'
 
 
 def line_of_table(row: Mapping[str, Any]) -> str:
-  """Returns a row of the table as a line of text, under HEAD_OF_TABLE.
+  """Returns a row of the table as a line of text. The widths of the columns are
+  those of HEAD_OF_TABLE, under which the line stands.
 
   Args:
     row: the row, as `time_section` makes it.

@@ -24,19 +24,24 @@ TOP_K, D_MODEL, D_FF = 2, 512, 1024
 
 
 def make_layer(experts: int, tokens: int) -> Callable[[], Any]:
-  """Returns a function that runs one layer forward and backward on one row.
+  """Returns a function that runs one feed-forward layer forward and backward on
+  one row of tokens, and waits for the result.
 
   Args:
-    experts: the number of experts; 0: a dense layer as wide as the TOP_K
-      experts that a token sees.
+    experts: the number of experts of the layer. With 0, it is a dense layer as
+      wide as the TOP_K experts that a token sees together, which costs as many
+      FLOPs.
     tokens: the number of tokens of the row.
   """
-  # The config is of a model with experts. A dense layer reads its sizes there.
+  # Both layers read their sizes from the config of a model with experts. The
+  # number of experts means nothing to the dense one.
   fields = base.base().model
   fields.update(d_model=D_MODEL, d_ff=D_FF, num_heads=1, vocab_size=1,
                 max_len=tokens, ffn='moe', ffn_bias=False)
   fields.moe.update(num_experts=experts or TOP_K, top_k=TOP_K, ffn='swiglu')
   config = architectures.resolve(fields)
+
+  # Make the layer, and compile its gradient.
   module: nn.Module = MoE(config)
   if not experts:
     module = FFN(config, 'swiglu', width=TOP_K * D_FF)

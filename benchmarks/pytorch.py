@@ -38,10 +38,11 @@ def build_model(request: dict) -> torch.nn.Module:
   for name, value in config.to_dict().items():
     if 'drop' in name and isinstance(value, float):
       setattr(config, name, 0.0)
+
+  # Make the model. Its weights are drawn on the device itself.
   options = {}
   if DEVICE == 'cuda':
     options['attn_implementation'] = 'sdpa'
-  # The weights are drawn on the device itself.
   with torch.device(DEVICE):
     model = model_class._from_config(config, **options)
 
@@ -55,10 +56,11 @@ def build_model(request: dict) -> torch.nn.Module:
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-  """Returns the number of values of a model that are trained.
+  """Returns the number of values of a model that training changes.
 
-  They include the biases of a router (DeepSeek-V3), which are moved without a
-  gradient and are buffers in PyTorch, not parameters.
+  Besides the parameters with a gradient, these are the biases that balance a
+  router's load (DeepSeek-V3). They are changed without a gradient, so PyTorch
+  has them as buffers and not as parameters.
 
   Args:
     model: the model.
@@ -76,9 +78,12 @@ class Trainer:
     """Builds the model of a request and its optimiser.
 
     Args:
-      request: what `build_model` reads; `inputs`, the arguments of a step as
-        lists by name; `dtype`, 'float32', 'autocast' or 'bfloat16'; `decoder`,
-        whether the model is one; and `compiled`, whether torch.compile is used.
+      request: a dict with
+        `config_json`, `parameters`: the model, as `build_model` reads it;
+        `inputs`: the arguments of a training step, as lists by name;
+        `dtype`: 'float32', 'autocast' or 'bfloat16';
+        `decoder`: whether the model is a decoder alone;
+        `compiled`: whether torch.compile is used.
     """
     # Make the model and its optimiser.
     torch.manual_seed(0)

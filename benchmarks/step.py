@@ -178,11 +178,13 @@ def time_section(section: str, args: flags.FlagValues, our_request: dict,
 
 def print_times(title: str, times: dict[str, float], rate: str,
                 is_ours: bool) -> None:
-  """Prints a line with the times of a side, and how much faster ours is.
+  """Prints a line with the times of one side of a comparison (our code, or a
+  variant of PyTorch), and how much faster ours is.
 
   Args:
     title: the text with which the line begins.
-    times: the figures of the side, as `time_in_turns` returns them.
+    times: the figures of the side, as `time_in_turns` returns them: medians, in
+      seconds.
     rate: the tokens per second, as text with a unit.
     is_ours: whether the side is ours, which is not compared with itself.
   """
@@ -201,18 +203,19 @@ def print_times(title: str, times: dict[str, float], rate: str,
 
 def pytorch_sides(request: dict, args: flags.FlagValues, section: str
                   ) -> dict[str, tuple[str, dict]]:
-  """Returns the ways in which PyTorch is timed: in each dtype, with and without
-  torch.compile.
-
-  Generation uses the loop of transformers, which is not compiled.
+  """Returns the variants of PyTorch that are timed: each dtype, with
+  torch.compile and without it. Generation uses the loop of transformers, which
+  is never compiled.
 
   Args:
-    request: the request to each of them, without `dtype` and `compiled`.
-    args: the flags.
+    request: the model and the batch, as the process of a side reads them. This
+      adds `dtype` and `compiled`.
+    args: the flags of this program.
     section: 'step' or 'generate'.
 
   Returns:
-    The module of benchmarks/ and the whole request, by the name of the way.
+    For each variant, by its name: the module of benchmarks/ that runs it, and
+    its whole request.
   """
   is_compiled_choices = [False]
   if args.torch_compile and section == 'step':

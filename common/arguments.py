@@ -27,18 +27,18 @@ PositiveSize = Annotated[int, (('>=', 1), ('<=', 2**31 - 1))]
 
 
 def check_argument_types(function: F) -> F:
-  """Returns a function that checks its arguments by their annotations when it
-  is called, and raises RequestError for one of a wrong type; of a class, all
-  public methods become such functions.
+  """Decorates a function, so that each call checks its arguments against their
+  annotations and raises RequestError for a wrong type. Decorates a class by
+  decorating its public methods.
 
-  `Any` allows everything, and what follows ** is the function's own to check.
-  The elements of a sequence are checked only where they are to be texts:
-  numbers are checked where they become arrays.
+  Three things are not checked: an argument annotated as `Any`, the keywords
+  that a function collects by **, and the elements of a sequence unless they
+  must be texts (numbers are checked where they become arrays).
 
   Args:
-    function: the function or class, whose annotations are the types.
+    function: the function or class to decorate.
   """
-  # A class: each of its public methods.
+  # For a class, replace each public method.
   if isinstance(function, type):
     for name, method in list(vars(function).items()):
       is_public = not name.startswith('_') or name in ('__init__', '__call__')
@@ -46,8 +46,8 @@ def check_argument_types(function: F) -> F:
         setattr(function, name, check_argument_types(method))
     return function
 
-  # A function. Its annotations are read at its first call, when all that they
-  # name is defined.
+  # For a function, make a wrapper. Annotations are resolved at the first call
+  # and not here, because they may name classes that are defined further down.
   signature = inspect.signature(function)
 
   @functools.cache
@@ -56,7 +56,7 @@ def check_argument_types(function: F) -> F:
 
   @functools.wraps(function)
   def checked_function(*args: Any, **kwargs: Any) -> Any:
-    """Calls the function, if its arguments are what they may be."""
+    """Checks the arguments, and calls the function."""
     arguments = signature.bind(*args, **kwargs).arguments
     for name, value in arguments.items():
       if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
@@ -69,16 +69,16 @@ def check_argument_types(function: F) -> F:
 
 def parse_assignments(words: Iterable[str], flag: str,
                       choices: Collection[str] = ()) -> dict[str, str]:
-  """Returns the value of each name, given words NAME=VALUE of a command line.
+  """Parses words NAME=VALUE of a command line, and returns {name: value}.
 
   Args:
-    words: the assignments, one in each.
-    flag: the name of the flag where they were written, for messages.
-    choices: the names that there are; none: any name may stand there.
+    words: the words, each with one assignment.
+    flag: the flag that they were given to, for messages.
+    choices: the allowed names; empty: any name is allowed.
 
   Raises:
-    RequestError: for a word that is no assignment, an unknown name, and a name
-      that is assigned twice, since one of its values would not be read.
+    RequestError: for a word that is no assignment, for an unknown name, and for
+      a name that is assigned twice, since one of its values would be ignored.
   """
   value_of_name: dict[str, str] = {}
   for word in words:
@@ -95,19 +95,21 @@ def parse_assignments(words: Iterable[str], flag: str,
 
 
 def _check_argument(name: str, value: Any, annotation: Any) -> None:
-  """Raises RequestError unless an argument is of the type that its annotation
-  says, and in the range that an Annotated type gives beside it.
+  """Raises RequestError unless an argument has the type of its annotation. The
+  annotation Annotated[type, bounds] gives a range too.
 
   Args:
     name: the name of the argument, with which a message begins.
     value: the value that the function was called with.
-    annotation: the type by which the argument is annotated.
+    annotation: the annotation of the argument.
   """
+  # Take the bounds off the annotation, such as (('>=', 0), ('<', 10)).
   bounds: Any = ()
   if typing.get_origin(annotation) is Annotated:
     annotation, bounds = typing.get_args(annotation)
-  # The sentence is made only where it is needed: the text of a value may be
-  # long in the making.
+
+  # Check both. The message is made only where it is needed, because it takes
+  # long to write a large value as text.
   if not _is_of_type(value, annotation):
     raise RequestError(
         f'{name} is {shorten(value)}, of type {type(value).__name__}: it must '
@@ -117,13 +119,17 @@ def _check_argument(name: str, value: Any, annotation: Any) -> None:
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:
-  """Whether a value is of the type that an annotation says. A Mapping is
-  anything that has items, such as a ConfigDict.
+  """Returns whether a value has the type of an annotation.
+
+  For a Mapping, anything that has items() will do, such as a ConfigDict. For a
+  number, some classes are excluded or added: see _CLASSES_EXCLUDED_FROM and
+  _CLASS_OF_NUMBER_TYPE.
 
   Args:
     value: the value.
     annotation: a type, as typing.get_type_hints returns it.
   """
+  # Types that are no class: Any, unions, and mappings.
   outer_type = typing.get_origin(annotation) or annotation
   inner_types = typing.get_args(annotation)
   if outer_type is Any:
@@ -133,7 +139,7 @@ def _is_of_type(value: Any, annotation: Any) -> bool:
   if outer_type is Mapping:
     return hasattr(value, 'items')
 
-  # The class, and the elements of a sequence of texts.
+  # The class of the value, and the elements of a sequence of texts.
   if isinstance(value, _CLASSES_EXCLUDED_FROM.get(outer_type, ())):
     return False
   if not isinstance(value, _CLASS_OF_NUMBER_TYPE.get(outer_type, outer_type)):

@@ -37,12 +37,12 @@ class Stopped(Exception):
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
   """Raises RequestError unless `value` is one of `choices`. The message lists
-  them and the one that is spelt most like it.
+  the choices, and asks whether the one that is spelt most like it was meant.
 
   Args:
-    name: the name of what has the value, as in 'unknown NAME'.
+    name: the words for what was chosen, as in 'unknown NAME'.
     value: the value that a user has given.
-    choices: the values that there are.
+    choices: the allowed values.
   """
   if value in choices:
     return
@@ -55,25 +55,29 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
 
 def suggest_name(name: str, choices: Collection[str], before: str = '') -> str:
-  """Returns the question ' Did you mean ...?' with the choice that an unknown
-  name may be meant for; '' where there is none.
+  """Returns the question ' Did you mean ...?' about an unknown name, with the
+  choice that the user probably meant, or '' if none is similar.
 
-  Meant are all dotted choices that end with the name's last part; else the one
-  whose sentence has the name's words, as 'the highest learning rate' for
-  learning_rate; else the one that is spelt most like it.
+  Three rules are tried in turn. The first that suggests a choice wins:
+  1. every choice whose last part is that of the name;
+  2. a choice whose description has the words of the name, as 'the highest
+     learning rate' for learning_rate;
+  3. the choice that is spelt most like the name.
 
   Args:
-    name: a name that is none of the choices.
-    choices: dotted names; a mapping has the sentence of each.
-    before: the text that stands before each of them in the question.
+    name: the unknown name.
+    choices: the known names, with dots between their parts; or a mapping from
+      these names to their descriptions.
+    before: the text that stands before each choice in the question.
   """
-  # First, names that end alike.
+  # Rule 1: the last part is the same.
   last_part = name.rpartition('.')[2]
   likely = [choice for choice in choices
             if choice.rpartition('.')[2] == last_part]
-  # Then the sentences, and at last the spelling.
+  # Rule 2: a single word would be in too many descriptions.
   if not likely and '_' in last_part and isinstance(choices, Mapping):
     likely = _choice_with_shortest_sentence(last_part, choices)
+  # Rule 3: the spelling.
   if not likely:
     likely = difflib.get_close_matches(name, list(choices), n=1)
   if not likely:
@@ -84,13 +88,17 @@ def suggest_name(name: str, choices: Collection[str], before: str = '') -> str:
 
 def _choice_with_shortest_sentence(name: str, sentences: Mapping[str, str]
                                    ) -> list[str]:
-  """Returns, as a list of one, the choice whose sentence has the words of a
-  name; of several, the one with the shortest sentence; [] where none has them.
+  """Finds the choice that a name describes: its sentence has the words of the
+  name. If several have them, the shortest sentence is the most about them.
 
   Args:
-    name: a name of words with underscores between, as learning_rate.
-    sentences: the sentence of each choice.
+    name: words with underscores between them, such as learning_rate.
+    sentences: the sentence that describes each choice.
+
+  Returns:
+    A list with this one choice, or an empty list if no sentence has the words.
   """
+  # The words stand side by side, with spaces or underscores between them.
   pattern = re.escape(name).replace('_', '[ _]')
   words = re.compile(rf'\b{pattern}\b')
   shortest: list[str] = []

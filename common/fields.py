@@ -74,28 +74,35 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
           resume: Effect | Callable[[Mapping, Mapping], Effect] = PARAMETERS,
           about: str = PART, of_layers: bool = False, several: bool = False
           ) -> Any:
-  """Declares a field of a group of the config, which is a frozen dataclass: its
-  default, its documentation, its range, and what a change of it does.
+  """Declares a config field in a frozen dataclass, in place of
+  dataclasses.field: its default, its documentation, its range, and what a
+  change of it does to a run that is resumed.
 
   Args:
-    default: the value of the field where nothing else is said.
-    doc: one sentence, or a noun phrase, for the reference.
-    choices: the names that a text may be.
-    least, above, most, below: the range of a number. A whole number is 0 or
-      more and at most LARGEST_INT where nothing else is said.
-    resume: what a change does to a run that is resumed; or a function of the
-      fields of the old and the new config, by dotted name, that tells.
-    about: PART, SIZE, RECIPE or RUN.
-    of_layers: whether a kind of layer may have a value of its own.
-    several: whether a text holds names with commas between.
+    default: the default, whose type is that of the field.
+    doc: one sentence, or a noun phrase, for the reference page.
+    choices: the names that a text may be; empty: it may be any text.
+    least: the number is this or more. The default of a whole number is 0.
+    above: the number is more than this.
+    most: the number is this or less. The default of a whole number is
+      LARGEST_INT.
+    below: the number is less than this.
+    resume: the effect that a change has on a run that is resumed, or a function
+      that returns it, given all fields of the old and of the new config, by
+      dotted name.
+    about: what the field sets: PART, SIZE, RECIPE or RUN.
+    of_layers: whether some layers may have a value of their own.
+    several: whether a text lists several names, with commas between them.
   """
+  # The range of a whole number, where none is given.
   if type(default) is int:
     if least is None and above is None:
       least = 0
     if most is None and below is None:
       most = LARGEST_INT
-  # The bounds that are given, each with its sign. _COMPARISON_OF_SIGN has the
-  # signs in the order of these arguments: >=, >, <= and <.
+
+  # Pair each given bound with its sign. The order of the bounds must be that of
+  # the signs in _COMPARISON_OF_SIGN: >=, >, <= and <.
   bounds = []
   for sign, bound in zip(_COMPARISON_OF_SIGN, (least, above, most, below)):
     if bound is not None:
@@ -117,12 +124,13 @@ class DeclaredField(NamedTuple):
 
 
 def declared_fields(group: type, prefix: str = '') -> dict[str, DeclaredField]:
-  """Returns the fields that a group of the config declares, and those of the
-  groups in it, by their dotted names.
+  """Returns all fields that a dataclass of the config declares, by dotted name.
+  A dataclass may have others inside, as the group `rope` of the model; their
+  fields come as 'rope.theta'.
 
   Args:
-    group: the frozen dataclass, whose fields `field` has made.
-    prefix: the text before each name.
+    group: the dataclass.
+    prefix: the text that is put before each name.
   """
   declared = {}
   for field_ in dataclasses.fields(group):
@@ -151,15 +159,18 @@ class FieldValue(NamedTuple):
 
 
 def check_values(values: Iterable[FieldValue]) -> None:
-  """Checks values of the config's fields. A traced number, where several runs
-  train as one program, is not checked.
+  """Checks values that config fields are to have.
+
+  Where several runs train as one program, a number may be a traced array of
+  jax, which has no value yet. It is not checked.
 
   Args:
-    values: the values, each with its field.
+    values: the values, each with the declaration of its field, the words that a
+      refusal begins with, and choices in place of the declared ones, if any.
 
   Raises:
-    RequestError: for a value that is not of its field's type, in its range and
-      among its choices.
+    RequestError: if a value is not of its field's type, in its range and among
+      its choices.
   """
   for declared, value, subject, choices in values:
     value_type = type(declared.default)
@@ -170,7 +181,7 @@ def check_values(values: Iterable[FieldValue]) -> None:
     if value_type in (int, float):
       check_number(subject, value=value, bounds=declared.rule.bounds)
 
-    # A text is one of the choices, or several of them.
+    # A text is one of the choices, or lists several, if its field allows that.
     choices = choices or declared.rule.choices
     if not choices:
       continue
@@ -183,13 +194,13 @@ def check_values(values: Iterable[FieldValue]) -> None:
 
 
 def check_type(value: Any, default: Any, subject: str) -> None:
-  """Raises RequestError unless `value` is of the type that a field's default
-  has; an integer may stand where a float is expected.
+  """Raises RequestError unless a value has the type of its field's default. An
+  integer is allowed for a float, and any mapping for a group of fields.
 
   Args:
     value: the value that the field is to have.
     default: the default of the field.
-    subject: the text that a refusal begins with.
+    subject: the words that a refusal begins with, such as the field's name.
   """
   expected_type = type(default)
   if type(value) is expected_type:

@@ -25,12 +25,16 @@ def split_kind_names(names: str) -> tuple[str, ...]:
 
 
 def fewest_layers(model: Mapping[str, Any], least: int = 1) -> int:
-  """Returns the smallest number of layers, of at least `least`, that a model
-  can have: those of its prefix and suffix, and whole periods of its pattern.
+  """Returns the smallest number of layers that a model of this layout can have,
+  and that is `least` or more.
+
+  `model.pattern` lists one period of layers, which is repeated a whole number
+  of times, at least once. `model.prefix` and `model.suffix` list the layers
+  before and after the repeated ones.
 
   Args:
     model: config.model, with its `pattern`, `prefix` and `suffix`.
-    least: the least number of layers.
+    least: the lower bound of the number of layers.
   """
   layers_of_period = len(split_kind_names(model['pattern'])) or 1
   prefix = split_kind_names(model.get('prefix', ''))
@@ -42,28 +46,31 @@ def fewest_layers(model: Mapping[str, Any], least: int = 1) -> int:
 
 def place_experts(model: Mapping[str, Any], interval: int) -> dict[str, Any]:
   """Returns the fields `pattern` and `kinds` of a model in which the last of
-  every so many layers has experts, and the layers between have the dense
-  network, as in GShard and Switch (every other layer, the second first).
+  every `interval` layers has a mixture of experts and the others have a dense
+  feed-forward network. GShard and Switch have experts in every second layer.
+
+  `pattern` names the kind of each layer in one repeated period. `kinds` maps a
+  kind of layer to the fields in which it differs from the model.
 
   Args:
-    model: config.model, with a pattern of its own or without.
-    interval: the distance between two layers of experts.
+    model: config.model. If it has a pattern already, each kind of layer in it
+      is split into one with experts and one without.
+    interval: the distance between two layers with experts.
   """
   names_in_pattern = split_kind_names(model.get('pattern', ''))
   kinds = dict(model.get('kinds', {}))
   if interval == 1:
     return {'pattern': ','.join(names_in_pattern), 'kinds': kinds}
 
-  # The kinds of layer of a prefix and a suffix stay.
+  # Keep the kinds of the layers before and after the repeated ones.
   new_kinds = {}
   for field in ('prefix', 'suffix'):
     for name in split_kind_names(model.get(field, '')):
       if name in kinds:
         new_kinds[name] = kinds[name]
 
-  # Each kind of the pattern becomes two: one with experts, and a dense one. The
-  # new pattern is as long as it takes until both the old pattern and the
-  # distance between experts repeat, their least common multiple.
+  # Name a kind for each layer of the new period. Its length is the least common
+  # multiple of the old period and the interval, after which both repeat.
   new_pattern = []
   for i in range(math.lcm(len(names_in_pattern) or 1, interval)):
     old_name = ''

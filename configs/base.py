@@ -354,13 +354,18 @@ refresh_fields()
 
 
 def find_field(name: str) -> DeclaredField | None:
-  """Returns the declared field of a dotted name; None: there is none.
+  """Returns the declaration of a config field, with its default and its range,
+  or None if no field has this name.
 
-  In model.kinds.KIND a kind of layer has fields of its own, which are declared
-  as those of the model are.
+  A kind of layer is a named set of fields, model.kinds.NAME, which some of the
+  model's layers have in place of the model's own. These fields are declared
+  once, as those of the model.
+
+  Args:
+    name: the dotted name of the field, such as 'optim.lr'.
   """
-  # The name in a kind of layer is translated to the model's name of that field.
-  # A name that is unknown becomes one that FIELDS does not have.
+  # Translate a field of a kind of layer to the model's name of that field. A
+  # name that is unknown becomes one that FIELDS does not have.
   match = re.fullmatch(r'model\.kinds\.\w+\.(\w+)(.*)', name)
   if match:
     name_in_kind, name_in_group = match.groups()
@@ -370,17 +375,20 @@ def find_field(name: str) -> DeclaredField | None:
 
 
 def check_config(tree: Mapping[str, Any], subject: str = '') -> None:
-  """Checks the values of a config; fields may be missing. How the fields of a
-  model fit each other is checked where it is built.
+  """Checks each value of a config by itself: its type, its range and its
+  choices. Whether the fields of a model fit each other is checked only when the
+  model is built.
 
   Args:
-    tree: the tree of a config, as dicts.
+    tree: the config as nested dicts. Fields may be missing.
     subject: the words that the sentence of an error begins with.
 
   Raises:
-    RequestError: for what is no field of a config, or of another type than its
-      field, or out of its range.
+    RequestError: if a name is no field of a config, or a value is not of its
+      field's type, in its range and among its choices.
   """
+  # Collect all values with their declarations, so that an unknown name is
+  # reported before a wrong value.
   values = []
   for name, value in flat.flatten_groups(tree).items():
     declared_field = FIELDS.get(name) or find_field(name)
@@ -389,24 +397,29 @@ def check_config(tree: Mapping[str, Any], subject: str = '') -> None:
     values.append(
         FieldValue(leaf=declared_field, value=value, subject=subject + name))
   check_values(values)
+
+  # The kinds of layer are named sets of fields that some layers have.
   kinds = tree.get('model', {}).get('kinds', {})
   flat.check_kinds(kinds, f'{subject}model.kinds')
 
 
 def find_effect_of_change(name: str, old: Mapping[str, Any],
                           new: Mapping[str, Any]) -> Effect:
-  """Returns what a change of a field does to a run that is resumed.
+  """Returns what the change of a config field does to a run that is resumed
+  with it: an Effect, which says how serious it is and why.
 
   Args:
     name: the field's dotted name.
-    old: the fields of the run's config, by dotted name.
-    new: the fields of the config that it would go on with.
+    old: the value of each field in the run's own config, by dotted name.
+    new: the value of each field in the config that it is resumed with.
   """
+  # A run of another version may have a field that is unknown here.
   declared_field = find_field(name)
   if declared_field is None:
     return Effect(OPTIMISATION, 'this version has no such field')
   effect = declared_field.rule.resume
-  # The effect of some fields depends on their values.
+
+  # The effect of some fields depends on their old and new values.
   if callable(effect):
     return effect(old, new)
   return effect
@@ -420,13 +433,18 @@ def base() -> ml_collections.ConfigDict:
 
 def set_model_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
                      ) -> None:
-  """Sets fields of config.model, given by name; a group of fields, such as
-  `moe`, is given as a dict.
+  """Sets fields of config.model.
+
+  Args:
+    model: config.model, which is changed.
+    fields: the new values by the name of their field. The value of a group of
+      fields, such as `moe`, is a dict.
 
   Raises:
     RequestError: for an unknown field, or a value that it cannot have.
   """
-  # A dict of kinds of layer takes the place of the model's own.
+  # `kinds`, a dict of named sets of fields for some of the layers, is replaced
+  # as a whole. All else is merged into what the model has.
   python_fields = _with_python_numbers(fields)
   flat.check_fields(python_fields)
   if 'kinds' in python_fields:
@@ -461,21 +479,24 @@ NAMES_OF_TRAINING = (
     *(field.name for field in dataclasses.fields(Optim)))
 
 
-def table_of_sizes(names: str, rows: Mapping[str, Sequence[Any]], **same: Any
-                   ) -> dict[str, dict[str, Any]]:
-  """Returns {size: its fields} of a table with a row for each size.
+def table_of_sizes(names: str, rows: Mapping[str, Sequence[Any]],
+                   **shared_fields: Any) -> dict[str, dict[str, Any]]:
+  """Returns the fields of each published size of a model, {size: {name:
+  value}}, from a table with a row for each size and a column for each field.
 
   Args:
-    names: the names of the columns, with spaces between: fields of
-      config.model, dotted in a group of fields; NAMES_OF_TRAINING; other fields
-      of the config as 'train.z_loss'; and `parameters`, the published count.
-    rows: the values of each size, by its name.
-    **same: the fields that all of them have.
+    names: the names of the columns, with spaces between them. A column is a
+      field of config.model ('d_ff', or 'moe.d_ff' in a group of fields), a name
+      of NAMES_OF_TRAINING, any other field of the config by its dotted name
+      ('train.z_loss'), or `parameters`, the published number of parameters.
+    rows: the values of each size, by its name, in the order of the columns.
+    **shared_fields: the fields that all sizes have. A column of the same name
+      overrides them.
   """
   sizes = {}
   for size, values in rows.items():
     fields = dict(zip(names.split(), values, strict=True))
-    sizes[size] = same | fields
+    sizes[size] = shared_fields | fields
   return sizes
 
 
@@ -538,8 +559,13 @@ def make_config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
 
 def _update_model(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
                   ) -> None:
-  """Sets fields of config.model: groups of fields, and then single fields of a
-  group, which have dotted names."""
+  """Sets fields of config.model.
+
+  Args:
+    model: config.model, which is changed.
+    fields: the new values. A name with a dot, such as 'moe.d_ff', is a single
+      field of a group of fields; the value of a whole group is a dict.
+  """
   # Groups come first: the single field of a group overrides the group's value.
   undotted = {}
   dotted = {}
@@ -554,21 +580,24 @@ def _update_model(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
 
 def _set_training(config: ml_collections.ConfigDict, training: dict[str, Any]
                   ) -> None:
-  """Sets the length, the batch, the steps and the optimiser of a config.
+  """Sets the length of a row, the batch, the steps and the optimiser of a
+  config. Papers often state sizes in tokens, where the config has rows and
+  steps; they are converted here.
 
   Args:
-    config: the config.
-    training: the fields of NAMES_OF_TRAINING; figures in tokens become rows and
-      steps. Fields are popped from it as they are used, and those that are left
-      are fields of config.optim.
+    config: the config, which is changed.
+    training: values by the names in NAMES_OF_TRAINING, such as `batch` in
+      tokens or `batch_size` in rows. They are popped as they are used, and
+      those that remain are fields of config.optim.
   """
-  # The rows of a batch, of `length` tokens each.
+  # The batch: its tokens become rows of `length` tokens each. Without a batch
+  # in tokens, `batch_size` gives the rows.
   length = training.pop('length', config.model.max_len)
   tokens_of_batch = training.pop('batch', 0)
   num_rows = training.pop('batch_size', tokens_of_batch // length)
   config.data.update(length=length, batch_size=num_rows)
 
-  # The steps, and the phases of the schedule in them.
+  # The training and the phases of its schedule: their tokens become steps.
   tokens_of_step = num_rows * length
   num_tokens = training.pop('tokens', 0)
   config.train.steps = training.pop('steps', int(num_tokens / tokens_of_step))

@@ -33,16 +33,21 @@ SIZES['tiny'] = base.SMALL_DECODER
 
 
 def get_config(size: str = 'tiny'):
-  c = base.make_config('gemma3', size=size, sizes=SIZES, model=dict(
+  """Returns the config of a run of a size, a key of SIZES."""
+  config = base.make_config('gemma3', size=size, sizes=SIZES, model=dict(
       norm_eps=1e-6, rope=dict(theta=1e6)), length=32768)
+  # Every sixth layer attends to the whole text, the others to a window. If the
+  # number of layers is no multiple of six, the remaining ones come first, as a
+  # prefix, and the repeated period of six goes on where the prefix ends.
   if size != 'tiny':
-    # Every sixth layer sees all. Layers that are no multiple of six stand
-    # before the first period, and the periods begin where they end.
     period = ['local'] * 5 + ['global']
-    num_before = c.model.num_layers % 6
-    c.model.prefix = ','.join(period[:num_before])
-    c.model.pattern = ','.join(period[num_before:] + period[:num_before])
+    layers_of_prefix = config.model.num_layers % 6
+    config.model.prefix = ','.join(period[:layers_of_prefix])
+    config.model.pattern = ','.join(
+        period[layers_of_prefix:] + period[:layers_of_prefix])
+
+  # From 4B on, the layers that attend to the whole text scale their positions.
   if size not in ('tiny', '1b'):
-    c.model.rope.update(scaling='linear', factor=8.0)
-    c.model.kinds['local']['rope'].update(scaling='none')
-  return c
+    config.model.rope.update(scaling='linear', factor=8.0)
+    config.model.kinds['local']['rope'].update(scaling='none')
+  return config

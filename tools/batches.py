@@ -29,12 +29,16 @@ STEPS = 1000  # in a file
 
 
 def main() -> int:
+  """Writes the batches that the named runs train on to files, a folder for each
+  run."""
   parser = cli.Parser(prog='python -m tools.batches', description=__doc__)
   parser.add_argument('runs', nargs='+', metavar='WORKDIR',
                       help='the folder of a run')
   parser.add_argument('--out', required=True, metavar='FOLDER',
                       help='where to write')
   args = parser.parse_args()
+
+  # A folder that is there already is never overwritten.
   storage.check_folder_is_writable(args.out, '--out')
   for workdir in args.runs:
     folder = pathlib.Path(args.out, pathlib.Path(workdir).resolve().name)

@@ -67,16 +67,17 @@ from training.workdir import checkpoints, run_config, storage
 def import_model(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
                  seed: int, adapter: pathlib.Path | None = None,
                  dtype: str = '') -> None:
-  """Makes the workdir of a run at step 0 from weights in Hugging Face's format.
+  """Imports weights in Hugging Face's format: makes the folder of a run (its
+  workdir) at step 0, which can be evaluated or trained further.
 
   Args:
     source: the folder of the weights, or one of its files.
-    workdir: the workdir to make.
-    partial: whether to initialise parameters that the files lack at random.
-    seed: the seed of these parameters.
-    adapter: a folder of low-rank adapters in PEFT's format, which the run gets
-      too; None: none.
-    dtype: the type of the parameters; '': float32.
+    workdir: the folder to make.
+    partial: whether to initialise at random the parameters that the files lack.
+    seed: the seed of this initialisation.
+    adapter: a folder of low-rank adapters in PEFT's format to import as well,
+      or None.
+    dtype: the type of the parameters; '' stands for float32.
   """
   with _make_workdir(workdir):
     # Load the model, and add the adapters.
@@ -302,9 +303,9 @@ def _generation_of_export(workdir: epath.Path, config: Any, model: Any,
     model: the config of its model.
     step: the step of the checkpoint.
   """
-  # An imported run has kept the settings that it was published with. They are
-  # no longer right if it has been trained with a stand-in for its tokenizer,
-  # which gives ids another meaning.
+  # An imported run has kept the settings that its model was published with. If
+  # it was imported without its tokenizer and then trained further, another
+  # tokenizer stood in, whose ids mean something else: the settings are wrong.
   kept = hf_generation.load_generation(workdir)
   if kept and (hf_generation.is_published(workdir, step)
                or not hf_tokenizer.is_stand_in(config.data.tokenizer)):
@@ -315,9 +316,8 @@ def _generation_of_export(workdir: epath.Path, config: Any, model: Any,
 
 @contextlib.contextmanager
 def _make_workdir(workdir: epath.Path) -> Iterator[None]:
-  """Returns a context in which the workdir of a run is made.
-
-  If that fails, the files that were written are removed, so that the next try
+  """Gives a context in which the workdir of a run is made. If the body of the
+  context fails, the files that it wrote are removed, so that the next attempt
   is not refused.
 
   Args:
@@ -329,6 +329,8 @@ def _make_workdir(workdir: epath.Path) -> Iterator[None]:
   require(not (storage.has_config(workdir) or run_config.has_begun(workdir)),
           f'{workdir} holds a run already: choose another WORKDIR')
   storage.refuse_folder_of_others(workdir, 'WORKDIR')
+
+  # What was in the folder before stays there.
   files_before = set(epath.Path(workdir).glob('*'))
   try:
     yield
@@ -442,37 +444,42 @@ def _make_parser() -> argparse.ArgumentParser:
   parser = cli.Parser(prog='python -m tools.convert', description=__doc__)
   add = parser.add_subparsers(dest='command', required=True).add_parser
 
-  into = add('import', help='Hugging Face to a workdir')
-  into.add_argument('source')
-  into.add_argument('workdir')
-  into.add_argument('--partial', action='store_true',
-                    help='draw what the files lack, pass over what is extra')
-  into.add_argument('--seed', type=int, default=0, help='of what is drawn')
-  into.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'),
-                    help='of the parameters (model.param_dtype); float32')
-  into.add_argument('--adapter', metavar='PEFT_DIR',
-                    help='low-rank adapters of the model, in PEFT\'s format')
+  importer = add('import', help='Hugging Face to a workdir')
+  importer.add_argument('source')
+  importer.add_argument('workdir')
+  importer.add_argument(
+      '--partial', action='store_true',
+      help='draw what the files lack, pass over what is extra')
+  importer.add_argument('--seed', type=int, default=0, help='of what is drawn')
+  importer.add_argument(
+      '--dtype', default='', choices=('', 'float32', 'bfloat16'),
+      help='of the parameters (model.param_dtype); float32')
+  importer.add_argument('--adapter', metavar='PEFT_DIR', help='low-rank '
+                        "adapters of the model, in PEFT's format")
 
-  out = add('export', help='a workdir to Hugging Face')
-  out.add_argument('workdir')
-  out.add_argument('folder')
-  out.add_argument('--step', help=_HELP_OF_STEP)
-  out.add_argument('--dtype', default='', choices=(
+  exporter = add('export', help='a workdir to Hugging Face')
+  exporter.add_argument('workdir')
+  exporter.add_argument('folder')
+  exporter.add_argument('--step', help=_HELP_OF_STEP)
+  exporter.add_argument('--dtype', default='', choices=(
       '', 'float32', 'bfloat16', 'float16'), help="the parameters' own")
-  out.add_argument('--dropless', action='store_true', help='as a model whose '
-                   "experts take every token, where the run's evaluation drops "
-                   'some that config.json cannot tell')
-  out.add_argument('--adapter', action='store_true', help='the low-rank '
-                   "adapters alone, in PEFT's format; else they are merged")
+  exporter.add_argument(
+      '--dropless', action='store_true', help='as a model whose experts take '
+      "every token, where the run's evaluation drops some that config.json "
+      'cannot tell')
+  exporter.add_argument(
+      '--adapter', action='store_true', help='the low-rank adapters alone, in '
+      "PEFT's format; else they are merged")
 
-  up = add('upcycle', help='a dense model to experts')
-  up.add_argument('source')
-  up.add_argument('workdir')
-  up.add_argument('--moe', nargs='*', default=[], metavar='FIELD=VALUE',
-                  help='of config.model.moe; every=N: the last of every N '
-                  'layers has experts; default: each has')
-  up.add_argument('--step', help=_HELP_OF_STEP)
-  up.add_argument('--seed', type=int, default=0, help='of the routers')
+  upcycler = add('upcycle', help='a dense model to experts')
+  upcycler.add_argument('source')
+  upcycler.add_argument('workdir')
+  upcycler.add_argument(
+      '--moe', nargs='*', default=[], metavar='FIELD=VALUE',
+      help='of config.model.moe; every=N: the last of every N layers has '
+      'experts; default: each has')
+  upcycler.add_argument('--step', help=_HELP_OF_STEP)
+  upcycler.add_argument('--seed', type=int, default=0, help='of the routers')
 
   gguf = add('gguf', help='a GGUF file to Hugging Face')
   gguf.add_argument('source', type=pathlib.Path)
@@ -481,8 +488,11 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-  """Converts what the command line names."""
+  """Runs the conversion that the first word of the command line names: import,
+  export, upcycle or gguf."""
   args = _make_parser().parse_args()
+
+  # A GGUF file is converted without a run.
   if args.command == 'gguf':
     storage.check_folder_is_writable(args.folder, 'DIR')
     convert_gguf(args.source, args.folder)
@@ -500,7 +510,7 @@ def main() -> None:
              dropless=args.dropless, adapter=args.adapter)
     return
 
-  # import and upcycle make a workdir.
+  # import and upcycle make the workdir of a run.
   check_number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
   storage.check_folder_is_writable(args.workdir, 'WORKDIR')
   if args.command == 'import':

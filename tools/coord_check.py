@@ -51,8 +51,11 @@ TEXT = (
 
 
 def define_flags() -> None:
-  """Defines the flags of this program. They are not defined when this module is
-  imported, because other programs have some of the same name."""
+  """Defines the flags of this program.
+
+  They are not defined when this module is imported, because other programs
+  import it and have flags of the same names.
+  """
   cli.define_choices('systems', [], architectures.files('decoder'),
                      'Decoders; default: all that muP has rules for.')
   flags.DEFINE_list('widths', ['64', '128', '256', '512'],
@@ -229,8 +232,8 @@ def measure_growth_over_widths(system: str, parametrization: str,
         config, steps=setting.steps, seeds=seeds)
     sizes.append(np.asarray(sizes_of_width, np.float64))
 
-  # Fit a line to each output after the last step, [widths, outputs], over the
-  # width.
+  # Fit a line to the sizes [widths, outputs] after the last step, as functions
+  # of the width. In polyfit's result, the slope comes before the intercept.
   log_sizes = np.log2([size[-1] for size in sizes])
   slopes = np.polyfit(np.log2(widths), log_sizes, 1)[0]
   num_blocks = len(log_sizes[0]) - 1
@@ -299,11 +302,13 @@ def describe_slope(slope: float) -> str:
 
 
 def format_figures(row: dict) -> str:
-  """Returns the figures of a system as a table for a terminal.
+  """Returns the figures of a system as a table for a terminal: for each output
+  its mean |x| at every width, and the slope over the width.
 
   Args:
     row: the figures, as `measure_growth_over_widths` returns them.
   """
+  # The columns: 10 characters for a name, 9 for a number.
   widths = ''.join(f'{width:>9}' for width in row['widths'])
   lines = [f'{row["system"]}, {row["parametrization"]}: mean |x| after '
            f'{row["steps"]} steps of {row["optimizer"]} at lr {row["lr"]:g}',

@@ -114,20 +114,20 @@ def _format_figure(name: str, value: float, note: str = '') -> str:
   return f'{name:<28}{value:>20,.0f}{note}'
 
 
-def _format_figures(figures: dict, unlike: str) -> str:
-  """Returns the figures of a config as text for a terminal.
+def _format_figures(figures: dict, differences: str) -> str:
+  """Returns the sizes and costs of a model as text for a terminal.
 
   Args:
     figures: the figures, as totals.count_costs returns them.
-    unlike: a line that says how the model differs from the system that it is
-      named after; '': it does not.
+    differences: a line that says how the model differs from the published
+      system that it is named after; '' if it does not.
   """
   name = figures['model']
   if figures['rumoured']:
     name += ' (rumoured)'
   lines = [name]
-  if unlike:
-    lines.append(unlike)
+  if differences:
+    lines.append(differences)
   lines += _lines_of_parameters(figures)
   lines += _lines_of_layer_kinds(figures)
   lines += _lines_of_flops(figures)
@@ -158,8 +158,9 @@ def _lines_of_parameters(figures: dict) -> list[str]:
 
 
 def _lines_of_layer_kinds(figures: dict) -> list[str]:
-  """Returns a line for each kind of layer: how many layers are of this kind,
-  and which fields it changes.
+  """Returns a line for each kind of layer, which is a named set of fields that
+  some layers have in place of the model's: the number of these layers, and the
+  fields that they change.
 
   Args:
     figures: the figures, as totals.count_costs returns them.
@@ -194,12 +195,14 @@ def _lines_of_flops(figures: dict) -> list[str]:
 
 
 def _lines_of_bytes(figures: dict) -> list[str]:
-  """Returns lines with the bytes of caches, states and checkpoints.
+  """Returns lines with the bytes of memory and of disk that a model needs: its
+  key-value cache, recurrent states, parameters, optimizer and checkpoints.
 
   Args:
     figures: the figures, as totals.count_costs returns them.
   """
-  # The cache of a token, and what each kind of layer has of it.
+  # The key-value cache of one token, then the part of it that each layer of a
+  # kind has. A model without attention has no such cache.
   lines = []
   if figures['kv_cache_bytes_per_token'] is not None:
     lines.append(_format_figure('KV-cache bytes per token',
@@ -209,7 +212,7 @@ def _lines_of_bytes(figures: dict) -> list[str]:
       lines.append(_format_figure(f'  of a layer of {kind}',
                                   row['kv_cache_bytes_per_token']))
 
-  # The other figures, but those that are 0 or do not apply to the model.
+  # The other figures, except those that are 0 or do not apply to the model.
   key_of_name = {
       'state bytes per row': 'state_bytes_per_row',
       '  per token of the source': 'memory_cache_bytes_per_token',
@@ -225,7 +228,8 @@ def _lines_of_bytes(figures: dict) -> list[str]:
 
 
 def _table_of_sizes(rows: Iterable[dict]) -> Iterator[str]:
-  """Yields the lines of a table of model sizes.
+  """Yields the lines of a table of model sizes, each as soon as its row has
+  been counted.
 
   Args:
     rows: the rows, as `count_all_sizes` yields them.

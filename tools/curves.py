@@ -68,16 +68,18 @@ def main() -> int:
 
 
 def _curves_of_run(folder: str, weight: float) -> dict[str, dict[str, list]]:
-  """Reads the curve of each figure of a run, such as its loss, over the steps.
+  """Reads the curves of a run: how each figure, such as the training loss,
+  changes over the steps.
 
   Args:
     folder: the folder of the run.
-    weight: the weight with which figures of training are smoothed; 0: they are
-      not.
+    weight: the weight of the moving average by which training curves are
+      smoothed, from 0 (not at all) to below 1.
 
   Returns:
-    The curves by the name of their figure, with the columns of
-    curves.curve_from_rows. The column of values is `loss`, whatever the figure.
+    The curves by the name of their figure. A curve is a dict of columns: one
+    for each horizontal axis ('step', 'tokens', ...), and `loss`, which holds
+    the values whatever the figure is.
 
   Raises:
     RequestError: if there is no run in the folder, or it has no figures yet.
@@ -89,20 +91,22 @@ def _curves_of_run(folder: str, weight: float) -> dict[str, dict[str, list]]:
     rows = metrics.read_metrics(file)
   require(rows, f'{file} has no figures yet (log.every_steps)')
 
-  # The costs give the axes of tokens and of FLOPs.
+  # The costs of the run give the axes of tokens and of FLOPs. A figure is named
+  # 'train/loss' or 'eval/loss'; a run may not have all of them.
   spent = cost.cost_of_run(config)
-  lines = {}
+  curve_of_figure = {}
   for figure in TITLE_OF_FIGURE:
     split, name = figure.split('/')
-    line = curves.curve_from_rows(
+    curve = curves.curve_from_rows(
         rows, split=split, name=name, config=run_config.flatten(config),
         tokens=spent.tokens, flops_per_token=spent.flops_per_token)
-    if not line:
+    if not curve:
       continue
+    # Evaluations average over many batches, and need no smoothing.
     if split != 'eval':
-      line = line | {'loss': smooth_curve(line['loss'], weight)}
-    lines[figure] = line
-  return lines
+      curve = curve | {'loss': smooth_curve(curve['loss'], weight)}
+    curve_of_figure[figure] = curve
+  return curve_of_figure
 
 
 def smooth_curve(values: Sequence[float], weight: float) -> list[float]:
@@ -114,26 +118,28 @@ def smooth_curve(values: Sequence[float], weight: float) -> list[float]:
       no average.
     weight: the weight w, from 0 (no smoothing) to below 1.
   """
-  # The numerator and the denominator at t are w times those at t - 1, plus x_t
-  # and 1.
-  total = weights = 0.0
-  result = []
+  # The numerator at t is w times that at t - 1, plus x_t. The denominator is w
+  # times that at t - 1, plus 1.
+  weighted_sum = sum_of_weights = 0.0
+  averages = []
   for value in values:
     if not math.isfinite(value):
-      result.append(value)
+      averages.append(value)
       continue
-    total = weight * total + value
-    weights = weight * weights + 1
-    result.append(total / weights)
-  return result
+    weighted_sum = weight * weighted_sum + value
+    sum_of_weights = weight * sum_of_weights + 1
+    averages.append(weighted_sum / sum_of_weights)
+  return averages
 
 
 def _draw_picture(curves_of_runs: Mapping[str, Mapping],
                   title_of_panel: Mapping[str, str], axis: str) -> Any:
-  """Returns a matplotlib figure with a panel for each figure of the runs.
+  """Draws the curves of several runs with matplotlib: a panel for each figure,
+  such as the loss, with a line for each run.
 
   Args:
-    curves_of_runs: the curves of each run, by its folder.
+    curves_of_runs: the curves of each run by the name of their figure, by the
+      folder of the run.
     title_of_panel: the title of each panel, by the name of its figure.
     axis: the name of the horizontal axis, a key of curves.AXES.
   """
@@ -162,8 +168,8 @@ def _draw_picture(curves_of_runs: Mapping[str, Mapping],
       axes.locator_params(axis='x', nbins=5)
       axes.grid(axis='y')
 
-    # All panels have one legend. The figure is laid out here, because its style
-    # ends with this block.
+    # All panels share one legend. The figure must be laid out inside of this
+    # block, after which the style of the drawing no longer holds.
     figure.legend(*axes.get_legend_handles_labels(), ncols=4,
                   loc='outside lower center')
     figure.draw_without_rendering()
@@ -172,15 +178,16 @@ def _draw_picture(curves_of_runs: Mapping[str, Mapping],
 
 def _render_page(curves_of_runs: Mapping[str, Mapping],
                  title_of_panel: Mapping[str, str], axis: str) -> str:
-  """Returns an HTML page on which a reader chooses the figure and the axis.
+  """Returns an HTML page that plots the curves of several runs. A reader of the
+  page chooses the figure and the horizontal axis.
 
   Args:
     curves_of_runs: the curves of each run, by its folder.
     title_of_panel: the title of each figure to choose from, by its name.
     axis: the axis that is chosen at first, a key of curves.AXES.
   """
-  # `look` names the classes of CSS of a line: its colour, and its dashes. There
-  # are 6 colours.
+  # One series for each run. `look` names the CSS classes of its line: c0 to c5
+  # are colours, and d0, d1, ... are patterns of dashes for more than six runs.
   series = []
   for i, (name, lines) in enumerate(curves_of_runs.items()):
     thinned = {figure: plots.thin_curve(line) for figure, line in lines.items()}

@@ -70,8 +70,9 @@ def _make_code_block(match: re.Match) -> str:
 
 
 def on_files(files, config):
-  """Adds the pages that are made here to the files of the site. MkDocs calls it
-  after it has listed docs/.
+  """Adds generated pages to the files of the documentation site: notebooks,
+  references, and files that lie outside docs/. MkDocs calls this hook after it
+  has listed docs/.
 
   Args:
     files: the files of docs/, as MkDocs has them.
@@ -80,7 +81,7 @@ def on_files(files, config):
   Returns:
     The files, with the pages.
   """
-  # Files of the repository that are pages as they are.
+  # Files of the repository that are pages as they are, such as CONTRIBUTING.md.
   text_of_page = {page: (ROOT / path).read_text()
                   for page, path in FILE_OF_PAGE.items()}
 
@@ -91,7 +92,8 @@ def on_files(files, config):
     page = notebook.replace('.ipynb', '.md')
     text_of_page[page] = render_notebook(path.read_text())
 
-  # The reference of the Python API, of the fields of a config, and of programs.
+  # The references: the Python API, the fields of a config, and the programs.
+  # mkdocstrings replaces a line with ::: by the docstrings of a module.
   entries = [f'::: {name}\n    options:\n      heading_level: 2\n'
              for name in MODULES_OF_API]
   text_of_page['reference/api.md'] = '# Python API\n\n' + '\n'.join(entries)
@@ -162,13 +164,14 @@ def on_post_build(config) -> None:
 
 
 def render_llms_txt(config) -> str:
-  """Returns the text of llms.txt: the navigation of the site, for programs that
-  read the site.
+  """Returns the text of llms.txt (https://llmstxt.org): a list of the site's
+  pages with their links, for language models that read the site.
 
   Args:
     config: MkDocs' config. An entry of its navigation is a page, or a group of
       pages with a title.
   """
+  # MkDocs has each entry, and each page of a group, as a dict of one item.
   lines = [f'# {config.site_name}', '', f'> {config.site_description}', '']
   for entry in config.nav:
     for title, pages in entry.items():
@@ -222,7 +225,8 @@ def render_config_fields() -> str:
                 '|---|---|---|']
     group_before = group
 
-    # A row: the signs that Markdown would read as markup are escaped.
+    # Add the row of the field. Characters that Markdown or HTML would read as
+    # markup are escaped.
     text = leaf.rule.doc
     if leaf.rule.choices:
       text += f' One of {", ".join(leaf.rule.choices)}.'

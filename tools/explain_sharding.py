@@ -90,12 +90,12 @@ def describe_array(run: runs.Run, name: str, x: Any,
 
 def _why_not_sharded(rule_axes: list[str], mesh_axes: tuple[str, ...],
                      used_axes: set[str]) -> str:
-  """Returns words that say why a dimension is not sharded as its rule says; ''
-  if it is.
+  """Explains in a few words why a dimension of an array is not sharded over all
+  mesh axes that the sharding rules name for it, or returns '' if it is.
 
   Args:
-    rule_axes: the mesh axes that the rule of the dimension names.
-    mesh_axes: the mesh axes that shard the dimension.
+    rule_axes: the mesh axes that the rules name for the dimension.
+    mesh_axes: the mesh axes that do shard the dimension.
     used_axes: the mesh axes that shard any dimension of the array.
   """
   missing = [name for name in rule_axes if name not in mesh_axes]
@@ -117,8 +117,8 @@ def describe_parameters(run: runs.Run) -> list[dict]:
   Returns:
     A dict of `describe_array` for each parameter.
   """
-  # A leaf is a box of Flax with the shape of the parameter and its logical
-  # axes.
+  # Flax wraps each parameter in a box that has `names`, its logical axes. The
+  # tree of parameters is cut at these boxes, and not at the arrays in them.
   leaves, _ = jax.tree_util.tree_flatten_with_path(
       abstract_params(run.module), is_leaf=lambda x: hasattr(x, 'names'))
   rows = []
@@ -140,7 +140,7 @@ def describe_activations(run: runs.Run) -> list[dict]:
   """
   objective = objectives.find_objective(run.config)
 
-  # Only the shapes of a batch are needed, because nothing is computed.
+  # Make a batch of shapes without values, because nothing is computed.
   batch = {}
   for key, (shape, dtype) in objectives.shapes_of_batch(run.config).items():
     batch[key] = jax.ShapeDtypeStruct(shape, dtype)
@@ -151,11 +151,13 @@ def describe_activations(run: runs.Run) -> list[dict]:
         run.module, params, batch, deterministic=False, rngs=rngs)
     return objective.loss(output, batch, run.config)[0]
 
-  # The traced program has each constraint as an operation of its own.
+  # Trace the loss. In the traced program (a jaxpr), each constraint on the
+  # sharding of an activation is an operation of its own.
   with run.context():
     jaxpr = jax.make_jaxpr(loss)(run.abstract_state.params, batch)
 
-  # The description itself is the key, so that equal ones are kept once.
+  # Describe the constraints. The description itself is the key, so that those
+  # of equal layers are kept once.
   rows = {}
   for name, x, axes in _find_constraints(jaxpr.jaxpr, ''):
     description = describe_array(run, name=name, x=x, axes=axes)
@@ -165,31 +167,37 @@ def describe_activations(run: runs.Run) -> list[dict]:
 
 def _find_constraints(jaxpr: Any, names_above: str
                       ) -> Iterator[tuple[str, Any, list[str | None]]]:
-  """Finds the named constraints on the sharding of arrays in a traced program.
+  """Finds the constraints on the sharding of activations in a traced program,
+  which is a list of operations (equations, in jax's words).
+
+  The model constrains an activation within jax.named_scope of a text such as
+  SCOPE(batch,None,embed), which lists the logical axis of each dimension. An
+  operation keeps the names of the scopes and modules that it is in, as in
+  'layers/attention/SCOPE(batch,None,embed)', and the axes are read from there.
 
   Args:
-    jaxpr: the traced program, or a program inside of it.
-    names_above: the stack of names of the program that it is inside of.
+    jaxpr: the traced program, or a program inside of one of its operations.
+    names_above: the names of the scopes that the program is in; '' at first.
 
   Yields:
-    For each constraint the path of its module, the array's shape and dtype, and
-    the logical axis of each dimension.
+    For each constraint: the path of its module, the array's shape and dtype,
+    and the logical axis of each dimension (None: it is never sharded).
   """
-  # The model puts each constraint into a named scope that lists its logical
-  # axes, SCOPE(batch,None,embed), and the trace keeps that name.
   scope = re.compile(rf'{sharding.SCOPE_OF_CONSTRAINT}\(([^()]*)\)')
   for eqn in jaxpr.eqns:
     name = f'{names_above}/{eqn.source_info.name_stack}'
-    declared = scope.search(name)
-    if eqn.primitive.name == 'sharding_constraint' and declared:
+    named_axes = scope.search(name)
+    if eqn.primitive.name == 'sharding_constraint' and named_axes:
       axes: list[str | None] = []
-      for axis in declared[1].split(','):
+      for axis in named_axes[1].split(','):
         if axis:
           axes.append(None if axis == 'None' else axis)
-      yield _path_of_module(scope.sub('', name)), eqn.invars[0].aval, axes
-    # Operations such as scans and checkpoints have programs inside of them.
-    for inner in jex.jaxprs_in_params(eqn.params):
-      yield from _find_constraints(inner, name)
+      path_of_module = _path_of_module(scope.sub('', name))
+      array = eqn.invars[0].aval
+      yield path_of_module, array, axes
+    # A scan, a checkpoint or a jit is one operation with a program inside.
+    for inner_program in jex.jaxprs_in_params(eqn.params):
+      yield from _find_constraints(inner_program, name)
 
 
 def _path_of_module(stack: str) -> str:
@@ -222,8 +230,9 @@ def explain_sharding(config: Any, mesh: dict[str, int]) -> dict:
   device_mesh = devices.make_mesh(mesh, jax.devices()[:count])
   run = runs.build(config, model, device_mesh)
 
-  # All devices are taken to be on host 0, so that no bytes count as sent
-  # between hosts.
+
+  # Predict the collectives. All devices are taken to be on host 0, so that no
+  # bytes count as sent between hosts.
   host_of_device = np.zeros(count, int)
   predicted = predict.predict_collectives(run, host_of_device)
   return dict(

@@ -22,17 +22,24 @@ from training.evals.tasks import lm_eval as task
 
 
 def main() -> None:
+  """Registers the runs of this project as a model of lm_eval, and hands the
+  command line over to it."""
   words = sys.argv[1:]
   if set(words) <= {'-h', '--help'}:
     print(__doc__.strip())
     return
   require(importlib.util.find_spec('lm_eval') is not None, 'tools.lm_eval '
           "needs the package lm_eval: pip install -e '.[lm-eval]'")
+
+  # Add the defaults of this project, right after the word `run`.
   if words[0] == 'run' and not {'-h', '--help'} & set(words):
     from training.distributed import cpu
     cpu.configure_cpu()
-    sys.argv[2:2] = _defaults({word.partition('=')[0] for word in words})
-  from lm_eval import models  # which fills the registry
+    options = {word.partition('=')[0] for word in words}
+    sys.argv[2:2] = _default_options(options)
+
+  # The import of `models` fills lm_eval's registry, which must come first.
+  from lm_eval import models
   from lm_eval.__main__ import cli_evaluate
   from lm_eval.api.registry import model_registry
   del models
@@ -41,19 +48,33 @@ def main() -> None:
     cli_evaluate()
 
 
-def _defaults(options: set[str]) -> list[str]:
-  """Returns the words that `run` gets where a command does not have them."""
-  if options & {'--config', '-C'}:  # a file says it all
+def _default_options(options: set[str]) -> list[str]:
+  """Returns the words that are added to a command `lm_eval run ...`, for
+  options that it does not have.
+
+  Args:
+    options: the names of the options that the command has.
+
+  Raises:
+    RequestError: if the command names no run, or no tasks.
+  """
+  # A file of options is complete by itself.
+  if options & {'--config', '-C'}:
     return []
-  for names, words in ((('--model_args', '-a'), 'workdir=DIR'),
-                       (('--tasks', '-t'), 'NAME,NAME')):
-    if not options & set(names):
-      raise RequestError(f'pass {names[0]} {words}')
-  defaults = [] if options & {'--model', '-M'} else ['--model', 'archetype']
-  if options & {'--output_path', '-o'}:  # each item's score, too
+  if not options & {'--model_args', '-a'}:
+    raise RequestError('pass --model_args workdir=DIR')
+  if not options & {'--tasks', '-t'}:
+    raise RequestError('pass --tasks NAME,NAME')
+
+  # Where results are written, the score of each item is written too.
+  defaults = []
+  if not options & {'--model', '-M'}:
+    defaults += ['--model', 'archetype']
+  if options & {'--output_path', '-o'}:
     defaults.append('--log_samples')
-  return defaults + ([] if '--include_path' in options else
-                     ['--include_path', str(task.OWN_TASKS_FOLDER)])
+  if '--include_path' not in options:
+    defaults += ['--include_path', str(task.OWN_TASKS_FOLDER)]
+  return defaults
 
 
 if __name__ == '__main__':

@@ -111,6 +111,7 @@ def _parse_text_source(spec: str) -> sources.Source:
   Raises:
     RequestError: for a mixture of sources, or a source of something else.
   """
+  # A spec lists weighted sources. Only a mixture has more than one.
   (_, source), *others = sources.parse_sources(spec, lambda: _PlainText(spec))
   require(not others, f'data source {spec!r} is a mixture: tokenise each of '
           "its sources, and mix them in the run, '0.7*tokens:A,0.3*tokens:B'")

@@ -108,17 +108,22 @@ def train_tokenizer(kind: str, documents: Iterator[str], size: int,
 
 
 def _training_texts(spec: str, every: int) -> Iterator[str]:
-  """Yields the texts of a source that are not held out for evaluation.
+  """Yields the texts of a data source, except the documents that a run would
+  hold out for evaluation.
 
   Args:
     spec: the source, as data.source names it.
     every: one of this many documents is held out (data.holdout_every).
+
+  Raises:
+    RequestError: if a source holds something other than text, such as images.
   """
   for _, source in sources.parse_sources(spec):
     require(sources.TEXT in source.holds, f'data source {source.name!r} holds '
             f'{source.holds[0]}, and no text: choose another')
 
-    # A run selects its documents in the same way.
+    # A run selects its documents by this function too, so that the tokenizer
+    # learns from no text that a run is evaluated on.
     documents = sources.hold_out_end_of_text(source, every).documents()
     for i, document in enumerate(documents):
       selected = tokens.select_documents(

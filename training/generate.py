@@ -748,6 +748,7 @@ def _reorder_cache(cache: Any, parent_rows: jax.Array, axis: int) -> Any:
         key_BMJK=jax.tree.map(take_rows, layer_cache.key_BMJK),
         value_BMJK=jax.tree.map(take_rows, layer_cache.value_BMJK),
         index_BMJK=jax.tree.map(take_rows, layer_cache.index_BMJK),
+        forget_BMHU=jax.tree.map(take_rows, layer_cache.forget_BMHU),
         inputs=jax.tree.map(take_rows, layer_cache.inputs))
 
   return jax.tree.map(reorder_layer, cache,

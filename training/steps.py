@@ -13,6 +13,10 @@ from training.objectives import pipeline
 from training.program import Program
 
 
+# Stands for data.length among the lengths that rows may be padded to.
+FULL_LENGTH = 0
+
+
 class StepWork(NamedTuple):
   """The work of a step: the tokens of one run, the FLOPs of all runs."""
   tokens: int
@@ -29,48 +33,58 @@ class TrainingBatches:
 
   def __init__(self, program: Program, loaders: Sequence[pipeline.Loader],
                num_runs: int):
-    """Counts the tokens and FLOPs of a step, for batches of each shape.
+    """Computes how many tokens and FLOPs a training step takes, for batches of
+    each shape that the run will have.
 
     Args:
-      program: the program that is trained on the batches.
-      loaders: the training batches: one loader for all runs of the program, or
-        one for each seed.
-      num_runs: the number of runs.
+      program: the model and the optimiser that are trained on the batches.
+      loaders: the sources of training batches: one for all runs of the program,
+        or one for each seed.
+      num_runs: the number of runs that the program trains at once.
     """
     self._program = program
     self._loaders = loaders
     config = program.run.config
     self._ramp = pipeline.read_ramp(config)
-    row_lengths = loaders[0].objective.row_lengths(config)
-    self._row_tokens = sum(row_lengths)  # at most
+    # A row has one length, but for an encoder-decoder, whose rows have the
+    # length of the source and that of the target.
+    full_lengths = loaders[0].objective.row_lengths(config)
+    self._row_tokens = sum(full_lengths)  # at most
     self.most_tokens = self._ramp.last * self._row_tokens
     self._peak = flops.total_peak_flops(
         program.devices, program.run.model.dtype)
 
-    # Batches may have fewer rows than data.batch_size (a ramp), and rows that
-    # are padded less far than to data.length (length 0 stands for that).
-    row_lengths_of = {0: row_lengths}
+    # Rows may be padded less far than to data.length, which is the last of
+    # padded_lengths and counted under FULL_LENGTH.
+    lengths_by_padding = {FULL_LENGTH: full_lengths}
     for length in pipeline.padded_lengths(config)[:-1]:
-      row_lengths_of[length] = (length,)
-    self._work = {}
+      lengths_by_padding[length] = (length,)
+
+    # Batches have fewer rows than data.batch_size at first if data.batch_ramp
+    # says so. The work is kept by the number of rows and their padded length.
+    self._work: dict[tuple[int, int], StepWork] = {}
     for num_rows in (*self._ramp.sizes, self._ramp.last):
-      for length, row_lengths in row_lengths_of.items():
+      for length, row_lengths in lengths_by_padding.items():
         self._work[num_rows, length] = self._work_of_step(
             num_rows, row_lengths=row_lengths, num_runs=num_runs)
-    usual_work = self._work[self._ramp.last, 0]
+
+    # Steps are taken to have the work of the largest batch, unless
+    # `batch_after` notes another.
+    usual_work = self._work[self._ramp.last, FULL_LENGTH]
     self.meter = progress.StepTimer(usual_work.tokens,
                                     flops_per_step=usual_work.flops,
                                     peak_flops=self._peak)
 
   def _work_of_step(self, num_rows: int, row_lengths: tuple[int, ...],
                     num_runs: int) -> StepWork:
-    """Returns the tokens and the FLOPs of a step. FLOPs are counted where the
-    devices' peak is known, since nothing else reads them.
+    """Computes how many tokens and FLOPs a training step takes. FLOPs are 0
+    where the peak FLOPs of the devices are not known, as they are only needed
+    to say which share of the peak is used.
 
     Args:
       num_rows: the number of rows of a batch.
-      row_lengths: the tokens of a row; for an encoder-decoder those of the
-        source and of the target.
+      row_lengths: the number of tokens of a row; for an encoder-decoder those
+        of the source and of the target.
       num_runs: the number of runs that take the step together.
     """
     total_flops = 0.0
@@ -89,14 +103,19 @@ class TrainingBatches:
         loader.iterate(start, steps) for loader in self._loaders]
 
   def batch_after(self, n: int) -> Any:
-    """Returns the batch of the step after step n, on the devices; to be called
-    for each n in turn."""
+    """Returns the batch for the step after step n, on the devices. The batches
+    come in order, so this must be called once for each n in turn.
+
+    Args:
+      n: the number of steps done.
+    """
+    # Each stream is the batches of one seed.
     batches = [next(stream) for stream in self._streams]
-    # The work of the step, where batches differ in their shape.
+    # Where batches differ in shape, tell the timer what this step has to do.
     if len(self._work) > 1:
       num_rows = self._ramp.rows(n)
       row_length = batches[0]['tokens'].shape[1]
-      usual_work = self._work[num_rows, 0]
+      usual_work = self._work[num_rows, FULL_LENGTH]
       work = self._work.get((num_rows, row_length), usual_work)
       self.meter.note_work(n + 1, work.tokens, work.flops)
     return self._program.put(*batches)

@@ -42,12 +42,21 @@ _SHARED_BY_RUNS = PartitionSpec()
 
 def group_configs(configs: Sequence[ml_collections.ConfigDict]
                   ) -> list[list[int]]:
-  """Returns the indices of the configs in groups, each of which may train as
-  one program.
+  """Groups the configs of several runs so that the runs of each group can train
+  as one compiled program.
 
-  A config that needs several devices, starts from weights, reports to a
-  tracker, or is trained by SOAP makes a group of its own: train.py is for it.
+  A config has a group of its own, and is to be trained by train.py, if its run
+  needs several devices, starts from given weights, reports to a tracker, or is
+  trained by SOAP.
+
+  Args:
+    configs: the configs of the runs.
+
+  Returns:
+    The indices of the configs of each group.
   """
+  # Runs of a group agree in all fields that would change the program. A run
+  # that trains alone has its index as a key, which no other run has.
   indices_of_group: dict[object, list[int]] = {}
   for i, config in enumerate(configs):
     group_key: object = i
@@ -58,23 +67,24 @@ def group_configs(configs: Sequence[ml_collections.ConfigDict]
 
 
 def _must_train_alone(config: ml_collections.ConfigDict) -> bool:
-  """Whether a run cannot be part of a program of several runs; `group_configs`
-  gives the reasons.
+  """Returns whether a run cannot train together with others as one program.
 
   Args:
     config: the config of the run.
   """
+  # Its parameters are given, or its seed has more than 32 bits.
   if config.init_from or config.seed >= 2 ** 32:
     return True
-  # SOAP's bases of several runs would all be computed at each step.
+  # SOAP computes its bases only at some steps. In a program of several runs,
+  # the branch becomes a select, and they would be computed at every step.
   if config.optim.name == 'soap':
     return True
-  # A run that reports to a tracker trains alone.
+  # It reports to a tracker, such as Weights & Biases.
   for name in metrics.TRACKERS:
     if config.log[name]:
       return True
-  # So does a run on several devices. -1 along the axis of data means all
-  # devices, which one will do for.
+  # A run must fit on one device. -1 along the axis of data means all devices
+  # that there are, so one is enough.
   for axis in tables.MESH_AXES:
     size = config.mesh[axis]
     fits_one_device = size == 1 or (axis == 'data' and size == -1)
@@ -95,28 +105,30 @@ def _shared_fields(config: ml_collections.ConfigDict) -> tuple:
 
 def train_group(configs: Sequence[ml_collections.ConfigDict],
                 workdirs: Sequence) -> list[RunWriter]:
-  """Trains several runs as one program, each into its own workdir, or goes on
-  with them. Runs that stopped at different steps go on as one program for each
-  of these steps.
+  """Trains several runs as one compiled program, each in its own folder. Runs
+  that were interrupted are resumed; where they stopped at different steps,
+  there is one program for each of these steps.
 
   Args:
     configs: the configs of one group that `group_configs` returned.
-    workdirs: a folder for each.
+    workdirs: the folder of each run.
 
   Returns:
-    The writer of each run. Its `sentence` says why the run did not reach its
-    last step: after a signal, or where its loss was not finite in
-    train.max_bad_steps steps in a row; all that was trained is saved.
+    The writer of each run, which writes to its folder. Its `sentence` says why
+    the run did not reach its last step: a signal, or a loss that was not finite
+    in train.max_bad_steps steps in a row. Whatever was trained is saved.
 
   Raises:
-    ValueError: for configs that are no group, or a workdir of another run.
+    ValueError: for configs that cannot be one group, or the folder of another
+      run.
   """
   is_one_group = group_configs(configs) == [list(range(len(workdirs)))]
   require(is_one_group, 'runs of a group differ in '
           f'{", ".join(runs.TYPE_OF_TRACED_FIELD)} alone, and have a device, '
           'and a workdir, each')
 
-  # The steps of begin.py follow, in its order, for all runs of the group.
+  # Check each run, build the model once, and check the data: the same steps in
+  # the same order as for a run that trains alone (begin.py).
   requests = []
   for config, workdir in zip(configs, workdirs):
     request = begin.check_request(config, storage.checked_path(workdir))
@@ -161,15 +173,16 @@ def _open_member(request: begin.RunRequest, run: runs.Run,
   Returns:
     The request, the writer of the run's folder, and the starting point.
   """
-  # The folder is this process's until the group has ended.
+  # Lock the folder, so that no other process writes to it until the group has
+  # ended.
   config = request.config
   workdir = pathlib.Path(request.workdir)
   stack.enter_context(storage.lock_workdir(workdir))
   saved = stack.enter_context(checkpoints.Checkpoints(
       workdir, **config.checkpoint, agree_every=config.log.every_steps))
 
-  # The starting point is found as for a run that trains alone. Only the first
-  # run of the group was built, so it is given this run's config and model.
+  # Find the starting point as for a run that trains alone. Only the first run
+  # of the group was built, so a copy of it gets this run's config and model.
   run_alone = dataclasses.replace(run, config=config, model=request.model,
                                   module=architectures.build(request.model))
   start = begin.find_starting_point(request, run=run_alone, saved=saved,
@@ -182,19 +195,20 @@ def _open_member(request: begin.RunRequest, run: runs.Run,
 
 def _train_members(run: runs.Run, members: Sequence[GroupMember],
                    hash_of_source: dict[str, str]) -> None:
-  """Trains the runs of a group that have not ended. Runs that have done the
-  same number of steps train as one program; the programs follow one another,
-  from the fewest steps to the most.
+  """Trains the runs of a group that are not complete. Runs that have done the
+  same number of steps train as one program. The programs follow one another,
+  beginning with the fewest steps.
 
   Args:
     run: the first run of the group, built for one device.
-    members: all runs of the group. One whose writer has a `sentence` has ended
-      already, as by diverging, and is left alone.
-    hash_of_source: the hash of each data file, which is recorded with the
+    members: all runs of the group. A run whose writer has a `sentence` has
+      already ended, for instance because it diverged, and is left alone.
+    hash_of_source: the hash of each data source, which is recorded with the
       config of each run.
   """
-  # Runs are together where they are at the same step. At the first step, those
-  # that begin with given parameters (an import) are apart from the others.
+  # Group the runs by the number of steps that they have done. At the first
+  # step, those with a given state, such as imported parameters, are apart from
+  # those whose parameters are yet to be drawn.
   unfinished = [member for member in members if not member.writer.sentence]
   members_at_step: dict[tuple[int, bool], list[GroupMember]] = {}
   for member in unfinished:
@@ -215,7 +229,7 @@ def _train_members(run: runs.Run, members: Sequence[GroupMember],
       for member in members_together:
         member.writer.sentence = f'stopped before step {step}'
       continue
-    # A config is recorded only of a run that is trained.
+    # Record the config of each run, now that it is sure to be trained.
     for member in members_together:
       request = member.request
       run_config.save_config(
@@ -226,13 +240,13 @@ def _train_members(run: runs.Run, members: Sequence[GroupMember],
 
 def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
                                ) -> None:
-  """Trains several runs, all of which have done the same number of steps, to
-  their last step as one compiled program. Each run's checkpoints and metrics go
-  to its own folder, and its writer notes how it ended.
+  """Trains several runs to their last step as one compiled program. All of them
+  must have done the same number of steps. Each run's checkpoints and metrics go
+  to its own folder.
 
   Args:
     run: the first run of the group, built for one device.
-    members: the runs, with the folder and the starting state of each.
+    members: the runs, each with its folder and its starting state.
   """
   writers = [member.writer for member in members]
   start = members[0].start
@@ -240,9 +254,9 @@ def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
   program = RunGroup(run, writers)
   config = program.run.config
 
-  # Runs of one seed share their batches, so there is a loader for each seed.
-  # Each loader is told of all of them: the batches of a step are stacked, and
-  # so must be as long as the longest row that any of them has.
+  # Runs with the same seed share their batches, so there is a loader of batches
+  # for each seed. Each loader knows all of them: as the batches of a step are
+  # stacked, they must be padded to the longest row of any loader.
   loaders = []
   for seed in program.seeds:
     config_of_seed = config_with_traced_values(config, {'seed': seed})
@@ -250,8 +264,8 @@ def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
   for loader in loaders:
     loader.loaders_of_program = loaders
 
-  # The states of the runs become one, with an axis of runs in front. Without a
-  # saved or imported state, the program draws all parameters itself.
+  # Join the states of the runs to one whose arrays have a leading axis of runs.
+  # Without saved or imported states, the program draws all parameters.
   if start.state is None:
     state = program.new_state()
   else:
@@ -279,20 +293,24 @@ class RunGroup(Program):
   """
 
   def __init__(self, run: runs.Run, writers: Sequence[RunWriter]):
-    """Lays the runs out over the devices, and finds the fields of the config in
-    which they differ.
+    """Distributes the runs over the devices, and finds the fields of the config
+    in which they differ.
+
+    All arrays of the program have a leading axis of runs. Each of its places,
+    called a row, is one run.
 
     Args:
-      run: the run of the first config, on its devices.
-      writers: the writer of each run.
+      run: the run of the first config, built on its devices.
+      writers: for each run, what writes to its folder. It has the config.
     """
     self.num_runs = len(writers)
     self._seed_of_run = [writer.config.seed for writer in writers]
     self.seeds = list(dict.fromkeys(self._seed_of_run))
 
-    # The runs are laid out on as few devices as hold them, with the same number
-    # of runs on each; -(-a // b) rounds a / b up. Where the runs do not fill
-    # the devices, the last rows repeat the last run, and are never read.
+    # Each device gets the same number of rows, on as few devices as this
+    # allows; -(-a // b) rounds a / b up. Where the runs do not fill the
+    # devices, the last rows repeat the last run. They are computed, but never
+    # read.
     runs_per_device = -(-self.num_runs // jax.device_count())
     num_devices = -(-self.num_runs // runs_per_device)
     self._run_of_row = np.minimum(np.arange(runs_per_device * num_devices),
@@ -300,10 +318,9 @@ class RunGroup(Program):
     self._mesh = jax.make_mesh((num_devices,), (RUN_AXIS,), (AxisType.Auto,),
                                devices=jax.devices()[:num_devices])
 
-    # The fields in which the runs differ are inputs of the compiled step: an
-    # array of each, with a value for each row of the axis of runs. `new_state`
-    # maps over these arrays alone, so that equal runs still have their seed.
-
+    # The fields in which the runs differ are inputs of the compiled step, each
+    # an array with a value for each row. There must be at least one, as
+    # `new_state` maps over these arrays alone, so equal runs have their seed.
     fields_of_run = [run_config.flatten(writer.config) for writer in writers]
     differing_fields = []
     for name in runs.TYPE_OF_TRACED_FIELD:
@@ -336,26 +353,26 @@ class RunGroup(Program):
     return jax.device_put(tree, NamedSharding(self._mesh, spec))
 
   def _map_over_runs(self, function: Callable, in_axes: tuple) -> Callable:
-    """Returns the function that applies `function`, written for one run, to all
-    runs in parallel.
+    """Turns a function of one run into a function of all runs, which are
+    computed in parallel.
 
-    jax.shard_map gives each device its part of the axis of runs, and jax.vmap
-    applies `function` to each run of that part.
+    jax.shard_map splits the leading axis of all arrays, that of the runs, over
+    the devices. jax.vmap applies `function` to each run of a device.
 
     Args:
-      function: a function of trees of arrays, which returns such a tree.
-      in_axes: a tuple with an entry for each argument, as for jax.vmap: 0 where
-        its leading axis is that of the runs, None where all runs share it, or a
-        tuple of these for an argument that is a tuple.
+      function: a function of trees of arrays, which returns a tree of arrays.
+      in_axes: an entry for each argument, as for jax.vmap: 0 where its arrays
+        have a leading axis of runs, None where all runs share it, or a tuple of
+        these for an argument that is a tuple.
 
     Returns:
       The function of all runs; all that it returns has a leading axis of runs.
     """
-    # None is an entry here, and not an empty tree as jax takes it to be.
+    # is_leaf, as None is an entry here, and jax takes it for an empty tree.
     specs = jax.tree.map(_partition_spec, in_axes,
                          is_leaf=lambda axis: axis is None)
-    # No run exchanges anything with another, so the check of what varies over
-    # the mesh (check_vma) is left off.
+    # check_vma would check which values vary over the devices. Runs exchange
+    # nothing, so all do.
     return jax.shard_map(jax.vmap(function, in_axes), mesh=self._mesh,
                          in_specs=specs, out_specs=_SPLIT_OVER_RUNS,
                          check_vma=False)
@@ -425,22 +442,23 @@ class RunGroup(Program):
     return jax.jit(self._map_over_runs(step_of_one_run, (0, (None, 0))))
 
   def put(self, *batches: dict[str, np.ndarray]) -> tuple[dict, dict]:
-    """Returns what a step takes beside the state, on the devices: the batch,
-    and the values of the fields in which the runs differ.
+    """Puts on the devices what a step of all runs takes beside their state: the
+    batch, and the values of the config fields in which the runs differ.
 
     Args:
-      *batches: one batch for all runs, or a batch for each of `seeds`, in their
-        order; each is a dict of arrays, [rows, ...].
+      *batches: one batch for all runs; or one for each seed, in the order of
+        `seeds`. A batch is a dict of arrays [rows, ...].
 
     Returns:
       The arrays of the batch, with a leading axis of runs if there are several
-      seeds; and the fields' values by dotted name, arrays of one value a run.
+      seeds; and the values of the fields by dotted name, arrays with one value
+      for each run.
     """
     if len(batches) == 1:
       return self._put_on_mesh(batches[0], _SHARED_BY_RUNS), self._values
 
-    # Each row of the axis of runs gets the batch of its run's seed. The rows
-    # that fill the devices up are copies of the last run, and read its batch.
+    # Stack the batch of each run's seed along a new leading axis. Its last
+    # places may be copies of the last run, which fill the devices up.
     batch_of_seed = dict(zip(self.seeds, batches, strict=True))
     batch_of_row = [batch_of_seed[self._seed_of_run[i]]
                     for i in self._run_of_row]

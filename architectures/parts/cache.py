@@ -31,6 +31,8 @@ class Cache:
     key_BMJK: the keys; None: the layer has none of its own.
     value_BMJK: the values; None: they are a part of the keys (latent.py).
     index_BMJK: the keys of an indexer, of one head; None: there is none.
+    forget_BMHU: the sums of the logarithms of forget gates (steps.py), float32,
+      with U = 1; None: there are no such gates.
     memory_key_BMJK: the keys of the memory (an encoder's output, to which a
       decoder attends). They are written when the decoder is called with both
       the memory and the cache, and replace the memory from then on.
@@ -43,6 +45,7 @@ class Cache:
   key_BMJK: Optional[jax.Array] = None
   value_BMJK: Optional[jax.Array] = None
   index_BMJK: Optional[jax.Array] = None
+  forget_BMHU: Optional[jax.Array] = None
   memory_key_BMJK: Optional[jax.Array] = None
   memory_value_BMJK: Optional[jax.Array] = None
   inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
@@ -63,6 +66,13 @@ class Cache:
     return jax.tree.map(self._select_layer, slots)
 
   @property
+  def forget_slots(self) -> Optional[jax.Array]:
+    """The sums of the logarithms of forget gates, [B, M, H, 1]."""
+    if self.layer is None or self.forget_BMHU is None:
+      return self.forget_BMHU
+    return self._select_layer(self.forget_BMHU)
+
+  @property
   def memory(self) -> tuple[jax.Array, jax.Array]:
     """Keys and values of the memory, [B, M, J, K]."""
     key, value, _ = self._in_slot_order(
@@ -75,17 +85,19 @@ class Cache:
 
   def _in_slot_order(self, key: jax.Array, value: Optional[jax.Array],
                      index: Optional[jax.Array] = None) -> tuple:
-    """Returns keys and values in the usual order of axes, whichever order the
-    cache keeps them in.
+    """Brings keys and values from the order of axes in which the cache keeps
+    them to the usual one.
 
     Args:
       key: the keys, as this cache keeps them.
-      value: the values, likewise; None: they are a part of the keys.
-      index: the keys of an indexer, likewise; None: there is none.
+      value: the values, as this cache keeps them; None: they are a part of the
+        keys.
+      index: the keys of an indexer (the small attention that chooses keys), as
+        this cache keeps them; None: there is no indexer.
 
     Returns:
-      The three as [batch, M slots, J heads, K features], with bits of bfloat16
-      turned back into numbers.
+      The three as [batch, slots (places for a token), heads, features]. Numbers
+      that were kept as the bits of bfloat16 are numbers again.
     """
     if not self.is_reordered:
       return key, value, index
@@ -104,14 +116,15 @@ class Cache:
     return SLOT_AXIS, SLOT_AXIS
 
   def reorder_for_single_tokens(self) -> 'Cache':
-    """Returns this cache of one layer in the form that is fast on CPU where
-    single tokens are generated one after another.
+    """Returns this cache of one layer in a form that is fast on CPU, where text
+    is generated one token at a time.
 
-    Its axes are in the order of the products, unless its values are a part of
-    its keys. Numbers in bfloat16 are kept as bits of uint16: XLA's CPU backend
-    would convert all slots to float32 and back for each token that is written.
+    The axes get the order that attention's products read, unless the values are
+    a part of the keys. Numbers in bfloat16 are kept as their bits, in uint16:
+    otherwise XLA's CPU backend would convert the whole cache to float32 and
+    back for each token that is written.
     """
-    # The axes of the new order are asked of a cache that has it already.
+    # A cache of the new order knows where its slots stand.
     is_reordered = self.value_BMJK is not None
     key_axis, value_axis = self.replace(is_reordered=is_reordered)._slot_axes()
     return self.replace(
@@ -128,15 +141,24 @@ class Cache:
             _bfloat16_to_bits(self.memory_value_BMJK), SLOT_AXIS, value_axis))
 
   def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
-            positions_BL: jax.Array, index_BLJK: Optional[jax.Array] = None
-            ) -> 'Cache':
-    """Returns the cache with the keys and values of L new tokens in it.
+            positions_BL: jax.Array, index_BLJK: Optional[jax.Array] = None,
+            forget_BLHU: Optional[jax.Array] = None) -> 'Cache':
+    """Writes the keys and values of new tokens into the cache.
+
+    The suffixes name axes: B batch, L new tokens, J heads, K features of a
+    head.
 
     Args:
       key_BLJK: the keys of the new tokens.
       value_BLJK: their values; None: they are a part of the keys.
-      positions_BL: their positions, which are consecutive in each row.
-      index_BLJK: their keys of an indexer; None: there is no indexer.
+      positions_BL: their positions, which must be consecutive in each row.
+      index_BLJK: their keys for an indexer (the small attention that chooses
+        keys); None: there is no indexer.
+      forget_BLHU: their sums of the logarithms of forget gates; None: there are
+        no such gates.
+
+    Returns:
+      The cache with the new tokens.
     """
     key_axis, value_axis = self._slot_axes()
     return self.replace(
@@ -148,27 +170,37 @@ class Cache:
                                      slot_axis=value_axis),
         index_BMJK=self._write_array(self.index_BMJK, new_BLJK=index_BLJK,
                                      positions_BL=positions_BL,
-                                     slot_axis=key_axis))
+                                     slot_axis=key_axis),
+        forget_BMHU=self._write_array(self.forget_BMHU, new_BLJK=forget_BLHU,
+                                      positions_BL=positions_BL,
+                                      slot_axis=SLOT_AXIS))
 
   def _write_array(self, slots: Optional[jax.Array],
                    new_BLJK: Optional[jax.Array], positions_BL: jax.Array,
                    slot_axis: int) -> Optional[jax.Array]:
-    """Returns one array of the cache with the new tokens written into it.
+    """Writes new tokens into one array of the cache.
+
+    The letters name axes: B batch, M slots (places for a token), J heads, K
+    features of a head, L new tokens.
 
     Args:
-      slots: the array, [batch, M slots, J heads, K features] or reordered, and
-        with an axis of layers in front where `layer` is set.
+      slots: the array, [B, M, J, K] or in another order. If it holds several
+        layers, their axis stands in front.
       new_BLJK: the new tokens; None: `slots` is returned unchanged.
       positions_BL: the positions of the new tokens.
-      slot_axis: which axis of a layer's array is M.
+      slot_axis: which axis of one layer's array is M.
+
+    Returns:
+      The array with the new tokens.
     """
     if new_BLJK is None:
       return slots
-    # The new tokens in the type of the array, which may be bits of bfloat16.
+    # Bring the new tokens to the type of the array, which may be the bits of
+    # bfloat16.
     if slots.dtype == jnp.uint16:
       new_BLJK = _bfloat16_to_bits(new_BLJK.astype(jnp.bfloat16))
     new_BLJK = new_BLJK.astype(slots.dtype)
-    # The index of the layer comes first where an array holds several.
+    # If the array holds several layers, the index of the layer comes first.
     layer = () if self.layer is None else (self.layer,)
     has_several_rows = len(positions_BL) > 1
     if has_several_rows or slot_axis > 1:
@@ -185,21 +217,22 @@ class Cache:
 def _scatter_tokens(slots: jax.Array, new_BLJK: jax.Array,
                     positions_BL: jax.Array, layer: tuple[jax.Array, ...],
                     slot_axis: int) -> jax.Array:
-  """Returns an array of the key-value cache with the new tokens of each row
-  written at that row's own positions.
+  """Writes new tokens into an array of the key-value cache, each row of the
+  batch at its own positions.
 
-  It indexes rows explicitly: under vmap, XLA would move all slots on TPU.
+  The letters name axes: B rows, M slots (places for a token), J heads, K
+  features of a head, L new tokens.
 
   Args:
-    slots: the array: [batch, M slots, J heads, K features of a head], or with
-      M at `slot_axis`, and with an axis of layers in front if it holds several.
-    new_BLJK: the keys or values of L new tokens in each row.
-    positions_BL: their positions, which are their slots.
-    layer: the index of the layer where the array holds several, else ().
-    slot_axis: which axis of a layer's array is M.
+    slots: the array, [B, M, J, K], or with M at `slot_axis`. If it has several
+      layers, their axis stands in front.
+    new_BLJK: the keys or values of the new tokens.
+    positions_BL: the positions of the new tokens, which are their slots.
+    layer: (index of the layer,) if the array holds several layers, else ().
+    slot_axis: which axis of one layer's array is M.
 
   Returns:
-    The array, of the shape and order of `slots`.
+    The array with the tokens, of the same shape.
   """
   # A single token of a reordered array is written twice: if it were written
   # once, XLA's CPU backend would copy all slots four times.
@@ -207,7 +240,9 @@ def _scatter_tokens(slots: jax.Array, new_BLJK: jax.Array,
   times_written = 2 if slot_axis > 1 and is_single_token else 1
   new_BLJK = jnp.repeat(new_BLJK, times_written, 1)
   positions_BL = jnp.repeat(positions_BL, times_written, 1)
-  # The index of each token: its layer, row, all heads (and features), slot.
+  # The index of each token: its layer, its row, all of what stands between, and
+  # its slot. Rows are indexed and not vmapped, as XLA would otherwise move all
+  # slots on TPU.
   rows_B1 = jnp.arange(len(new_BLJK))[:, None]
   axes_between = (slice(None),) * (slot_axis - 1)
   index = *layer, rows_B1, *axes_between, positions_BL
@@ -259,15 +294,16 @@ SlotsOfEntries = Optional[tuple[dict[str, Optional[jax.Array]], ...]]
 
 def split_off_slots(entries: tuple[LayerCache, ...]
                     ) -> tuple[SlotsOfEntries, tuple]:
-  """Splits the generation caches of layers into keys and values, which a scan
-  over the layers updates in place, and all else.
+  """Splits the caches of layers into their arrays of keys and values, which a
+  scan over the layers updates in place, and everything else.
 
   Args:
     entries: the cache of each layer, or of each stack of layers.
 
   Returns:
-    For each entry its keys and values by the name of their field, and the
-    entries with None in the place of these. `put_slots_back` is the inverse.
+    Two tuples with an element for each entry: its keys and values, by the names
+    of their fields; and the entry with None in their place. `put_slots_back` is
+    the inverse.
   """
   slots, entries_without_slots = [], []
   for entry in entries:
@@ -277,9 +313,10 @@ def split_off_slots(entries: tuple[LayerCache, ...]
     arrays = {}
     if isinstance(cache, Cache):
       arrays = dict(key_BMJK=cache.key_BMJK, value_BMJK=cache.value_BMJK,
-                    index_BMJK=cache.index_BMJK)
+                    index_BMJK=cache.index_BMJK,
+                    forget_BMHU=cache.forget_BMHU)
       cache = cache.replace(key_BMJK=None, value_BMJK=None, index_BMJK=None,
-                            layer=None)
+                            forget_BMHU=None, layer=None)
     slots.append(arrays)
     entries_without_slots.append(entry.replace(mixer=cache))
   return tuple(slots), tuple(entries_without_slots)
@@ -289,14 +326,19 @@ def put_slots_back(slots: SlotsOfEntries,
                    entries_without_slots: tuple[LayerCache, ...],
                    layer: Optional[jax.Array] = None
                    ) -> tuple[LayerCache, ...]:
-  """Returns the generation caches of layers that `split_off_slots` has split.
+  """Puts the keys and values of layers back into their caches. This is the
+  inverse of `split_off_slots`.
 
   Args:
-    slots: the keys and values of each entry, by the name of their field; {} for
-      a layer that has none.
-    entries_without_slots: the entries without these.
-    layer: the index of the layer that the entries are of, where `slots` are
-      those of several layers, [N, ...]; None: they are of one layer.
+    slots: the keys and values of each layer, by the names of their fields; {}
+      for a layer that has none, such as a recurrence.
+    entries_without_slots: the caches of the layers without these.
+    layer: the index of the layer, if `slots` are arrays of several layers
+      [N, ...] and the caches belong to one of them; None: the arrays hold one
+      layer.
+
+  Returns:
+    The caches, with the keys and values.
   """
   entries = []
   for entry, arrays in zip(entries_without_slots, slots, strict=True):

@@ -51,10 +51,19 @@ class FirstLayerValues:
 
 @struct.dataclass
 class KeysAndValues:
-  """Keys and values of a layer, on their way to the layers that read them
-  instead of their own."""
+  """Keys and values of a layer. Layers with kv_sharing read those of an earlier
+  layer instead of their own.
+
+  Attributes:
+    key_BMJK: the keys.
+    value_BMJK: the values.
+    forget_BMHU: for each head of queries, the sum of the logarithms of the
+      forget gates of the tokens up to this one, with U = 1; None: there are no
+      such gates.
+  """
   key_BMJK: jax.Array
   value_BMJK: jax.Array
+  forget_BMHU: Optional[jax.Array] = None
 
 
 @struct.dataclass

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import sharding
-from architectures.parts.config import ModelConfig
+from architectures.parts.config import ModelConfig, MOST_FEATURES
 from architectures.parts.context import Context, Report
 from architectures.parts.loops import LoopsConfig
 from architectures.parts.sharding import Role, declare
-from common.fields import field, FUNCTION
+from common.fields import field, FUNCTION, SHAPES
 
 # The distributions of new weights, values of model.init: see _initializer.
 WEIGHT_DISTRIBUTIONS = ('normal', 'scaled_normal', 'fan_in')
@@ -688,6 +688,49 @@ class PlainRMSNorm(Norm):
     return recompute_in_backward(normalise)(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class GatedNormConfig:
+  """The fields of the norm rmsnorm_gated."""
+  GROUP = 'gated_norm'
+  rank: int = field(16, 'The hidden units of the gate.', above=0,
+                    most=MOST_FEATURES, resume=SHAPES)
+
+
+class GatedRMSNorm(RMSNorm):
+  """RMSNorm with a gate of low rank that reads its result (GatedNorm: arXiv
+  2601.22966; as in A.X K2),
+
+    y = rmsnorm(x),   y' = y * sigmoid(W_up silu(W_down y))
+
+  W_down has `gated_norm.rank` outputs. The gate can shrink a feature in a few
+  tokens, which otherwise only outliers of other features could do.
+  """
+  settings = GatedNormConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale_D = self.declare_per_feature('scale', nn.initializers.ones, x)
+    y = recompute_in_backward(rmsnorm)(x, scale_D, self.config.norm_eps)
+
+    # Norms of heads and of other small vectors have no gate.
+    if self.axis != 'embed':
+      return y
+
+    # The two products of the gate, from D features to U = rank, and back. A
+    # wider model has as many of these U, so that in muP they are logits.
+    config = self.config
+    D, U = x.shape[-1], config.part(GatedNormConfig).rank
+    down_axes, up_axes = ('embed', None), (None, 'embed')
+    down_DU = weight(self, 'gate_down', shape=(D, U), axes=down_axes,
+                     output=True)
+    up_UD = weight(self, 'gate_up', shape=(U, D), axes=up_axes)
+    z = einsum('...D,DU->...U', y, down_DU, dtype=y.dtype, axes=down_axes)
+    hidden = jax.nn.silu(z / config.widening)
+    logits = einsum('...U,UD->...D', hidden, up_UD, dtype=y.dtype, axes=up_axes)
+    gate = jax.nn.sigmoid(logits.astype(jnp.float32))
+    return (y * gate).astype(y.dtype)
+
+
 # A norm is a module. It may have `settings`, the group of fields of
 # config.model, a dataclass, that it alone reads.
 NORMS = {
@@ -696,6 +739,7 @@ NORMS = {
     'rmsnorm': RMSNorm,
     'rmsnorm_1p': RMSNorm1P,
     'rmsnorm_plain': PlainRMSNorm,
+    'rmsnorm_gated': GatedRMSNorm,
 }
 
 
@@ -812,6 +856,12 @@ def relu2(x: jax.Array) -> jax.Array:
   return jnp.square(jax.nn.relu(x))
 
 
+def leaky_relu2(x: jax.Array) -> jax.Array:
+  """Returns the square of x where x > 0, and of x / 2 elsewhere (parameter-golf
+  of OpenAI 2026): unlike relu(x)^2 it has a gradient below 0."""
+  return jnp.square(jax.nn.leaky_relu(x, negative_slope=0.5))
+
+
 def clamped_swiglu(gate: jax.Array, up: jax.Array, clamp: ClampConfig
                    ) -> jax.Array:
   """Returns the hidden units of a SwiGLU network whose inputs are bounded
@@ -898,6 +948,7 @@ class FFN(nn.Module):
 FFNS = {
     'relu': Network(jax.nn.relu),
     'relu2': Network(relu2),
+    'leaky_relu2': Network(leaky_relu2),
     'gelu': Network(gelu),
     'gelu_tanh': Network(gelu_tanh),
     'silu': Network(jax.nn.silu),

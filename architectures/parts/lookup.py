@@ -144,12 +144,16 @@ def _splitmix64(x: int) -> int:
 
 
 def hash_multipliers(vocab_size: int, order: int) -> list[int]:
-  """Returns the factors a_i with which the hash of an n-gram multiplies its
-  tokens: odd, and so small that no product with a token reaches 2^63.
+  """Returns the factors by which the hash of an n-gram multiplies its tokens.
+  They are odd, and so small that no product with a token reaches 2^63.
 
   Args:
     vocab_size: the number of different tokens.
-    order: how many factors there are: the length of the longest n-gram.
+    order: the length of the longest n-gram, which is how many factors there
+      are.
+
+  Returns:
+    The factors. They are the same in each run, as they belong to the model.
   """
   # A factor is 2r + 1 with r below this limit, where r is drawn by splitmix64,
   # a generator whose i-th number follows from the seed and i alone.
@@ -176,15 +180,13 @@ def first_primes(least: int, count: int) -> tuple[int, ...]:
 
 def _multiply_to_64_bits(token: jax.Array, factor: int
                          ) -> tuple[jax.Array, jax.Array]:
-  """Returns the product of a token and a factor in 64 bits, as two halves: JAX
-  has no integers of 64 bits by default.
+  """Multiplies tokens by a factor in 64 bits. The result is two halves of 32
+  bits, because JAX has no integers of 64 bits by default.
 
-  With halves of 16 bits, t = t1 2^16 + t0, and a factor
-  a = a2 2^32 + a1 2^16 + a0, it is modulo 2^64
+  The numbers are cut into parts of 16 bits, whose products fit into 32 bits.
+  With t = t1 2^16 + t0 and a = a2 2^32 + a1 2^16 + a0,
 
-    t a = (t1 a1 + t a2) 2^32 + (t1 a0 + t0 a1) 2^16 + t0 a0
-
-  where no product of two halves exceeds 32 bits.
+    t a = (t1 a1 + t a2) 2^32 + (t1 a0 + t0 a1) 2^16 + t0 a0   modulo 2^64
 
   Args:
     token: t, uint32 of any shape.
@@ -198,7 +200,8 @@ def _multiply_to_64_bits(token: jax.Array, factor: int
   a1 = np.uint32(factor >> 16 & mask)
   a2 = np.uint32(factor >> 32)
   t0, t1 = token & mask, token >> 16
-  # The second half from below, whose own high half is carried over.
+  # `middle` adds up bits 16 to 31 of the product. What exceeds 16 bits of it is
+  # carried over to the high half.
   middle = (t0 * a0 >> 16) + (t0 * a1 & mask) + (t1 * a0 & mask)
   low = t0 * a0 & mask | middle << 16
   high = (t1 * a1 + (t0 * a1 >> 16) + (t1 * a0 >> 16) + (middle >> 16)
@@ -208,11 +211,11 @@ def _multiply_to_64_bits(token: jax.Array, factor: int
 
 def _remainders_of_64_bits(high: jax.Array, low: jax.Array,
                            divisors: tuple[int, ...]) -> jax.Array:
-  """Returns the remainders of numbers of 64 bits by K divisors, with integers
-  of 32 bits alone.
+  """Returns the remainders of 64-bit numbers by K divisors, computed with
+  integers of 32 bits only.
 
-  It is a long division. Each digit has as many bits as fit into 32 beside a
-  remainder.
+  This is a long division. Its digits have as many bits as fit into 32 bits
+  behind a remainder.
 
   Args:
     high: the high 32 bits of the numbers, uint32 of any shape [...].
@@ -357,15 +360,21 @@ def _read_rows_of_table(module: nn.Module, num_rows: int, size: int,
 def _project(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
              axes: tuple[str, str] = ('mlp', 'embed'), **weight_options: Any
              ) -> jax.Array:
-  """Returns a linear projection of each token, x W, [B, L, O].
+  """Multiplies each token by a weight, x W. The weight is declared here, as a
+  parameter of the given module.
+
+  The suffixes name axes: B batch, L length, I inputs, O outputs.
 
   Args:
     module: the module that declares W.
-    name: the name of its parameter W, [I, O].
-    x_BLI: x, [batch, length, I inputs].
-    size: the number of outputs, O; 0: d_model.
-    axes: the names of W's axes, by which it is divided over the devices.
+    name: the name of W, which is [I, O].
+    x_BLI: the input x.
+    size: O, the number of outputs; 0: d_model.
+    axes: the logical axes of W, by which it is split over devices.
     **weight_options: further arguments of layers.weight.
+
+  Returns:
+    The product, [B, L, O].
   """
   config: Any = module.config  # type: ignore[attr-defined]
   w_IO = layers.weight(module, name,
@@ -377,16 +386,17 @@ def _project(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
 
 def gate_values(key_BLD: jax.Array, x_BLD: jax.Array, value_BLD: jax.Array
                 ) -> jax.Array:
-  """Returns the values of looked-up vectors e, each times a gate by how well e
-  fits the residual stream x (the memory 'engram'):
+  """Multiplies the values of looked-up vectors e by gates, which say how well e
+  fits the residual stream x (Engram's memory):
 
     v = sigmoid(sign(g) sqrt(|g|)) W_V e,   g = n(W_K e) . n(x) / sqrt(D)
 
   where n is a norm.
 
+  The suffixes name axes: B batch, L length, D d_model.
+
   Args:
-    key_BLD: n(W_K e), [batch, length, d_model]; with several residual streams,
-      [B, L, U streams, D].
+    key_BLD: n(W_K e), [B, L, D]; with U residual streams, [B, L, U, D].
     x_BLD: n(x), of the same shape.
     value_BLD: W_V e, [B, L, D] in either case.
 
@@ -396,11 +406,11 @@ def gate_values(key_BLD: jax.Array, x_BLD: jax.Array, value_BLD: jax.Array
   key = key_BLD.astype(jnp.float32)
   x = x_BLD.astype(jnp.float32)
   value = value_BLD.astype(jnp.float32)
-  # All streams have the same value, and a gate each.
+  # All streams have the same value, and each has its own gate.
   if x.ndim > value.ndim:
     value = jnp.broadcast_to(value[:, :, None], x.shape)
   g_BL = features.inner_products(key, x) * x.shape[-1] ** -0.5
-  # The root has no finite gradient at 0, so what is under it is never 0.
+  # The root has no finite gradient at 0, so its argument is kept above 0.
   root_BL = jnp.sqrt(jnp.maximum(jnp.abs(g_BL), LEAST_NUMBER_UNDER_ROOT))
   gate_BL = jax.nn.sigmoid(jnp.sign(g_BL) * root_BL)
   return features.scale_vectors(value, gate_BL).astype(value_BLD.dtype)
@@ -416,18 +426,22 @@ class Engram(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
-    """Returns what the memory engram adds to the residual stream: rows e of
-    tables that are looked up by the last tokens (n-grams), as values through
-    gates, plus a causal convolution of these:
+    """Computes what the memory Engram adds to the residual stream x. Vectors e
+    are looked up in tables by the last few tokens (n-grams). Gates multiply
+    their values v, and a causal convolution over tokens is added:
 
       v = gate(n(W_k e), n(x)) * W_v e,   y = v + silu(conv(n(v)))
 
+    where n is a norm.
+
+    The suffixes name axes: B batch, L length, D d_model, U features of e, W
+    tokens that the convolution sees.
+
     Args:
-      x_BLD: the residual stream, [batch, length, d_model], or several, [B, L,
-        streams, D].
+      x_BLD: the residual stream, [B, L, D], or several, [B, L, streams, D].
       ctx: the context of the call, with the tokens and their documents.
-      state: the last tokens and inputs of the convolution; None: there are
-        none.
+      state: the last tokens and the last inputs of the convolution; None: there
+        is no cache.
 
     Returns:
       y, in the shape of x, and the state after these tokens.
@@ -437,9 +451,8 @@ class Engram(nn.Module):
     size = math.prod(shape[2:])  # the features of all streams
     make_norm = functools.partial(
         layers.norm if x_BLD.ndim == 3 else layers.norm_of_streams, config)
-    # e, the vectors that are looked up by the n-grams of each token, and the
-    # values v that the gates let through of them. With several residual
-    # streams, x is [B, L, U, D], and each stream has keys and gates of its own.
+    # Look up the vectors e, and make the gated values v of them. Each residual
+    # stream has keys and gates of its own.
     e_BLU, tokens_BW = _read_ngram_tables(self, ctx, state)
     key_BLD = make_norm('key_norm')(
         _project(self, 'key', e_BLU, size=size).reshape(shape))
@@ -447,8 +460,8 @@ class Engram(nn.Module):
     value_BLD = _project(self, 'value', e_BLU, residual=True)
     v_BLD = layers.recompute_in_backward(gate_values)(
         key_BLD, query_BLD, value_BLD)
-    # A causal convolution of v is added to it, whose weights are 0 at first.
-    # Its W tokens stand as many places apart as the longest n-gram has tokens.
+    # Add a causal convolution of v, whose weights are 0 at first. The tokens
+    # that it sees are as far apart as the longest n-gram is long.
     w_WD = declare(self, 'conv', init=nn.initializers.zeros,
                    shape=(ngrams.kernel, size), role=Role((None, 'embed')))
     y_BLD, inputs_BWD = features.convolve(
@@ -488,30 +501,38 @@ class PerLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
-    """Returns what the memory per_layer adds to the residual stream: a row E_t
-    of a table of the layer's own by the token alone, mixed with a product of
-    the token's embedding x_0, and gated by the layer's input x:
+    """Computes what per-layer embeddings (Gemma 3n) add to the residual stream.
+    Each layer has a table with a row E_t for each token t. The row is mixed
+    with a product of the token's embedding x_0, and gated by the layer's input
+    x:
 
       e = (n(W_0 x_0 / sqrt(D)) + sqrt(S) E_t) / sqrt(2)
       y = n_out(W_out (gelu(W_gate x) * e))
 
+    where n and n_out are norms.
+
+    The suffixes name axes: B batch, L length, D d_model, S features of a row.
+
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
+      x_BLD: the layer's input x.
       ctx: the context of the call, with the tokens and their embeddings.
+
+    Returns:
+      y, [B, L, D].
     """
     config, size = self.config, self.config.part(PerLayerConfig).size
     assert ctx.tokens_BL is not None and ctx.embedded_BLD is not None
     project_to_row = functools.partial(
         _project, self, size=size, axes=('embed', 'mlp'))
-    # The row of each token, E_t.
+    # Look up the row E_t of each token.
     ids_BL1 = ctx.tokens_BL[..., None]
     row_BLS = _read_rows_of_table(
         self, num_rows=config.vocab_size, size=size, ids_BLU=ids_BL1)[:, :, 0]
-    # n(W_0 x_0 / sqrt(D)), of the embedding x_0.
+    # Compute n(W_0 x_0 / sqrt(D)).
     projected_BLS = layers.multiply_exactly(
         project_to_row('input', ctx.embedded_BLD), config.d_model ** -0.5)
     normed_BLS = layers.norm(config, 'input_norm', 'mlp')(projected_BLS)
-    # e, from both, and the gate.
+    # Mix both to e, and apply the gate.
     sum_BLS = normed_BLS + layers.multiply_exactly(row_BLS, size ** 0.5)
     e_BLS = layers.multiply_exactly(sum_BLS, 2 ** -0.5)
     gate_BLS = layers.recompute_in_backward(layers.gelu_tanh)(
@@ -528,24 +549,25 @@ def keeps_last_tokens(config: ModelConfig) -> bool:
 
 
 def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns what a layer with tables of n-grams keeps between calls, for rows
-  that have no token yet.
+  """Returns what a layer with tables of n-grams keeps between calls, before the
+  first token.
 
   Args:
     config: the config of the layer.
-    shape: [..., B, M], for B rows with room for M tokens; the state does not
-      depend on M.
+    shape: (..., rows, tokens). The state does not grow with the tokens.
 
   Returns:
-    The State: the last tokens, [..., B, N - 1] with N the longest n-gram, which
-    are padding; and with engram the last inputs of its convolution, all 0.
+    The State. It has the last N - 1 tokens of each row, which are padding at
+    first (N is the length of the longest n-gram); and for the memory 'engram'
+    the last inputs of its convolution, all 0.
   """
   ngrams = config.part(NGramsConfig)
   tokens_BW = jnp.full(
       (*shape[:-1], ngrams.order - 1), ngrams.pad_token, jnp.int32)
   if config.memory != 'engram':
     return State(tokens_BW=tokens_BW)
-  # The inputs of engram's convolution, of all streams.
+  # Engram's convolution is over all residual streams. It sees `kernel` tokens
+  # that are `order` tokens apart.
   size = config.d_model
   if config.residual != 'plain':
     size *= config.part(StreamsConfig).count
@@ -555,14 +577,15 @@ def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
 
 
 def check_memory(config: ModelConfig) -> None:
-  """Checks a layer that looks up tables of vectors by its tokens.
+  """Checks that a layer can have a memory: tables of vectors that are looked up
+  by the tokens.
 
   Args:
     config: the config of the layer.
 
   Raises:
-    RequestError: for residual streams and a parametrization that such a layer
-      cannot have, and for sizes of tables that do not fit.
+    RequestError: if the layer cannot add to the model's residual streams, if
+      muP is asked for, or if the sizes of the tables do not fit.
   """
   memory = f'model.memory is {config.memory!r}'
   # The residual stream, and muP.

@@ -107,20 +107,19 @@ def rotary_dim(config: ModelConfig) -> int:
 
 def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
                      ) -> tuple[jax.Array, float]:
-  """Returns the frequency at which each pair of a head's features turns, with
-  rotary positions (RoPE) and their scaling to longer texts.
+  """Returns the frequencies of rotary positions (RoPE): how far each pair of a
+  head's features turns at each position. Scalings to longer texts change them.
 
   Args:
     config: the model, or the config of one kind of layer.
-    length: how many tokens the rows have so far, on which some scalings depend:
-      one number, or that of each of B rows, [B].
+    length: how many tokens a row has so far, on which some scalings depend: a
+      number for all rows, or an array [B] with the number of each row.
 
   Returns:
-    The radians per position, [K'/2], or [B, K'/2] for an array of lengths,
-    where K' is `rotary_dim`, the number of features in pairs. With
-    rope.proportional, those past rope.fraction of the head's features are 0:
-    these pairs do not turn. And a factor on cos and sin, which only some
-    scalings have: 1.0 elsewhere.
+    The frequencies in radians per position, [pairs], or [B, pairs] for an array
+    of lengths. Pairs that do not turn have 0: with rope.proportional, those
+    past the share rope.fraction of the head's features. And the factor that the
+    scaling has on cos and sin, mostly 1.0.
   """
   rope, dim = config.part(RopeConfig), rotary_dim(config)
   scaling = SCALINGS[rope.scaling]
@@ -140,6 +139,7 @@ def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
     return frequencies_of_length(length)
 
   def frequencies_of_row(length: jax.Array) -> jax.Array:
+    """Returns the radians of one row."""
     frequencies, _ = frequencies_of_length(length)
     return frequencies
 
@@ -256,19 +256,20 @@ class LongRope(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
-    """Returns the frequencies of rotary positions as LongRoPE scales them: each
-    is divided by a factor of its own, from one list for short and one for long
-    sequences (Ding et al. 2024, arXiv 2402.13753).
+    """Returns the frequencies of rotary positions as LongRoPE scales them (Ding
+    et al. 2024, arXiv 2402.13753). Each frequency is divided by a factor of its
+    own. There is a list of factors for short sequences, and one for long ones.
 
     Args:
-      rope: the fields of the rotary positions.
-      dim: the features of a head that are rotated, two for each frequency.
+      rope: the fields of the rotary positions in the config.
+      dim: how many features of a head are rotated, two for each frequency.
       length: the length of the sequence, which chooses the list.
 
     Returns:
-      The frequencies in radians a position, [dim / 2], and a factor on cos and
-      sin.
+      The frequencies in radians per position, [dim / 2]; and a factor by which
+      cosines and sines are multiplied.
     """
+    # A length that is known when the program is traced needs no operation.
     where = np.where if isinstance(length, int) else jnp.where
     divisors = where(length > rope.original_len, np.array(rope.long_factor),
                      np.array(rope.short_factor))
@@ -280,13 +281,13 @@ class LongRope(Scaling):
     return frequencies, factor
 
   def reason_against(self, rope: RopeConfig, dim: int) -> str:
-    """Returns in words why the fields of longrope cannot be; '' where they can.
-    They need a divisor above 0 for each pair of features, for short and long
-    sequences.
+    """Returns the reason why the config's fields of LongRoPE are wrong, as text
+    for an error message; '' if they are right. LongRoPE needs a positive
+    divisor for each pair of features, for short and for long sequences.
 
     Args:
-      rope: the fields of the rotary positions.
-      dim: the features of a head that are rotated.
+      rope: the fields of the rotary positions in the config.
+      dim: how many features of a head are rotated.
     """
     num_pairs = dim // 2
     # One divisor for each pair. bool is an int in Python, and is refused.
@@ -321,29 +322,29 @@ class Llama3(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
-    """Returns the frequencies of rotary positions as Llama 3.1 scales them.
-    With t, how often a wave turns in original_len positions, the share that is
-    kept is
+    """Returns the frequencies f of rotary positions as Llama 3.1 scales them.
+    Fast waves are kept, and slow ones are stretched by `factor`. For a wave
+    that turns t times in original_len positions,
 
-      kept = clip((t - low_freq_factor) / width, 0, 1)
+      kept  = clip((t - low_freq_factor) / width, 0, 1)
       width = high_freq_factor - low_freq_factor
-      f'   = kept f + (1 - kept) f / factor
+      f'    = kept f + (1 - kept) f / factor
 
     Args:
-      rope: the fields of the rotary positions.
-      dim: the features of a head that are rotated, two for each frequency.
+      rope: the fields of the rotary positions in the config.
+      dim: how many features of a head are rotated, two for each frequency.
       length: the length of the sequence; not read here.
 
     Returns:
-      The frequencies in radians a position, [dim / 2], and a factor on cos and
-      sin.
+      The frequencies f' in radians per position, [dim / 2]; and a factor by
+      which cosines and sines are multiplied.
     """
     frequencies = base_frequencies(rope.theta, dim)
     # How often each wave turns in the original length.
     turns = rope.original_len * frequencies / (2 * math.pi)
     width_of_ramp = rope.high_freq_factor - rope.low_freq_factor
     if not width_of_ramp:
-      width_of_ramp = 1e-30  # a step
+      width_of_ramp = 1e-30  # a step in place of a ramp
     # The share of each frequency that is kept; the rest of it is stretched.
     kept = jnp.clip((turns - rope.low_freq_factor) / width_of_ramp, 0, 1)
     stretched = (1 - kept) * frequencies / rope.factor
@@ -367,20 +368,21 @@ class Yarn(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
-    """Returns the frequencies of rotary positions as YaRN scales them (Peng et
-    al. 2023, arXiv 2309.00071): fast waves are kept, slow ones are stretched by
-    `factor`, with a ramp between two pairs of features.
+    """Returns the frequencies f of rotary positions as YaRN scales them (Peng
+    et al. 2023, arXiv 2309.00071). Fast waves are kept, and slow ones are
+    stretched by `factor`; between two pairs of features the share `kept` falls
+    in a ramp from 1 to 0:
 
       f' = kept f + (1 - kept) f / factor
 
     Args:
-      rope: the fields of the rotary positions.
-      dim: the features of a head that are rotated, two for each frequency.
+      rope: the fields of the rotary positions in the config.
+      dim: how many features of a head are rotated, two for each frequency.
       length: the length of the sequence; not read here.
 
     Returns:
-      The frequencies in radians a position, [dim / 2], and a factor on cos and
-      sin.
+      The frequencies f' in radians per position, [dim / 2]; and a factor by
+      which cosines and sines are multiplied.
     """
     frequencies = base_frequencies(rope.theta, dim)
     # The ramp lies between two pairs: the last one that turns more often than
@@ -428,11 +430,13 @@ def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
 
 def yarn_rotation_factor(factor: float, mscale: float, mscale_all_dim: float
                          ) -> float:
-  """Returns the factor on cos and sin with YaRN (Peng et al. 2023, arXiv
-  2309.00071), which makes the attention of stretched positions sharper.
+  """Returns the factor by which YaRN multiplies the cosines and sines of rotary
+  positions (Peng et al. 2023, arXiv 2309.00071). It makes attention sharper
+  where positions are stretched.
 
-  YaRN multiplies the scores by a temperature. DeepSeek-V2 splits it: the part
-  for `mscale_all_dim` is on whole scores, and is divided out here.
+  YaRN multiplies the scores by a temperature. DeepSeek-V2 splits it in two: the
+  part for `mscale_all_dim` multiplies whole scores elsewhere, so it is divided
+  out here.
 
   Args:
     factor: how many times the original length the positions are for.
@@ -461,15 +465,15 @@ def check_rope(config: ModelConfig, stack: str = '',
 
   Args:
     config: the config of the model or of a layer.
-    stack: the kind of model; see Position.check, whose signature this has.
-    head: the name of the field that says how many features the head has, for
-      the message.
+    stack: the kind of stack, which is not read: any may have rotary positions.
+    head: the config's field that says how many features the head has, for the
+      message.
 
   Raises:
-    RequestError: for an odd number of features or none, and for fields that the
-      scaling cannot have.
+    RequestError: if the number of rotated features is odd or 0, or if the
+      fields of the scaling do not fit.
   """
-  del stack  # all kinds of model can have rotary positions
+  del stack
   dim = rotary_dim(config)
   rope = config.part(RopeConfig)
   require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {rope.fraction} of '
@@ -579,17 +583,18 @@ class Position:
       self, config: ModelConfig, length: int, multiple: int, interpolate: bool
       ) -> dict[str, Optional[ModelConfig]]:
     """Returns the variants of a model that are evaluated on texts longer than
-    those of its training, each with another way to extend the positions.
+    those of its training. Each variant extends the positions in another way.
+    Without a subclass that knows one, there is the model itself.
 
     Args:
       config: the model.
       length: the length of its training texts, in tokens.
-      multiple: how many times as long the texts are.
+      multiple: how many times as long the texts of the evaluation are.
       interpolate: whether learned positions may be stretched.
 
     Returns:
-      The config of each variant, by a name for the report; None in place of a
-      config where the model refuses such texts.
+      {name of the variant for the report: its config, or None if the model
+      cannot read such texts}.
     """
     return {config.position: config}
 
@@ -618,16 +623,15 @@ def longest_supported_length(config: ModelConfig) -> float:
 
 
 def lengths_that_change_rotation(config: ModelConfig) -> tuple[int, ...]:
-  """Returns the lengths past which some layers rotate the queries and keys of a
-  row by other frequencies.
+  """Returns the lengths of a row past which some layers rotate its queries and
+  keys by other frequencies (RoPE scalings that depend on the length).
 
   Args:
     config: the model.
 
   Returns:
-    The lengths in ascending order; () where the length of a row does not
-    matter. Beyond the last one, rows of each length may have frequencies of
-    their own.
+    The lengths in ascending order; () if the length does not matter. Beyond the
+    last one, rows of each length may have frequencies of their own.
   """
   lengths = set()
   for layer in config.distinct_layers:
@@ -638,18 +642,18 @@ def lengths_that_change_rotation(config: ModelConfig) -> tuple[int, ...]:
 
 
 def check_length(config: ModelConfig, length: int) -> None:
-  """Checks that the model's position encoding reaches a length.
+  """Checks that the model's position encoding covers rows of a length.
 
-  Positions that are passed to the model are values on the device, which a
-  compiled program cannot refuse: there a position past the table of learned
-  positions reads the table's last row.
+  It is called before a run, because a compiled program cannot refuse a position
+  that is too large. It would silently read the last row of the table of learned
+  positions.
 
   Args:
     config: the model.
     length: the number of tokens of the longest row.
 
   Raises:
-    RequestError: for a length past the learned positions.
+    RequestError: if the length exceeds the number of learned positions.
   """
   longest = longest_supported_length(config)
   stretch = -(-length // config.max_len)  # rounded up
@@ -681,18 +685,20 @@ class Rope(Position):
   def variants_for_longer_rows(
       self, config: ModelConfig, length: int, multiple: int, interpolate: bool
       ) -> dict[str, Optional[ModelConfig]]:
-    """Returns the model as it is and, unless its rotary positions are scaled
-    already, with each way to scale them that needs only a factor.
+    """Returns the variants of a model with rotary positions that are evaluated
+    on texts longer than those of its training: the model as it is, and one for
+    each scaling of the positions that needs only a factor.
 
     Args:
-      config: the model.
+      config: the model. If its positions are scaled already, it is the only
+        variant.
       length: the length of its training texts, in tokens.
-      multiple: how many times as long the texts are.
+      multiple: how many times as long the texts of the evaluation are. If it is
+        1, all variants are the model itself.
       interpolate: not read here: rotary positions are not learned.
 
     Returns:
-      The config of each variant, by a name such as 'rope, linear'. Where the
-      texts are no longer (multiple 1), all of them are the model itself.
+      {name of the variant, such as 'rope, linear': its config}.
     """
     rope = config.part(RopeConfig)
     if rope.scaling != 'none':
@@ -758,15 +764,15 @@ class Learned(Position):
 
 def look_up_learned_positions(table_LD: jax.Array, positions: jax.Array,
                               stretch: float, offset: int = 0) -> jax.Array:
-  """Returns the vectors of positions from a table of learned ones, interpolated
-  between two where the positions are stretched.
+  """Looks up positions in a table of learned vectors. If the table is stretched
+  over more positions than it has rows, vectors are interpolated between rows.
 
   Args:
-    table_LD: the table, [L rows, d_model], whose row `offset` is position 0.
+    table_LD: the table, [L rows, D features].
     positions: the positions, integers of any shape [...].
-    stretch: how many times as many positions as rows there are; position p is
-      then at row p / stretch. 1: each position has a row.
-    offset: how many rows stand before that of position 0.
+    stretch: how many positions there are for each row. Position p is then at
+      row p / stretch. 1: each position has a row.
+    offset: how many rows of the table stand before that of position 0.
 
   Returns:
     The vectors, [..., D].
@@ -814,16 +820,18 @@ class Sinusoidal(Position):
 
 def sinusoidal_encoding(positions: jax.Array, d_model: int,
                         layout: str = 'interleaved') -> jax.Array:
-  """Returns the sinusoidal encoding of positions: sin(pos w_i) and cos(pos w_i)
-  with w_i = 10000^(-2i/D) for each i below D/2.
+  """Returns the sinusoidal encoding of positions (Vaswani et al. 2017, section
+  3.5): sin(p w_i) and cos(p w_i) of position p, with w_i = 10000^(-2i/D) for
+  each i below D/2.
 
   Args:
     positions: the positions, integers of any shape [...].
     d_model: the number of features, D.
-    layout: interleaved: sin at 2i, cos at 2i + 1 (Vaswani et al. 2017, section
-      3.5). halves: all sines, then all cosines, as in Marian: a permutation of
-      it. fairseq: halves with w_i = 10000^(-i/(D/2 - 1)), as in tensor2tensor,
-      the paper's own code, and the first token at position 2, as in fairseq.
+    layout: the order of the features.
+      interleaved: sin at feature 2i, cos at 2i + 1, as in the paper.
+      halves: all sines, then all cosines, as in Marian.
+      fairseq: halves, with w_i = 10000^(-i/(D/2 - 1)) as in tensor2tensor, and
+        the first token at position 2 as in fairseq.
 
   Returns:
     The encoding, float32 [..., D].
@@ -873,12 +881,13 @@ def alibi_slopes(num_heads: int) -> list[float]:
   """Returns the slopes of ALiBi (Press et al. 2022, arXiv 2108.12409): how much
   each head lowers a score for each token between query and key.
 
-  With H heads, a power of 2, head h (from 1 on) has 2^(-8h/H). Otherwise, the
-  first P heads have the slopes of P heads, where P is the last power of 2 below
-  H, and the others have every other slope of 2P heads, as in the paper's code.
+  If the number of heads H is a power of 2, head h = 1 ... H has the slope
+  2^(-8h/H). Otherwise, as in the paper's code, the first P heads have the
+  slopes of a model with P heads, where P is the largest power of 2 below H. The
+  other heads take every other slope of a model with 2P heads.
 
   Args:
-    num_heads: the number of heads, H.
+    num_heads: H.
   """
   power = 2 ** math.floor(math.log2(num_heads))
   slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
@@ -900,18 +909,18 @@ class RelativeConfig:
 
 def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
                     max_distance: int) -> jax.Array:
-  """Returns the bucket of each distance between a key and a query, by which a
-  bias is looked up (T5: Raffel et al. 2020, section 2.1).
+  """Maps the distance between a query and a key to a bucket, by which T5 looks
+  up a bias on the score (Raffel et al. 2020, section 2.1).
 
-  Half of the buckets have one distance each; the others widen logarithmically
+  Half of the buckets have one distance each. The others widen logarithmically
   up to max_distance.
 
   Args:
     offset: key position minus query position, integers of any shape.
-    bidirectional: whether half of all buckets are for keys that come later.
-      Otherwise such keys count as distance 0: a causal mask hides them.
+    bidirectional: whether half of all buckets are for keys after the query. If
+      false, such keys count as distance 0: a causal mask hides them.
     buckets: the number of buckets.
-    max_distance: the distance from which on all fall into the last bucket.
+    max_distance: the distance from which on all share the last bucket.
 
   Returns:
     The numbers of the buckets, int32 of the shape of `offset`.
@@ -925,9 +934,9 @@ def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
   else:
     distance = jnp.maximum(-offset, 0)
   num_exact = buckets // 2
-  # Distances past the exact ones are placed on a logarithmic scale, from 0 at
-  # num_exact to 1 at max_distance. Those below are chosen against at the end;
-  # the maximum only keeps log from 0.
+  # Place far distances on a logarithmic scale, from 0 at num_exact to 1 at
+  # max_distance. The result for near ones is not used in the end; the maximum
+  # only keeps their logarithm finite.
   multiple = jnp.maximum(distance, 1).astype(jnp.float32) / num_exact
   share_of_scale = jnp.log(multiple) / math.log(max_distance / num_exact)
   far_bucket = num_exact + (
@@ -945,26 +954,30 @@ class RelativeBias(nn.Module):
   @nn.compact
   def __call__(self, q_positions_BL: jax.Array,
                k_positions_BM: jax.Array) -> jax.Array:
-    """Returns the bias that T5 adds to attention scores: a learned number for
-    each head and each bucket of distances.
+    """Returns the bias that T5 adds to attention's scores: a learned number for
+    each head and each bucket of distances between a query and a key.
+
+    The suffixes name axes: B batch (or 1 for all rows), L queries, M keys, H
+    heads, U buckets.
 
     Args:
-      q_positions_BL: the positions of the queries, [batch or 1, L].
-      k_positions_BM: the positions of the keys, [batch or 1, M].
+      q_positions_BL: the positions of the queries.
+      k_positions_BM: the positions of the keys.
 
     Returns:
-      The bias, float32 [B or 1, H heads, L, M].
+      The bias, float32 [B, H, L, M].
     """
     config = self.config
     relative = config.part(RelativeConfig)
-    # The table has a number for each of the U buckets and each head. It is read
-    # for all pairs of a query and a key, and its axis of heads moved forward.
+    # Declare the table of learned numbers.
     stddev = config.init_stddev
     if config.init == 'fan_in':
       stddev = config.base_width ** -0.5
     table_UH = declare(self, 'table', init=nn.initializers.normal(stddev),
                        shape=(relative.buckets, config.num_heads),
                        role=Role(axes=(None, 'heads')))
+    # Look up all pairs of a query and a key. This gives the heads as the last
+    # axis, [B, L, M, H], which is moved behind the batch.
     bucket_BLM = relative_bucket(
         k_positions_BM[:, None] - q_positions_BL[:, :, None],
         bidirectional=not self.causal, buckets=relative.buckets,
@@ -980,18 +993,19 @@ class Relative(Position):
   stack_bias: Optional[type[nn.Module]] = RelativeBias
 
   def check(self, config: ModelConfig, stack: str) -> None:
-    """Checks that T5's buckets of distances leave some for far distances.
+    """Checks the number of buckets into which T5 sorts distances between
+    queries and keys.
 
-    A quarter of an encoder's buckets, and half of a decoder's, have one
-    distance each, and the others grow from there to max_distance.
+    A quarter of an encoder's buckets (for each of two directions), and half of
+    a decoder's, have one distance each. The others widen up to max_distance.
 
     Args:
       config: the config of the model or of a layer.
-      stack: 'encoder', 'decoder' or 'encoder-decoder'.
+      stack: the kind of stack: 'encoder', 'decoder' or 'encoder-decoder'.
 
     Raises:
-      RequestError: for too few buckets, an odd number of them, or a largest
-        distance that the buckets of one distance reach already.
+      RequestError: if there are too few buckets, if their number is odd, or if
+        the buckets of one distance already reach max_distance.
     """
     relative = config.part(RelativeConfig)
     buckets, max_distance = relative.buckets, relative.max_distance
@@ -1042,26 +1056,30 @@ class RelativeByToken(Position):
   def layer_bias(self, module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
                  k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
                  ) -> jax.Array:
-    """Returns a bias on the attention scores that each query makes: a mixture,
-    by its token, of learned profiles of biases by distance.
+    """Returns a bias on attention's scores that depends on the query's token
+    and the distance of the key. There are a few learned profiles, each with a
+    bias for each distance, and each token mixes them in its own way.
+
+    The suffixes name axes: B batch, L queries, D d_model, M keys (or distances,
+    before the look-up), H heads, U profiles.
 
     Args:
       module: the attention of the layer, which declares the parameters.
-      x_BLD: the input of the layer, [batch, length, d_model].
+      x_BLD: the input of the layer.
       q_BLHK: the queries, which are not read.
       k_BMJK: the keys, which are not read.
-      k_positions_BM: the positions of the M keys, [B or 1, M].
+      k_positions_BM: the positions of the keys, [B or 1, M].
       ctx: the context of the call, which has the positions of the queries.
 
     Returns:
-      The bias, [B, H heads, L, M]; 0 for keys that come later, or that are
-      `profiles.extent` tokens away or more.
+      The bias, [B, H, L, M]; 0 for keys that come later than the query, or that
+      are `profiles.extent` tokens away or more.
     """
     config: ModelConfig = module.config  # type: ignore[attr-defined]
     profiles = config.part(ProfilesConfig)
     rank, extent = profiles.rank, profiles.extent
-    # How much of each of the U profiles a token takes, for each head; and with
-    # these its bias for each distance, where M stands for distances at first.
+    # How much of each profile a token takes, for each head. The product with
+    # the profiles is the token's bias for each distance.
     mix_BLHU = layers.dense(module, 'profile', 'BLD,DHU->BLHU', x_BLD,
                             shape=(config.d_model, config.num_heads, rank),
                             axes=('embed', 'heads', None), output=True,
@@ -1073,8 +1091,8 @@ class RelativeByToken(Position):
     by_distance_BHLM = layers.einsum('BLHU,UM->BHLM', mix_BLHU, profiles_UM,
                                      dtype=config.compute_dtype,
                                      out_dtype=jnp.float32)
-    # The bias of each key is looked up by its distance. Indices outside of the
-    # profiles are clipped first, and their biases then replaced by 0.
+    # Look up the bias of each key by its distance. Distances outside of the
+    # profiles are clipped first, and their biases are replaced by 0 afterwards.
     distance_BLM = ctx.positions_BL[:, :, None] - k_positions_BM[:, None]
     index_BLM = jnp.clip(distance_BLM, 0, extent - 1)
     bias_BHLM = jnp.take_along_axis(

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import flax.linen as nn
 from flax import struct
@@ -68,16 +68,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def mesh_axes_by_axis(*axes: str | None) -> MeshAxesByAxis:
-  """Returns the mesh axes that each axis of an array is sharded over, by the
-  rules of the run.
+  """Looks up over which mesh axes each dimension of an array is sharded, by the
+  rules of the run (pairs of a logical axis and its mesh axes).
 
   Args:
-    *axes: the logical axis of each dimension of the array, such as 'batch';
-      None: it is not sharded.
+    *axes: the logical axis of each dimension, such as 'batch'; None: the
+      dimension is not sharded.
 
   Returns:
-    For each dimension the names of mesh axes, without those of a single device;
-    () where it is whole on every device, or where there is no mesh.
+    For each dimension the names of its mesh axes, without those that have a
+    single device. () stands for a dimension that is whole on every device. All
+    are () where there is no mesh.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
@@ -102,16 +103,19 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
 def mesh_axes_that_divide(names: tuple[str, ...], length: int,
                           devices_along: Mapping[str, int]) -> tuple[str, ...]:
-  """Returns the mesh axes over which a dimension of a weight is sharded: as
-  many as together divide it, from the first one on.
+  """Chooses over which mesh axes a dimension of a weight is sharded, so that
+  its size can be divided by the number of devices. From the end, names are
+  dropped until the remaining ones divide it.
 
   Args:
-    names: the mesh axes of the dimension's logical axis.
+    names: the mesh axes that the rules give the dimension.
     length: the size of the dimension.
     devices_along: the number of devices along each mesh axis.
+
+  Returns:
+    The first few of `names`; () where none divides the size.
   """
-  # In the end no name is left: the product of none is 1, which divides any
-  # size.
+  # The loop ends at the latest when no name is left: an empty product is 1.
   while length % math.prod(devices_along[name] for name in names):
     names = names[:-1]
   return names
@@ -119,15 +123,16 @@ def mesh_axes_that_divide(names: tuple[str, ...], length: int,
 
 def mesh_axes_of_weight(shape: tuple[int, ...], axes: tuple[str | None, ...]
                         ) -> MeshAxesByAxis:
-  """Returns the mesh axes that each axis of a weight is sharded over: those of
-  the rules that divide its size.
+  """Returns over which mesh axes each dimension of a weight is sharded. These
+  are the mesh axes of the run's rules whose devices divide the dimension.
 
   Args:
     shape: the shape of the weight.
     axes: its logical axes, one for each dimension.
 
   Returns:
-    For each dimension the names of mesh axes; () where it is whole.
+    For each dimension the names of its mesh axes; () for a dimension that is
+    whole on every device.
   """
   devices_along = jax.sharding.get_abstract_mesh().shape
   mesh_axes_of_array = []
@@ -144,12 +149,16 @@ def count_devices_along(names: tuple[str, ...]) -> int:
 
 
 def count_shards(axis: str, length: int) -> int:
-  """Returns how many shards an axis of an array is cut into over the devices; 1
-  without a mesh, or where the number of devices does not divide the axis.
+  """Returns into how many shards a dimension of an array is cut, one for each
+  device along its mesh axes.
 
   Args:
-    axis: the logical axis, such as 'batch'.
-    length: the size of the array along it.
+    axis: the logical axis of the dimension, such as 'batch'.
+    length: the size of the dimension.
+
+  Returns:
+    The number of shards; 1 without a mesh, or where the number of devices does
+    not divide the size.
   """
   count = count_devices_along(mesh_axes(axis))
   if length % count:
@@ -168,15 +177,18 @@ def constrain_where_divisible(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_stream(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Returns the residual stream constrained to its place on the mesh, so that
-  XLA neither gathers nor moves it between layers.
+  """Fixes how the residual stream is sharded over the mesh, so that XLA neither
+  gathers nor moves it between layers.
 
-  Its length is sharded over the mesh axes of `stream` or, if their number of
-  devices does not divide it, over those of `length`.
+  Its length is sharded over the mesh axes of the logical axis 'stream' or, if
+  their devices do not divide the length, over those of 'length'.
 
   Args:
-    x: the array, [batch, length, ...].
-    *axes: the logical axes after B and L.
+    x: the stream, [batch, length, ...].
+    *axes: the logical axes of the dimensions after batch and length.
+
+  Returns:
+    x with this constraint.
   """
   length = 'stream' if count_shards('stream', x.shape[1]) > 1 else 'length'
   return constrain(x, 'batch', length, *axes)
@@ -267,17 +279,17 @@ class Role:
     return bool(self.inputs)
 
   def split(self, ndim: int) -> Axes:
-    """Sorts the axes of an array that holds the parameter, or several of them
-    stacked, into batch, inputs and outputs.
-
-    Axes in front of the declared ones, such as the one over layers that the
-    scan adds, are a batch: the matrices along them are separate.
+    """Sorts the axes of a parameter into batch, inputs and outputs, by which
+    optimisers that work on matrices (such as Muon) treat it. A product sums
+    over the inputs; along the batch there are separate matrices.
 
     Args:
-      ndim: the number of axes of the array.
+      ndim: the number of axes of the array. It may have more axes in front than
+        the parameter was declared with, such as one over layers that a scan
+        adds. These count as batch.
 
     Returns:
-      The numbers of the axes of each sort.
+      The indices of the axes of each sort.
     """
     front = ndim - len(self.axes)
     batch = [*range(front), *(front + i for i in self.batch)]
@@ -293,21 +305,22 @@ class Declared(nn.LogicallyPartitioned, eq=False):
   role: Role | None = struct.field(default=None, pytree_node=False)
 
 
-def roles_of_parameters(boxed):
-  """Returns the Role of each parameter: its logical axes, which of them are
-  inputs, and its kind, by which it is sharded and optimized.
+def roles_of_parameters(boxed: Any) -> Any:
+  """Returns the role of each parameter. A Role says what the axes of a
+  parameter are and what it is for; sharding and optimisers read it.
 
   Args:
-    boxed: a tree of parameters in the boxes (Declared) in which `declare` makes
-      them.
+    boxed: a tree of parameters, each inside the box (`Declared`) in which
+      `declare` made it together with its role.
 
   Returns:
     A tree of the same structure, with a Role for each parameter.
 
   Raises:
-    RequestError: for a parameter that declares none.
+    RequestError: for a parameter that was made without a role.
   """
-  def role_of_box(path, box) -> Role:
+  def role_of_box(path: tuple, box: Any) -> Role:
+    """Returns the role of the parameter at a path of the tree."""
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     require(isinstance(box, Declared),
             f'the parameter {name!r} declares no role: make it by weight, bias '
@@ -322,27 +335,31 @@ def roles_of_parameters(boxed):
 def declare(module: nn.Module, name: str, init: Callable,
             shape: tuple[int, ...], role: Role,
             dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-  """Declares a parameter of a Flax module together with its role: the names of
-  its axes and what it is for. Returns its value.
+  """Declares a parameter of a Flax module together with its role, which says
+  what the axes of the parameter are and what it is for. Sharding and optimisers
+  read the role, so that they need no table of parameters' names.
 
   Args:
-    module: the module, with a `config`.
+    module: the module, which must have a `config`.
     name: the parameter's name.
-    init: its initializer, (key, shape, dtype) -> the first value; it draws in
-      float32, since JAX's bfloat16 normals have 128 values, whose mean is not
-      0.
+    init: its initialiser, (key, shape, dtype) -> the initial value.
     shape: its shape.
-    role: its role. Every parameter has one, so that sharding and the optimizer
-      need no table of names.
+    role: its role.
     dtype: its type; None: the config's param_dtype.
 
+  Returns:
+    The value of the parameter.
+
   Raises:
-    ValueError: for a logical axis that the legend lacks.
+    ValueError: for a logical axis that is not in LOGICAL_AXES.
   """
   axes = check_logical_axes(role.axes)
   dtype = dtype or module.config.param_dtype
 
   def make_box(key: jax.Array, shape: tuple[int, ...]) -> Declared:
+    """Draws the initial value, and boxes it with the role."""
+    # The draw is in float32: JAX's normal numbers in bfloat16 have only 128
+    # values, whose mean is not 0.
     value = init(key, shape, jnp.float32).astype(dtype)
     return Declared(value, axes, role=role)
 
@@ -360,16 +377,20 @@ def abstract_params(module: nn.Module):
   return jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
 
 
-def parameter_shapes(module: nn.Module):
-  """Returns the shape and the dtype of each parameter of a model, as a tree.
-
-  Parameters are made in boxes that hold their roles. In a run's context,
-  `nn.meta.unbox` would constrain them to its mesh, so they are taken out here.
+def parameter_shapes(module: nn.Module) -> Any:
+  """Returns the shape and the dtype of each parameter of a model, without
+  computing anything.
 
   Args:
-    module: the model; nothing of it is computed.
+    module: the model.
+
+  Returns:
+    A tree with a ShapeDtypeStruct for each parameter.
   """
-  def shape_in_box(box):
+  # Each parameter is inside a box that holds its role. It is taken out by hand,
+  # because `nn.meta.unbox` would also constrain it to the mesh of the run.
+  def shape_in_box(box: Any) -> Any:
+    """Returns what is inside a box."""
     if nn.meta.is_axis_metadata(box):
       return box.value
     return box
@@ -431,15 +452,18 @@ def _gather_all_axes(w: jax.Array, axes: MeshAxesByAxis) -> jax.Array:
 
 
 def _reduce_scatter_all_axes(d: jax.Array, axes: MeshAxesByAxis) -> jax.Array:
-  """Returns this device's shard of the sum of an array over devices, where
-  several axes of the sum may be sharded.
+  """Sums an array over devices and keeps this device's shard of the sum, which
+  may be sharded along several dimensions. It is called inside of shard_map.
 
   Args:
-    d: the summand of this device, inside of shard_map.
-    axes: for each axis of the sum, the mesh axes that it is sharded over; the
-      sum goes over all of these.
+    d: the summand of this device.
+    axes: for each dimension of the sum, the mesh axes that it is sharded over.
+      The sum goes over the devices of all these mesh axes.
+
+  Returns:
+    The shard.
   """
-  # Each step leaves less to send for the next one.
+  # One dimension after another. Each step leaves less to send for the next.
   for axis, names in enumerate(axes):
     if names:
       d = reduce_scatter(d, axis, names)
@@ -448,21 +472,25 @@ def _reduce_scatter_all_axes(d: jax.Array, axes: MeshAxesByAxis) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_shards(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
-  """Returns an array that is whole along one axis, made of the shards of all
-  devices. Its gradient is a reduce-scatter, the transpose of a gather.
+  """Gathers the shards of an array along one axis from all devices
+  (all-gather). It is called inside of shard_map. Its gradient, defined below,
+  is the transpose of a gather: a reduce-scatter.
 
   Args:
-    w: the shard of this device, inside of shard_map.
+    w: the shard of this device.
     axis: the axis that is sharded.
     names: the mesh axes that it is sharded over.
+
+  Returns:
+    The array, whole along this axis.
   """
   if axis == 0 and w.shape[-1] % LANES_OF_TPU_REGISTER == 0:
-    # This is the layout of such a weight on a TPU. Without it XLA copies those
-    # of all layers into the order of axes that their product takes, and keeps
-    # the copies until the end of the backward pass.
+    # This is the layout that such a weight has on a TPU anyway. If it is not
+    # fixed, XLA copies the weights of all layers into another order of axes,
+    # and keeps the copies until the end of the backward pass.
     w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
-  # The steps of the scattering sum are undone in reverse, so that shards come
-  # back in the order of the devices.
+  # The steps must be those of `reduce_scatter` in reverse, so that the shards
+  # come back in the order of the devices.
   for mesh_axis, groups in reversed(_steps_of_collective(names)):
     w = jax.lax.all_gather(w, mesh_axis, axis=axis, tiled=True,
                            axis_index_groups=groups)
@@ -511,16 +539,19 @@ def _from_matrix_with_axis_first(matrix: jax.Array, shape: tuple[int, ...],
 
 def reduce_scatter(d: jax.Array, axis: int, names: tuple[str, ...]
                    ) -> jax.Array:
-  """Returns this device's shard, along one axis, of the sum of d over devices.
-
-  The axis is moved to the front, because XLA turns a reduce-scatter along the
-  last axis in memory into an all-reduce.
+  """Sums an array over devices and keeps this device's shard of the sum, along
+  one axis (reduce-scatter). It is called inside of shard_map.
 
   Args:
-    d: the summand of this device, inside of shard_map.
+    d: the summand of this device.
     axis: the axis along which the sum is sharded.
-    names: the mesh axes over which the sum goes.
+    names: the mesh axes over whose devices the sum goes.
+
+  Returns:
+    The shard.
   """
+  # The axis is moved to the front, because XLA turns a reduce-scatter along the
+  # last axis in memory into an all-reduce, which sends twice as much.
   d = jnp.moveaxis(d, axis, 0)
   for mesh_axis, groups in _steps_of_collective(names):
     d = jax.lax.psum_scatter(d, mesh_axis, tiled=True, axis_index_groups=groups)
@@ -529,20 +560,21 @@ def reduce_scatter(d: jax.Array, axis: int, names: tuple[str, ...]
 
 def _steps_of_collective(names: tuple[str, ...]
                          ) -> list[tuple[str, list[list[int]] | None]]:
-  """Returns the collectives into which a reduce-scatter over mesh axes is
-  divided; a gather takes them in reverse.
+  """Divides a reduce-scatter over mesh axes into steps, none of which goes over
+  all devices of the mesh, as XLA would turn such a step into an all-reduce. A
+  gather takes the same steps in reverse order.
 
-  XLA turns a collective over all devices of the mesh into an all-reduce. So
-  several axes are taken one after another, and a single axis that has all
-  devices in two steps, first over devices that are far apart, then over
-  neighbours. The steps together send as much as one would.
+  Several mesh axes are taken one after another. A single axis that has all
+  devices is taken in two steps, first over devices that are far apart and then
+  over neighbours. The steps together send as much as one step would.
 
   Args:
     names: the mesh axes.
 
   Returns:
-    For each collective its mesh axis, and the groups of devices along this that
-    it goes over, by their numbers; None: all are one group.
+    A pair for each step: its mesh axis, and the groups of devices along it
+    within which the step goes, by their numbers. None in place of the groups
+    stands for a single group of all devices along the axis.
   """
   if len(names) > 1:
     return [(name, None) for name in names]
@@ -551,7 +583,8 @@ def _steps_of_collective(names: tuple[str, ...]
   is_part_of_mesh = num_devices < jax.sharding.get_abstract_mesh().size
   if is_part_of_mesh or group_size == num_devices:
     return [(names[0], None)]
-  # Devices in a grid: its columns are far apart, and its rows are neighbours.
+  # Number the devices row by row in a grid. The devices of a column are far
+  # apart, and those of a row are neighbours.
   grid = np.arange(num_devices).reshape(group_size, num_devices // group_size)
   return [(names[0], grid.T.tolist()), (names[0], grid.tolist())]
 
@@ -569,27 +602,28 @@ def _size_of_first_groups(num_devices: int) -> int:
 def sharding_of_product(letters: str, x: jax.Array, w: jax.Array,
                         axes: Optional[tuple[str | None, ...]]
                         ) -> Optional[ShardingOfProduct]:
-  """Returns how the tokens and the weight of a product lie on the mesh, where
-  devices gather the weight themselves instead of leaving that to XLA.
+  """Decides whether the devices gather the sharded weight of a product by
+  themselves (fully sharded data parallelism) or leave that to XLA. In the first
+  case it returns how tokens and weight are sharded.
 
   Args:
-    letters: the letters of an einsum, which begin with those of the axes of x;
-      the batch is B.
-    x: activations, [batch, length, ...].
-    w: a weight.
-    axes: the weight's logical axes; None: it is none that is sharded.
+    letters: the letters of the product's einsum. They begin with those of the
+      axes of x, where B is the batch.
+    x: the activations, [batch, length, ...].
+    w: the weight.
+    axes: the weight's logical axes; None: the weight is not sharded.
 
   Returns:
-    The mesh axes of the tokens, for their batch and their length, and those of
-    each axis of the weight. None: the product is left to XLA.
+    The mesh axes of the tokens (of their batch and their length) and those of
+    each axis of the weight; None: the product is left to XLA.
   """
   if axes is None or letters[0] != 'B':
     return None
   weight = mesh_axes_of_weight(w.shape, axes)
   weight_axes = set(sum(weight, ()))
   batch_axes = mesh_axes('batch')
-  # The weight must lie on mesh axes of the batch alone, which split the rows;
-  # and those of `tensor`, where `mlp` lies, must have one device.
+  # The weight must be sharded only over mesh axes that split the batch too, and
+  # there must be no tensor parallelism (which would shard 'mlp').
   if not weight_axes or not weight_axes <= set(batch_axes):
     return None
   if mesh_axes('mlp') or count_shards('batch', x.shape[0]) == 1:
@@ -605,26 +639,34 @@ def multiply_by_gathered_weight(
     multiply: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
     w: jax.Array, product_sharding: ShardingOfProduct, keep: bool,
     name: str = '') -> jax.Array:
-  """Returns a product with a sharded weight, which each device gathers and
-  multiplies with its own tokens (fully sharded data parallelism).
+  """Multiplies tokens by a sharded weight, which each device gathers whole and
+  applies to its own tokens (fully sharded data parallelism).
 
   Args:
-    multiply: the product, (tokens, whole weight) -> result, which begins with
-      the tokens' axes.
-    x: activations, [batch, length, ...].
-    w: the weight, in the dtype that it is sent in.
-    product_sharding: how both lie on the mesh.
-    keep: whether the whole weight may be kept for the gradient. With remat it
-      may: it is kept only while its layer is computed again.
-    name: the name of the whole weight, by which a remat policy keeps it longer;
-      '': it has none.
+    multiply: the product, (tokens, whole weight) -> result. The result must
+      begin with the tokens' axes.
+    x: the activations, [batch, length, ...].
+    w: the weight, in the dtype in which it is to be sent.
+    product_sharding: the mesh axes of the tokens and of the weight.
+    keep: whether the gathered weight may be kept for the gradient. It may where
+      the layer is computed again in the backward pass (remat), since it is then
+      kept for a short time only.
+    name: a name for the gathered weight, by which a remat policy can choose to
+      keep it longer; '': it has none.
+
+  Returns:
+    The product, sharded as the tokens are.
   """
   on_device = functools.partial(
       _multiply_on_device, multiply, product_sharding.weight, name)
-  if not keep:  # gathers again; the product's gradient does not need its result
+  # Without `keep` the weight is gathered a second time for the gradient. The
+  # product is not computed a second time, since its gradient does not need it.
+  if not keep:
     on_device = jax.checkpoint(on_device)
   tokens_spec = _partition_spec(*product_sharding.tokens)
   weight_spec = _partition_spec(*product_sharding.weight)
+  # check_vma, JAX's check of what varies over devices, is off: it knows nothing
+  # of the hand-written gradient. Tests compare with a single device instead.
   on_mesh = jax.shard_map(
       on_device, in_specs=(tokens_spec, weight_spec), out_specs=tokens_spec,
       check_vma=False)
@@ -633,22 +675,26 @@ def multiply_by_gathered_weight(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _multiply_on_device(multiply: Callable, axes: MeshAxesByAxis, name: str,
-                        x: jax.Array, w: jax.Array):
-  """Returns multiply(x, the whole weight), on one device of the mesh.
+                        x: jax.Array, w: jax.Array) -> jax.Array:
+  """Gathers a weight from all devices and multiplies the tokens of this device
+  by it. It is called inside of shard_map.
 
-  The gradient of the weight is computed and scattered before that of x is
-  computed. So a device holds the whole gradient of one weight at a time, and x
-  may go before its gradient, which is as large, takes room. Left to itself,
-  XLA's scheduler puts the scattering off to the end of the layer, and no
-  compute is on its way meanwhile: libtpu compiles it to a synchronous
-  operation.
+  The gradient, defined below, computes the weight's gradient and scatters it
+  over the devices before it computes the gradient of x. So a device holds the
+  whole gradient of one weight at a time, and the memory of x can be freed
+  before its gradient, which is as large, is made. XLA's own scheduler would
+  scatter at the end of the layer, when there is nothing left to compute
+  meanwhile.
 
   Args:
-    multiply: the product.
-    axes: the mesh axes that each axis of the weight is sharded over.
-    name: the name of the whole weight for remat; '': it has none.
+    multiply: the product, (tokens, whole weight) -> result.
+    axes: the mesh axes over which each axis of the weight is sharded.
+    name: a name for the gathered weight, which remat policies read; '': none.
     x: the tokens of this device.
-    w: its shard of the weight.
+    w: this device's shard of the weight.
+
+  Returns:
+    The product.
   """
   return multiply(x, _gather_all_axes(w, axes))
 
@@ -664,32 +710,36 @@ def _multiply_on_device_fwd(multiply: Callable, axes: MeshAxesByAxis, name: str,
 
 def _multiply_on_device_bwd(multiply: Callable, axes: MeshAxesByAxis, name: str,
                             operands: tuple[jax.Array, jax.Array],
-                            dy: jax.Array):
-  """Returns the gradients of x and of this device's shard of the weight.
+                            dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Computes the gradients of `_multiply_on_device`, y = multiply(x, w):
 
-  With y = multiply(x, w), these are dx = dy w^T on each device, and
-  dw = sum over devices of x^T dy, of which each keeps its shard.
+    dx = dy w^T on each device
+    dw = sum over devices of x^T dy, of which each device keeps its shard
 
   Args:
-    multiply: the product.
-    axes: the mesh axes that each axis of the weight is sharded over.
+    multiply: the product, (tokens, whole weight) -> result.
+    axes: the mesh axes over which each axis of the weight is sharded.
     name: not read here.
-    operands: the tokens of this device, and the whole weight.
+    operands: the tokens of this device, and the gathered weight.
     dy: the gradient of the product.
+
+  Returns:
+    dx, and this device's shard of dw.
   """
   x, w = operands
-  # dw, scattered along the first of its axes that is sharded, which leaves the
-  # least of it on the device.
+  # Compute dw and scatter it along the first axis that is sharded. After that,
+  # only a part of dw is left on the device.
   _, gradient_of_w = jax.vjp(functools.partial(multiply, x), w)
   dw, = gradient_of_w(dy)
   first_axis = next(axis for axis, names in enumerate(axes) if names)
   matrix = reduce_scatter(
       _to_matrix_with_axis_first(dw, first_axis), 0, axes[first_axis])
-  # dx is computed after that: dy passes one barrier with the scattered dw.
+  # Compute dx after that. The barrier forces the order, as it makes dy depend
+  # on the scattered dw.
   matrix, dy = jax.lax.optimization_barrier((matrix, dy))
   _, gradient_of_x = jax.vjp(lambda x: multiply(x, w), x)
   dx, = gradient_of_x(dy)
-  # dw, scattered along its other axes.
+  # Scatter dw along its other axes.
   dw = _from_matrix_with_axis_first(matrix, dw.shape, first_axis)
   other_axes = axes[:first_axis] + ((),) + axes[first_axis + 1:]
   return dx, _reduce_scatter_all_axes(dw, other_axes)
@@ -700,33 +750,39 @@ _multiply_on_device.defvjp(_multiply_on_device_fwd, _multiply_on_device_bwd)
 
 def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
                        dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Looks up tokens in a table of embeddings that may be sharded.
+  """Looks up tokens in a table of embeddings that may be sharded over devices.
 
-  If the table's columns are split over devices of the batch, each device looks
-  up its columns for the tokens of all these devices, and an all-to-all returns
-  each token to its own device. So neither the table nor its gradient, which
-  adds up in the table's dtype, is ever whole.
+  If the columns of the table (its features) are split over the devices that
+  also split the batch, each device looks up its columns for the tokens of all
+  these devices. An all-to-all then returns each token to its own device. So
+  neither the table nor its gradient is ever whole on a device.
+
+  The suffixes name axes: V vocabulary, D d_model, B batch, L length.
 
   Args:
-    table_VD: the table, [vocabulary, d_model].
-    ids_BL: the row of each token, [batch, length].
+    table_VD: the table.
+    ids_BL: the row of each token.
     dtype: the type of the result.
 
   Returns:
     The rows, [B, L, D].
   """
+  # Without such columns the table is gathered over data parallelism first, and
+  # XLA does the rest. Split rows would have to move to where the batch is.
   product_sharding = sharding_of_product(
       'BL', ids_BL, table_VD, axes=('vocab', 'embed'))
-  if product_sharding is None or not product_sharding.weight[1]:
-    # Gathered whole over fsdp first: rows that are split over fsdp would have
-    # to move to where the batch is split over it.
+  column_axes: tuple[str, ...] = ()
+  if product_sharding is not None:
+    _, column_axes = product_sharding.weight
+  if product_sharding is None or not column_axes:
     whole_VD = constrain_where_divisible(table_VD, 'vocab', None)
     return whole_VD[ids_BL].astype(dtype)
-  column_axes = product_sharding.weight[1]
 
   def look_up_on_device(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
-    """Looks up this device's columns for the tokens of all devices that the
-    columns lie on, and exchanges them for all columns of its own tokens."""
+    """Looks up this device's columns for the tokens of all devices that share
+    the columns, and exchanges them for all columns of its own tokens."""
+    # Both collectives must go over the same mesh axes, batch first: the second
+    # one undoes the first along the batch.
     ids_BL = jax.lax.all_gather(ids_BL, column_axes, axis=0, tiled=True)
     x_BLD = table_VD[ids_BL].astype(dtype)
     return jax.lax.all_to_all(x_BLD, column_axes, split_axis=0, concat_axis=2,
@@ -734,6 +790,8 @@ def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
 
   tokens_spec = _partition_spec(*product_sharding.tokens)
   table_spec = _partition_spec(*product_sharding.weight)
+  # check_vma, JAX's check of what varies over devices, is off. Tests compare
+  # the result with that of a single device instead.
   on_mesh = jax.shard_map(
       look_up_on_device, in_specs=(table_spec, tokens_spec),
       out_specs=tokens_spec, check_vma=False)
@@ -742,22 +800,27 @@ def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
 
 def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
                          dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Looks up several rows for each token in a large table whose rows are
-  divided over the devices.
+  """Looks up several rows for each token in a large table whose rows are split
+  over devices.
 
-  A device is given the ids of all tokens of the devices that the table lies on,
-  looks up those that are among its own rows, and the sum over the devices is
+  Each device gets the ids of the tokens of all devices that share the table,
+  and looks up those that are among its own rows. The sum over these devices is
   scattered to where the tokens are. So neither the table nor its gradient is
-  ever whole.
+  ever whole on a device.
+
+  The suffixes name axes: I rows of the table, K features of a row, B batch, L
+  length, U rows that a token reads.
 
   Args:
-    table_IK: the table, of I rows with K features.
-    ids_BLU: the U rows that each token reads, [batch, length, U].
+    table_IK: the table.
+    ids_BLU: the rows that each token reads.
     dtype: the type of the result.
 
   Returns:
     The rows, [B, L, U, K].
   """
+  # Where the rows are not split over devices that also split the batch, XLA
+  # gathers the table and looks up the rows.
   row_axes, _ = mesh_axes_of_weight(table_IK.shape, ('table', None))
   batch_axes = mesh_axes('batch')
   lies_along_batch = bool(row_axes) and set(row_axes) <= set(batch_axes)
@@ -766,9 +829,9 @@ def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
     return whole_IK[ids_BLU].astype(dtype)
 
   def look_up_on_device(table_IK: jax.Array, ids_BLU: jax.Array) -> jax.Array:
-    """Looks up this device's rows for the tokens of all devices that the table
-    lies on, and returns the rows of its own tokens."""
-    # The ids, counted from the device's first row on.
+    """Looks up this device's rows for the tokens of all devices that share the
+    table, and returns all rows of its own tokens."""
+    # Gather the ids, and count them from the device's first row on.
     ids_BLU = jax.lax.all_gather(ids_BLU, row_axes, axis=0, tiled=True)
     ids_BLU = ids_BLU - jax.lax.axis_index(row_axes) * len(table_IK)
     is_here_BLU = (ids_BLU >= 0) & (ids_BLU < len(table_IK))
@@ -788,12 +851,15 @@ def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
 
 
 def gather_weight(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """Returns a weight made whole along what data parallelism shards of it, in
-  its own dtype; it stays sharded over the mesh axis `tensor`.
+  """Gathers a weight from the devices over which data parallelism shards it
+  (FSDP), in its own dtype. It stays sharded by tensor parallelism.
 
   Args:
     w: the weight.
     axes: its logical axes, one for each dimension.
+
+  Returns:
+    The gathered weight.
   """
   # A weight that data parallelism does not shard is whole already.
   batch_axes, other_axes = _split_by_batch_axes(w.shape, axes)
@@ -801,6 +867,7 @@ def gather_weight(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return w
 
   def gather_on_device(w: jax.Array) -> jax.Array:
+    """Gathers the shards of all devices."""
     return _gather_all_axes(w, batch_axes)
 
   on_mesh = jax.shard_map(
@@ -811,25 +878,29 @@ def gather_weight(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 def sum_gradients_of_shards(d_Q: jax.Array, axes: tuple[str | None, ...]
                             ) -> jax.Array:
-  """Returns the gradient of a weight: the sum of those that each of Q shards of
-  the tokens has computed, sharded as the weight is.
+  """Sums the gradients of a weight that each device has computed from its own
+  tokens, and shards the sum as the weight is sharded.
 
   Args:
-    d_Q: the gradients, [Q, ...], whose first axis is sharded as the tokens are.
-    axes: the logical axes of the weight.
+    d_Q: the gradients, [Q, ...], one for each of Q shards of the tokens. The
+      first axis is sharded as the tokens are.
+    axes: the logical axes of the weight, one for each dimension after Q.
+
+  Returns:
+    The gradient, of the shape of the weight.
   """
+  # The sum is left to XLA if the weight is not sharded over devices that split
+  # the tokens, or if there is not one gradient for each of these devices.
   batch_axes, other_axes = _split_by_batch_axes(d_Q.shape[1:], axes)
   token_axes = mesh_axes('tokens')
-  # Where the weight does not lie along the devices of the tokens, or there is
-  # another number of these than of gradients, the sum is left to XLA.
   weight_axes = set(sum(batch_axes, ()))
   lies_along_tokens = bool(weight_axes) and weight_axes <= set(token_axes)
   if not lies_along_tokens or count_devices_along(token_axes) != d_Q.shape[0]:
     return constrain_where_divisible(d_Q.sum(0), *axes)
 
   def sum_on_device(d_Q: jax.Array) -> jax.Array:
-    """Scatters the sum over the weight's mesh axes, and sums over the other
-    ones of the tokens."""
+    """Sums over all devices of the tokens: over the weight's mesh axes the sum
+    is scattered, over the others it is whole."""
     d = _reduce_scatter_all_axes(d_Q.sum(0), batch_axes)
     remaining_axes = tuple(
         [name for name in token_axes if name not in weight_axes])
@@ -845,15 +916,16 @@ def sum_gradients_of_shards(d_Q: jax.Array, axes: tuple[str | None, ...]
 
 def _split_by_batch_axes(shape: tuple[int, ...], axes: tuple[str | None, ...]
                          ) -> tuple[MeshAxesByAxis, MeshAxesByAxis]:
-  """Splits the mesh axes that a weight is sharded over into those of the batch
-  (data parallelism) and others (tensor or expert parallelism).
+  """Sorts the mesh axes that a weight is sharded over into those that also
+  split the batch (data parallelism) and others (tensor or expert parallelism).
 
   Args:
     shape: the shape of the weight.
     axes: its logical axes, one for each dimension.
 
   Returns:
-    For each dimension its mesh axes of the batch, and for each its others.
+    Two tuples with an entry for each dimension: its mesh axes of the batch, and
+    its other mesh axes. One of the two entries is () at least.
   """
   mesh_axes_of_batch = set(mesh_axes('batch'))
   batch_axes, other_axes = [], []

@@ -519,17 +519,27 @@ class MHC(Mixed):
         write_BLU=2 * jax.nn.sigmoid(write_BLU), mix_BLUU=mix_BLUU)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
-    """Returns one stream for the head of the model, made of several: their
-    plain end, or with `learned_end` the sum over u of sigmoid(s rms(x) W + d)_u
-    x_u (DeepSeek-V4).
+    """Joins the residual streams after the last layer to the one that the head
+    of the model reads. With `learned_end` (DeepSeek-V4) this is a weighted sum
+    of the streams u, by weights of each token:
+
+      y = sum over u of sigmoid(z_u) x_u,   z = s rms(x) W + d
+
+    Otherwise it is the plain end of the base class.
+
+    The suffixes name axes: B batch, L length, U streams, D d_model. There may
+    be an axis of layers in front of B.
 
     Args:
       module: the Flax module of the stack, which declares the parameters.
-      x: the streams after the last layer, [..., batch, length, count, d_model].
+      x: the streams, whose array is [..., B, L, U, D].
+
+    Returns:
+      y, [..., B, L, D].
     """
     if not module.config.part(StreamsConfig).learned_end:
       return super().end(module, x)
-    # DeepSeek-V4's end. The logits of each stream are z = s rms(x) W + d.
+    # The logits z, one for each stream.
     count = x.x_BLUD.shape[-2]
     z_BLU = _logits_of_all_streams(module, x.x_BLUD, count)
     scale_1 = _declare_in_float32(
@@ -539,7 +549,8 @@ class MHC(Mixed):
     # There may be an axis of layers in front of B.
     read_BLU = read_U.reshape((1,) * (z_BLU.ndim - 1) + (-1,))
     z_BLU = scale_1[0] * z_BLU + read_BLU
-    # The sum over u of sigmoid(z_u) x_u.
+    # The weighted sum. Its inputs are kept for the backward pass, and no
+    # further array of the size of all streams.
     weighted_sum = recompute_in_backward(
         layers.count_flops_by_result(_sum_weighted_streams, 2 * count))
     return weighted_sum(x.x_BLUD, jax.nn.sigmoid(z_BLU) + SMALLEST_WEIGHT)
@@ -555,22 +566,24 @@ def _logits_of_identity(key: jax.Array, shape: tuple[int, ...],
 
 def _logits_of_all_streams(module: Any, x_BLUD: jax.Array, size: int
                            ) -> jax.Array:
-  """Returns logits of each token, rms(x) W, made of all its residual streams
-  side by side (mhc, Xie et al. 2025, equation 7).
+  """Makes logits for each token, rms(x) W, where x are all residual streams of
+  the token joined to one vector (mHC: Xie et al. 2025, equation 7).
+
+  The suffixes name axes: B batch, L length, U streams, D d_model, I = U D, O
+  logits. There may be an axis of layers in front of B.
 
   Args:
     module: the module that declares W, as its parameter 'dynamic'.
-    x_BLUD: the streams, [batch, length, U streams, d_model]. There may be an
-      axis of layers in front of B.
-    size: the number O of logits.
+    x_BLUD: the streams.
+    size: O, the number of logits.
 
   Returns:
-    The logits in float32, [..., O].
+    The logits, float32 [..., B, L, O].
   """
   config: ModelConfig = module.config
   *leading_shape, count, D = x_BLUD.shape
-  # W is 0 at first, so that a new model mixes all tokens alike. DeepSeek-V4's
-  # form draws it.
+  # W is 0 at first, so that a new model mixes the streams of all tokens alike.
+  # In DeepSeek-V4's form it is drawn.
   init = nn.initializers.zeros
   if config.part(StreamsConfig).learned_end:
     init = nn.initializers.normal(config.init_stddev)
@@ -578,17 +591,21 @@ def _logits_of_all_streams(module: Any, x_BLUD: jax.Array, size: int
   w_UDO = declare(module, 'dynamic', init=init, shape=(count, D, size),
                   role=role)
 
-  def logits(x_BLI: jax.Array, w_IO: jax.Array) -> jax.Array:
+  def normalise_and_multiply(x_BLI: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """Returns rms(x) W, in float32."""
     n_BLI = rmsnorm(x_BLI, None, config.norm_eps)
     return layers.einsum('...I,IO->...O', n_BLI, w_IO,
                          dtype=config.compute_dtype, out_dtype=jnp.float32)
 
-  # The U streams of a token become one vector of I = U * D features, whose root
-  # mean square is then taken over all streams at once. W is declared with both
-  # axes, so that it can be sharded over D.
+  # Join the streams of a token to one vector, so that the root mean square is
+  # taken over all streams at once. W is declared with both axes, so that it can
+  # be sharded over D.
   x_BLI = x_BLUD.reshape(*leading_shape, -1)
   w_IO = w_UDO.reshape(count * D, -1)
-  return recompute_in_backward(logits)(x_BLI, w_IO) / config.widening
+  z_BLO = recompute_in_backward(normalise_and_multiply)(x_BLI, w_IO)
+  # muP divides logits by `widening`, the ratio of the model's width to its base
+  # model's, which is 1 without muP.
+  return z_BLO / config.widening
 
 
 def initial_read_logits(count: int, branch: jax.Array) -> jax.Array:
@@ -670,21 +687,26 @@ class Gated(Mixed):
   fields = ('streams.count', 'streams.rank')
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, StreamWeights]:
-    """Returns the input of a branch, the mean of all streams through gates, and
-    the weights b by which the result of the branch is added to each stream:
+    """Makes the input of a residual branch (attention or the feed-forward
+    network) of several residual streams, as their mean through gates. It also
+    returns the weights b by which the branch's result is added to each stream:
 
       b = 2 sigmoid(sum over u of n_u(x_u) W_b,u / count)
 
+    where n_u(x_u) is stream u after a norm.
+
+    The suffixes name axes: B batch, L length, U (and V) streams, D d_model.
+
     Args:
       module: the Flax module of the branch, which declares the parameters.
-      x: the streams, [batch, length, count, d_model].
+      x: the streams, whose array is [B, L, U, D].
 
     Returns:
-      The input [B, L, D], and the weights, which mix no streams.
+      The input [B, L, D]; and the weights b, which mix no streams.
     """
     config: ModelConfig = module.config
     read_BLD, n_BLUD = _read_through_gates(module, x)
-    # b, of the normalised streams.
+    # The weights b are made of the normalised streams.
     count, D = n_BLUD.shape[2:]
     w_UDU = layers.weight(module, 'write', shape=(count, D, count),
                           axes=(None, 'embed', None), in_axes=(0, 1),

@@ -507,12 +507,14 @@ def _check_stack(c: ModelConfig, stack: str,
   attention = c.find_part(AttentionConfig)
   if stack != 'decoder' and attention is not None:
     for config in configs:
-      conv = config.part(AttentionConfig).attention_conv
-      if conv:
-        raise RequestError(
-            f'model.attention_conv {conv!r} has no meaning with model.arch '
-            f'{c.arch!r}: set it to 0, or choose model.arch from '
-            f'{", ".join(archs("decoder"))}')
+      fields_of_attention = config.part(AttentionConfig)
+      for field in ('attention_conv', 'key_offset', 'forget_gate'):
+        value = getattr(fields_of_attention, field)
+        if value:
+          raise RequestError(
+              f'model.{field} {value!r} has no meaning with model.arch '
+              f'{c.arch!r}: set it to {type(value)()!r}, or choose model.arch '
+              f'from {", ".join(archs("decoder"))}')
   # The last layers, whose network or kind something else has too.
   if c.ffn == NO_FFN and stack == 'encoder':
     raise RequestError(

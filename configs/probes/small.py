@@ -11,7 +11,13 @@ LRS = (1e-3, 3e-3)
 
 
 def suite(add):
-  for name, fields in {
+  """Adds small tasks of every kind: recall, copying and tracking a state.
+
+  Args:
+    add: a function that adds a task to the suite, given its name and the fields
+      of the config in which its runs differ from the architecture's.
+  """
+  fields_of_task = {
       'mqar': {'probe.vocab': 32, 'probe.levels': (1, 2, 4),
                'data.batch_size': 64, 'train.steps': 800},
       'induction': {'probe.vocab': 8, 'probe.levels': (1, 2)},
@@ -21,6 +27,7 @@ def suite(add):
       'copy': {'probe.vocab': 8, 'probe.levels': tuple(range(1, 8))},
       'parity': {'probe.levels': tuple(range(1, 16))},
       's3': {'probe.levels': tuple(range(1, 16))},
-  }.items():
+  }
+  for name, fields in fields_of_task.items():
     add(name, **{'data.length': 16, 'data.batch_size': 32, 'train.steps': 600,
                  'probe.examples': 100_000, **fields})

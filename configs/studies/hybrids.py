@@ -28,10 +28,10 @@ MATCH = 'flops_per_token'
 
 
 def get_config():
-  return helpers.small_run_config(
-      llama.get_config('tiny'), steps=200, rows=8, length=128, every=40,
-      batches=8, d_model=24, num_layers=8, num_heads=2,
-      num_kv_heads=0, d_ff=0)
+  return helpers.small_run_config(llama.get_config('tiny'), steps=200,
+                                  batch_size=8, length=128, eval_every=40,
+                                  eval_batches=8, d_model=24, num_layers=8,
+                                  num_heads=2, num_kv_heads=0, d_ff=0)
 
 
 def sweep(add):

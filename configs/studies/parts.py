@@ -32,17 +32,25 @@ MATCH = 'flops_per_token'
 
 
 def get_config():
-  config = helpers.small_run_config(llama.get_config('tiny'), steps=150,
-                                    rows=16, length=128, every=30, lr=1e-2,
-                                    d_model=24, num_layers=4, num_heads=2,
-                                    num_kv_heads=0, d_ff=0, init_stddev=0.1)
+  config = helpers.small_run_config(
+      llama.get_config('tiny'), steps=150, batch_size=16, length=128,
+      eval_every=30, lr=1e-2, d_model=24, num_layers=4, num_heads=2,
+      num_kv_heads=0, d_ff=0, init_stddev=0.1)
   config.data.update(source='jsonl:gcide.jsonl:text', holdout_every=200)
   return config
 
 
 def sweep(add):
+  """Adds LLaMA as it is, the base, and then each variant, which has one part
+  that LLaMA does not have.
+
+  Args:
+    add: a function that adds a variant, given its name and the fields of the
+      config that it changes.
+  """
   def three_of_four(**fields):
-    """Returns the changes that give three layers of four other fields."""
+    """Returns the changes of the config that give these fields of the model to
+    three of every four layers; every fourth keeps full attention."""
     changes = {'model.pattern': 'other,other,other,full',
                'model.kinds.full.mixer': 'attention'}
     for name, value in fields.items():
@@ -50,6 +58,8 @@ def sweep(add):
     return changes
 
   add('llama')
+
+  # Parts that all layers have.
   add('qk-norm', **{'model.qk_norm': True})
   add('value-residual', **{'model.value_residual': True})
   add('output-gate', **{'model.attention_gate': 'elementwise'})
@@ -57,7 +67,11 @@ def sweep(add):
   add('sandwich-norm', **{'model.block': 'sandwich'})
   add('biases', **{'model.attention_bias': True, 'model.ffn_bias': True})
   add('gqa', **{'model.num_kv_heads': 1})
+
+  # Hybrids, in which every fourth layer keeps full attention.
   add('sliding-3-to-1', **three_of_four(window=32))
   add('deltanet-3-to-1', **three_of_four(mixer='deltanet'))
+
+  # Several streams beside the layers, and a second token to predict.
   add('hyper-connections', **{'model.residual': 'hyper'})
   add('multi-token', **{'model.mtp_depth': 1})

@@ -34,9 +34,9 @@ MATCH = 'params'
 
 
 def get_config():
-  return helpers.small_run_config(gpt.get_config('tiny'), steps=300, rows=32,
-                                  length=64, every=30, d_model=32, num_layers=2,
-                                  num_heads=2)
+  return helpers.small_run_config(gpt.get_config('tiny'), steps=300,
+                                  batch_size=32, length=64, eval_every=30,
+                                  d_model=32, num_layers=2, num_heads=2)
 
 
 def sweep(add):

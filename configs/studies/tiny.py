@@ -21,15 +21,15 @@ WORKLOADS = {
     'text': {},
     'copy': {'data.length': 16, 'probe.levels': (1, 2, 3), 'train.steps': 20},
 }
-SEEDS = {'noise': 4, 'tune': 3, 'screen': 4, 'confirm': 4}
-TUNING = {'fields': {'optim.lr': (4e-3, 8e-3, 1.6e-2)}}
+SEEDS = {'noise': 4, 'tune': 1, 'screen': 4, 'confirm': 4}
+TUNING = {'fields': {'optim.lr': (4e-3, 8e-3)}, 'extend': 0}
 EFFECT = 0.5
 
 
 def get_config():
   return helpers.small_run_config(
-      gpt.get_config('tiny'), steps=40, rows=16, length=32, every=10, batches=4,
-      lr=8e-3, d_model=8, num_layers=1, num_heads=2)
+      gpt.get_config('tiny'), steps=40, batch_size=16, length=32, eval_every=10,
+      eval_batches=4, lr=8e-3, d_model=8, num_layers=1, num_heads=2)
 
 
 def sweep(add):

@@ -19,43 +19,52 @@ Points = Iterator[tuple[str, dict[str, Any]]]
 
 
 def small_run_config(
-    config: ml_collections.ConfigDict, steps: int, rows: int, length: int, *,
-    every: int, batches: int = 16, lr: float = 4e-3, checkpoints: int = 1,
-    **model: Any) -> ml_collections.ConfigDict:
-  """Returns a config as a small run: the base of a sweep or a study.
+    config: ml_collections.ConfigDict, steps: int, batch_size: int,
+    length: int, *, eval_every: int, eval_batches: int = 16, lr: float = 4e-3,
+    num_checkpoints: int = 1, **model_fields: Any) -> ml_collections.ConfigDict:
+  """Turns a config into that of a small run, on which a sweep or a study is
+  based. The config itself is changed, and returned.
 
   Args:
-    config: the config, to be changed.
-    steps, rows, length: the steps of its training, the rows of a batch, and the
-      tokens of a row.
-    every, batches: steps between two evaluations, and how long one is.
-    lr: the highest learning rate; it rises in a tenth of the steps.
-    checkpoints: how many are written.
-    **model: fields of config.model.
+    config: the config to change.
+    steps: the number of training steps.
+    batch_size: the number of rows in a batch.
+    length: the number of tokens in a row.
+    eval_every: the number of steps between two evaluations.
+    eval_batches: the number of batches of one evaluation.
+    lr: the highest learning rate.
+    num_checkpoints: the number of checkpoints that are written.
+    **model_fields: fields of config.model, by name.
   """
-  config.model.update(model, max_len=length)
-  config.data.update(length=length, batch_size=rows)
+  # The model and its data.
+  config.model.update(model_fields, max_len=length)
+  config.data.update(length=length, batch_size=batch_size)
+
+  # The training. The learning rate rises during the first tenth of the steps.
   config.train.steps = steps
   config.optim.update(lr=lr, warmup_steps=steps // 10)
-  config.eval.update(every_steps=every, batches=batches)
-  config.checkpoint.update(every_steps=steps // checkpoints, keep=1)
+
+  # Evaluations and checkpoints. Only the newest checkpoint is kept.
+  config.eval.update(every_steps=eval_every, batches=eval_batches)
+  config.checkpoint.update(every_steps=steps // num_checkpoints, keep=1)
   return config
 
 
-def small_gpt_config(steps: int, every: int = 0, batches: int = 16
+def small_gpt_config(steps: int, eval_every: int = 0, eval_batches: int = 16
                      ) -> ml_collections.ConfigDict:
-  """Returns the base of most worked sweeps: GPT-2's wiring at 4 layers of width
-  64, trained on 16 x 128 bytes a step.
+  """Returns the config of a small GPT-2, on which most of the example sweeps
+  are based: 4 layers of width 64, trained on 16 rows of 128 bytes a step.
 
   Args:
-    steps: the steps of its training.
-    every: steps between two evaluations; 0: a tenth of them all, often enough
-      to fit a curve to.
-    batches: how many batches an evaluation has.
+    steps: the number of training steps.
+    eval_every: the number of steps between two evaluations. 0 stands for a
+      tenth of all steps, which is often enough to fit a curve to.
+    eval_batches: the number of batches of one evaluation.
   """
   return small_run_config(
-      gpt.get_config('tiny'), steps=steps, rows=16, length=128, batches=batches,
-      every=every or steps // 10, checkpoints=2, d_model=64)
+      gpt.get_config('tiny'), steps=steps, batch_size=16, length=128,
+      eval_every=eval_every or steps // 10, eval_batches=eval_batches,
+      num_checkpoints=2, d_model=64)
 
 
 def grid(values: Mapping[str, Sequence]) -> Points:
@@ -85,22 +94,26 @@ def leave_one_out(changes: Mapping[str, Any]) -> Points:
 
 def ladder_of_sizes(
     widths: Sequence[int], depths: Sequence[int], steps: Sequence[int],
-    lr: float, at: int) -> Points:
-  """Yields every width at every depth, trained on every number of steps: the
-  ladder of sizes, shapes and lengths that `tools.sweep fit` fits a law to.
+    base_lr: float, base_width: int) -> Points:
+  """Yields a point of a sweep (a name, and the fields of the config that it
+  changes) for every width at every depth, trained for every number of steps.
+  `tools.sweep fit` fits a scaling law to such a ladder of runs.
+
+  The learning rate of a width is base_lr * base_width / width, which is how
+  muP scales that of hidden matrices in Adam (Yang et al. 2022, arXiv
+  2203.03466, table 8).
 
   Args:
     widths: the values of model.d_model.
     depths: the values of model.num_layers.
     steps: the values of train.steps.
-    lr: the learning rate of width `at`; it falls as the width grows, as muP
-      has it.
-    at: that width.
+    base_lr: the learning rate of the base width.
+    base_width: the width at which base_lr was tuned.
   """
   for depth, width, num_steps in itertools.product(depths, widths, steps):
     yield f'd{width}x{depth}-{num_steps}', {
         'model.d_model': width, 'model.num_layers': depth,
-        'train.steps': num_steps, 'optim.lr': lr * at / width}
+        'train.steps': num_steps, 'optim.lr': base_lr * base_width / width}
 
 
 def name_of_changes(changes: Mapping[str, Any]) -> str:

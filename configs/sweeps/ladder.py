@@ -15,7 +15,7 @@ _STEPS = (125, 250, 500)
 
 
 def get_config():
-  config = helpers.small_gpt_config(500, every=40, batches=32)
+  config = helpers.small_gpt_config(500, eval_every=40, eval_batches=32)
   config.optim.warmup_steps = 25  # the shortest run has 125 steps
   return config
 
@@ -23,5 +23,5 @@ def get_config():
 def sweep(add):
   for widths, depths in ((24, 32, 48, 64, 96), (4,)), ((32, 64), (2, 8)):
     for name, changes in helpers.ladder_of_sizes(
-        widths, depths=depths, steps=_STEPS, lr=4e-3, at=64):
+        widths, depths=depths, steps=_STEPS, base_lr=4e-3, base_width=64):
       add(name, **changes)

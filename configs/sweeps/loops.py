@@ -24,9 +24,9 @@ from configs.sweeps import helpers
 
 
 def get_config():
-  return helpers.small_run_config(gpt.get_config('tiny'), steps=200, rows=8,
-                                  length=64, every=20, d_model=32, num_layers=8,
-                                  num_heads=2)
+  return helpers.small_run_config(gpt.get_config('tiny'), steps=200,
+                                  batch_size=8, length=64, eval_every=20,
+                                  d_model=32, num_layers=8, num_heads=2)
 
 
 def sweep(add):

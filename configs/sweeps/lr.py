@@ -9,7 +9,7 @@ from configs.sweeps import helpers
 
 
 def get_config():
-  return helpers.small_gpt_config(500, every=50, batches=32)
+  return helpers.small_gpt_config(500, eval_every=50, eval_batches=32)
 
 
 def sweep(add):

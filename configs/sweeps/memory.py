@@ -27,9 +27,10 @@ SEEDS = 5
 
 
 def get_config():
-  config = helpers.small_run_config(
-      llama.get_config('tiny'), steps=150, rows=16, length=64, every=25,
-      d_model=32, d_ff=512, num_layers=2, num_heads=2, num_kv_heads=2)
+  config = helpers.small_run_config(llama.get_config('tiny'), steps=150,
+                                    batch_size=16, length=64, eval_every=25,
+                                    d_model=32, d_ff=512, num_layers=2,
+                                    num_heads=2, num_kv_heads=2)
   config.model.ngrams.rows = 1021
   config.model.moe.ffn = 'swiglu'
   return config

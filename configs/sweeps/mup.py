@@ -15,9 +15,9 @@ _RATES = tuple(2.0 ** n for n in range(-11, -4))
 
 
 def get_config():
-  config = helpers.small_run_config(gpt.get_config('tiny'), steps=250, rows=8,
-                                    length=64, every=250, batches=64,
-                                    lr=2.0 ** -9, d_model=64, num_layers=2)
+  config = helpers.small_run_config(
+      gpt.get_config('tiny'), steps=250, batch_size=8, length=64,
+      eval_every=250, eval_batches=64, lr=2.0 ** -9, d_model=64, num_layers=2)
   config.optim.weight_decay = 0.0
   return config
 

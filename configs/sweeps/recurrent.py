@@ -16,13 +16,19 @@ SEEDS = 5
 
 
 def get_config():
-  return helpers.small_run_config(
-      llama.get_config('tiny'), steps=150, rows=16, length=64, every=50,
-      d_model=32, d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2)
+  return helpers.small_run_config(llama.get_config('tiny'), steps=150,
+                                  batch_size=16, length=64, eval_every=50,
+                                  d_model=32, d_ff=128, num_layers=2,
+                                  num_heads=2, num_kv_heads=2)
 
 
 def sweep(add):
-  """Adds attention, three forms of DeltaNet, and four other recurrences."""
+  """Adds attention, three forms of DeltaNet, and four other recurrences.
+
+  Args:
+    add: a function that adds a variant, given its name and the fields of the
+      config that it changes.
+  """
   add('attention')
 
   # DeltaNet, without and with a decay, and with two steps of a token.

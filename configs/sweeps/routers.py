@@ -20,13 +20,20 @@ _ROUTERS_WITHOUT_LOSS = ('sigmoid', 'hash')  # that balance experts otherwise
 
 
 def get_config():
-  config = helpers.small_gpt_config(400, every=50, batches=32)
+  config = helpers.small_gpt_config(400, eval_every=50, eval_batches=32)
   config.model.d_ff = 256
   config.model.moe.update(num_experts=4, ffn='gelu_tanh')
   return config
 
 
 def sweep(add):
+  """Adds the dense base, and a mixture of experts for each router, without and
+  with a capacity (a limit on the tokens of an expert).
+
+  Args:
+    add: a function that adds a variant, given its name and the fields of the
+      config that it changes.
+  """
   add('dense')
   for router, experts_of_token in _EXPERTS_OF_TOKEN_BY_ROUTER.items():
     balance_loss = 'switch'
@@ -40,6 +47,7 @@ def sweep(add):
           'model.ffn': 'moe',
           'model.moe.router': router,
           'model.moe.top_k': experts_of_token,
+          # A token costs what it costs the dense base, whose width is 256.
           'model.moe.d_ff': 256 // experts_of_token,
           'model.moe.capacity_factor': capacity,
           'model.moe.balance_loss': balance_loss})

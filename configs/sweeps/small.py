@@ -19,9 +19,9 @@ TASKS = ('extrapolation',)
 
 
 def get_config():
-  return helpers.small_run_config(gpt.get_config('tiny'), steps=300, rows=32,
-                                  length=64, every=25, checkpoints=2,
-                                  d_model=32, num_layers=2, num_heads=2)
+  return helpers.small_run_config(
+      gpt.get_config('tiny'), steps=300, batch_size=32, length=64,
+      eval_every=25, num_checkpoints=2, d_model=32, num_layers=2, num_heads=2)
 
 
 def sweep(add):

@@ -18,10 +18,10 @@ SEEDS = 5
 
 
 def get_config():
-  config = helpers.small_run_config(
-      llama.get_config('tiny'), steps=150, rows=8, length=128, every=25,
-      batches=8, d_model=32, d_ff=128, num_layers=2, num_heads=2,
-      num_kv_heads=2)
+  config = helpers.small_run_config(llama.get_config('tiny'), steps=150,
+                                    batch_size=8, length=128, eval_every=25,
+                                    eval_batches=8, d_model=32, d_ff=128,
+                                    num_layers=2, num_heads=2, num_kv_heads=2)
   config.model.indexer.update(top_k=16, heads=2)
   return config
 

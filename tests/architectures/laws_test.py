@@ -28,8 +28,8 @@ from training import generate, runs
 NGRAMS = dict(rows=40, heads=2)
 ATTENTIONS = {
     'global': {},
-    'grouped': dict(num_kv_heads=2, memory='engram', ngrams=NGRAMS,
-                    branch_conv=2),
+    'grouped': dict(num_kv_heads=2, attention_exclusive='all', memory='engram',
+                    forget_gate=True, ngrams=NGRAMS, branch_conv=2),
     'banded': dict(**models.window_in_every_other_layer(5), value_norm=True,
                    keys_as_values=True,
                    layer_scale=True, memory='over_encoding', ngrams=NGRAMS),
@@ -37,7 +37,8 @@ ATTENTIONS = {
                    value_residual=True, value_embedding=True, branch_conv=3),
     # What adds nothing to another is tried beside it.
     'qk_norm': dict(
-        qk_norm=True, attention_gate='headwise', memory='per_layer',
+        qk_norm=True, learned_log_scale=True, attention_exclusive='learned',
+        context_norm=True, attention_gate='headwise', memory='per_layer',
         qk_norm_scale=False, attention_chunk=4, attention_log_scale=0.2,
         attention_log_from=4, pattern='global,chunked', kinds={
             'global': {}, 'chunked': dict(attention='chunked')}),
@@ -57,8 +58,8 @@ ATTENTIONS = {
 STATES = [name for name in blocks.MIXERS if name not in ('attention', 'latent')]
 # A layer with a mixture of experts costs most, and has tests of its own.
 # The other networks are these two with another function.
-ALIKE = {'relu', 'relu2', 'gelu_tanh', 'silu', 'reglu', 'geglu', 'geglu_tanh',
-         'swiglu_clamped'}
+ALIKE = {'relu', 'relu2', 'leaky_relu2', 'gelu_tanh', 'silu', 'reglu', 'geglu',
+         'geglu_tanh', 'swiglu_clamped'}
 FFNS = ('gelu', 'swiglu', 'gelu', 'swiglu', 'gelu', 'moe', 'swiglu',
         *[name for name in layers.FFNS
           if name not in {'gelu', 'swiglu', *ALIKE}])
@@ -186,7 +187,8 @@ def _picture(mask):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('changes', [
-    dict(memory='engram', ngrams=NGRAMS, branch_conv=3, attention_conv=3),
+    dict(memory='engram', ngrams=NGRAMS, branch_conv=3, attention_conv=3,
+         key_offset=True, forget_gate=True, rope=dict(fraction=0.5)),
     ATTENTIONS['indexed'], ATTENTIONS['indexed'] | dict(mixer='latent'),
     ATTENTIONS['blocks']])
 def test_packed_documents_do_not_see_each_other(changes):

@@ -124,6 +124,19 @@ def test_a_norm_rounds_its_result_alone(name):
   np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
 
 
+def test_a_gated_norm_is_its_definition():
+  c = resolved(norm='rmsnorm_gated', gated_norm=dict(rank=3))
+  module, x = layers.norm(c, 'norm'), normal(0, 2, 5, D)
+  params = born(module, x)
+  p, at = jax.tree.map(np.asarray, params), np.asarray(x, np.float64)
+  assert p['gate_down'].shape == (D, 3)
+  y = at / np.sqrt((at ** 2).mean(-1, keepdims=True) + c.norm_eps) * p['scale']
+  h = y @ p['gate_down']
+  want = y / (1 + np.exp(-(h / (1 + np.exp(-h))) @ p['gate_up']))
+  np.testing.assert_allclose(module.apply({'params': params}, x), want,
+                             rtol=1e-4, atol=1e-5)
+
+
 # Positions.
 
 
@@ -275,6 +288,8 @@ def test_relu2_and_reglu_by_hand():
   up, gate = jnp.asarray(UP), jnp.asarray(GATE)
   np.testing.assert_allclose(layers.HiddenUnits('relu2')(up),
                              np.where(UP > 0, UP ** 2, 0), rtol=1e-5)
+  np.testing.assert_allclose(layers.HiddenUnits('leaky_relu2')(up),
+                             np.where(UP > 0, UP, UP / 2) ** 2, rtol=1e-5)
   np.testing.assert_allclose(layers.HiddenUnits('reglu')(up, gate),
                              np.where(GATE > 0, GATE * UP, 0), rtol=1e-5)
 

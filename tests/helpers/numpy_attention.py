@@ -23,7 +23,7 @@ def project(p, name, x):
   return y + p.get(f'{name}_bias', 0)
 
 
-def heads(q_BLHK, k_BMJK, v_BMJK, scale, causal=True):
+def heads(q_BLHK, k_BMJK, v_BMJK, scale, causal=True, bias_BHLM=0.0):
   """Returns softmax(scale q k^T) v of each head, [B, L, H, K].
 
   Args:
@@ -31,10 +31,12 @@ def heads(q_BLHK, k_BMJK, v_BMJK, scale, causal=True):
     k_BMJK, v_BMJK: the keys and values, of which each serves H / J heads.
     scale: the scale of the products.
     causal: whether a query sees no later key.
+    bias_BHLM: a number to add to the scores.
   """
   R = q_BLHK.shape[2] // k_BMJK.shape[2]
   k_BMHK, v_BMHK = (np.repeat(a, R, 2) for a in (k_BMJK, v_BMJK))
-  w_BHLM = np.exp(np.einsum('blhk,bmhk->bhlm', q_BLHK, k_BMHK) * scale)
+  scores_BHLM = np.einsum('blhk,bmhk->bhlm', q_BLHK, k_BMHK) * scale
+  w_BHLM = np.exp(scores_BHLM + bias_BHLM)
   if causal:
     w_BHLM = np.tril(w_BHLM)
   w_BHLM /= w_BHLM.sum(-1, keepdims=True)

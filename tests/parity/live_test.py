@@ -127,6 +127,12 @@ def test_a_layer_of_attention_is_that_of_transformers():
   holds(parts.attention())
 
 
+@pytest.mark.parametrize('findings', [
+    parts.results_of_heads, parts.gated_norm], ids=lambda x: x.__name__)
+def test_newer_parts_are_those_of_transformers(findings):
+  holds(findings())
+
+
 def test_per_layer_embeddings_are_those_of_transformers():
   holds(parts.per_layer())
 

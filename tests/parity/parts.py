@@ -1,6 +1,6 @@
 """Parts that no system here has, beside those of transformers: the mixture of
-LongCat-Flash, the attention of Inkling, and the per-layer embedding of Gemma 4
-beside a layer of it."""
+LongCat-Flash, the attention of Inkling, the per-layer embedding of Gemma 4
+beside a layer of it, and a gated norm and steps of heads of newer ones."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import lookup
+from architectures.parts import layers, lookup
+from architectures.parts.attention import steps
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.config import LayerKind
@@ -137,6 +138,89 @@ def attention() -> list[compare.Finding]:
   return _findings([('output', y, out), *(
       (name, grad, leaves[name].grad)
       for name, grad in dict(grads, x=dx).items())])
+
+
+def results_of_heads() -> list[compare.Finding]:
+  """Compares queries with a learned scale of their position (Mistral Large 4),
+  and results of heads without their own value (NeoMME), then normalised (Muse
+  Spark), with weights and inputs drawn from a fixed seed."""
+  import torch
+  from transformers.models.mistral_large4 import modeling_mistral_large4
+  from transformers.models.muse_spark import modeling_muse_spark
+  from transformers.models.neomme import modeling_neomme
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
+  o, q, d = (normal(2, LENGTH, 8, 8) for _ in range(3))
+  v, alpha, slope, offset = normal(2, LENGTH, 4, 8), *map(normal, (8, 8, 8))
+  model = base.base().model
+  model.update(d_model=D, vocab_size=2, max_len=LENGTH, norm_eps=1e-6,
+               num_heads=8, num_kv_heads=4, head_dim=8, context_norm=True,
+               learned_log_scale=True, attention_exclusive='learned')
+  module = Results(architectures.resolve(model))
+  params = dict(exclusive=alpha, log_scale=slope, log_scale_bias=offset)
+  outputs, vjp = jax.vjp(
+      lambda *given: module.apply({'params': params}, *given), o, v, q)
+  grads = vjp((d, d))
+
+  o, v, q = (torch.tensor(x, requires_grad=True) for x in (o, v, q))
+  sizes = type('', (), dict(num_attention_heads=8, num_key_value_heads=4))
+  exclusive = modeling_neomme.NeoMMEExclusiveSelfAttention(sizes)
+  scaling = modeling_mistral_large4.MistralLarge4TextSoftmaxScaling(8)
+  with torch.no_grad():
+    for parameter, value in ((exclusive.alpha, alpha), (scaling.scale, slope),
+                             (scaling.bias, offset)):
+      parameter.copy_(torch.tensor(value))
+  norm = modeling_muse_spark.MuseSparkRMSNorm(eps=1e-6, with_scale=False)
+  theirs = (norm(exclusive(o, v.transpose(1, 2))), scaling(
+      q, torch.arange(LENGTH)[None], head_dim_first=False))
+  torch.autograd.backward(theirs, (torch.tensor(d), torch.tensor(d)))
+  return _findings([
+      *(('output', mine, value) for mine, value in zip(outputs, theirs)),
+      *((name, grad, leaf.grad)
+        for name, grad, leaf in zip('ovq', grads, (o, v, q)))])
+
+
+class Results(nn.Module):
+  """The steps of heads that `results_of_heads` compares."""
+  config: architectures.ModelConfig
+
+  @nn.compact
+  def __call__(self, o_BLHK, v_BLJK, q_BLHK):
+    ctx = Context(jnp.arange(LENGTH)[None])
+    o_BLHK = steps.remove_own_value(self, o_BLHK, v_BLJK)
+    return steps.normalise_results(self, o_BLHK), (
+        steps.scale_queries_by_learned_log(self, 'query', q_BLHK, ctx))
+
+
+def gated_norm() -> list[compare.Finding]:
+  """Compares the gated norm, and its gradients, with that of A.X K2."""
+  import torch
+  from transformers.models.axk2 import modeling_axk2
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
+  x, d = normal(2, LENGTH, D), normal(2, LENGTH, D)
+  model = base.base().model
+  model.update(d_model=D, vocab_size=2, max_len=LENGTH, norm_eps=1e-6,
+               norm='rmsnorm_gated')
+  model.gated_norm.rank = 4
+  module = layers.norm(architectures.resolve(model), 'norm')
+  params = dict(scale=normal(D), gate_down=normal(D, 4), gate_up=normal(4, D))
+  y, vjp = jax.vjp(
+      lambda params, x: module.apply({'params': params}, x), params, x)
+  grads, dx = vjp(d)
+  sizes = type('', (), dict(hidden_size=D, gated_norm_rank=4,
+                            rms_norm_eps=1e-6))
+  theirs = modeling_axk2.AXK2GatedRMSNorm(sizes)
+  weights = dict(scale=theirs.norm.weight, gate_down=theirs.mlp.fc1.weight,
+                 gate_up=theirs.mlp.fc2.weight)
+  with torch.no_grad():
+    for name, weight in weights.items():
+      weight.copy_(torch.tensor(params[name].T))
+  leaf = torch.tensor(x, requires_grad=True)
+  out = theirs(leaf)
+  out.backward(torch.tensor(d))
+  return _findings([('output', y, out), ('x', dx, leaf.grad), *(
+      (name, grads[name].T, weight.grad) for name, weight in weights.items())])
 
 
 def _findings(compared) -> list[compare.Finding]:

@@ -78,12 +78,14 @@ def test_a_variant_of_a_csv_is_paired_with_the_base(sweep, tmp_path):
 
 @pytest.mark.parametrize('lines, sentence', [
     (['base,0,1.0'], "a variant of the name 'base'"),
-    (['gru,0,high'], 'line 2, .*: could not convert'),
-    (['gru,,1.0'], 'line 2, .*: invalid literal')])
+    (['gru,0,high'], 'gru/seed-0 has no seed or no loss'),
+    (['gru,,1.0'], 'gru has no seed or no loss'),
+    (['gru,0,1.0', 'gru,0,2.0'], 'or has them twice'),
+    (['gru,x,1.0'], 'cannot be read')])
 def test_rows_that_are_none_are_refused(sweep, tmp_path, lines, sentence):
   with pytest.raises(RequestError, match=sentence):
     comparison.load_comparison(sweep, _rows(tmp_path, *lines))
-  with pytest.raises(RequestError, match="line 2, has no .*'seed'"):
+  with pytest.raises(RequestError, match='has no runs that are known'):
     comparison.load_comparison(
         sweep, _rows(tmp_path, 'gru,1', head='variant,loss'))
 

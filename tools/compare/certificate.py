@@ -13,7 +13,6 @@ changes nothing that is computed.
 
 from collections.abc import Iterable, Mapping, Sequence
 import contextlib
-import dataclasses
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ LARGEST_SHARE_OFF_IN_TIME = 0.5
 # The names of hashes begin with it. A hash that one side lacks is not known.
 HASH_PREFIX = 'content of '
 SAME = 'same'  # in a CSV: as the base has it
-Value = float | str | Mapping[str, Any] | None
+Value = float | str | Mapping[str, Any]
 
 
 class Quantity(NamedTuple):
@@ -48,79 +47,54 @@ class Quantity(NamedTuple):
 
 
 _COST = cost.LARGEST_SHARE_OFF
-# The one table of quantities, by the attributes of a Certificate, which are the
+# The one table of quantities, by their names in a Certificate, which are the
 # columns of a CSV, too.
 QUANTITIES = {
+    # Fields of config.model, but for those of precision and of the start.
     'model': Quantity('model'),
+    # All parameters, and those in products and in tables that are looked up.
+    'params': Quantity('parameters', _COST),
     'multiplied_params': Quantity('parameters that are multiplied', _COST),
     'looked_up_params': Quantity('parameters that are looked up', _COST),
+    # Of training, for a token and for the run.
     'flops_per_token': Quantity('FLOPs of a token', _COST),
     'flops': Quantity('FLOPs of the run', _COST),
     'tokens': Quantity('tokens', _COST),
+    # Fields that make the batches of training, and hashes of data.
     'batches': Quantity('order of data'),
+    # Fields that decide what the held-out loss is of, and hashes of data.
     'held_out_text': Quantity('text held out'),
+    # Its name and its hash.
     'tokenizer': Quantity('tokenizer'),
+    # Fields of the optimiser, the schedule and the training loss.
     'recipe': Quantity('optimiser and schedule'),
+    # The number of recipes that were tried, and of seeds of each.
     'tuning': Quantity('tuning'),
+    # Those whose runs are compared.
     'seeds': Quantity('seeds'),
+    # Fields that choose types of numbers.
     'precision': Quantity('precision'),
+    # Fields of config.model that say how its parameters are drawn.
     'initialisation': Quantity('initialisation'),
+    # Fields that take parameters from elsewhere, or draw others.
     'first_weights': Quantity('first weights'),
     'code': Quantity('code'),
     'devices': Quantity('devices'),
+    # The mean time of a run's training steps.
     'seconds': Quantity('hardware time', LARGEST_SHARE_OFF_IN_TIME)}
+# The quantities of QUANTITIES that the runs of one side of a comparison were
+# given: a number, or a mapping of what it consists of, such as fields of the
+# config, or the words of a CSV. One that is not known is not there.
+Certificate = Mapping[str, Value]
 # The numbers of a certificate that a cost.Cost has.
-_COSTS = ('multiplied_params', 'looked_up_params', 'flops_per_token', 'tokens')
+_COSTS = ('params', 'multiplied_params', 'looked_up_params', 'flops_per_token',
+          'tokens')
+# Both parts of the parameters say more than the number of all.
+_PARTS_OF_PARAMS = ('multiplied_params', 'looked_up_params')
 # The quantities that a question is taken to be about where nobody says so; all
 # others follow from what is asked, or are to be alike whatever it is.
 _QUANTITIES_OF_QUESTIONS = (
     'model', 'initialisation', 'batches', 'recipe', 'precision')
-
-
-@dataclasses.dataclass(frozen=True)
-class Certificate:
-  """The quantities that the runs of one side of a comparison were given.
-
-  A quantity is a number, or a mapping of what it consists of, such as fields of
-  the config, or the words of a CSV. None stands for what is not known.
-
-  Attributes:
-    model: the fields of config.model, but for those of precision and start.
-    multiplied_params, looked_up_params: the numbers of parameters in products,
-      and in tables that are looked up.
-    flops_per_token, flops, tokens: of training, for a token and for the run.
-    batches: the fields that make the batches of training, and hashes of data.
-    held_out_text: the fields that decide what the held-out loss is of, and
-      hashes of its data.
-    tokenizer: its name and its hash.
-    recipe: the fields of the optimiser, the schedule and the training loss.
-    tuning: how many recipes were tried, with how many seeds each.
-    seeds: the seeds whose runs are compared.
-    precision: the fields that choose types of numbers.
-    initialisation: the fields of config.model that say how its parameters are
-      drawn.
-    first_weights: the fields that take them from elsewhere, or draw others.
-    code, devices: what trained the runs.
-    seconds: the mean time of a run's training steps.
-  """
-  model: Value = None
-  multiplied_params: Value = None
-  looked_up_params: Value = None
-  flops_per_token: Value = None
-  flops: Value = None
-  tokens: Value = None
-  batches: Value = None
-  held_out_text: Value = None
-  tokenizer: Value = None
-  recipe: Value = None
-  tuning: Value = None
-  seeds: Value = None
-  precision: Value = None
-  initialisation: Value = None
-  first_weights: Value = None
-  code: Value = None
-  devices: Value = None
-  seconds: Value = None
 
 
 class Differences(NamedTuple):
@@ -134,6 +108,11 @@ class Differences(NamedTuple):
   asked: tuple[str, ...]
   named: dict[str, str]
   unknown: tuple[str, ...]
+
+  @property
+  def unlike(self) -> dict[str, str]:
+    """What is not known to be alike beyond the question, by quantity."""
+    return self.named | dict.fromkeys(self.unknown, 'known of one side alone')
 
   @property
   def titles(self) -> str:
@@ -279,10 +258,13 @@ def certify_runs(config: Mapping[str, Any], costs: Mapping[str, Any],
     seconds: the training time of each run; NaN where it is not known.
   """
   values: dict[str, Any] = group_fields_by_quantity(config)
-  values |= {name: costs.get(name) for name in _COSTS}
+  for name in _COSTS:
+    if costs.get(name) is not None:
+      values[name] = costs[name]
   values['flops'] = costs['flops_per_token'] * costs['tokens']
-  values['seeds'] = {'seeds': ', '.join(map(str, sorted(seeds)))}
-  values['tuning'] = tuning
+  values['seeds'] = _describe_seeds(seeds)
+  if tuning:
+    values['tuning'] = tuning
   if seconds and not any(map(math.isnan, seconds)):
     values['seconds'] = sum(seconds) / len(seconds)
 
@@ -300,7 +282,12 @@ def certify_runs(config: Mapping[str, Any], costs: Mapping[str, Any],
     elif name in held_out_sources:
       quantity = 'held_out_text'
     values.setdefault(quantity, {})[HASH_PREFIX + name] = digest
-  return Certificate(**values)
+  return values
+
+
+def _describe_seeds(seeds: Iterable[int]) -> dict[str, str]:
+  """Returns the `seeds` of a certificate."""
+  return {'seeds': ', '.join(map(str, sorted(seeds)))}
 
 
 def _provenance_of_runs(folders: Iterable[pathlib.Path]
@@ -311,11 +298,9 @@ def _provenance_of_runs(folders: Iterable[pathlib.Path]
   devices: list[str] = []
   hashes: dict[str, str] = {}
   for folder in folders:
-    # A config that is damaged is reported where the run is looked at.
-    with contextlib.suppress(RequestError):
-      starts_of_run = run_config.load_starts(folder)
-      starts += starts_of_run
-      hashes |= provenance.last_known_data(starts_of_run)
+    starts_of_run = layout.starts_of_runs([folder])
+    starts += starts_of_run
+    hashes |= provenance.last_known_data(starts_of_run)
     devices += layout.devices_of_run(folder)
   codes = sorted(provenance.list_codes(starts))
   return codes, sorted(set(devices)), hashes
@@ -344,7 +329,7 @@ def certify_folders(config: Mapping[str, Any],
   costs = cost.cost_of_run(complete_config, model)._asdict()
   seconds = [curves.training_seconds(run.rows) for run in runs_by_seed.values()]
   return certify_runs(config=config, costs=costs, folders=folders,
-                 seeds=runs_by_seed, tuning=tuning, seconds=seconds)
+                      seeds=runs_by_seed, tuning=tuning, seconds=seconds)
 
 
 def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:
@@ -379,8 +364,8 @@ def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:
                  for seed in ended])
   for point in sweep.points:
     if point.csv_cells is not None:
-      certificates[point.name] = certify_csv_row(
-          point.name, point.csv_cells, certificates[sweep.base.name],
+      certificates[point.name] = certify_cells(
+          point.name, point.csv_cells, base=certificates[sweep.base.name],
           seeds=point.runs)
   return certificates
 
@@ -465,37 +450,37 @@ def _tuning_of_variant(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],
   return {'recipes tried': max(num_tried), 'seeds of each': plan.seeds['tune']}
 
 
-def certify_csv_row(name: str, cells: Mapping[str, str], base: Certificate,
-                 seeds: Iterable[int]) -> Certificate:
-  """Returns the certificate of a variant that was trained elsewhere, by what
-  its CSV tells: a number, SAME for what the base has, or words.
+def certify_cells(name: str, cells: Mapping[str, str], base: Certificate,
+                  seeds: Iterable[int]) -> Certificate:
+  """Returns the certificate of what was trained elsewhere, by what its CSV or
+  its log tells: a number, SAME for what the base has, or words.
 
   Args:
-    name: the name of the variant.
-    cells: the cells of the CSV by column, of which those of QUANTITIES are
-      read.
+    name: the name of the variant or entry.
+    cells: the cells by column, of which those of QUANTITIES are read.
     base: the certificate of the base.
-    seeds: the seeds of the variant.
+    seeds: the seeds of its runs, as far as they are known.
 
   Raises:
     RequestError: where a cell of a number has none.
   """
-  values: dict[str, Any] = {
-      'seeds': {'seeds': ', '.join(map(str, sorted(seeds)))}}
+  values: dict[str, Any] = {}
   for column, quantity in QUANTITIES.items():
     text = (cells.get(column) or '').strip()
-    if not text or column == 'seeds':
-      continue
-    if text == SAME:
-      values[column] = getattr(base, column)
-    elif quantity.tolerance is None:
+    if text == SAME and column in base:
+      values[column] = base[column]
+    elif text and text != SAME:
       values[column] = text
-    else:
-      values[column] = _parse_number(f'{column} of {name}', text)
-  # The FLOPs of a run follow from those of a token.
+      if quantity.tolerance is not None:
+        values[column] = _parse_number(f'{column} of {name}', text)
+  # The runs themselves tell the seeds; and the FLOPs of a run follow from those
+  # of a token.
+  values.pop('seeds', None)
+  if seeds:
+    values['seeds'] = _describe_seeds(seeds)
   if 'tokens' in values and 'flops_per_token' in values:
     values.setdefault('flops', values['tokens'] * values['flops_per_token'])
-  return Certificate(**values)
+  return values
 
 
 def _parse_number(what: str, text: str) -> float:
@@ -520,7 +505,7 @@ def _parse_number(what: str, text: str) -> float:
 
 
 def compare_certificates(base: Certificate, variant: Certificate,
-            asked: Sequence[str] = ()) -> Differences:
+                         asked: Sequence[str] = ()) -> Differences:
   """Returns in what two sides differ beyond the question.
 
   Args:
@@ -534,13 +519,16 @@ def compare_certificates(base: Certificate, variant: Certificate,
   """
   named: dict[str, str] = {}
   unknown: list[str] = []
+  known_of_both = base.keys() & variant.keys()
   for name, quantity in QUANTITIES.items():
-    values = getattr(base, name), getattr(variant, name)
-    if None in values:
-      if values != (None, None):
+    if name == 'params' and known_of_both.issuperset(_PARTS_OF_PARAMS):
+      continue
+    if name not in known_of_both:
+      if name in base or name in variant:
         unknown.append(name)
       continue
-    words = _describe_difference(*values, quantity.tolerance, asked)
+    words = _describe_difference(base=base[name], variant=variant[name],
+                                 tolerance=quantity.tolerance, asked=asked)
     if words and name not in asked:
       named[name] = words
   if asked:
@@ -549,13 +537,13 @@ def compare_certificates(base: Certificate, variant: Certificate,
   # Nobody said what is asked. It is the model where that differs.
   candidates = [
       name for name in _QUANTITIES_OF_QUESTIONS
-      if name in named and isinstance(getattr(variant, name), Mapping)]
+      if name in named and isinstance(variant[name], Mapping)]
   if candidates[1:] and candidates[0] != 'model':
     candidates = []
   asked_of: list[str] = []
   for name in candidates[:1]:
     named.pop(name)
-    asked_of += differing_names(getattr(base, name), getattr(variant, name))
+    asked_of += differing_names(base[name], variant[name])
   return Differences(tuple(asked_of), named, tuple(unknown))
 
 
@@ -577,8 +565,10 @@ def _describe_difference(base: Any, variant: Any, tolerance: float | None,
     if base and largest:
       share = f', {variant / base - 1:+.1%}'
     return f'{base:.4g} -> {variant:.4g}{share}'
+  if variant == base:
+    return ''
   if isinstance(variant, str):
-    return variant
+    return f'{base} -> {variant}' if isinstance(base, str) else variant
   words = []
   for name in differing_names(base, variant):
     if name not in asked:
@@ -589,11 +579,10 @@ def _describe_difference(base: Any, variant: Any, tolerance: float | None,
 
 
 def format_value(value: Value) -> str:
-  """Returns a quantity that is no number as a text, '' where it is not known.
-  """
+  """Returns a quantity that is no number as a text."""
   if isinstance(value, Mapping):
     return ', '.join(f'{name}: {part}' for name, part in value.items())
-  return str(value or '')
+  return str(value)
 
 
 def differing_names(base: Any, variant: Any) -> list[str]:

@@ -9,18 +9,19 @@ import dataclasses
 import functools
 import json
 import math
+import pathlib
 from typing import Any
 
 import numpy as np
 
 from common.errors import require
 from tools.compare import certificate as certificates_lib
-from tools.compare import curves, decide, efficiency, layout, page, statistics
+from tools.compare import curves, decide, efficiency, foreign, layout, page
 from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
 from tools.compare import recompute
 from tools.compare import results as results_lib
-from tools.compare import tuning
+from tools.compare import statistics
 from training import evals
 
 LEARNING_RATE_FIELD = 'optim.lr'
@@ -30,8 +31,7 @@ BASE, NOT_DONE_YET = 'base', 'not done yet'
 # The figures that an estimate takes from the comparison of a phase.
 _FIGURES_OF_COMPARISON = (
     'effect', 'low', 'high', 'n', 'p', 'p_corrected', 'p_robust',
-    'p_equivalent', 'p_not_worse', 'diverged', 'base_diverged', 'item_noise',
-    'tuning_noise')
+    'p_equivalent', 'p_not_worse', 'diverged', 'base_diverged', 'item_noise')
 
 
 def first_row_with(rows: Sequence[Mapping[str, Any]], **wanted: Any
@@ -230,7 +230,6 @@ class Comparison:
     over_seeds_and_items = compared.get('both') or {}
     for figure in ('effect', 'low', 'high', 'p'):
       row[f'both_{figure}'] = over_seeds_and_items.get(figure)
-    row['tuned'] = self._format_tuned_values(variant, size, measure.workload)
     # In the confirmation, a variant that was stopped earlier shows where.
     row['verdict'] = None
     if is_verdict and phase == 'confirm':
@@ -262,16 +261,6 @@ class Comparison:
     return certificates_lib.compare_certificates(
         self.certificates[self.plan.base], self.certificates[variant])
 
-  def _format_tuned_values(self, variant: str, size: str, workload: str) -> str:
-    """Returns the values that tuning chose for a variant at a size, or at each
-    of all sizes, as 'SIZE: FIELD=VALUE; ...'; '' where nothing was tuned."""
-    values = []
-    for row in self.results['tuned']:
-      is_of_variant = (row['variant'], row['workload']) == (variant, workload)
-      if is_of_variant and size in (row['size'], decide.ALL_SIZES):
-        values.append(f'{row["size"]}: {format_changes(row["changes"])}')
-    return '; '.join(values)
-
   def verdicts(self) -> list[dict[str, Any]]:
     """Returns the estimates that the verdicts are on, the base's first."""
     return self.estimates[:len(self.variants)]
@@ -284,7 +273,7 @@ def load_comparison(workdir, rows: str = '') -> Comparison:
   Args:
     workdir: the folder of a sweep or a study.
     rows: the path of a CSV of further variants of a sweep, trained elsewhere
-      (curves.add_variants_of_csv); '': none.
+      (add_variants_of_csv); '': none.
 
   Raises:
     RequestError: where no sweep or study was run there, a file is damaged, or
@@ -441,40 +430,8 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
   if variants_at_edge:
     warnings.append('Tuning ended at the edge of what was tried for '
                     f'{", ".join(variants_at_edge)}: a better value may lie '
-                    'beyond, so that there is no verdict on '
-                    f'{"any" if plan.base in variants_at_edge else "these"}.')
-
-  # What the choice of values adds to the noise, and to the question.
-  few_seeds = tuning.describe_few_seeds(plan)
-  if few_seeds:
-    warnings.append(few_seeds)
-  unlike_values = _values_unlike_base(plan, results['tuned'])
-  if unlike_values:
-    warnings.append('Tuning chose other values than for the base: '
-                    f'{"; ".join(unlike_values)}. A difference there is that '
-                    'of the part and of its values together.')
+                    'beyond.')
   return warnings + doubt_normal_noise(plan, confirmed)
-
-
-def _values_unlike_base(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]
-                        ) -> list[str]:
-  """Returns 'VARIANT at SIZE (FIELD=VALUE, base FIELD=VALUE)' of each variant
-  whose tuned values on the text are not those of the base.
-
-  Args:
-    plan: the plan of the study.
-    tuned: what tuning found, as plans.Tuned has it.
-  """
-  unlike = []
-  for row in tuned:
-    base_row = first_row_with(tuned, variant=plan.base, size=row['size'],
-                              workload=row['workload'])
-    is_of_text = row['workload'] == plans.TEXT
-    if is_of_text and base_row and row['changes'] != base_row['changes']:
-      unlike.append(f'{row["variant"]} at {row["size"]} '
-                    f'({format_changes(row["changes"])}, base '
-                    f'{format_changes(base_row["changes"])})')
-  return unlike
 
 
 def describe_certificates(
@@ -592,7 +549,7 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
   """
   sweep = curves.load_sweep(workdir)
   if rows:
-    sweep = curves.add_variants_of_csv(sweep, rows)
+    sweep = add_variants_of_csv(sweep, rows)
 
   # The results that a study would have in its files. Through JSON they get the
   # form that they would have when read from there; NOTHING has what a sweep
@@ -635,6 +592,65 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
       about=[_describe_sweep(sweep)],
       warnings=warnings,
       certificates=certificates)
+
+
+def add_variants_of_csv(sweep: curves.Sweep, file: str) -> curves.Sweep:
+  """Returns a sweep with further variants from a CSV, which were trained
+  elsewhere on the batches of the same seeds; their costs are not known.
+
+  Args:
+    sweep: the sweep that was read.
+    file: the path of the CSV with the columns variant, seed and loss, held out;
+      and step, where a run has several rows. Further columns tell what the
+      variant was given (certificate.QUANTITIES).
+
+  Raises:
+    RequestError: for a run without seed or loss, or a variant whose name a
+      point of the sweep has.
+  """
+  runs_of_variant: dict[str, dict[int, curves.Run]] = {}
+  cells_of_variant: dict[str, dict[str, str]] = {}
+  for log in foreign.read_source(pathlib.Path(file), 'csv'):
+    is_run = (isinstance(log, foreign.ForeignRun) and log.seed is not None
+              and 'loss' in log.curves)
+    require(is_run, f'{file}: {log.path} has no seed or no loss, or has them '
+            'twice: write columns variant, seed, loss and perhaps step')
+    variant = log.path.removesuffix(f'/seed-{log.seed}')
+    require(all(variant != point.name for point in sweep.points), f'{file}: '
+            f'the sweep has a variant of the name {variant!r}, too: call it '
+            'otherwise')
+
+    # The rows of metrics.jsonl, which has None for what is not finite. Without
+    # a column of steps, a loss is the final one.
+    rows = []
+    for step, loss in log.curves['loss'].items():
+      rows.append({'split': 'eval',
+                   'step': step or sweep.base_config['train.steps'],
+                   'loss': loss if math.isfinite(loss) else None})
+    runs_of_variant.setdefault(variant, {})[log.seed] = curves.Run(
+        seed=log.seed, state=layout.DONE, error='',
+        config={**sweep.base_config, 'seed': log.seed}, rows=tuple(rows),
+        evaluations={})
+    given = log.given_until(max(log.curves['loss']))
+    cells_of_variant[variant] = {
+        name: str(value) for name, value in given.items()}
+
+  # What the CSV does not tell is that of the base (config, tokens) or NaN
+  # (costs).
+  costs_of_run = dict.fromkeys(
+      ('params', 'active_params', 'multiplied_params', 'looked_up_params',
+       'flops_per_token'), math.nan)
+  points = list(sweep.points)
+  for name, runs in runs_of_variant.items():
+    points.append(curves.Point(
+        name=name,
+        changes={'rows': f'{file}:{name}'},
+        matched=(),
+        tokens=sweep.base.tokens,
+        runs=runs,
+        csv_cells=cells_of_variant[name],
+        **costs_of_run))
+  return dataclasses.replace(sweep, points=tuple(points))
 
 
 def _frozen_row(point: curves.Point) -> dict[str, Any]:

@@ -5,16 +5,13 @@ it, and W/points/NAME/seed-S are plain workdirs.
 """
 
 from collections.abc import Mapping, Sequence
-import csv
 import dataclasses
 import functools
-import math
 import sys
 from typing import Any
 
 import numpy as np
 
-from common.errors import RequestError, require
 from tools.compare import layout
 from training.evals import items
 from training.objectives import pipeline
@@ -334,96 +331,6 @@ def load_sweep(workdir) -> Sweep:
     print(f'warning: not of the config that sweep.json says: {run}',
           file=sys.stderr)
   return sweep
-
-
-def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
-  """Returns a sweep with further variants from a CSV, which were trained
-  elsewhere on the batches of the same seeds; their costs are not known.
-
-  Args:
-    sweep: the sweep that was read.
-    file: the path of the CSV with the columns variant, seed and loss, held out;
-      and step, where a run has several rows. Further columns tell what the
-      variant was given (certificate.QUANTITIES), in its first row.
-
-  Raises:
-    RequestError: for a row that is none, or a variant whose name a point of the
-      sweep has.
-  """
-  variants, cells_of_variant = _read_csv_of_losses(
-      file, sweep.base_config['train.steps'])
-  names_of_sweep = {point.name for point in sweep.points}
-  names_of_both = variants.keys() & names_of_sweep
-  require(not names_of_both, f'{file}: the sweep has a variant of the name '
-          f'{min(names_of_both, default="")!r}, too: call it otherwise')
-
-  # Each variant becomes a point. What the CSV does not tell is that of the base
-  # (config, tokens) or NaN (costs).
-  points = list(sweep.points)
-  for name, rows_by_seed in variants.items():
-    runs = {}
-    for seed, rows in rows_by_seed.items():
-      runs[seed] = Run(
-          seed=seed, state=layout.DONE, error='',
-          config={**sweep.base_config, 'seed': seed}, rows=tuple(rows),
-          evaluations={})
-    points.append(Point(
-        name=name,
-        changes={'rows': f'{file}:{name}'},
-        matched=(),
-        params=math.nan,
-        active_params=math.nan,
-        multiplied_params=math.nan,
-        looked_up_params=math.nan,
-        flops_per_token=math.nan,
-        tokens=sweep.base.tokens,
-        runs=runs,
-        csv_cells=cells_of_variant[name]))
-  return dataclasses.replace(sweep, points=tuple(points))
-
-
-def _read_csv_of_losses(
-    file: str, last_step: int
-    ) -> tuple[dict[str, dict[int, list[dict[str, Any]]]],
-               dict[str, dict[str, str]]]:
-  """Returns the rows of a CSV of losses in the form of metrics.jsonl, and what
-  else it tells of each variant.
-
-  Args:
-    file: the path of the CSV, with the columns variant, seed and loss, and
-      perhaps step.
-    last_step: the step of a row that names none: its loss is a final one.
-
-  Returns:
-    By the name of the variant, by seed, the rows; and by the name of the
-    variant, the cells of its first row.
-
-  Raises:
-    RequestError: for a row without variant, seed or loss.
-  """
-  variants: dict[str, dict[int, list]] = {}
-  cells_of_variant: dict[str, dict[str, str]] = {}
-  with open(file, newline='') as text:
-    table = csv.DictReader(text)
-    for row in table:
-      # A column that is missing, or a cell that is no number, is told with its
-      # line.
-      try:
-        variant, seed = row['variant'], int(row['seed'])
-        loss: float | None = float(row['loss'])
-        step = int(row.get('step') or last_step)
-      except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f'{file}, line {table.line_num}, has no variant, '
-                           f'seed or loss: {error}') from error
-      # metrics.jsonl has None for what is not finite; a run with it diverged.
-      if not math.isfinite(loss):
-        loss = None
-      # A run has several rows where the CSV has its losses at several steps.
-      rows_by_seed = variants.setdefault(variant, {})
-      cells_of_variant.setdefault(variant, row)
-      rows = rows_by_seed.setdefault(seed, [])
-      rows.append({'split': 'eval', 'step': step, 'loss': loss})
-  return variants, cells_of_variant
 
 
 def read_sweep(workdir, description: Mapping[str, Any],

@@ -446,8 +446,7 @@ def draw_figures(comparison: Comparison) -> list[page.Figure]:
   effects = []
   for row in comparison.verdicts():
     if page.known(row['effect']):
-      effect = page.estimate(row['effect'], row['low'], row['high']).text
-      effects.append(f'{row["variant"]} {effect}')
+      effects.append(f'{row["variant"]} {page.effect(row).text}')
   if comparison.curves or effects:
     side = 'left' if plan.primary.sign < 0 else 'right'
     sizes = ''

@@ -14,6 +14,7 @@ import re
 from typing import Any, Protocol
 
 from common.errors import RequestError, join_choices, require
+from tools.compare import certificate
 from training.evals import items
 from training.workdir import storage
 
@@ -29,6 +30,12 @@ _COLUMN_NAMES = {
     'mean': ('mean', 'mean_loss', 'avg_loss', 'mean_val_loss'),
     'num_runs': ('n', 'num_runs', 'runs', 'seeds'),
     'deviation': ('sd', 'std', 'stdev', 'standard_deviation')}
+# Figures and columns that tell what a run was given, where their names are not
+# those of certificate.QUANTITIES: the last part of the name, in lower case.
+_QUANTITY_OF_FIGURE = {
+    'num_params': 'params', 'total_flos': 'flops', 'train_time': 'seconds',
+    'num_input_tokens_seen': 'tokens', 'train_runtime': 'seconds',
+    '_runtime': 'seconds'}
 # The binary head of a file with a NUL byte is no text.
 _BYTES_OF_HEAD = 4096
 # Folders of TensorBoard that are a split of a run, as of Keras, and no run.
@@ -46,13 +53,27 @@ class ForeignRun:
     path: the names of its folders and of itself, with '/' between them.
     seed: its seed; None: the log does not say.
     curves: the value of each figure by step, by the name of the figure.
+    given: what it was given in words, by the names of certificate.QUANTITIES;
+      figures tell the numbers.
     items: by the name of a figure, the scores of its items, such as questions
       (training/evals/items.py).
   """
   path: str
   seed: int | None = None
   curves: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
+  given: Mapping[str, str] = dataclasses.field(default_factory=dict)
   items: Mapping[str, dict] = dataclasses.field(default_factory=dict)
+
+  def given_until(self, step: int) -> dict[str, str | float]:
+    """Returns what the run was given up to a step, in words and numbers, by the
+    names of certificate.QUANTITIES."""
+    values: dict[str, str | float] = dict(self.given)
+    for figure, curve in self.curves.items():
+      quantity = quantity_of_figure(figure)
+      steps = [earlier for earlier in curve if earlier <= step]
+      if quantity and steps:
+        values[quantity] = curve[max(steps)]
+    return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +86,14 @@ class ReportedMean:
     mean: the mean over runs.
     num_runs: the number of runs.
     deviation: their standard deviation; None: the table does not say.
+    given: what they were given, by the names of certificate.QUANTITIES.
   """
   path: str
   step: int | None
   mean: float
   num_runs: int
   deviation: float | None = None
+  given: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Reader(Protocol):
@@ -108,6 +131,8 @@ class NanogptLog:
   title = 'a log of modded-nanogpt'
   _LINE = re.compile(r'^step:(\d+)/\d+ (.*loss:.*)$', re.MULTILINE)
   _FIGURE = re.compile(r'(\w*loss):(\S+)')
+  _TIME = re.compile(r'train_time:([\d.]+)(ms|s)')
+  _SECONDS_OF_UNIT = {'ms': 0.001, 's': 1.0}
 
   def recognizes(self, text: str) -> bool:
     return self._LINE.search(text) is not None
@@ -116,6 +141,8 @@ class NanogptLog:
     rows = []
     for step, line in self._LINE.findall(text):
       figures = {name: float(x) for name, x in self._FIGURE.findall(line)}
+      for time, unit in self._TIME.findall(line):
+        figures['train_time'] = float(time) * self._SECONDS_OF_UNIT[unit]
       rows.append((int(step), figures))
     return _runs_of_rows(path, None, rows)
 
@@ -163,6 +190,10 @@ class TrainerState:
       for name, value in row.items():
         if isinstance(value, numbers.Real) and name not in ('step', 'epoch'):
           curves.setdefault(name, {})[int(row['step'])] = float(value)
+    # A version that does not count them has 0 there.
+    for name in ('total_flos', 'num_input_tokens_seen'):
+      if state.get(name):
+        curves.setdefault(name, {})[int(state['global_step'])] = state[name]
     return [ForeignRun(path=run_path, curves=curves)]
 
 
@@ -282,10 +313,15 @@ class ResultsTable:
     results = []
     for row in table:
       step_of_row = int(row[step]) if step else None
+      given = {}
+      for column, cell in row.items():
+        quantity = quantity_of_figure(column or '')
+        if quantity and cell and column not in (entry, num_runs):
+          given[quantity] = cell
       results.append(ReportedMean(
           path=row[entry], step=step_of_row, mean=float(row[mean]),
           num_runs=int(row[num_runs]),
-          deviation=_parse_number(row.get(deviation))))
+          deviation=_parse_number(row.get(deviation)), given=given))
     return results
 
 
@@ -309,26 +345,34 @@ class PlainCsv:
         _find_column(table.fieldnames, name) for name in meanings)
     no_figures = {column for name in meanings for column in _COLUMN_NAMES[name]}
 
-    # The rows of each run. A cell that is empty or no number says nothing.
+    # The rows of each run. A cell that is no number may tell what it was given.
     rows_by_run: dict[tuple, list] = {}
+    given_to_run: dict[tuple, dict[str, str]] = {}
     for row in table:
+      key = tuple(row.get(name) or '' for name in (entry, run, seed))
+      given = given_to_run.setdefault(key, {})
       figures = {}
       for column, cell in row.items():
-        value = _parse_number(cell)
-        if column and column.lower() not in no_figures and value is not None:
+        value, quantity = _parse_number(cell), quantity_of_figure(column or '')
+        if not column or column in (entry, run, seed, step):
+          continue
+        if value is None and quantity and cell:
+          given[quantity] = cell
+        elif value is not None and column.lower() not in no_figures:
           figures[column] = value
-      key = tuple(row.get(name) or '' for name in (entry, run, seed))
       step_of_row = int(float(row[step])) if step else 0
       rows_by_run.setdefault(key, []).append((step_of_row, figures))
 
     runs = []
-    for (entry_name, run_name, seed_text), rows in rows_by_run.items():
+    for key, rows in rows_by_run.items():
+      entry_name, run_name, seed_text = key
       seed_of_run = None
       if seed_text:
         seed_of_run = int(float(seed_text))
         seed_text = f'seed-{seed_of_run}'
       run_path = _join_names(entry_name or path, run_name, seed_text)
-      runs += _runs_of_rows(run_path, seed_of_run, rows)
+      for log in _runs_of_rows(run_path, seed_of_run, rows):
+        runs.append(dataclasses.replace(log, given=given_to_run[key]))
     return runs
 
 
@@ -421,7 +465,8 @@ def _merge_runs(results: Iterable[ForeignRun | ReportedMean]
     for name in earlier.curves | result.curves:
       curves[name] = earlier.curves.get(name, {}) | result.curves.get(name, {})
     by_path[result.path] = dataclasses.replace(
-        result, curves=curves, items=earlier.items | result.items)
+        result, curves=curves, given=earlier.given | result.given,
+        items=earlier.items | result.items)
   return merged + list(by_path.values())
 
 
@@ -448,6 +493,15 @@ def _runs_of_rows(path: str, seed: int | None,
   for number, curves in enumerate(curves_of_runs[1:], start=2):
     runs.append(ForeignRun(path=f'{path}#{number}', curves=curves))
   return runs
+
+
+def quantity_of_figure(name: str) -> str:
+  """Returns which quantity of certificate.QUANTITIES a figure or a column tells
+  that a run was given; '' where it tells none, as a loss does."""
+  last_part = name.rpartition('/')[2].lower()
+  if last_part in certificate.QUANTITIES:
+    return last_part
+  return _QUANTITY_OF_FIGURE.get(last_part, '')
 
 
 def _read_csv(text: str) -> Any:

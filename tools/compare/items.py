@@ -153,12 +153,11 @@ def render_rows(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns the rows of `compare_items` as a table for a terminal."""
   cells = []
   for row in rows:
-    effect = page.estimate(mean=row['effect'], low=row['low'], high=row['high'])
     cells.append({
         'figure': page.label(row['figure']),
         'base': page.number(row['base']),
         'variant': page.number(row['variant']),
-        'minus base': effect,
+        'minus base': page.effect(row),
         'test': page.label(row['test']),
         'p': page.p_value(row['p']),
         'corrected p': page.p_value(row['p_corrected']),

@@ -25,8 +25,9 @@ errs in 9 % where the variant's noise alone has an exponential tail, and in over
 half where one of ten of its runs alone ends on a plateau, which the first seeds
 may miss. A first look at six seeds in place of three would mend neither.
 
-The exit code is 0 for better, 3 where that is not shown, and 4 for worse; as
-elsewhere 2 for a wrong request, such as too few seeds, and 1 for a failure.
+The exit code is 0 for better, 3 where that is not shown, 4 for worse, and 5 for
+better where the runs are unlike beyond the question; as elsewhere 2 for a wrong
+request, such as too few seeds, and 1 for a failure.
 """
 
 import argparse
@@ -50,6 +51,7 @@ SEEDS_OF_FIRST_LOOK = statistics.MIN_SEEDS
 RECORD_FILE = 'judged.json'
 EXIT_CODE_OF_VERDICT = {decide.BETTER: 0, decide.WORSE: 4}
 EXIT_CODE_NOT_SHOWN = 3  # of any other verdict
+EXIT_CODE_BETTER_BUT_UNLIKE = 5
 # The difference of each seed, variant minus base; None: a run of it diverged.
 DifferenceBySeed = Mapping[int, float | None]
 RunBySeed = Mapping[int, curves.Run]
@@ -61,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('variant', metavar='VARIANT', help='one beside it')
   parser.add_argument('--about', default='', metavar='FIELD,FIELD', help='the '
                       'fields of the config that the question is about, or '
-                      'code where that is; all else that differs is named '
-                      '(default: the fields of the model that differ)')
+                      'what is no field, as code or flops; all else that '
+                      'differs is named (default: the fields of the model that '
+                      'differ)')
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
@@ -76,6 +79,8 @@ def main(args) -> int:
     print(json.dumps(answer, indent=2))
   else:
     print(render_answer(answer))
+  if answer['verdict'] == decide.BETTER and answer['unlike']:
+    return EXIT_CODE_BETTER_BUT_UNLIKE
   return EXIT_CODE_OF_VERDICT.get(answer['verdict'], EXIT_CODE_NOT_SHOWN)
 
 
@@ -196,18 +201,18 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path,
           f'{", ".join(not_asked)} is alike on both sides: '
           f'{", ".join(changes) or "no field"} differs (or name what is no '
           f'field: {", ".join(certificate.QUANTITIES)})')
-  unlike = _find_differences(
+  differences = _find_differences(
       folder=folder, names=names, runs=runs, seeds=seeds, changes=changes,
       about=about)
   num_diverged = {
       name: len(diverged[name].intersection(seeds)) for name in names}
-  differences: dict[int, float | None] = {}
+  loss_differences: dict[int, float | None] = {}
   for seed in seeds:
     if seed in diverged[base_name] | diverged[variant_name]:
-      differences[seed] = None
+      loss_differences[seed] = None
     else:
-      differences[seed] = (runs[variant_name][seed].final_loss
-                           - runs[base_name][seed].final_loss)
+      loss_differences[seed] = (runs[variant_name][seed].final_loss
+                                - runs[base_name][seed].final_loss)
 
   # Which question that is, of all that were asked here: one asker at a time.
   lock_file = folder / '.judging'
@@ -215,12 +220,12 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path,
     fcntl.lockf(lock, fcntl.LOCK_EX)
     record = _load_record(folder)
     question_warnings, question, pooled = _register_look(
-        record=record, folder=folder, names=names, differences=differences)
+        record=record, folder=folder, names=names, differences=loss_differences)
 
     # The answer at the share that the look of the question has.
     test = None
-    if None not in differences.values():
-      test = paired_test(differences=[*differences.values()],
+    if None not in loss_differences.values():
+      test = paired_test(differences=[*loss_differences.values()],
                          share=share_of_look * question['share'],
                          pooled=pooled)
     num_questions = sum(len(each['variants']) for each in record['questions'])
@@ -231,9 +236,9 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path,
         **_test_figures(test),
         'alpha': ALPHA, 'seeds': seeds, 'next_look': 2 * len(seeds),
         'diverged': num_diverged, 'questions': num_questions,
-        'changes': changes, 'about': list(unlike.asked),
-        'unlike': unlike.named,
-        'warnings': certificate.name_differences({variant_name: unlike})
+        'changes': changes, 'about': list(differences.asked),
+        'unlike': differences.unlike,
+        'warnings': certificate.name_differences({variant_name: differences})
                     + question_warnings}
     record['answers'].append({'time': time.time()} | answer)
     layout.save_with_checksum(folder / RECORD_FILE, record)
@@ -448,7 +453,7 @@ def _find_differences(
   differences = certificate.compare_certificates(base_side, variant_side, about)
   for quantity in ('held_out_text', 'tokenizer'):
     _refuse_other_text(certificate.differing_names(
-        getattr(base_side, quantity), getattr(variant_side, quantity)))
+        base_side.get(quantity), variant_side.get(quantity)))
   return differences
 
 

@@ -389,16 +389,24 @@ def why_not_of_sweep(description: dict, workdir, point: str, seed: int) -> str:
           f'{description["file"]} may have changed since the sweep began')
 
 
+def starts_of_runs(folders: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
+  """Returns what the runs in some folders remember of each of their starts
+  (run_config.load_starts), as far as they have begun."""
+  starts: list[dict[str, Any]] = []
+  for folder in folders:
+    # A config that is damaged is reported where the run is looked at.
+    with contextlib.suppress(RequestError):
+      starts += run_config.load_starts(folder)
+  return starts
+
+
 def codes_of_runs(workdir, description: Mapping[str, Any]) -> list[str]:
   """Returns the different versions of the code (commits and changes) that
   trained the runs of a sweep, as far as they are known."""
-  starts = []
+  folders = []
   for row in description['points']:
-    for seed in row['seeds']:
-      # A config that is damaged is reported where the run is looked at.
-      with contextlib.suppress(RequestError):
-        starts += run_config.load_starts(run_folder(workdir, row['name'], seed))
-  return provenance.list_codes(starts)
+    folders += [run_folder(workdir, row['name'], seed) for seed in row['seeds']]
+  return provenance.list_codes(starts_of_runs(folders))
 
 
 def devices_of_run(folder: pathlib.Path) -> list[str]:
@@ -425,13 +433,8 @@ def plan_hashes_of_runs(workdir) -> set[str]:
   Returns:
     The hashes; '' is among them where no study started a run.
   """
-  starts: list[dict] = []
-  for folder in pathlib.Path(workdir).glob('points/*/seed-*'):
-    # A config that is damaged is reported where the run is looked at.
-    with contextlib.suppress(RequestError):
-      starts += run_config.load_starts(folder)
   hashes = set()
-  for start in starts:
+  for start in starts_of_runs(pathlib.Path(workdir).glob('points/*/seed-*')):
     # A start has the plan as 'HASH DATE', and once for each time that the run
     # was started or resumed.
     hash, _, _ = str(start.get('plan', '')).partition(' ')
@@ -549,7 +552,7 @@ def train_command(description: dict, workdir, point: str, seed: int
   changes = point_row(description, point)['changes'] | {'seed': seed}
   for field, value in changes.items():
     # JSON made lists of tuples, which the config asks for.
-    command.append(f'--config.{field}={spec.lists_to_tuples(value)}')
+    command.append(f'--config.{field}={run_config.lists_to_tuples(value)}')
   return command
 
 

@@ -26,7 +26,7 @@ UNKNOWN = 'n/a'
 # How a verdict is coloured.
 MARKS = {decide.BETTER: 'better', decide.WORSE: 'worse',
          decide.UNSTABLE: 'worse', decide.STOPPED_UNSTABLE: 'worse',
-         decide.NONE_SHOWN: 'noise', decide.AT_EDGE: 'noise'}
+         decide.NONE_SHOWN: 'noise'}
 
 
 class Cell(NamedTuple):
@@ -257,6 +257,13 @@ def estimate(mean: float | None, low: float | None, high: float | None,
   if not (known(mean) and known(low) and known(high)):
     return cell
   return Cell(f'{cell.text} [{low:{form}}, {high:{form}}]', mean)
+
+
+def effect(row: Mapping[str, Any], form: str = '+.4f') -> Cell:
+  """Returns the cell of the 'effect' of a row with its interval, from 'low' to
+  'high'; a row without one has it unknown."""
+  return estimate(mean=row.get('effect'), low=row.get('low'),
+                  high=row.get('high'), form=form)
 
 
 def mean(x: float | None, deviation: float | None) -> Cell:

@@ -12,8 +12,8 @@ was found, by key:
   screen, confirm, ...: the Verdicts of each phase that compares
   predicted   the row of Frozen.predictions for the phase `largest`
   phases      by phase: {'planned': runs, 'done': runs, 'failed': runs,
-              'tokens', 'flops', 'seconds', 'wall_seconds', 'finished': bool}
-  as_planned  {'same': bool, 'differences': [sentences]}
+              'tokens', 'flops', 'seconds', 'finished': bool}
+  as_planned  {'differences': [sentences], ...} (results.as_planned)
   provenance  {'codes': [...], 'devices': [...], 'versions': {...}}
 
 What a phase decides (phases.py) is absent where it is not over.
@@ -27,8 +27,9 @@ import time
 from typing import Any, NamedTuple
 
 from common.errors import RequestError, require
-from tools.compare import layout, spec
+from tools.compare import layout
 from training import plugins
+from training.workdir import run_config
 
 REPORT = 'report'  # what follows the last phase
 TEXT = 'text'  # the workload that every study has, and that comes first
@@ -373,7 +374,7 @@ def _frozen_plan_from_json(tree: Mapping[str, Any]) -> FrozenPlan:
   """Returns the frozen plan that `to_json` wrote, and loads the Python files of
   the user that it holds, such as one with a phase of its own."""
   plugins.restore_declared_parts(tree.get('files', {}))
-  fields = spec.lists_to_tuples(tree['plan'])
+  fields = run_config.lists_to_tuples(tree['plan'])
   measures = tuple(Measure(**row) for row in fields['measures'])
   tuning = Tuning(**fields['tuning'])
   plan = Plan(**fields | {'measures': measures, 'tuning': tuning})

@@ -204,24 +204,17 @@ def _row_of_verdict(comparison: Comparison,
     other = _estimate_over_sizes(comparison, phase='confirm', variant=variant,
                                  measure=measure)
     if other.get('n'):
-      others.append(f'{measure.name} {_format_effect(other)}')
+      others.append(f'{measure.name} {page.effect(other).text}')
   return {
       'part': f'{variant} ({changes})',
       'verdict': verdict['verdict'],
       'parameters': ', '.join(params),
       'tokens': ', '.join(tokens),
       'seeds': str(shown.get('n')),
-      'effect': _format_effect(shown),
+      'effect': page.effect(shown).text,
       'p': page.p_value(shown.get('p_corrected')).text,
       'multiplier': worth.text,
       'others': '; '.join(others) or 'n/a'}
-
-
-def _format_effect(row: Mapping[str, Any]) -> str:
-  """Returns an effect with its interval: '-0.0123 [-0.0150, -0.0096]'."""
-  cell = page.estimate(mean=row.get('effect'), low=row.get('low'),
-                       high=row.get('high'))
-  return cell.text
 
 
 def _estimate_over_sizes(comparison: Comparison, phase: str, variant: str,

@@ -11,7 +11,8 @@ The test is Student's: paired by seed where both entries have 3 seeds or more
 in common, and else of two samples, with the deviation of each (Welch), one that
 is pooled over all entries (--pooled), or one that is known (--sd). Scores of
 items, such as questions, are paired item by item. Every p is corrected over all
-that is compared, by Holm.
+that is compared, by Holm. What the logs tell that runs were given stands beside
+each verdict where it is not alike (certificate.py).
 """
 
 import argparse
@@ -29,7 +30,8 @@ import numpy as np
 
 from common.errors import check_choice, join_choices, require
 from common.fields import check_number
-from tools.compare import decide, figures, foreign, items, page, statistics
+from tools.compare import certificate, decide, figures, foreign, items, page
+from tools.compare import statistics
 from tools.compare.statistics import GroupOfRuns, PooledDeviation
 
 # The figure that is compared where none is named and there are several.
@@ -56,6 +58,7 @@ class Sample:
     seeds: the seed of each of these runs; None where it is not known.
     group: the mean, the number of runs and their deviation, by the values or
       as it was reported.
+    given: what the runs were given, by the names of certificate.QUANTITIES.
     notes: sentences about what was left out.
   """
   name: str
@@ -64,6 +67,7 @@ class Sample:
   values: Sequence[float]
   seeds: Sequence[int | None]
   group: GroupOfRuns
+  given: Mapping[str, str]
   notes: Sequence[str] = ()
 
 
@@ -87,6 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--loss_per_step', type=float, default=0.0, help='by how '
                       'much a step less raises the loss; charged where entries '
                       'end at different steps')
+  parser.add_argument('--about', default='', metavar='QUANTITY,QUANTITY',
+                      help='what the question is about, so that it is not '
+                      'named where it differs, of '
+                      f'{", ".join(certificate.QUANTITIES)}')
   parser.add_argument('--target', type=float, help='instead: the first step at '
                       'which the mean of each entry is below this loss')
   parser.add_argument('--uncorrected', action='store_true', help='judge each '
@@ -209,6 +217,7 @@ def choose_metric(groups: Mapping[str, tuple[list, int | None]], asked: str
   if asked:
     check_choice('--metric', asked, names)
     return asked
+  names = {name: None for name in names if not foreign.quantity_of_figure(name)}
   if not names:
     has_means = any(isinstance(run, foreign.ReportedMean)
                     for runs, _ in groups.values() for run in runs)
@@ -244,7 +253,7 @@ def read_sample(name: str, runs: Sequence, step: int | None, metric: str
     group = GroupOfRuns(mean=reported[0].mean, num_runs=reported[0].num_runs,
                         deviation=reported[0].deviation)
     return Sample(name=name, runs=(), step=reported[0].step, values=(),
-                  seeds=(), group=group)
+                  seeds=(), group=group, given=reported[0].given)
 
   # A run that was logged into two files counts once.
   with_curve: list[foreign.ForeignRun] = []
@@ -277,7 +286,24 @@ def read_sample(name: str, runs: Sequence, step: int | None, metric: str
   return Sample(
       name=name, runs=at_step, step=step, values=values,
       seeds=[run.seed for run in at_step],
-      group=statistics.describe_group(values), notes=notes)
+      group=statistics.describe_group(values),
+      given=_join_what_was_given(at_step, step), notes=notes)
+
+
+def _join_what_was_given(runs: Sequence[foreign.ForeignRun], step: int
+                         ) -> dict[str, str]:
+  """Returns what some runs were given up to a step, by the names of
+  certificate.QUANTITIES: the mean of numbers, and all different words."""
+  values_of_quantity: dict[str, list] = {}
+  for run in runs:
+    for quantity, value in run.given_until(step).items():
+      values_of_quantity.setdefault(quantity, []).append(value)
+  joined = {}
+  for quantity, values in values_of_quantity.items():
+    if all(isinstance(value, float) for value in values):
+      values = [float(np.mean(values))]
+    joined[quantity] = '; '.join(dict.fromkeys(map(str, values)))
+  return joined
 
 
 def _last_common_step(curves: Sequence[foreign.Curve]) -> int:
@@ -300,12 +326,14 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
 
   Returns:
     What --json prints: 'metric', 'comparisons', 'steps' (of --target), 'notes',
-    and 'summary', a paragraph.
+    'unlike', sentences on what was not given alike, 'unknown', what nothing
+    tells of any entry, and 'summary', a paragraph.
   """
   metric = choose_metric(groups, args.metric)
   answer: dict[str, Any] = {
       'metric': metric or 'scores of items', 'alpha': args.alpha,
-      'comparisons': [], 'steps': [], 'notes': []}
+      'comparisons': [], 'steps': [], 'notes': [], 'unlike': [],
+      'unknown': [*certificate.QUANTITIES]}
 
   # Scores of items alone are paired item by item.
   pairs = _list_pairs([*groups], args.successive)
@@ -335,6 +363,7 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
     answer['comparisons'].append(_compare_samples(
         samples[base], samples[entry], metric=metric, pooled=pooled, args=args,
         num_tests=num_tests))
+  _add_what_is_unlike(answer, samples, args.about)
   if args.sd is not None:
     answer['notes'].append(f'the standard deviation of a run is said to be '
                            f'{args.sd:.3g}')
@@ -349,6 +378,41 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
     answer['notes'].append(
         f'entries are read at different steps, which is {charged}')
   return _correct_and_summarize(answer, args)
+
+
+def _add_what_is_unlike(answer: dict[str, Any], samples: Mapping[str, Sample],
+                        about: str) -> None:
+  """Adds to an answer in what the entries of each comparison differ beyond the
+  question, and what nothing tells of any entry.
+
+  Args:
+    answer: the answer, with its 'comparisons'.
+    samples: the entries by name.
+    about: the text of --about.
+  """
+  asked = tuple(filter(None, about.split(',')))
+  for quantity in asked:
+    check_choice('--about', quantity, certificate.QUANTITIES)
+  # An entry is compared with one that was certified before it.
+  certificates: dict[str, certificate.Certificate] = {}
+  first_entry = answer['comparisons'][0]['base']
+  pairs = [(first_entry, first_entry)]
+  pairs += [(row['base'], row['entry']) for row in answer['comparisons']]
+  for base, entry in pairs:
+    sample = samples[entry]
+    certificates[entry] = certificate.certify_cells(
+        entry, sample.given, base=certificates.get(base, {}),
+        seeds=[seed for seed in sample.seeds if seed is not None])
+
+  differences_by_entry = {}
+  for row in answer['comparisons']:
+    differences = certificate.compare_certificates(
+        certificates[row['base']], certificates[row['entry']], asked)
+    row['unlike'] = differences.unlike
+    differences_by_entry[row['entry']] = differences
+  answer['unlike'] = certificate.name_differences(differences_by_entry)
+  known = set().union(*certificates.values())
+  answer['unknown'] = [name for name in answer['unknown'] if name not in known]
 
 
 def _correct_and_summarize(answer: dict[str, Any], args) -> dict[str, Any]:
@@ -561,8 +625,6 @@ def render_table(answer: Mapping[str, Any]) -> str:
         'p of all looks': page.p_value(row['p_counted']),
         'first below, looks counted': page.count(row['counted_step'])})
   for row in answer['comparisons']:
-    effect = page.estimate(mean=row['effect'], low=row['low'],
-                           high=row['high'], form='+.5f')
     # A value that all rows share stands in the paragraph alone.
     figure, steps, runs_to_decide = '', '', None
     if row['metric'] != answer['metric']:
@@ -576,7 +638,8 @@ def render_table(answer: Mapping[str, Any]) -> str:
         'compared with': page.label(row['base']),
         'figure': page.label(figure), 'steps': page.label(steps),
         'verdict': page.label(row['verdict']),
-        'difference': effect, 'p': page.p_value(row['p']),
+        'not alike': page.label('yes' if row.get('unlike') else ''),
+        'difference': page.effect(row, '+.5f'), 'p': page.p_value(row['p']),
         'corrected p': page.p_value(row['p_corrected']),
         'runs': page.label(f'{row["runs"]} and {row["base_runs"]}'),
         'could show': page.number(row.get('detectable'), '.5f'),
@@ -623,6 +686,11 @@ def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
         'The noise is unknown where an entry has fewer than '
         f'{statistics.MIN_SEEDS} runs: --pooled takes that of all entries, and '
         '--sd one that is known.')
+  sentences += answer['unlike']
+  if answer['unknown']:
+    sentences.append('The logs do not tell of any entry: '
+                     f'{", ".join(answer["unknown"])}. Columns of a CSV with '
+                     'these names can.')
   sentences += [f'Note: {note}.' for note in answer['notes']]
   return ' '.join(sentences)
 

@@ -21,7 +21,7 @@ from tools.compare import measures as measures_lib
 from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
-from tools.compare import tables, tuning
+from tools.compare import tables
 from tools.compare.certificate import QUANTITIES
 from tools.compare.comparison import Comparison, changes_from_base
 from tools.compare.comparison import first_row_with, format_changes
@@ -82,9 +82,6 @@ def report_as_json(comparison: Comparison) -> dict[str, Any]:
   target = []
   for row in tables.target_table(comparison).rows:
     target.append({name: cell.value for name, cell in row.items()})
-  certificates = {}
-  for variant, given in comparison.certificates.items():
-    certificates[variant] = dataclasses.asdict(given)
   return {'name': comparison.plan.name, 'file': comparison.plan.file,
           'match': comparison.plan.match,
           'base': comparison.plan.base,
@@ -92,7 +89,7 @@ def report_as_json(comparison: Comparison) -> dict[str, Any]:
           'warnings': comparison.warnings,
           'target': target, 'estimates': comparison.estimates,
           'points': metrics.as_json_value(comparison.frozen.points),
-          'certificates': certificates,
+          'certificates': comparison.certificates,
           'excluded': comparison.excluded}
 
 
@@ -300,7 +297,7 @@ def answer_in_a_sentence(comparison: Comparison) -> str:
   groups: dict[str, list[str]] = {}
   for row in comparison.verdicts()[1:]:
     variant = row['variant']
-    effect = page.estimate(row['effect'], row['low'], row['high']).text
+    effect = page.effect(row).text
     if effect != UNKNOWN:
       variant += f' ({effect}{_say_excluded_effect(comparison, row)})'
     groups.setdefault(row['verdict'], []).append(variant)
@@ -413,7 +410,6 @@ def describe_methods(frozen: plans.FrozenPlan,
       otherwise=as_planned['differences'],
       unknown=as_planned.get('unknown', 0),
       shows=decide.describe_detectable_difference(plan),
-      few_seeds_of_tuning=tuning.describe_few_seeds(plan),
       amount=measures_lib.format_amount(frozen, plan.effect),
       # The functions that the template calls.
       date=plans.format_date, changed=format_changes, changes=changes,

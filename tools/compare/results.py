@@ -49,8 +49,17 @@ def write(workdir, frozen: plans.FrozenPlan, state: phases.StudyState) -> None:
 def describe_provenance(workdir) -> dict[str, Any]:
   """Returns what has trained the runs of a study: the versions of the code, the
   devices, and the versions of packages of this process."""
-  return {'codes': codes(workdir), 'devices': _devices(workdir),
-          'versions': _versions()}
+  runs: list[pathlib.Path] = []
+  for folder in folders(workdir):
+    runs += sorted(folder.glob('points/*/seed-*'))
+  devices: list[str] = []
+  for run in runs:
+    devices += layout.devices_of_run(run)
+  versions = {'python': platform.python_version()}
+  for name in _PACKAGES:
+    versions[name] = importlib.metadata.version(name)
+  return {'codes': provenance_lib.list_codes(layout.starts_of_runs(runs)),
+          'devices': list(dict.fromkeys(devices)), 'versions': versions}
 
 
 def make_tree(workdir, frozen: plans.FrozenPlan, state: phases.StudyState,
@@ -89,14 +98,6 @@ def _tests_by_phase(records: Mapping[str, Any]) -> dict[str, str]:
     if phase in phases.PHASES and rows and isinstance(rows[0], decide.Verdict):
       tests[phase] = rows[0].test
   return tests
-
-
-def _versions() -> dict[str, str]:
-  """Returns the versions of Python and of the packages that compute."""
-  versions = {'python': platform.python_version()}
-  for name in _PACKAGES:
-    versions[name] = importlib.metadata.version(name)
-  return versions
 
 
 def load(workdir) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
     ran: the versions of the code that trained the runs.
 
   Returns:
-    'same', whether there is no difference; 'differences', a sentence for each;
+    'differences', a sentence for each;
     'repeated', how many runs of each phase were trained again; 'unknown', how
     many runs the ledger does not know; 'without_hash', of how many it does not
     know with which figures they ended.
@@ -207,9 +208,8 @@ def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
     differences.append(
         f'The plan was made with {planned_codes[0]}, and runs were trained by '
         f'{", ".join(unplanned)}.')
-  return {'same': not differences, 'differences': differences,
-          'repeated': repeated, 'unknown': unknown,
-          'without_hash': without_hash}
+  return {'differences': differences, 'repeated': repeated,
+          'unknown': unknown, 'without_hash': without_hash}
 
 
 def _count_runs_of_ledger(workdir) -> tuple[dict[str, int], int, int]:
@@ -247,24 +247,6 @@ def _count_runs_of_ledger(workdir) -> tuple[dict[str, int], int, int]:
         with_figures.add(row)
   return (repeated, len(on_disk - set(begun_runs)),
           len(with_figures - ended_runs.keys()))
-
-
-def codes(workdir) -> list[str]:
-  """Returns the versions of the code that trained the runs of a study, as far
-  as they are known."""
-  every: list[str] = []
-  for folder in folders(workdir):
-    every += layout.codes_of_runs(folder, layout.load_sweep_description(folder))
-  return list(dict.fromkeys(every))
-
-
-def _devices(workdir) -> list[str]:
-  """Returns the kinds of device that the logs of the runs of a study name."""
-  devices: list[str] = []
-  for folder in folders(workdir):
-    for log in sorted(folder.glob('points/*/*/log.txt')):
-      devices += layout.devices_of_run(log.parent)
-  return list(dict.fromkeys(devices))
 
 
 # Seconds of a step of one run, by size and workload, as measured on this

@@ -96,11 +96,10 @@ def _print_verdicts(workdir) -> None:
   for row in compared.verdicts():
     if row['variant'] == compared.plan.base:
       continue
-    effect = page.estimate(
-        mean=row['effect'], low=row['low'], high=row['high'], form='+.4f')
+    p_value = page.p_value(row['p_corrected']).text
     progress.print_milestone(
-        f'{row["variant"]}: {row["verdict"]}, {row["measure"]} {effect.text}, '
-        f'corrected p {page.p_value(row["p_corrected"]).text}')
+        f'{row["variant"]}: {row["verdict"]}, {row["measure"]} '
+        f'{page.effect(row).text}, corrected p {p_value}')
 
 
 def submit(args, jobs: int) -> None:

@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import RequestError, require
-from common.fields import check_number
 
 HUBER_DELTA = 1e-3  # as in the paper
 CONSTANTS_OF_LAW = ('E', 'A', 'B', 'a', 'b')
@@ -40,6 +39,7 @@ START_EXPONENTS = (0.0, 0.5, 1.0, 1.5, 2.0)
 START_LOG_E = (-1.0, -0.5, 0.0, 0.5, 1.0)
 START_LOG_SCALES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
 NUM_POLISHED_STARTS = 100  # of the starts: those with the least error
+NUM_DRAWS = 400  # of the bootstrap: ten laws lie beyond each end of an interval
 # The bounds of log E, log A, log B, a, b: a law of exponent 0
 # cannot be told from E.
 BOUNDS_OF_CONSTANTS = ((-12, 6), (-30, 90), (-30, 90), (0, 8), (0, 8))
@@ -55,27 +55,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       'model.position, and how their exponents differ')
   parser.add_argument('--count', default='params', choices=(
       'params', 'active_params'), help='which parameters N is (%(default)s)')
-  parser.add_argument('--draws', type=int, default=400,
-                      help='of the bootstrap (%(default)s)')
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
 def main(args) -> int:
   from tools.compare import curves
-  # A 95 % interval leaves 2.5 % of the draws on either side, which is one draw
-  # of 40.
-  check_number('--draws', args.draws, (('>=', 40), ('<=', 1_000_000)))
   budgets = _parse_budgets(args.budgets)
   sweep = curves.load_sweep(args.workdir)
   # With --by, one law for each value of a field; else one law of all runs, with
   # intervals from laws that are fitted to resampled residuals.
   if args.by:
     figures = fit_by_field(sweep, field=args.by, count=args.count,
-                           budgets=budgets, draws=args.draws)
+                           budgets=budgets)
   else:
     runs = runs_of_ladder(sweep.points, args.count, args.workdir)
     law = fit_law(runs.params, runs.tokens, runs.losses)
-    drawn = _bootstrap_runs(law, runs, args.draws)
+    drawn = bootstrap_laws(law, runs)
     figures = describe_law(law=law, drawn=drawn, runs=runs, budgets=budgets)
   if args.json:
     print(json.dumps(figures, indent=2))
@@ -309,8 +304,7 @@ def _logarithms(*columns: Sequence[float]) -> list[np.ndarray]:
   return [np.log(np.asarray(column, float)) for column in columns]
 
 
-def bootstrap_laws(law: Law, params, tokens, losses, draws: int, seed: int = 0
-                   ) -> list[Law]:
+def bootstrap_laws(law: Law, runs: Runs, seed: int = 0) -> list[Law]:
   """Returns the laws of a residual bootstrap: each is fitted to losses that are
   those of the fitted law, with residuals drawn anew.
 
@@ -320,14 +314,12 @@ def bootstrap_laws(law: Law, params, tokens, losses, draws: int, seed: int = 0
 
   Args:
     law: the law that was fitted.
-    params: the number of parameters of each run.
-    tokens: the number of tokens of each run.
-    losses: the final loss of each run.
-    draws: how many laws are drawn.
+    runs: the runs that it was fitted to.
     seed: the seed of the draws.
   """
-  log_params, log_tokens, log_losses = _logarithms(params, tokens, losses)
-  fitted_losses = np.log(law.loss(params, tokens))
+  log_params, log_tokens, log_losses = _logarithms(
+      runs.params, runs.tokens, runs.losses)
+  fitted_losses = np.log(law.loss(runs.params, runs.tokens))
   # The fit made the residuals smaller than the noise, since its five constants
   # follow the losses. This factor undoes it, as n / (n - 5) does for a
   # variance.
@@ -338,7 +330,7 @@ def bootstrap_laws(law: Law, params, tokens, losses, draws: int, seed: int = 0
   start = [math.log(law.E), math.log(law.A), math.log(law.B), law.a, law.b]
   rng = np.random.default_rng(seed)
   laws = []
-  for _ in range(draws):
+  for _ in range(NUM_DRAWS):
     # With replacement, one residual for each run.
     drawn_losses = fitted_losses + rng.choice(residuals, len(log_losses))
     laws.append(_minimise_from_starts(
@@ -616,7 +608,7 @@ def _format_interval(x: Mapping[str, float], form: str) -> str:
   return f'{x["value"]:{form}} [{x["low"]:{form}}, {x["high"]:{form}}]'
 
 
-def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
+def fit_by_field(sweep, field: str, count: str, budgets) -> dict:
   """Fits a scaling law for each value of a config field, such as each kind of
   attention, and compares their exponents with those of the base.
 
@@ -626,7 +618,6 @@ def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
     count: the parameters that are counted, 'params' or 'active_params'.
     budgets: the training FLOPs to find the best size for; none: as in
       `describe_law`.
-    draws: how many laws each bootstrap draws.
 
   Returns:
     A tree for JSON: the name of the 'field'; 'differences', for each other
@@ -645,7 +636,7 @@ def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
                                  beside=field)
     laws[value] = fit_law(runs[value].params, runs[value].tokens,
                           runs[value].losses)
-    drawn[value] = _bootstrap_runs(laws[value], runs[value], draws)
+    drawn[value] = bootstrap_laws(laws[value], runs[value])
 
   # How the exponents of the others differ from those of the base, whose value
   # comes first.
@@ -660,8 +651,7 @@ def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
         ladders[first])
     theirs = drawn[value]
     if not is_paired:
-      theirs = _bootstrap_runs(laws[value], runs=runs[value], draws=draws,
-                               seed=1)
+      theirs = bootstrap_laws(laws[value], runs[value], seed=1)
     row = {'variant': value, 'against': first, 'paired': is_paired}
     for exponent in ('a', 'b'):
       row[exponent] = _difference_of_exponents(
@@ -703,13 +693,6 @@ def _ladder_by_value(sweep, field: str) -> dict[str, list]:
   return ladders
 
 
-def _bootstrap_runs(law: Law, runs: Runs, draws: int,
-                    seed: int = 0) -> list[Law]:
-  """Returns the laws that `bootstrap_laws` draws for the runs of a ladder."""
-  return bootstrap_laws(law=law, params=runs.params, tokens=runs.tokens,
-                        losses=runs.losses, draws=draws, seed=seed)
-
-
 def _difference_of_exponents(laws: tuple[Law, Law],
                              drawn: tuple[list[Law], list[Law]],
                              exponent: str) -> dict:
@@ -732,8 +715,7 @@ def _difference_of_exponents(laws: tuple[Law, Law],
     differences.append(
         getattr(our_draw, exponent) - getattr(their_draw, exponent))
   return _percentile_interval(
-      getattr(ours, exponent) - getattr(theirs, exponent),
-                   differences)
+      getattr(ours, exponent) - getattr(theirs, exponent), differences)
 
 
 def _rungs_of_ladder(points: Sequence) -> list[tuple]:

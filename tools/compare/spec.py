@@ -23,6 +23,7 @@ from common.errors import RequestError, suggest_name, require, shorten
 from common.fields import check_type
 from configs import base as fields
 from training import cli, evals, plugins
+from training.workdir import run_config
 
 # The constants that the file of a sweep may hold, and those by which a file is
 # known to be that of a study.
@@ -213,7 +214,8 @@ def apply_changes(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   """
   config = base.copy_and_resolve_references()
   for key, value in changes.items():
-    value, leaf = lists_to_tuples(value), cli.declare_field(config, key)
+    value = run_config.lists_to_tuples(value)
+    leaf = cli.declare_field(config, key)
     if key == 'model.kinds':
       flat.check_kinds(value, f'{subject}: model.kinds')
       value = ml_collections.ConfigDict(value)
@@ -224,16 +226,6 @@ def apply_changes(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
       check_type(value, leaf.default, f'{subject}: {key}')
     config.update_from_flattened_dict({key: value})
   return config.lock()
-
-
-def lists_to_tuples(value: Any) -> Any:
-  """Returns a value with its lists as tuples, at every depth: JSON writes
-  tuples as lists."""
-  if isinstance(value, Mapping):  # kinds of layer
-    return {name: lists_to_tuples(x) for name, x in value.items()}
-  if isinstance(value, list | tuple):
-    return tuple(map(lists_to_tuples, value))
-  return value
 
 
 def path_of_sweep_file(file: str) -> str:

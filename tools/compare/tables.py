@@ -104,6 +104,9 @@ def _estimate_cells(comparison: Comparison, row: Mapping[str, Any], mean: str,
   if seeds is None and row['runs']:
     seeds = row['runs']
   diverged = row['diverged']
+  not_alike = ''
+  if row['not_alike']:
+    not_alike = 'yes'
 
   # The columns, in their order.
   cells = {}
@@ -116,7 +119,7 @@ def _estimate_cells(comparison: Comparison, row: Mapping[str, Any], mean: str,
   cells['over seeds and items'] = _with_interval(row, 'both_')
   cells['p over both'] = page.p_value(row['both_p'])
   cells['verdict'] = label(verdict, page.MARKS.get(verdict, ''))
-  cells['not alike'] = label(row['not_alike'] or '')
+  cells['not alike'] = Cell(not_alike, row['not_alike'])
   cells['p'] = page.p_value(p)
   for heading, name in P_VALUE_OF_HEADING.items():
     cells[heading] = page.p_value(row[name])
@@ -750,11 +753,11 @@ def certificate_table(comparison: Comparison) -> Table:
   for variant, given in comparison.certificates.items():
     cells = {'variant': label(variant)}
     for name, quantity in certificate.QUANTITIES.items():
-      value = getattr(given, name)
       if quantity.tolerance is not None:
-        cells[quantity.title] = page.number(value, '.4g')
+        cells[quantity.title] = page.number(given.get(name), '.4g')
       elif name in ('tuning', 'seeds', 'code', 'devices'):
-        cells[quantity.title] = label(certificate.format_value(value))
+        words = certificate.format_value(given.get(name, ''))
+        cells[quantity.title] = label(words)
     rows.append(cells)
   return page.table('given', 'What both sides were given', rows)
 

@@ -123,12 +123,13 @@ def environment_of_processes(args: flags.FlagValues, compile_cache: str
     RequestError: for a value of --env that is no NAME=VALUE, or whose variable
       the launcher sets itself.
   """
-  # By default, jax keeps no program that compiles within a second.
+  # A minimum of 0 seconds makes jax keep programs that compile within a second
+  # too, which it does not keep by default.
   env = {
       'JAX_COMPILATION_CACHE_DIR': args.compile_cache or compile_cache,
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
-  # A user may add other variables.
+  # A user may add other variables, but not those that the launcher sets.
   taken = (*env, *_VARIABLES_OF_LAUNCHER)
   added = parse_assignments(args.env, '--env')
   for name, value in added.items():
@@ -176,13 +177,16 @@ def require_programs(*names: str) -> None:
 
 
 def define_flags(table, args: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines the flags of a table.
+  """Defines the command-line flags that a table lists.
 
-  Each place to launch on has a table of its own, which is defined only if the
-  place is used, because places may have flags of the same name.
+  Each place to launch on (this machine, SLURM, TPU VMs) has a table of its own,
+  and only the flags of the place that is used are defined, because two places
+  may have flags of the same name.
 
   Args:
-    table: rows of the type, name, default, help text and bounds of a flag.
+    table: a tuple for each flag: its type as absl names it ('string',
+      'integer', ...), its name, its default, its help text, and for a number
+      its bounds.
     args: the flags to which they are added.
   """
   for flag_type, name, default, text, *bounds in table:

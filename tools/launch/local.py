@@ -96,8 +96,8 @@ def launch(job: job_lib.Job, args: flags.FlagValues) -> int:
 def environments_of_processes(env: Mapping[str, str], processes: int,
                               devices: int, platform: str, coordinator: str
                               ) -> list[dict[str, str]]:
-  """Returns the environment variables of each process of a run, by which jax
-  finds the other processes and its own devices.
+  """Returns the environment variables of each process of a run. They tell jax
+  where the other processes are, and which devices belong to the process.
 
   Args:
     env: the variables that all processes have.
@@ -112,12 +112,13 @@ def environments_of_processes(env: Mapping[str, str], processes: int,
   envs = []
   for i in range(processes):
     process_env = dict(env)
-    # The number of the process, if there are several.
+    # How the processes find each other, if there are several.
     if processes > 1:
       process_env |= {
           'JAX_COORDINATOR_ADDRESS': coordinator,
           'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
-    # Its devices. Of two equal flags of XLA, the last one counts.
+    # The devices of the process. The CPU counts as several devices by a flag of
+    # XLA. It is put last, because the last of two equal flags counts.
     if platform == 'cpu':
       flags_of_xla = os.environ.get('XLA_FLAGS', '')
       process_env['JAX_PLATFORMS'] = 'cpu'
@@ -214,8 +215,9 @@ def run_once(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
              received: 'Signals') -> list[int]:
   """Runs the processes of a job once, and waits until all of them have ended.
 
-  Meanwhile, signals to this process are passed on to them, a process that is
-  stopped (SIGSTOP) is named, and if one fails the others are ended.
+  Meanwhile, the signals that this process receives are passed on to them. A
+  process that is suspended (by SIGSTOP) is reported. If one process fails, the
+  others are ended too.
 
   Args:
     words: the command of each process.
@@ -345,18 +347,26 @@ class Signals(signals.SignalCount):
     self.to_pass_on = set()
 
   def add(self, number: int) -> bool:
-    """Notes a signal. Returns what SignalCount.add returns.
+    """Counts a signal that this process received, and chooses the signal that
+    is passed on to the processes of the job.
 
     Args:
-      number: the number of the signal.
+      number: the number of the signal that was received.
+
+    Returns:
+      Whether it counts as a new signal, as SignalCount.add says.
     """
     is_new = super().add(number)
-    passed_on = signal.SIGTERM
+
+    # The first signal asks the processes to stop, and a second one, from an
+    # impatient user, kills them. SIGHUP, which says that the terminal is gone,
+    # stays SIGHUP, so that process 0 no longer prints to it.
+    signal_to_pass_on = signal.SIGTERM
     if self.n > 1:
-      passed_on = signal.SIGKILL
+      signal_to_pass_on = signal.SIGKILL
     elif number == signal.SIGHUP:
-      passed_on = signal.SIGHUP
-    self.to_pass_on.add(passed_on)
+      signal_to_pass_on = signal.SIGHUP
+    self.to_pass_on.add(signal_to_pass_on)
     return is_new
 
 

@@ -136,17 +136,17 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-  """Parses the name of a topology, such as v5p:4x4x8 or h100:1x8x8.
-
-  Shapes are checked here, because the compilers accept shapes that no pod has.
+  """Parses the name of a topology, which says how many chips there are and how
+  they are wired, such as v5p:4x4x8 or h100:1x8x8.
 
   Args:
-    name: the name of a chip, a colon, and the shape of a slice of TPUs; for
-      GPUs, 1, the number of hosts and the number of GPUs of each host.
+    name: the name of a chip, a colon and a shape. For TPUs it is the shape of a
+      slice, which is a part of a pod. For GPUs it is 1xHOSTSxGPUS.
     slices: the number of slices of TPUs.
 
   Raises:
-    RequestError: for a name of no chip, or a shape that no pod has.
+    RequestError: for an unknown chip, or a shape that does not exist. This is
+      checked here, because compilers accept any shape.
   """
   chip_name, _, text = name.partition(':')
   check_choice('chip in --topology', chip_name, CHIPS)
@@ -187,7 +187,7 @@ def _parse_shape(name: str, chip_name: str, text: str) -> tuple[int, ...]:
   Raises:
     RequestError: if it does not have as many sides as slices of the chip have.
   """
-  # Slices of TPUs are planes or cubes, and GPUs are given by three numbers.
+  # Slices of TPUs have two sides or three, and GPUs are given by three numbers.
   dimensions, example = 3, '4x4x8'
   if CHIPS[chip_name].shapes == _SHAPES_OF_PLANES:
     dimensions, example = 2, '4x8'
@@ -208,22 +208,50 @@ def _is_shape_of_cubes(chip: Chip, shape: tuple[int, ...]) -> bool:
   return list(shape) == sorted(shape) and all(side % 4 == 0 for side in shape)
 
 
-# The compiler's choices depend on these fields of a GpuTargetConfigProto: the
-# cores, the compute capability, the FP32 units of a core, the bytes of shared
-# memory of a core and of a block, those of the L2 cache, and the clock in GHz.
-# docs.nvidia.com/cuda: programming guide, compute capabilities;
-# the whitepapers of A100, H100 and Blackwell.
-_TARGET_CONFIG_OF_GPU = {
-    'a100': (108, '8', '0', 64, 167936, 166912, 41943040, 1.41),
-    'h100': (132, '9', '0', 128, 233472, 232448, 52428800, 1.98),
-    'h200': (132, '9', '0', 128, 233472, 232448, 52428800, 1.98),
-    'b200': (148, '10', '0', 128, 233472, 232448, 132644864, 1.965),
+class _GpuDescription(NamedTuple):
+  """The properties of a GPU on which XLA's choices depend.
+
+  They are from docs.nvidia.com/cuda (programming guide, compute capabilities)
+  and the whitepapers of A100, H100 and Blackwell.
+
+  Attributes:
+    cores: the number of streaming multiprocessors.
+    compute_capability: the major and the minor number.
+    fp32_units: the number of FP32 units of a core.
+    core_memory: the bytes of shared memory of a core.
+    block_memory: the bytes of it that a block of threads may ask for.
+    l2_cache: the bytes of the L2 cache.
+    clock_ghz: the clock rate.
+  """
+  cores: int
+  compute_capability: tuple[int, int]
+  fp32_units: int
+  core_memory: int
+  block_memory: int
+  l2_cache: int
+  clock_ghz: float
+
+
+# An H200 is an H100 with more memory.
+_HOPPER = _GpuDescription(
+    cores=132, compute_capability=(9, 0), fp32_units=128, core_memory=233472,
+    block_memory=232448, l2_cache=52428800, clock_ghz=1.98)
+_DESCRIPTION_OF_GPU = {
+    'a100': _GpuDescription(
+        cores=108, compute_capability=(8, 0), fp32_units=64, core_memory=167936,
+        block_memory=166912, l2_cache=41943040, clock_ghz=1.41),
+    'h100': _HOPPER,
+    'h200': _HOPPER,
+    'b200': _GpuDescription(
+        cores=148, compute_capability=(10, 0), fp32_units=128,
+        core_memory=233472, block_memory=232448, l2_cache=132644864,
+        clock_ghz=1.965),
 }
 
 
 def installed_compiler(topology: Topology) -> str:
-  """Returns the name and version of the compiler that is installed for the
-  devices of a topology, such as 'libtpu 0.0.45'; '' if there is none.
+  """Returns the name and version of the installed compiler for the devices of a
+  topology, such as 'libtpu 0.0.45', or '' if there is none.
 
   Args:
     topology: the devices.
@@ -235,7 +263,9 @@ def installed_compiler(topology: Topology) -> str:
     versions = [importlib.metadata.version(name) for name in names]
   except importlib.metadata.PackageNotFoundError:
     return ''
-  # libtpu's interface is stable; the plugin loads only with its own jax.
+
+  # libtpu works with any version of jax. The CUDA plugin loads only with the
+  # version of jax that it was made for.
   jax_version = importlib.metadata.version('jax')
   if names[0] != 'libtpu' and versions[0] != jax_version:
     return ''
@@ -243,15 +273,19 @@ def installed_compiler(topology: Topology) -> str:
 
 
 def products_of_all_groups(topology: Topology) -> tuple[str, ...]:
-  """Returns which grouped products (jax.lax.ragged_dot) the compiler turns into
-  products of all rows with all groups, as entries of flops.GROUPED_PRODUCTS.
-
-  On GPUs it does so with all of them. On TPUs, jax 0.10 with libtpu 0.0.45 has
-  no kernel for two of them on chips with one core.
+  """Returns the grouped matrix products (jax.lax.ragged_dot) that a compiler
+  computes wastefully: it multiplies all rows with the matrices of all groups,
+  although each row belongs to one group. Their FLOPs are counted as such.
 
   Args:
     topology: the devices.
+
+  Returns:
+    The names of these products, among flops.GROUPED_PRODUCTS: the forward
+    product, its gradient for the rows (transposed), and that for the weights.
   """
+  # On GPUs it does so with all of them. On TPUs with one core per chip, jax
+  # 0.10 with libtpu 0.0.45 has no kernel for two of them.
   if topology.chip.platform == 'cuda':
     return ('forward', 'transposed', 'weights')
   major, minor, *_ = importlib.metadata.version('jax').split('.')
@@ -261,11 +295,12 @@ def products_of_all_groups(topology: Topology) -> tuple[str, ...]:
 
 
 def set_environment(topology: Topology) -> None:
-  """Prepares this process to compile for devices that are not there.
+  """Prepares this process to compile for devices that this machine does not
+  have. It must be called before jax is first used, because libtpu, the CUDA
+  plugin and XLA read these environment variables when they load.
 
-  It sets the environment variables that libtpu, the CUDA plugin and XLA read
-  when they load. If no compiler is installed for the topology, it asks jax for
-  as many virtual CPU devices as the topology has.
+  If no compiler is installed for the topology, jax is asked for as many virtual
+  CPU devices as the topology has.
   """
   if topology.chip.platform == 'tpu':
     os.environ |= {
@@ -280,20 +315,21 @@ def set_environment(topology: Topology) -> None:
 
 
 def described_devices(topology: Topology) -> list:
-  """Returns jax devices that describe the devices of a topology.
+  """Returns jax devices that stand for the devices of a topology. Programs can
+  be compiled for them, but not run.
 
-  Without a compiler for them, virtual CPU devices stand in their place.
+  If there is no compiler for them, they are virtual CPU devices.
 
   Args:
     topology: the devices.
   """
-  # jax is imported here, because set_environment must have run before.
+  # jax is imported only here, because set_environment must have run before.
   import jax
   if not installed_compiler(topology):
     return jax.devices('cpu')[:topology.devices]
 
-  # The compilers take the topology in ways of their own: the CUDA plugin as an
-  # option, with a description of the GPU, and libtpu as a name.
+  # Say the topology as each compiler takes it: the CUDA plugin as an option,
+  # with a description of the GPU, and libtpu as a name.
   from jax.experimental import topologies
   shape = 'x'.join(str(side) for side in topology.shape)
   chip_name = topology.name.partition(':')[0]
@@ -306,8 +342,10 @@ def described_devices(topology: Topology) -> list:
     name = f'{chip_name}:{shape}'
     if topology.slices > 1:
       options['num_slices'] = topology.slices
-    if chip_name == 'v4':  # the default there: one device a chip
+    # By default, both cores of a v4 chip are one device, a megacore.
+    if chip_name == 'v4':
       options['chip_config_name'] = 'megacore'
+    # A slice of a single chip needs its own shape of a host.
     if topology.chips == topology.slices:
       options['chips_per_host_bounds'] = (1, 1, 1)
   with _hide_stderr():
@@ -317,22 +355,26 @@ def described_devices(topology: Topology) -> list:
 
 
 def _target_config(chip_name: str, chip: Chip) -> str:
-  """Returns the text of a GpuTargetConfigProto, which describes a GPU to XLA.
+  """Describes a GPU to XLA, which can then compile for it where there is none.
+
+  Returns the text of a GpuTargetConfigProto. The numbers that are written out
+  here are the same for all GPUs of CHIPS.
 
   Args:
     chip_name: the name of the GPU, a key of CHIPS.
     chip: the GPU.
   """
-  (cores, major, minor, fpus, per_core, optin, l2,
-   clock) = _TARGET_CONFIG_OF_GPU[chip_name]
+  gpu = _DESCRIPTION_OF_GPU[chip_name]
+  major, minor = gpu.compute_capability
   return f"""gpu_device_info {{
     threads_per_block_limit: 1024 threads_per_warp: 32
-    shared_memory_per_block: 49152 shared_memory_per_core: {per_core}
-    shared_memory_per_block_optin: {optin} threads_per_core_limit: 2048
-    core_count: {cores} fpus_per_core: {fpus}
+    shared_memory_per_block: 49152 shared_memory_per_core: {gpu.core_memory}
+    shared_memory_per_block_optin: {gpu.block_memory}
+    threads_per_core_limit: 2048
+    core_count: {gpu.cores} fpus_per_core: {gpu.fp32_units}
     block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
     block_dim_limit_z: 65535 memory_bandwidth: {int(chip.hbm_rate)}
-    l2_cache_size: {l2} clock_rate_ghz: {clock}
+    l2_cache_size: {gpu.l2_cache} clock_rate_ghz: {gpu.clock_ghz}
     device_memory_size: {int(chip.hbm)}
     cuda_compute_capability {{ major: {major} minor: {minor} }}
     registers_per_core_limit: 65536 registers_per_block_limit: 65536

@@ -62,12 +62,14 @@ class Collective(NamedTuple):
 
   @property
   def sent_outside(self) -> float:
-    """The bytes that a device sends to other slices or hosts in one run, at the
-    least.
+    """The bytes that a device must at least send to other slices or hosts in
+    one run of the collective.
 
-    A ring of n devices on h hosts enters each host once and shares its bytes
-    among the network adapters of all n / h devices there. An all-to-all cannot
-    do so: each device sends its own bytes to all devices on other hosts.
+    Let n be the number of devices of a group and h that of its hosts. Most
+    collectives pass their N bytes around a ring, which enters each host once
+    and uses the network adapters of all n / h devices there. A device then
+    sends N (h - 1) / h / (n / h) bytes. In an all-to-all, each device sends its
+    own bytes to all devices on other hosts, N (n - n / h) / n.
     """
     h, n = self.hosts, self.size
     if h == 1:
@@ -77,9 +79,9 @@ class Collective(NamedTuple):
     if self.kind in ('all-to-all', 'ragged-all-to-all'):
       return self.payload * (n - n // h) / n
 
-    # The others are rings. An all-reduce is a reduce-scatter and an all-gather,
-    # so the array goes around twice. The result of a reduce-scatter is 1 / n of
-    # the array that goes around.
+    # The others are rings. The result of a reduce-scatter is 1 / n of the array
+    # that goes around. An all-reduce is a reduce-scatter and an all-gather, so
+    # that the array goes around twice.
     nbytes = self.payload
     rounds = 1
     if self.kind == 'reduce-scatter':
@@ -115,6 +117,8 @@ def sum_by_kind(collectives: list[Collective]) -> list[dict]:
     (to other slices or hosts) are sums, and `exact` says whether it is known
     how often each of the collectives runs.
   """
+  # Add each collective to the row of its kind, axes and dtype. A collective of
+  # n runs sends its bytes n times.
   rows: dict = {}
   for collective in collectives:
     kind, axes, dtype = collective.kind, collective.axes, collective.dtype
@@ -183,7 +187,8 @@ def _groups_of_mesh(axes: str, order: str, along: str) -> np.ndarray:
   pairs = re.findall(r"'([^']+)'=(\d+)", axes)
   sizes = {name: int(size) for name, size in pairs}
 
-  # Lay the devices out as an array with a dimension for each axis of the mesh.
+  # Lay the numbers of the devices out as an array with a dimension for each
+  # axis of the mesh.
   given_order = re.search(_PATTERN_OF_IOTA, order)
   if given_order:
     devices = _parse_iota(*given_order.groups())
@@ -191,8 +196,8 @@ def _groups_of_mesh(axes: str, order: str, along: str) -> np.ndarray:
     devices = np.arange(math.prod(sizes.values()))
   devices = devices.reshape(list(sizes.values()))
 
-  # Move the axes of a group to the end, so that the reshape makes each group a
-  # row.
+  # The devices of a group differ along the last dimensions once these are the
+  # group's axes, so that the reshape makes each group a row.
   names = re.findall(r"'([^']+)'", along)
   mesh_axes = list(sizes)
   group_dimensions = [mesh_axes.index(name) for name in names]
@@ -203,12 +208,14 @@ def _groups_of_mesh(axes: str, order: str, along: str) -> np.ndarray:
 
 
 def _parse_iota(dims: str, order: str | None) -> np.ndarray:
-  """Returns the array that XLA writes as <=[dims]T(order).
+  """Returns the array that XLA writes as <=[dims]T(order): the numbers from 0
+  on, in the shape `dims`, then transposed. For example, [2,3]T(1,0) is the
+  array [[0, 3], [1, 4], [2, 5]].
 
   Args:
-    dims: the text of the shape in which the numbers 0, 1, ... are laid out.
-    order: the text of the order to which its axes are transposed; None: they
-      are reversed.
+    dims: the text of the shape, such as '2,3'.
+    order: the text of the order of the axes after the transposition, such as
+      '1,0'; None, where XLA writes none: the axes are reversed.
   """
   shape = _parse_integers(dims)
   devices = np.arange(math.prod(shape)).reshape(shape)
@@ -248,17 +255,18 @@ def axes_of_groups(members: np.ndarray, mesh_shape: Mapping[str, int]
 def read_collectives(text: str, mesh_shape: Mapping[str, int], *,
                      host_of_device: np.ndarray, ragged_rows: int = 0,
                      num_passes: int | None = None) -> list[Collective]:
-  """Returns every collective that a step of a compiled program runs.
+  """Reads a compiled program, and returns the collectives (communication
+  between devices) that one step of it runs.
 
   Args:
-    text: the text of the program.
+    text: the text of the program, in XLA's HLO.
     mesh_shape: the number of devices along each mesh axis. Devices are numbered
       with the last axis running fastest.
     host_of_device: int [devices], the number of the slice (TPU) or host (GPU)
       of each device.
     ragged_rows: the number of rows that a device sends in a ragged all-to-all
-      if all experts get equally many tokens. The array has room for the most
-      uneven load. 0: count the whole array.
+      if all experts get equally many tokens. Its array has room for the most
+      uneven load, so its size says less. 0: count the whole array.
     num_passes: the number of passes of loops whose length depends on data;
       None: it is not known, and one pass is counted.
   """
@@ -271,9 +279,9 @@ def read_collectives(text: str, mesh_shape: Mapping[str, int], *,
     if collective is None or collective.size == 1 or not collective.runs:
       continue
 
-    # A collective that runs at the same time as products is printed by libtpu
-    # 0.0.45 in the fusion of each of these products, with the same channel. It
-    # is counted once.
+    # Count each collective once. One that runs at the same time as products is
+    # printed several times by libtpu 0.0.45: in the fusion of each of these
+    # products, with the same channel.
     channel = re.search(r'channel_id=(\d+)', instruction.arguments)
     if channel and 'fus' in instruction.computation:
       key = collective.kind, channel[1]
@@ -317,23 +325,31 @@ _PATTERN_OF_BRANCHES = re.compile(r'(?:branch|called)_computations=\{([^}]*)\}')
 
 def _walk_instructions(text: str, num_passes: int | None
                        ) -> Iterator[_Instruction]:
-  """Yields each instruction that a step runs, with the number of its runs.
+  """Yields each instruction that a step runs, with the number of its runs: an
+  instruction in a loop runs once for each pass of the loop.
 
   All branches of a conditional are visited, because it is not known which of
   them runs.
 
   Args:
-    text: the text of the program.
+    text: the text of the program, in XLA's HLO.
     num_passes: the number of passes of loops whose length depends on data;
       None: it is not known, and one pass is counted.
   """
   computations, entry = _parse_computations(text)
 
   def visit(name: str, runs: int, known: bool) -> Iterator[_Instruction]:
+    """Yields the instructions of a computation, and of those that it calls.
+
+    Args:
+      name: the name of the computation.
+      runs: how often a step runs it.
+      known: whether that is known, and not the least number.
+    """
     for instruction in computations[name]:
       yield instruction._replace(runs=runs, known=known)
 
-      # The body of a loop runs in each pass, all other callees once.
+      # The body of a loop runs in each pass, and all other callees run once.
       calls: int | None = 1
       if instruction.op == 'while':
         calls = _trip_count(instruction, computations)
@@ -391,7 +407,8 @@ def _called_computations(instruction: _Instruction) -> list[str]:
 
 def _trip_count(loop: _Instruction,
                 computations: Mapping[str, list[_Instruction]]) -> int | None:
-  """Returns how often a while loop runs its body; None if that depends on data.
+  """Returns the number of passes of a while loop, or None if that depends on
+  data.
 
   Args:
     loop: the instruction of the loop.
@@ -402,8 +419,8 @@ def _trip_count(loop: _Instruction,
   if known:
     return int(known[1])
 
-  # libtpu does not. There the count of a scan is the constant that the last
-  # instruction of the loop's condition compares the counter with: counter < n.
+  # On TPU it does not. A scan counts up to a constant n, and the last
+  # instruction of the loop's condition is the comparison counter < n.
   called = dict(_PATTERN_OF_CALLED.findall(loop.arguments))
   condition = computations[called['condition']]
   root = condition[-1]
@@ -528,21 +545,21 @@ def _text_of_results(instruction: _Instruction) -> str:
 
 def _arrays_of_result(kind: str, instruction: _Instruction, shape: str
                       ) -> list[_Array]:
-  """Returns the arrays of a collective's result, without the operands and
-  contexts that are in the same tuple.
+  """Returns the arrays of a collective's result.
 
-  An asynchronous collective is printed in two halves. The tuple of its -start
-  half also holds the operands and sometimes contexts, which are u32 arrays of
-  one element.
+  XLA prints an asynchronous collective as two instructions, -start and -done.
+  The result of the -start is a tuple that also holds the operands, and on some
+  devices contexts, which are u32 arrays of one element. These are left out.
 
   Args:
     kind: the kind of the collective, without -start.
     instruction: the instruction.
     shape: the text of the results' shape, as `_text_of_results` returns it.
+      Where the operands are a tuple of their own, they are not in it.
   """
   arrays = _parse_arrays(shape)
   if instruction.op.endswith('-start'):
-    # The operands are left out of `shape` already: drop the contexts.
+    # The operands were a tuple of their own, so only contexts are to drop.
     if instruction.shape.startswith('(('):
       context = 'u32', 1
       return [array for array in arrays

@@ -31,8 +31,9 @@ _BATCH_AXES = ('data', 'fsdp', 'expert')
 
 def predict_collectives(run: runs.Run, host_of_device: np.ndarray
                         ) -> list[collectives.Collective]:
-  """Predicts the collectives that a training step must run: those that gather
-  weights, reduce gradients, sum products over `tensor`, and carry tokens to
+  """Predicts, without compiling, which collectives (communication between
+  devices) a training step must run: those that gather sharded weights, sum
+  gradients, sum products over the mesh axis `tensor`, and carry tokens to
   experts and back.
 
   Args:
@@ -83,13 +84,14 @@ class _Step:
       x: its shape, dtype and sharding.
       gathers: how often a micro-batch gathers it.
     """
-    # Each read in the backward pass gives a gradient that must be reduced.
+    # Each time that the backward pass reads the parameter, there is a gradient
+    # that must be summed over devices.
     shard_bytes = math.prod(x.sharding.shard_shape(x.shape)) * self.itemsize
     reads = layers.count_reads_of_weight(self.model, path, back=True)
     reductions = self.accumulation * reads
 
-    # The parameter is gathered along one axis after the other, and with each
-    # axis a device holds more of it. Its gradient goes the other way.
+    # Gather the parameter along one mesh axis after the other, so that a device
+    # holds more of it with each. The gradient is scattered the other way.
     nbytes = shard_bytes
     for axis in reversed(memory.gathered_axes(x.sharding)):
       self.add('reduce-scatter', (axis,), payload=nbytes, times=reductions)
@@ -174,21 +176,25 @@ def _layers_of_pass(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
 @functools.lru_cache
 def _size_of_group(shape: tuple, axes: tuple[str, ...], host_of_device: bytes
                    ) -> tuple[int, int]:
-  """Returns the number of devices of a group along some axes of a mesh, and the
-  number of hosts that such a group spans at most.
+  """Returns the sizes of a group of devices that communicate along some axes of
+  a mesh. All arguments are hashable, because results are cached.
 
   Args:
     shape: pairs of the name of a mesh axis and its size.
     axes: the mesh axes along which the devices of a group differ.
     host_of_device: the bytes of an int64 array [devices] with the number of the
-      host of each device. An array itself could be no key of the cache.
+      host of each device.
+
+  Returns:
+    The number of devices in a group, and the number of hosts that a group spans
+    at most.
   """
   names, sizes = zip(*shape)
   dimensions = [names.index(axis) for axis in axes]
   group_size = math.prod(sizes[i] for i in dimensions)
 
   # Move the axes of a group to the end, so that the reshape makes each group a
-  # row, [groups, devices of a group].
+  # row, [groups, devices of a group]. Then count the hosts in each row.
   hosts = np.frombuffer(host_of_device, np.int64).reshape(sizes)
   hosts = np.moveaxis(hosts, dimensions, range(-len(dimensions), 0))
   hosts_of_groups = hosts.reshape(-1, group_size).tolist()
@@ -320,8 +326,9 @@ def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
 
 def _share_of_experts_read(run: runs.Run, training: bool, accumulation: int
                            ) -> float:
-  """Returns the share of a device's experts that a micro-batch chooses, if all
-  experts get equally many tokens.
+  """Returns the share of a device's experts whose weights a micro-batch reads,
+  if all experts get equally many tokens. With few tokens, some experts get none
+  and need not be read from memory.
 
   Args:
     run: the run, on the topology's devices.
@@ -336,7 +343,9 @@ def _share_of_experts_read(run: runs.Run, training: bool, accumulation: int
     length -= 1
   tokens = run.config.data.batch_size * length // accumulation
   shards = devices.num_shards('experts', run.mesh.shape, run.config.mesh.rules)
-  # Each row that comes to a device needs one expert at most.
+
+  # The experts of a device, and the rows of activations that come to it. Each
+  # row needs one expert, so that r rows read at most r experts.
   num_experts = run.model.part(MoEConfig).num_experts // shards
   return min(num_experts, rows_of_experts(run, tokens)) / num_experts
 

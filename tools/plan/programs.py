@@ -54,7 +54,8 @@ class DoesNotFit(RequestError):
 
 
 def run_on_topology(config, topology: chips.Topology, mesh: str) -> runs.Run:
-  """Builds a run on the devices of a topology; nothing is computed.
+  """Builds a run on the devices of a topology. Nothing is computed, because
+  these devices are only described.
 
   Args:
     config: the config of the run, checked.
@@ -136,10 +137,9 @@ def make_plan(run: runs.Run, topology: chips.Topology, names: list[str]
 
 
 def largest_parameters_whole_along_fsdp(run: runs.Run) -> list[dict]:
-  """Returns the largest parameters that fsdp does not shard.
-
-  Every device along the fsdp axis holds such a parameter, and the optimiser's
-  state of it, as a whole.
+  """Returns the largest parameters that the fsdp axis of the mesh does not
+  shard, so that a user sees what still takes memory on every device: each holds
+  such a parameter, and its optimizer state, as a whole.
 
   Args:
     run: the run, on the topology's devices.
@@ -201,7 +201,7 @@ def make_program(run: runs.Run, name: str) -> Program:
   if name == 'train':
     return _training_step(run)
 
-  # The function that generates text.
+  # Define the function that generates text.
   data = run.config.data
   new_tokens = NEW_TOKENS_OF_PROGRAM[name]
   prompts_are_prefixes = objectives.find_objective(run.config).prefix
@@ -215,8 +215,9 @@ def make_program(run: runs.Run, name: str) -> Program:
   def integers(shape, sharding):
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
-  # Its arguments, as shapes. The rows of prompts are split over devices, and
-  # each device has the seed.
+  # Describe its arguments by shapes, without values. The rows of prompts are
+  # split over devices, and each device has the seed. A prompt and the new
+  # tokens fill a row.
   prompt_shape = data.batch_size, data.length - new_tokens
   prompts_BL = integers(prompt_shape, run.batch_sharding)
   lengths_B = integers((data.batch_size,), run.batch_sharding)
@@ -298,13 +299,14 @@ def _translate_memory_errors(name: str) -> Iterator[None]:
 
 
 def _check_peak(name: str, peak: float, hbm: float, by: str = '') -> None:
-  """Raises DoesNotFit for a program whose peak is above a device's memory.
+  """Raises DoesNotFit if a program needs more memory than a device has.
 
   Args:
     name: the name of the program.
-    peak: the most bytes that it holds at a time.
+    peak: the most bytes that the program holds at a time.
     hbm: the bytes of a device's memory that a program may use.
-    by: words for the message that say where the peak is from.
+    by: words for the message that say how the peak was found, such as
+      ', by an estimate'.
   """
   if peak > hbm:
     raise DoesNotFit(
@@ -454,8 +456,9 @@ def _work_of_program(run: runs.Run, topology: chips.Topology, program: Program,
     program: the program.
     jaxpr: the program, as jax traced it.
   """
-  # Decoding reads the whole prompts first, outside of its loop, and in each
-  # pass of the loop one token of each row.
+  # Find how many rows of activations an expert layer gets, as the trace cannot
+  # tell. Decoding reads the whole prompts first, outside of its loop, and in
+  # each pass of the loop one token of each row.
   data = run.config.data
   rows = ragged_rows(run, program.name)
   if program.name == 'decode':

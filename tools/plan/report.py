@@ -7,23 +7,29 @@ _NAME_OF_BOUND = {'compute': 'compute', 'hbm': 'HBM', 'network': 'network',
 
 
 def plan_as_text(plan: dict) -> str:
-  """Returns the report of a plan as text for a terminal.
+  """Returns a plan as text for a terminal: the devices, the model, the batch,
+  and the memory, collectives and time of each program.
 
   Args:
     plan: a plan, as programs.make_plan returns it.
   """
+  # The run as a whole.
   lines = [
       _line_of_devices(plan),
       f'{plan["parameters"]:,} parameters, {plan["active_parameters"]:,} at '
       'work for a token',
       _line_of_batch(plan),
       _line_of_compiler(plan)]
-  whole = []
+
+  # Large parameters that each device holds as a whole.
+  unsharded = []
   for row in plan['whole_along_fsdp']:
-    whole.append(f'{row["name"]} {row["bytes_per_device"] / GIB:.3f} GiB')
-  if whole:
+    unsharded.append(f'{row["name"]} {row["bytes_per_device"] / GIB:.3f} GiB')
+  if unsharded:
     lines.append('whole on each device along fsdp, which does not cut them: '
-                 + ', '.join(whole))
+                 + ', '.join(unsharded))
+
+  # Each program: the training step, and those of generation.
   for program in plan['programs']:
     lines += ['', *_lines_of_program(program)]
   return '\n'.join(lines)
@@ -70,12 +76,13 @@ def _lines_of_program(program: dict) -> list[str]:
   Args:
     program: the report of the program, as programs.analyse_program returns it.
   """
+  # Figures that were not compiled, but estimated, are marked.
   mark = ''
   if program['estimate']:
     mark = '~'
 
-  # The memory of a device, a line for each part. The peak has its share of all
-  # memory beside it.
+  # The memory of a device, a line for each part. Beside the peak stands its
+  # share of the device's whole memory (hbm).
   lines = [f'{program["program"]}: fits (compiled in '
            f'{program["compile_seconds"]} s)']
   sizes = dict(program['memory'])
@@ -94,8 +101,8 @@ def _lines_of_program(program: dict) -> list[str]:
 
 
 def table_of_collectives(rows: list[dict], mark: str) -> list[str]:
-  """Returns the lines of a table of collectives. Those that send less than a
-  MiB in a step are only counted.
+  """Returns the lines of a table of collectives, which are the communication
+  between devices. Those that send less than a MiB in a step are only counted.
 
   Args:
     rows: the rows, as collectives.sum_by_kind returns them.

@@ -25,6 +25,10 @@ from training.distributed import devices
 from training.objectives import pipeline
 
 KEYS_OF_BOUNDS = ('step_seconds', 'highest_mfu', 'bound')
+# The most candidates that are compiled for each plan that is asked for.
+MOST_COMPILED_PER_PLAN = 4
+# A batch is cut into 2**11 = 2,048 parts at most.
+MOST_HALVINGS_OF_BATCH = 11
 
 
 def possible_meshes(config: ml_collections.ConfigDict, model: ModelConfig,
@@ -42,8 +46,8 @@ def possible_meshes(config: ml_collections.ConfigDict, model: ModelConfig,
   Yields:
     The number of devices of each mesh axis, by its name.
   """
-  # The size of each axis divides the number of devices, and `data` takes the
-  # devices that are left.
+  # The product of all axes is the number of devices. Choose three of them among
+  # its divisors, and let `data` take the devices that are left.
   count = topology.devices
   divisors = [n for n in range(1, count + 1) if count % n == 0]
   most_tensor = min(16, topology.devices_in_fast_network)
@@ -83,9 +87,9 @@ def plans_by_estimate(config: ml_collections.ConfigDict,
     The plans, as dicts: see _estimate_plan.
   """
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
-  # Without a published peak, plans have no order.
+  # Plans are ordered by time, which needs the published peak of the devices.
   predict.require_peak_flops(topology, model.dtype)
-  # Each plan sets its own accumulation.
+  # Estimates start from a batch that is not cut into parts.
   config = config.copy_and_resolve_references()
   config.train.grad_accumulation = 1
   described = chips.described_devices(topology)
@@ -106,11 +110,9 @@ def plans_by_estimate(config: ml_collections.ConfigDict,
 
 def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
                    activations: dict[str, tuple[int, int]]) -> list[dict]:
-  """Returns the plans of one mesh that fit by an estimate, at most one for each
-  remat policy.
-
-  It is the one that cuts a batch into the fewest parts, because more parts only
-  send more.
+  """Returns the plans of one mesh whose estimated memory fits the devices: for
+  each remat policy, the one that cuts a batch into the fewest parts, if any
+  fits. More parts would only gather the weights more often.
 
   Args:
     run: the run on that mesh.
@@ -127,8 +129,9 @@ def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
       plain_run = _run_with_policy(run, policy=name, accumulation=1)
       activations[name] = memory.bytes_kept_for_backward(plain_run)
     for num_parts in accumulations:
-      # No bound has the time to send activations to the host. So a policy that
-      # does so is a plan only if it needs fewer parts than the others.
+      # The estimated time does not include sending activations to the host. So
+      # a policy that does so is a plan only if it needs fewer parts than the
+      # policies before it.
       if policy.keeps_input_on_host and num_parts >= fewest_parts:
         break
       candidate = _run_with_policy(run, policy=name, accumulation=num_parts)
@@ -141,11 +144,11 @@ def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
 
 
 def _possible_accumulations(run: runs.Run) -> Sequence[int]:
-  """Returns the numbers of parts into which a step can cut its batch to
-  accumulate gradients: possible values of train.grad_accumulation.
+  """Returns the possible values of train.grad_accumulation, the smallest first:
+  the numbers of parts into which a step may cut its batch.
 
-  They are the powers of two that divide the rows of a device in every batch of
-  the run, also if the batch size grows. The smallest comes first.
+  They are powers of two that divide the rows of a device in every batch of the
+  run. A run whose batch size grows has batches of several sizes.
 
   Args:
     run: the run, on its mesh.
@@ -155,7 +158,7 @@ def _possible_accumulations(run: runs.Run) -> Sequence[int]:
   batch_sizes = (*pipeline.read_ramp(config).sizes, config.data.batch_size)
   shards = shape['data'] * shape['fsdp'] * shape['expert']
   accumulations = []
-  for power in range(12):
+  for power in range(MOST_HALVINGS_OF_BATCH + 1):
     num_parts = 2 ** power
     if all(size % (shards * num_parts) == 0 for size in batch_sizes):
       accumulations.append(num_parts)
@@ -229,8 +232,10 @@ def _estimate_plan(run: runs.Run, topology: chips.Topology,
 
 def search_plans(config: ml_collections.ConfigDict, topology: chips.Topology,
                  wanted: int) -> dict:
-  """Returns the best plans of a run that fit its devices, compiled where there
-  is a compiler.
+  """Returns the best plans of a run that fit its devices. A plan is a mesh, a
+  remat policy, and the number of parts into which a batch is cut to accumulate
+  gradients. Its figures are those of the compiled program, if a compiler for
+  the devices is installed, and estimates otherwise.
 
   Args:
     config: the config of the run, checked.
@@ -245,11 +250,12 @@ def search_plans(config: ml_collections.ConfigDict, topology: chips.Topology,
   Raises:
     DoesNotFit: if no candidate fits.
   """
-  # Estimates may be too low, so some plans are refused. Compiling takes long:
-  # no more than four candidates are tried for each plan wanted.
+  # Compile the best candidates until enough of them fit. An estimate of the
+  # memory may be too low, so some do not. Compiling takes long, which is why
+  # the search gives up after a few.
   candidates = plans_by_estimate(config, topology)
   plans, refused = [], []
-  for plan in candidates[:4 * wanted]:
+  for plan in candidates[:MOST_COMPILED_PER_PLAN * wanted]:
     if len(plans) == wanted:
       break
     try:
@@ -257,7 +263,7 @@ def search_plans(config: ml_collections.ConfigDict, topology: chips.Topology,
     except programs.DoesNotFit as error:
       refused.append(plan | dict(reason=str(error)))
 
-  # If none fits, say why the last one was refused.
+  # If none fits, fail, and say why the last one was refused.
   if not plans:
     last_reason = ''
     if refused:

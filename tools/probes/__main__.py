@@ -30,10 +30,11 @@ flags.DEFINE_integer('seeds', 0, 'How many; 0: as the suite says.',
 
 
 def flags_of_command(argv: list[str]) -> list[str]:
-  """Rewrites the command 'run CONFIG ...' as flags: --config=CONFIG ...
+  """Rewrites a command of the form `PROGRAM run CONFIG --flag ...` as
+  `PROGRAM --config=CONFIG --flag ...`, because absl knows only flags.
 
   Args:
-    argv: the words of the command line.
+    argv: the words of the command line, the program first.
   """
   args = argv[1:]
   if args[:1] == ['run']:
@@ -44,8 +45,8 @@ def flags_of_command(argv: list[str]) -> list[str]:
 
 
 def main() -> int:
-  """Trains the suite of probes that the command line names, and prints and
-  writes the score card."""
+  """Trains small models on a suite of probes, which are synthetic tasks such as
+  recall, and prints and writes their score card."""
   cli.parse(__doc__, flags_of_command(sys.argv))
   args = flags.FLAGS
   require(args.config is not None and bool(args.workdir),

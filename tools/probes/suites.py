@@ -99,21 +99,25 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
   configs: dict[str, ml_collections.ConfigDict] = {}
 
   def add(task: str, label: str = '', **fields: Any) -> None:
-    """Adds a task to the suite; suite(add) of the file calls it for each task.
+    """Adds a task to the suite. The file's function suite(add) is given this
+    function, and calls it once for each task.
 
     Args:
-      task: the name of a probe.
-      label: the name of the task in the suite; '': that of the probe.
-      **fields: the fields in which its runs differ from the architecture's
-        config.
+      task: the name of a probe, which is a synthetic task such as recall.
+      label: the name of the task in the suite; '' stands for the probe's name.
+      **fields: the fields in which the runs of the task differ from the
+        architecture's config, by dotted name.
     """
+    # The label becomes the name of a folder.
     check_choice(f'{file}: task', task, probes.PROBES)
     label = label or task
     require(label not in configs, f'{file} adds {label!r} twice')
     require(re.fullmatch(r'\w+', label) is not None, f'{file}: {label!r} names '
             'a folder: choose letters, digits and underscores')
 
-    # A run is evaluated and saved only at its end.
+    # Fill the fields that all tasks set. A size of 0 is derived: the vocabulary
+    # is the task's, and max_len is data.length. A run is evaluated and saved
+    # only at its end.
     steps = fields.get('train.steps', base.train.steps)
     fields_of_tasks = {
         'objective': probes.PROBES[task].objective,
@@ -153,11 +157,12 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
 
 def train_suite(suite: Suite, workdir: epath.Path) -> None:
   """Trains the runs of a suite that are not trained yet, one task after the
-  other. If a run diverges, the others go on.
+  other. A task has a run for each learning rate and seed. If a run diverges,
+  the others go on.
 
   Args:
     suite: the suite.
-    workdir: the folder of the suite, which has a folder for each run.
+    workdir: the folder of the suite, which gets a folder for each run.
 
   Raises:
     Stopped: if a signal stops the training.
@@ -167,7 +172,9 @@ def train_suite(suite: Suite, workdir: epath.Path) -> None:
     runs = list(suite.runs(task))
     print(f'{task}: {len(suite.lrs)} learning rates x {len(suite.seeds)} seeds',
           flush=True)
-    # Runs that can train as one program are a group.
+    # Runs of equal shapes form a group, which trains as one program. A group is
+    # the indices of its runs. Each run gets a writer of its files, which says
+    # how the run ended.
     for group in vectorised.group_configs([run.config for run in runs]):
       configs = [runs[i].config for i in group]
       folders = [runs[i].folder(workdir) for i in group]
@@ -180,9 +187,10 @@ def make_card(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
   """Returns the score card of a suite: for each task the figures of its best
   learning rate.
 
-  The learning rate is chosen by the held-out rows on which the figures were
-  measured, as in the papers that give the best of several learning rates. A
-  rate at which a run diverged cannot be chosen.
+  The learning rate is chosen on the same held-out rows on which the figures are
+  measured. That favours every architecture a little, and is how the papers do
+  it that report the best of several learning rates. A rate at which a run
+  diverged cannot be chosen.
 
   Args:
     suite: the suite, whose runs are trained.
@@ -260,15 +268,18 @@ def _with_prefix(prefix: str, figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _figures_of_run(run: Run, workdir: epath.Path) -> dict[str, float]:
-  """Reads the figures that a run's task measured after its last step.
+  """Reads the figures, such as the accuracy, that a run was evaluated to after
+  its last step.
 
   Args:
     run: the run.
     workdir: the folder of the suite.
 
   Returns:
-    The figures by name; {}: the run diverged before its last step.
+    The figures by name, or {} if the run diverged before its last step.
   """
+  # Each line of the file is a JSON object with the figures of a step, and the
+  # last evaluation is near the end.
   lines = (run.folder(workdir) / 'metrics.jsonl').read_text().splitlines()
   for line in reversed(lines):
     row = json.loads(line)

@@ -119,19 +119,22 @@ def count_targets(batch: Batch) -> jax.Array:
 
 
 def token_loss_figures(output: Output, batch: Batch, config: Config) -> Figures:
-  """Computes the cross-entropy loss of the tokens to predict, and figures
-  beside it.
+  """Computes the cross-entropy loss of the tokens that a model is to predict,
+  and the figures that are reported beside it, such as the accuracy.
 
   Args:
-    output: the output of the model, with its hidden states and its head (the
-      projection to the vocabulary). There are no logits yet: the loss makes
-      them a part at a time.
-    batch: targets [B, L] and weights [B, L], which say how much each counts.
+    output: the output of the model: its hidden states, and its head (the
+      projection to the vocabulary). It has no logits yet: they are computed
+      here for a part of the tokens at a time, to save memory.
+    batch: the arrays of the batch; of them targets [B, L], the token ids to
+      predict, and weights [B, L], how much each token counts. B rows have L
+      tokens each.
     config: the config of the run.
 
   Returns:
-    {name: Mean} of loss, accuracy and perhaps z_loss, each a sum and the weight
-    to divide it by; with model.mtp_depth also those of tokens further ahead.
+    {name: Mean} of loss and accuracy, and of z_loss if there is one. A Mean is
+    a sum and the weight to divide it by. With model.mtp_depth the losses of
+    predicting tokens further ahead are among them.
   """
   train = config.train
   assert output.head is not None, 'a head of a task predicts no tokens'
@@ -180,15 +183,16 @@ def check_model_has_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer,
 
 
 def arrays_of_text(config: Config, *more: str) -> dict[str, Shape]:
-  """Describes the arrays of a row of text, by shape and type.
+  """Describes the arrays that one row of text consists of, by shape and type.
 
   Args:
-    config: the config of the run, whose data.length is the length of a row.
-    *more: keys of further arrays of integers of that length.
+    config: the config of the run; rows have data.length = L tokens.
+    *more: the names of further integer arrays of this length.
 
   Returns:
-    {key: (shape, dtype)} of tokens; targets, each predicted at its own place;
-    and weights; and of `more`.
+    {name: (shape, dtype)} of tokens [L]; of targets [L], the token to predict
+    at each position; of weights [L], how much each position counts in the loss;
+    and of each name in `more`.
   """
   shape = (config.data.length,)
   arrays: dict[str, Shape] = dict(
@@ -324,14 +328,20 @@ class Objective:
 
   def example(self, item: Any, rng: np.random.Generator | None, config: Config,
               tokenizer: Tokenizer) -> Row:
-    """Returns one row of a batch, as {key: array or number}.
+    """Turns one item of the data into a row of a batch. Each objective defines
+    this for itself.
 
     Args:
-      item: an item of the view.
-      rng: a generator that is drawn from the seed and the row's place in the
-        whole run, so that masks too repeat on any number of hosts and threads.
+      item: what the row is made of, such as a window of text.
+      rng: the random generator of this row. It is seeded by the run's seed and
+        the number of the row in the whole run, so that masks and the like
+        repeat whatever the number of hosts and threads. None where nothing is
+        drawn.
       config: the config of the run.
       tokenizer: the tokenizer of the run.
+
+    Returns:
+      The row, {name: array or number}, with the names of `arrays`.
     """
     raise NotImplementedError
 
@@ -433,31 +443,32 @@ class Objective:
 
   def batch(self, examples: Sequence[tuple[Any, np.random.Generator | None]],
             config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Lays out the rows of a batch as arrays [B, ...].
+    """Makes the arrays of a batch [B, ...] from the items of its B rows.
 
-    What is shorter than its row is filled up: tokens and targets with `fill`,
-    everything else with zeros.
+    An array that is shorter than a full row is padded at its end: tokens and
+    targets with the token id `fill`, everything else with zeros.
 
     Args:
-      examples: for each row the item (what the row is made of, such as a window
-        of text), and the generator of its draws.
+      examples: for each row, its item (what the row is made of, such as a
+        window of text) and its random generator.
       config: the config of the run.
       tokenizer: the tokenizer of the run.
 
     Returns:
-      {key: array}, the keys and shapes those of `arrays`.
+      {name: array}, with the names and the shapes that `arrays` gives.
     """
-    # Make arrays of the right shape, full of padding, once for the batch: the
-    # fields of a config are slow to read.
+    # Make arrays of the right shape that hold nothing but padding. This is done
+    # once for the batch, as the fields of a config are slow to read.
     batch: dict[str, np.ndarray] = {}
     for key, (shape, dtype) in self.arrays(config).items():
       filling = 0
       if key.endswith(('tokens', 'targets')):
         filling = self.fill(tokenizer)
       batch[key] = np.full((len(examples), *shape), filling, dtype)
+    # The model may have fewer embeddings than the tokenizer has tokens.
     may_lack = model_lacks_ids(config, tokenizer)
 
-    # Write each row into the arrays. What is shorter leaves its end as padding.
+    # Write each row into the arrays. A shorter value leaves its end as padding.
     for row, (item, rng) in enumerate(examples):
       values = self.example(item, rng, config, tokenizer)
       assert values.keys() == batch.keys(), (values.keys(), batch.keys())
@@ -491,16 +502,17 @@ class Objective:
 
   def apply(self, module: nn.Module, params: Any, batch: Batch,
             **kwargs) -> Output:
-    """Runs the model on the arrays of a batch that this objective shows it.
+    """Runs the model on a batch. The objective decides which of the batch's
+    arrays the model sees.
 
     Args:
       module: the Flax module of the model.
       params: its parameters, a tree of arrays.
-      batch: {key: array} of the batch.
-      **kwargs: further arguments of module.apply.
+      batch: the arrays of the batch by name.
+      **kwargs: further arguments of module.apply, such as random keys.
     """
-    # `inputs` are the arrays that the model takes by position, and `options`
-    # {key: the model's keyword} of those that a batch may have.
+    # `inputs` names the arrays that the model takes by position. `options` maps
+    # the arrays that a batch may have to the model's keyword arguments.
     inputs = [batch[key] for key in self.inputs]
     for key, keyword in self.options.items():
       if key in batch:
@@ -510,12 +522,13 @@ class Objective:
 
   def token_losses(self, module: nn.Module, params: Any, batch: Batch
                    ) -> losses.TokenLosses:
-    """Returns the loss of each token by itself; for evaluation.
+    """Computes the loss of each token by itself, for evaluation.
 
     Args:
       module: the Flax module of the model.
       params: its parameters, a tree of arrays.
-      batch: the arrays of a batch by name, with `targets` [B, L].
+      batch: the arrays of a batch by name, with `targets` [B, L], the token ids
+        to predict in B rows of L tokens.
     """
     output = self.apply(module, params=params, batch=batch)
     assert output.head is not None  # else there are no logits
@@ -561,26 +574,33 @@ class Objective:
 
   def loss(self, output: Output, batch: Batch, config: Config,
            whole: Batch | None = None) -> tuple[jax.Array, Figures]:
-    """Computes the loss of a batch, or of a part of it (micro-batch) whose
-    gradients are added up.
+    """Computes the loss of a batch, or of a micro-batch: a part of a batch
+    whose gradient is added to those of the other parts.
+
+    The gradients of micro-batches are added first and divided afterwards, so
+    the loss is returned as a sum, not as a mean:
+
+      sum_main + sum over the other terms t of sum_t * W_main / W_t,
+
+    with the sum of each term over this micro-batch, and its weight W over the
+    whole batch. Divided by W_main, this is the sum of the terms' means.
 
     Args:
       output: the output of the model, with its hidden states and its head.
-      batch: a batch, or a micro-batch.
+      batch: the batch or micro-batch.
       config: the config of the run.
-      whole: the weights of the whole batch, by the names of the losses; None:
-        this is the whole batch.
+      whole: the weight W of each term over the whole batch, by its name; None:
+        `batch` is the whole batch.
 
     Returns:
-      The share of this micro-batch in the loss times whole[main]: the shares of
-      micro-batches add up, and so do their gradients. And its figures.
+      The loss as given above; and the figures of this micro-batch, {name:
+      Mean}.
     """
-    # The main loss stays a sum. Other terms are means over other weights, such
-    # as over rows and not tokens; scaled like this, each becomes its own mean
-    # when the whole is divided by whole[main].
     figures = self.figures(output, batch, config)
     if whole is None:
       whole = self.weights(batch)
+    # The main term is the first one. The others may be means over something
+    # else, such as over rows rather than tokens.
     share = figures[self.main].total
     for name in self.terms[1:]:
       share += figures[name].total * (whole[self.main] / whole[name])
@@ -666,23 +686,25 @@ def shapes_of_batch(config: Config) -> dict[str, Shape]:
 
 
 def check_objective(config: Config) -> None:
-  """Checks the fields of a config that have to do with the objective.
+  """Checks all fields of a config that concern its objective, which says what
+  the model is trained to predict.
 
   Args:
     config: the config of the run.
 
   Raises:
-    RequestError: for an unknown objective, a field that differs from its
-      default although the objective does not read it, and whatever the
-      objective itself cannot do.
+    RequestError: for an unknown objective; for a field that has been set
+      although the objective does not read it; and for whatever the objective
+      itself cannot do.
   """
   objective = find_objective(config)
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     conversations.read_template_text(config.data.chat_template)
 
-  # A field that only other objectives read must keep its default, or somebody
-  # would believe that it did something. Fields that no objective lists are for
-  # all. Sorting makes the message the same each time.
+  # A field that only other objectives read must keep its default: a user who
+  # sets it believes that it has an effect. Fields that no objective lists are
+  # for all. They are checked in sorted order, so that the message about the
+  # first wrong one is always the same.
   read_by_some: set[str] = set()
   for other in OBJECTIVES.values():
     read_by_some.update(other.reads)
@@ -690,7 +712,7 @@ def check_objective(config: Config) -> None:
     if name not in objective.reads:
       _check_field_unset(config, name)
 
-  # Then come the rules for several fields together, the objective's own last.
+  # Check the rules that concern several fields, those of the objective last.
   _check_mtp(config, objective)
   records.check_labels(config.data.labels)
   objective.check(config)
@@ -748,17 +770,18 @@ MTP_LOSS = 'mtp_{}_loss'  # the name of the loss at depth k
 
 def shift_targets(batch: Batch, depth: int
                   ) -> tuple[jax.Array, jax.Array]:
-  """Shifts the targets of next tokens, for a module that predicts tokens
-  further ahead (multi-token prediction).
+  """Shifts the targets of next-token prediction by k tokens, for a model that
+  also predicts tokens further ahead (multi-token prediction).
 
   Args:
-    batch: targets and weights [B, L], and segment_ids where documents are
-      packed.
-    depth: k, the number of tokens between the usual target and this one.
+    batch: targets and weights [B, L] of next-token prediction, for B rows of L
+      tokens; and segment_ids [B, L], the number of each token's document, where
+      several documents are packed into a row.
+    depth: k, how many tokens further ahead than the next one to predict.
 
   Returns:
-    The targets, [B, L]; and their weights, 0 past the end of the row or of the
-    document.
+    The shifted targets [B, L]; and their weights [B, L], which are 0 where the
+    token k places on lies past the end of the row or in another document.
   """
   # jnp.roll moves the first k targets of a row to its end, where they are
   # wrong. There, and where the target is in another document, weights become 0.
@@ -773,17 +796,21 @@ def shift_targets(batch: Batch, depth: int
 
 
 def multi_token_figures(output: Any, batch: Batch, train: Config) -> Figures:
-  """Computes the losses of predicting tokens further ahead than the next one:
-  L_k and the accuracy of each depth k (equation 24 above).
+  """Computes the losses of predicting tokens further ahead than the next one,
+  and the accuracy of these predictions (multi-token prediction: DeepSeek-V3,
+  equation 24).
 
   Args:
-    output: the output of the model; output.extra['mtp'] has the hidden states
-      [B, L, D] of each depth.
-    batch: targets and weights [B, L].
+    output: the output of the model. output.extra['mtp'] has the hidden states
+      [B, L, D] for each depth k = 1, 2, ..., from which the token k places
+      behind the next one is predicted. B rows have L tokens, with D features
+      each.
+    batch: targets and weights [B, L] of next-token prediction.
     train: the section `train` of the config.
 
   Returns:
-    {name: Mean}; {} for a model that looks no further than the next token.
+    {name: Mean}, each a sum and the weight to divide it by; {} for a model that
+    predicts only the next token.
   """
   figures = {}
   hidden_of_depths = output.extra.get('mtp', ())
@@ -800,19 +827,21 @@ def multi_token_figures(output: Any, batch: Batch, train: Config) -> Figures:
 
 
 def multi_token_loss(figures: Mapping[str, Any], config: Config):
-  """Returns the share of multi-token prediction in a loss: lambda / D times the
-  sum of the losses of the depths 1 to D (equation 25 above).
+  """Returns what multi-token prediction adds to the loss: lambda / D times the
+  sum of the losses of the depths 1 to D (DeepSeek-V3, equation 25).
 
   Args:
-    figures: {name: Mean} of an objective, each a sum and its weight.
+    figures: {name: Mean}, the figures of a batch, each a sum and the weight to
+      divide it by. Those named by MTP_LOSS are the losses of the depths.
     config: the config of the run, with D = model.mtp_depth and lambda =
       train.mtp_weight.
 
   Returns:
-    A sum over tokens, as the loss of next tokens is; 0 where no depth has one.
+    A sum over tokens, not a mean, so that it can be added to the sum of the
+    loss of next tokens. It is 0 where the figures have no loss of a depth.
   """
-  # The sums are added as they are, so that all depths are divided by the weight
-  # of the next tokens later on.
+  # The sums are not divided by their own weights: the caller divides the whole
+  # loss by the weight of the next tokens.
   depth = config.model.mtp_depth
   totals = []
   for k in range(1, depth + 1):

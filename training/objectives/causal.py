@@ -56,17 +56,18 @@ class Windows:
   AROUND = 0  # the tokens of a row beside its text, such as [CLS]
 
   def __init__(self, corpus: sources.Corpus, length: int = 0):
-    """Counts the windows of the stream of tokens. One that is not full is
-    evaluated, but not trained on.
+    """Cuts a text into windows, consecutive pieces of which each makes one row
+    of a batch, and counts them.
 
     Args:
-      corpus: plain text of one split.
-      length: the length of a row; 0: data.length.
+      corpus: the text, either of the training data or of the held-out data.
+      length: the number of tokens of a row; 0: data.length.
 
     Raises:
       RequestError: for a text that is shorter than a row, or no plain text.
     """
-    # AROUND tokens of a row are special ones, added when it is laid out.
+    # The objective adds AROUND special tokens to a window, such as [CLS] and
+    # [SEP], so a window is that much shorter than a row.
     length = length or corpus.config.data.length
     self.length = length - self.AROUND
     require(self.length > 0, f'data.length is {length}: a row of objective '
@@ -77,8 +78,9 @@ class Windows:
     self.num_tokens = self._stream.num_tokens
     self.num_bytes = self._stream.num_bytes
 
-    # Count the windows, which do not overlap. A part of a row at the end of the
-    # stream is evaluated, too, so that every token counts in the loss.
+    # Count the windows, which do not overlap. Tokens at the end that do not
+    # fill a window are left out in training. In evaluation they make a shorter
+    # window, so that every token counts in the loss.
     full_windows, remaining_tokens = divmod(self.num_tokens, self.length)
     self._len = full_windows
     if remaining_tokens > 0 and corpus.split == 'eval':
@@ -208,12 +210,17 @@ def _valid_arrays(config: Config) -> dict[str, Shape]:
 
 
 def talk_by_continuing(tokenizer: Tokenizer, start: int | None = None) -> Talk:
-  """Returns how a model of plain text, without a chat template, is talked with:
-  each message of the user is a line of a text that the model goes on from.
+  """Describes how to talk with a model of plain text, which has no chat
+  template: each message of the user is a new line, from which the model
+  continues the text.
 
   Args:
     tokenizer: the tokenizer of the model.
-    start: the token before the text; None: the separator.
+    start: the id of the token before the text; None: the separator, which
+      stands between documents in training.
+
+  Returns:
+    A Talk: how to encode the messages, and which tokens end an answer.
   """
   separator = tokenizer.separator_id
   if start is None:
@@ -249,12 +256,16 @@ class Conversations:
     Raises:
       RequestError: for a source without answers of an assistant.
     """
+    # `kinds` names all kinds of parts that the data have, such as 'question'.
+    # None may be unknown here, and one at least must be an answer.
     kinds = corpus.tokens.kinds
     require(kinds <= {*conversations.KINDS_OF_PARTS}
             and bool(kinds & {*conversations.KINDS_OF_ANSWERS}),
             f'objective {corpus.config.objective!r} predicts the answers of '
             f'the assistant, but data source {corpus.name!r} holds none: name '
             'a field with a list of turns, some of the role assistant')
+    # A conversation is one document. Its first token is not predicted, so it is
+    # not counted.
     self._documents = Documents(corpus.tokens)
     self.num_tokens = corpus.tokens.num_tokens - corpus.tokens.documents
     self.num_bytes = corpus.tokens.num_bytes
@@ -331,20 +342,22 @@ class Chat(Objective):
 
 def lay_out_conversation(parts: list[tuple[str, np.ndarray]],
                          tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-  """Joins the parts of a conversation into one row of tokens.
+  """Joins the parts of a conversation into one row of tokens, and marks which
+  of them the model is trained to predict.
 
   Args:
-    parts: the (kind, token ids) parts, the kinds as data/conversations.py has
-      them.
+    parts: (kind, token ids) of each part, in order. The kind says what it is,
+      such as 'question' or 'answer'; the kinds 'shown' and 'said' are what a
+      Jinja template wrote around an answer, and the answer.
     tokenizer: the tokenizer of the run.
 
   Returns:
-    The token ids [T], and bool [T], which of them are the assistant's and so
-    predicted.
+    The token ids [T]; and bool [T], whether each is a token of the assistant,
+    and so one to predict.
   """
-  # An answer ends with the separator, which also begins the row, so that the
-  # first token of a question follows something. A Jinja template has written
-  # its own ends of turns; there `separator` is an array without a token.
+  # The separator begins the row, so that the first token of a question follows
+  # something, and it ends each answer. A Jinja template has written its own
+  # marks of both, so there `separator` is an empty array.
   is_rendered = bool(parts) and parts[0][0] in ('shown', 'said')
   separator = np.array([tokenizer.separator_id], np.int32)
   if is_rendered:
@@ -352,8 +365,8 @@ def lay_out_conversation(parts: list[tuple[str, np.ndarray]],
   ids_of_parts = [separator]
   is_predicted = [np.zeros(len(separator), bool)]
 
-  # Join the parts. Answers are predicted, their separator too, so that a model
-  # learns to stop. All else is only read.
+  # Join the parts. Answers are predicted together with the separator after
+  # them, so that the model learns to stop. Everything else is only read.
   for kind, part in parts:
     ids = np.asarray(part, np.int32)
     is_answer = kind in conversations.KINDS_OF_ANSWERS
@@ -417,8 +430,8 @@ def talk_by_config(config: Config, tokenizer: Tokenizer) -> Talk:
                                                                 '')]))
     parts.append(('answer', ''))
 
-    # Encode them as in training. The empty answer then ends with a separator,
-    # the last id, which is left out: the model is to go on from there.
+    # Encode them as in training. That writes a separator after the empty
+    # answer. It is cut off, as the model is to write the answer there.
     ids_of_parts = [ids for ids, _ in sources.encode_parts(tokenizer, [parts])]
     kinds = [kind for kind, _ in parts]
     encoded_parts = list(zip(kinds, ids_of_parts))
@@ -435,13 +448,19 @@ def talk_by_config(config: Config, tokenizer: Tokenizer) -> Talk:
 
 def talk_by_template(template: conversations.Template, ends: Iterable[int] = (),
                      words: str = '') -> Talk:
-  """Returns how a model is talked with by a Jinja chat template.
+  """Describes how to talk with a model that has a Jinja chat template, as
+  Hugging Face models have.
 
   Args:
-    template: the template with its tokenizer.
-    ends: the ids with which an answer ends, as a Hugging Face folder says; ():
-      the token that the template writes after an answer, and the separator.
-    words: what an answer is, in words (Talk.words); '': the template is named.
+    template: the chat template, together with its tokenizer.
+    ends: the ids of the tokens that end an answer, as a Hugging Face folder
+      lists them; (): the separator, and the token that the template writes
+      after an answer.
+    words: a phrase that tells the user how the model answers, such as 'answers
+      by the chat template NAME', which '' stands for.
+
+  Returns:
+    A Talk: how to encode the messages, and which tokens end an answer.
   """
   def encode(messages: Messages) -> np.ndarray:
     """Returns the token ids [T] of a conversation, up to its next answer."""
@@ -455,33 +474,35 @@ def talk_by_template(template: conversations.Template, ends: Iterable[int] = (),
 
 
 def write_chat_template(config: Config, tokenizer: Tokenizer) -> str:
-  """Writes the template of a run's data as a Jinja template, for the chats of
-  transformers.
+  """Writes the template by which a run's conversations are laid out as a Jinja
+  template, for use in transformers.
 
-  Alpaca's template loses the input that an instruction may have: a chat of
-  transformers has no place for one.
+  It renders the messages of a chat to the same text as the training data have.
+  One thing is lost: an Alpaca instruction may come with an input, for which a
+  chat of transformers has no place.
 
   Args:
     config: the config of the run.
     tokenizer: the tokenizer of the run.
 
   Returns:
-    The text of the template. Rendered, it is what training data look like.
+    The text of the template.
   """
-  # A Jinja template is copied.
+  # If the run has a Jinja template, it is returned as it is.
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     return conversations.read_template_text(config.data.chat_template)[1]
 
-  # Name the separator as a template knows it: as eos_token or sep_token. Four
-  # braces in an f-string write two.
+  # A template writes special tokens by their names in transformers: here the
+  # separator is {{ eos_token }} or {{ sep_token }}. In an f-string, four braces
+  # write two.
   role_of_separator = 'eos'
   if tokenizer.special_ids.get('eos') != tokenizer.separator_id:
     role_of_separator = 'sep'
   end = f'{{{{ {role_of_separator}_token }}}}'
   assistant = "{% elif m.role == 'assistant' %}"
 
-  # Write Alpaca's template or Vicuna's. Both begin with the separator, end each
-  # answer with it, and end where the next answer begins.
+  # Write Alpaca's template or Vicuna's. In both, the separator begins the text
+  # and ends each answer; the text ends where the next answer is to begin.
   if 'alpaca:' in config.data.source:
     return (end + "{% for m in messages %}{% if m.role == 'user' %}"
             + conversations.ALPACA_PROMPT.format(instruction='{{ m.content }}')

@@ -57,15 +57,18 @@ def find_stack(config: Config) -> str:
 
 
 def arrays_of_texts(config: Config, **numbers: type) -> dict[str, Shape]:
-  """Describes the arrays of a row of one or two texts.
+  """Describes the arrays that a row of one or two texts consists of, by shape
+  and type.
 
   Args:
-    config: the config of the run, whose data.length is the length L of a row.
-    **numbers: further keys of one number a row, and their types.
+    config: the config of the run; rows have data.length = L tokens.
+    **numbers: the type of each further array that has one number a row, such as
+      the label, by its name.
 
   Returns:
-    {key: (shape, dtype)} of tokens and segment_ids [L], and of weights and
-    `numbers` []; for an encoder also of types [L], which tell the texts apart.
+    {name: (shape, dtype)} of tokens and segment_ids [L], which is 1 for each
+    token and 0 for padding; of weights and each of `numbers`, one number; and
+    for an encoder of types [L], which is 1 for the tokens of the second text.
   """
   ids = (config.data.length,), np.int32
   arrays = dict(tokens=ids, segment_ids=ids, weights=((), np.float32))
@@ -80,21 +83,26 @@ def classification_figures(output: Output, batch: Batch, config: Config,
                            targets: str) -> Figures:
   """Computes the cross-entropy loss and the accuracy of a classifier.
 
-  The loss of a label is -sum_k q_k log softmax(scores)_k, with q = (1 - s)
-  onehot(label) + s / K and the label smoothing s (Szegedy et al. 2016, section
-  7).
+  With K labels, the score z_k of each, and label smoothing s, the loss is
+  -sum_k q_k log softmax(z)_k with q_k = (1 - s) [k is the right label] + s / K
+  (Szegedy et al. 2016, section 7).
 
   Args:
-    output: the output of the model, with scores of K labels in output.extra:
-      [B, K] for rows, or [B, L, K] for the tokens of rows.
-    batch: the batch, with weights [B] or [B, L]; 0: it does not count.
+    output: the output of the model. Its scores, in output.extra, are [B, K]
+      where each of B rows is classified, and [B, L, K] where each of its L
+      tokens is.
+    batch: the arrays of the batch; its weights [B] or [B, L] say how much each
+      row or token counts in the loss, and are 0 for padding.
     config: the config of the run.
-    targets: the key of the right labels in the batch, int [B] or [B, L].
+    targets: the name of the array of right labels in the batch, int [B] or [B,
+      L].
 
   Returns:
-    {name: Mean} of loss and accuracy, each a sum and its weight.
+    {name: Mean} of loss and accuracy, each a sum and the weight to divide it
+    by.
   """
-  # q . log p has two terms: the label's own, and the mean over all labels.
+  # The sum over k has two terms: that of the right label, and the mean of log p
+  # over all labels.
   scores = output.extra['scores']
   weights = batch['weights']
   smooth = config.train.label_smoothing
@@ -103,8 +111,8 @@ def classification_figures(output: Output, batch: Batch, config: Config,
       log_p, batch[targets][..., None], axis=-1)[..., 0]
   loss = -((1 - smooth) * log_p_target + smooth * log_p.mean(-1))
 
-  # A weight may be that of a class, which only the loss takes into account: in
-  # the accuracy all that count do so alike.
+  # Classes may be weighted differently in the loss. In the accuracy, all rows
+  # or tokens that are no padding count the same.
   is_right = jnp.argmax(scores, -1) == batch[targets]
   is_counted = (weights > 0).astype(jnp.float32)
   return {'loss': Mean((weights * loss).sum(), weights.sum()),

@@ -125,16 +125,21 @@ def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
 
 def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
                        head: Head, targets_BL: jax.Array) -> TokenLosses:
-  """Computes the losses of all tokens, a chunk of positions at a time.
+  """Computes the losses of all tokens, for one chunk of tokens after another,
+  so that the logits of only one chunk exist at a time.
 
   Args:
-    settings: the coefficients of the loss, and the size of a chunk.
+    settings: the coefficients of the loss, and how tokens are cut into chunks.
     hidden_BLD: the hidden states that the head is applied to, [batch, length,
       features].
     head: the output projection, from features to the logits of the vocabulary.
-    targets_BL: the token ids to predict.
+    targets_BL: the token ids to predict, [batch, length].
+
+  Returns:
+    The losses of the tokens, arrays [batch, length].
   """
-  # The kernel, [features, vocabulary], is collected once for all chunks.
+  # The weights of the head, [features, vocabulary], may lie on several devices.
+  # They are collected once, before the scan.
   kernel_DV = _gather_kernel(head, hidden_BLD)
 
   def compute_losses_of_chunk(_: None, chunk: tuple[jax.Array, ...]):
@@ -144,9 +149,8 @@ def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
     return None, _losses_of_logits(settings, logits_QBPV=logits_QBPV,
                                    targets_QBP=targets_QBP)
 
-  # Scan over the chunks, so that the logits of only one exist at a time. The
-  # axes of a chunk are [Q, B, P, ...]: the devices' shards of the tokens, the
-  # rows of a shard, and the positions of a chunk.
+  # Scan over the chunks. The axes of a chunk are [Q, B, P, ...]: Q shards of
+  # the tokens, one a device; B rows of a shard; P positions of each row.
   chunks = _split_into_chunks(settings, (hidden_BLD, targets_BL))
   _, losses = jax.lax.scan(compute_losses_of_chunk, None, chunks)
   return _join_chunks(settings, arrays=losses, shape=targets_BL.shape)
@@ -155,17 +159,17 @@ def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_losses(settings: _LossSettings, hidden_BLD: jax.Array, head: Head,
                 targets_BL: jax.Array, weights_BL: jax.Array):
-  """Returns the sum of all tokens' weighted losses, and the losses of each
-  token, through which no gradient goes. `_sum_losses_forward` and
-  `_sum_losses_backward` have its gradient.
+  """Returns the weighted sum of the losses of all tokens, and the loss of each
+  token. Only the sum can be differentiated: its gradient is written by hand, in
+  `_sum_losses_forward` and `_sum_losses_backward`.
 
   Args:
-    settings: the coefficients of the loss, and the size of a chunk.
+    settings: the coefficients of the loss, and how tokens are cut into chunks.
     hidden_BLD: the hidden states that the head is applied to, [batch, length,
       features].
     head: the output projection, from features to the logits of the vocabulary.
     targets_BL: the token ids to predict, [batch, length].
-    weights_BL: how much each token counts; 0: not at all.
+    weights_BL: how much each token counts, [batch, length]; 0: not at all.
   """
   tokens = _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
                               targets_BL=targets_BL)
@@ -210,21 +214,23 @@ def _sum_losses_forward(settings: _LossSettings, *args):
     kernel_VD = jax.lax.optimization_barrier(kernel_VD)
 
   def add_gradients_of_chunk(d_head: Any, chunk: tuple[jax.Array, ...]):
-    """Computes the losses and gradients of one chunk of tokens.
+    """Computes the losses of one chunk of tokens, and the gradients of their
+    sum. It is one step of the scan over the chunks.
 
     Args:
-      d_head: the gradients of the head's kernel and bias so far, None for each
-        that is not needed.
-      chunk: hidden states, targets and weights, [Q, B, P, ...]: the devices'
-        shards of the tokens, the rows of a shard, the positions of a chunk.
+      d_head: the sums over the chunks so far of the gradients of the head's
+        kernel W and of its bias; None for each that is not needed.
+      chunk: hidden states x, targets and weights, [Q, B, P, ...]: Q shards of
+        the tokens, B rows of a shard, P positions of each row. V is the
+        vocabulary.
 
     Returns:
-      The gradients of the head with those of the chunk; and the losses of the
-      chunk with the gradient of its hidden states.
+      The sums of the head's gradients, with those of this chunk added; and the
+      losses of the tokens with the gradient of their hidden states.
     """
-    # Compute the logits, their losses, and the gradient of the products x W.
-    # finish_logits adds the bias and whatever follows it, such as a soft cap,
-    # so that its own gradient (pull_back) leads from the logits to x W.
+    # Compute the logits, their losses, and the gradient d of the products x W.
+    # finish_logits adds the bias and whatever follows it, such as a soft cap.
+    # pull_back is its derivative, which leads from the logits back to x W.
     x_QBPD, targets_QBP, weights_QBP = chunk
     products_QBPV = _project_to_vocabulary(x_QBPD, kernel_DV)
     logits_QBPV, pull_back = jax.vjp(head.finish_logits, products_QBPV)
@@ -236,9 +242,9 @@ def _sum_losses_forward(settings: _LossSettings, *args):
                                         log_z_QBP=losses.log_z)
     [d_QBPV] = pull_back(d_logits_QBPV)
 
-    # Turn it into the gradients of the head and of the hidden states, before
-    # the logits go. The bias adds up in float32, hence before the rounding to
-    # the dtype of the products.
+    # Compute from d the gradients of the head and of the hidden states, while
+    # the logits exist. The bias comes first: it is summed in float32, before d
+    # is rounded to the dtype of the products.
     d_kernel, d_bias = d_head
     if needs_bias:
       d_bias += d_QBPV.sum((1, 2))
@@ -279,21 +285,22 @@ def _sum_losses_forward(settings: _LossSettings, *args):
 
 def _sum_losses_backward(settings: _LossSettings, gradients: Any,
                          cotangents: Any):
-  """Multiplies the gradients of the forward pass by the gradient of the sum.
+  """Computes the gradient of the loss by the chain rule: the gradients of the
+  sum of token losses, which the forward pass has computed already, times the
+  derivative of the loss by that sum.
 
   Args:
-    settings: the coefficients of the loss, which are in the gradients already.
-    gradients: those that `_sum_losses_forward` has computed.
-    cotangents: the gradients of its two results: of the sum, a number, and of
-      the figures, which is zero as nothing is differentiated through them.
+    settings: the coefficients of the loss, which the gradients already include.
+    gradients: the gradients that `_sum_losses_forward` has computed.
+    cotangents: the derivatives of the loss by the two results of `_sum_losses`:
+      by the sum, a number; and by the losses of the tokens, which is not used,
+      as nothing is differentiated through them.
 
   Returns:
-    The gradients of hidden states, head, targets and weights; None where there
-    is none.
+    The gradients of the hidden states, the head, the targets and the weights;
+    None where there is none.
   """
-  # The chain rule: the gradients are of the sum itself, and the loss that is
-  # differentiated may be a multiple of it. A symbolic zero means that it does
-  # not depend on the sum at all.
+  # JAX gives a symbolic zero where the loss does not depend on the sum at all.
   scale, _ = cotangents
   if isinstance(scale, jax.custom_derivatives.SymbolicZero):
     return None, None, None, None
@@ -312,21 +319,25 @@ def _project_to_vocabulary(x_QBPD: jax.Array, kernel_DV: jax.Array):
 
 
 def _gradient_of_kernel(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
-  """Returns each shard's gradient of the kernel, x^T d, in float32.
+  """Computes the gradient of the head's kernel W in the products x W, which is
+  x^T d, in float32 and for each shard of the tokens by itself.
 
-  It is laid out as `_transpose_for_gradient` says. XLA's CPU backend transposes
-  the first operand of such a product, so there that is the hidden states. The
-  barrier keeps it from turning the product of a tied kernel around, into one of
-  bfloat16 that it does not have.
+  On one CPU the result is [shards, D, V]. XLA's CPU backend transposes the
+  first operand of such a product, so there that is x, the smaller one.
+  Elsewhere the result is [shards, V, D], as `_transpose_for_gradient` explains.
 
   Args:
-    x_QBPD: the hidden states of a chunk, [shards, rows, positions, features].
-    d_QBPV: the gradient of their products with the kernel, whose last axis is
-      the vocabulary.
+    x_QBPD: the hidden states x of a chunk: Q shards, B rows of a shard, P
+      positions of a row, D features.
+    d_QBPV: the gradient d of the loss by the products x W, with V tokens of the
+      vocabulary.
   """
   if sharding.is_single_cpu():
     d_QDV = layers.einsum('QBPD,QBPV->QDV', x_QBPD, d_QBPV,
                           dtype=x_QBPD.dtype, out_dtype=jnp.float32)
+    # Without the barrier, and where the head is tied to the embedding, XLA
+    # turns this product around, into one of bfloat16 that its CPU backend
+    # does not have.
     return jax.lax.optimization_barrier(d_QDV)
   return layers.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD,
                        dtype=x_QBPD.dtype, out_dtype=jnp.float32)
@@ -340,16 +351,19 @@ def _transpose_for_gradient(kernel_DV: jax.Array) -> jax.Array:
 
 def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
                       targets_QBP: jax.Array) -> TokenLosses:
-  """Computes the loss of each token of a chunk, log_z - q . l + c log_z^2.
+  """Computes the loss of each token of a chunk, log_z - q . l + c log_z^2, with
+  the logits l of the token, log_z = logsumexp(l), the smoothed target q = (1 -
+  s) onehot(target) + s / V, and the coefficient c of the z-loss.
 
   Args:
-    settings: the coefficients of the loss: the label smoothing s of q = (1 - s)
-      onehot(target) + s / V, and c of the z-loss.
-    logits_QBPV: the logits l, [shards, rows, positions, vocabulary].
+    settings: the coefficients of the loss: the label smoothing s, and c.
+    logits_QBPV: the logits: Q shards of the tokens, B rows of a shard, P
+      positions of a row, V tokens of the vocabulary.
     targets_QBP: the token ids to predict.
 
   Returns:
-    The loss of each token, log_z, and whether the target has the highest logit.
+    For each token its loss, its log_z, and whether its target has the highest
+    logit.
   """
   # log_z is the logarithm of the softmax's denominator. The largest logit is
   # taken out first, so that no exponential overflows.
@@ -386,21 +400,25 @@ def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
 def _gradient_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
                         targets_QBP: jax.Array, weights_QBP: jax.Array,
                         log_z_QBP: jax.Array):
-  """Computes the gradient of the weighted losses in the logits l, (1 + 2 c
-  log_z) softmax(l) - q.
+  """Computes the derivative of the weighted losses by the logits l:
+
+    w (p (1 + 2 c log_z) - q),  p = softmax(l) = exp(l - log_z),
+
+  of the loss log_z - q . l + c log_z^2 with the weight w, the smoothed target q
+  = (1 - s) onehot(target) + s / V, and the coefficient c of the z-loss.
 
   Args:
-    settings: the coefficients of the loss: the label smoothing s of q = (1 - s)
-      onehot(target) + s / V, and c of the z-loss.
-    logits_QBPV: the logits of a chunk, [shards, rows, positions, vocabulary].
-    targets_QBP: its token ids to predict.
-    weights_QBP: how much each token counts.
-    log_z_QBP: the logarithm of the sum of the exponentials of the logits.
+    settings: the coefficients of the loss: the label smoothing s, and c.
+    logits_QBPV: the logits of a chunk: Q shards of the tokens, B rows of a
+      shard, P positions of a row, V tokens of the vocabulary.
+    targets_QBP: the token ids to predict.
+    weights_QBP: w, how much each token counts.
+    log_z_QBP: the logsumexp of the logits of each token.
 
   Returns:
-    The gradient, [shards, rows, positions, vocabulary].
+    The derivatives, in the shape of the logits.
   """
-  # With log_z known, the softmax p needs no sum. q is built as it is defined.
+  # As log_z is known, the softmax p needs no sum over the vocabulary.
   smooth = settings.label_smoothing
   z_loss = settings.z_loss
   p_QBPV = jnp.exp(logits_QBPV - log_z_QBP[..., None])
@@ -422,8 +440,9 @@ def _one_hot_targets(logits_QBPV: jax.Array, targets_QBP: jax.Array):
 
 def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
                      label_smoothing: float, chunk: int) -> _LossSettings:
-  """Decides how the tokens are cut up: into the shards of the devices, and
-  these into chunks of positions as even as can be.
+  """Decides how the tokens of a batch are cut into chunks, so that few logits
+  exist at once. Each device has a shard of the tokens, and each chunk takes the
+  same number of positions from every row of all shards.
 
   Args:
     hidden_BLD: the hidden states that the head is applied to, [batch, length,
@@ -431,19 +450,22 @@ def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
     head: the output projection, from features to the logits of the vocabulary.
     z_loss: the coefficient of the z-loss.
     label_smoothing: the probability that is spread over the vocabulary.
-    chunk: the tokens of one device whose logits exist at once; 0: by size.
+    chunk: how many tokens of one device may have logits at once; 0: by the size
+      of the vocabulary.
 
   Returns:
-    The coefficients of the loss, with the numbers of shards and positions.
+    The coefficients of the loss; the number of shards of the rows (`rows`) and
+    of the length (`lengths`); and the number of positions of a chunk.
   """
-  # Count over how many devices the rows and their length are split.
+  # The mesh splits the rows into `rows` shards and their length into `lengths`.
   batch, length, _ = hidden_BLD.shape
   rows = sharding.count_shards('batch', batch)
   lengths = sharding.count_shards('length', length)
 
-  # Choose how many positions of a row make a chunk: as many as the allowed
-  # tokens of a device give to each of its batch / rows rows. Then make all
-  # chunks alike, as the last one is padded. -(-a // b) rounds the quotient up.
+  # A device has batch / rows rows, and `tokens` tokens at once: find how many
+  # positions of a row this allows. Then take the least number of chunks, and
+  # spread the positions evenly over them, as the last chunk is padded to the
+  # size of the others. -(-a // b) rounds a quotient up.
   vocab = head.kernel_DV.shape[1]
   tokens = chunk or max(LEAST_TOKENS_OF_CHUNK, MOST_LOGITS_OF_CHUNK // vocab)
   most_positions = max(1, tokens * rows // batch)
@@ -456,80 +478,96 @@ def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
 
 
 def _split_into_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...]):
-  """Splits arrays [B, L, ...] into chunks [chunks, Q, B / rows, P, ...] for a
-  scan.
+  """Cuts arrays [B, L, ...] into chunks of tokens for a scan, as arrays
+  [chunks, Q, B / rows, P, ...].
 
-  The length of a shard is padded with zeros to whole chunks. The weights are
-  among the arrays, so that padded tokens count nothing.
+  The mesh splits the B rows into `rows` shards and their length L into
+  `lengths` shards, so there are Q = rows * lengths shards of the tokens. A
+  chunk has P positions of each row of each shard. Where P does not divide the
+  length of a shard, it is padded with zeros. The weights are among the arrays,
+  so padded tokens count nothing.
 
   Args:
-    settings: the numbers of shards, and the positions of a chunk.
+    settings: the numbers of shards, and the positions P of a chunk.
     arrays: hidden states, targets and perhaps weights.
   """
   rows = settings.rows
   lengths = settings.lengths
   P = settings.positions
 
-  def cut(x: jax.Array):
-    """Returns one of the arrays as its chunks.
+  def cut_into_chunks(x: jax.Array) -> jax.Array:
+    """Cuts one array [B, L, ...] into chunks [chunks, Q, B / rows, P, ...].
 
-    The function around it gives the numbers of shards (`rows` of the batch,
-    `lengths` of the length), and P, the positions of a chunk.
+    The mesh splits the B rows into `rows` shards and the length L into
+    `lengths` shards: Q = rows * lengths shards of the tokens, one for each
+    device. A chunk has P positions of each row of each shard.
 
     Args:
       x: an array [B, L, ...].
     """
     batch = x.shape[0] // rows
     length = x.shape[1] // lengths
-    # Give each device's part axes of its own. A device has one of `rows` parts
-    # of the rows, and one of `lengths` parts of the length:
+    chunks = -(-length // P)  # rounded up
+    features = x.shape[2:]
+    # Split the rows and the length into their shards:
     # [rows, B / rows, lengths, L / lengths, ...].
-    chunks = -(-length // P)
-    x = x.reshape(rows, batch, lengths, length, *x.shape[2:])
-    # Cut the part of the length (axis 3) into whole chunks of P positions:
-    # [rows, B / rows, lengths, chunks, P, ...].
+    x = x.reshape(rows, batch, lengths, length, *features)
+    # Pad the length of a shard, axis 3, to whole chunks of P positions, and
+    # split it: [rows, B / rows, lengths, chunks, P, ...].
     pad = chunks * P - length
     if pad:
       widths = [(0, 0)] * x.ndim
       widths[3] = (0, pad)
       x = jnp.pad(x, widths)
-    x = x.reshape(rows, batch, lengths, chunks, P, *x.shape[4:])
-    # Move the chunks to the front, to be scanned, and the two axes of devices
-    # behind them, where they become one, Q: [chunks, Q, B / rows, P, ...]. So
-    # no device needs tokens of another one. The constraint keeps it that way.
+    x = x.reshape(rows, batch, lengths, chunks, P, *features)
+    # Move the chunks to the front, where the scan takes them, and `lengths`
+    # behind `rows`: [chunks, rows, lengths, B / rows, P, ...].
     x = jnp.moveaxis(x, (3, 2), (0, 2))
-    x = x.reshape(chunks, rows * lengths, batch, *x.shape[4:])
+    # Join `rows` and `lengths` to Q: [chunks, Q, B / rows, P, ...]. Q is split
+    # over the devices, so that no device needs tokens of another one.
+    x = x.reshape(chunks, rows * lengths, batch, P, *features)
     unsharded = (None,) * (x.ndim - 2)
     return sharding.constrain_where_divisible(x, None, 'tokens', *unsharded)
 
-  return jax.tree.map(cut, arrays)
+  return jax.tree.map(cut_into_chunks, arrays)
 
 
 def _join_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...],
                  shape: tuple[int, ...]):
-  """Joins chunks [chunks, Q, B / rows, P, ...] to arrays [B, L, ...]: the
-  inverse of `_split_into_chunks`.
+  """Joins chunks of tokens [chunks, Q, B / rows, P, ...] to arrays [B, L, ...].
+  This is the inverse of `_split_into_chunks`.
+
+  The B rows are split into `rows` shards and their length L into `lengths`
+  shards: Q = rows * lengths shards of the tokens. A chunk has P positions of
+  each row of each shard.
 
   Args:
-    settings: the numbers of shards, and the positions of a chunk.
-    arrays: a tree of arrays whose first axis is that of the scan's chunks.
-    shape: [B, L], the shape without the padding.
+    settings: the numbers of shards, `rows` and `lengths`.
+    arrays: a tree of arrays, whose first axis is that of the chunks.
+    shape: [B, L], the shape without padding.
   """
   rows = settings.rows
   lengths = settings.lengths
 
-  def join(x: jax.Array):
-    """Returns the chunks of one array as the array."""
-    chunks, _, batch, P = x.shape[:4]
-    x = x.reshape(chunks, rows, lengths, batch, P, *x.shape[4:])
-    # Undo the steps of `_split_into_chunks`, the last one first: split Q, move
-    # the axes back, join the chunks of each length, and cut off its padding.
-    x = jnp.moveaxis(x, (0, 2), (3, 2))
-    x = x.reshape(rows, batch, lengths, chunks * P, *x.shape[5:])
-    x = x[:, :, :, :shape[1] // lengths]
-    return x.reshape(*shape, *x.shape[4:])
+  B, L = shape
 
-  return jax.tree.map(join, arrays)
+  def join_chunks(x: jax.Array) -> jax.Array:
+    """Joins the chunks of one array."""
+    chunks, _, batch, P = x.shape[:4]
+    features = x.shape[4:]
+    # Split Q: [chunks, rows, lengths, B / rows, P, ...].
+    x = x.reshape(chunks, rows, lengths, batch, P, *features)
+    # Move the chunks before their positions, and `lengths` before the chunks:
+    # [rows, B / rows, lengths, chunks, P, ...].
+    x = jnp.moveaxis(x, (0, 2), (3, 2))
+    # Join the positions of all chunks, and cut off their padding:
+    # [rows, B / rows, lengths, L / lengths, ...].
+    x = x.reshape(rows, batch, lengths, chunks * P, *features)
+    x = x[:, :, :, :L // lengths]
+    # Join the shards of the rows and those of the length: [B, L, ...].
+    return x.reshape(B, L, *features)
+
+  return jax.tree.map(join_chunks, arrays)
 
 
 def _gather_kernel(head: Head, hidden_BLD: jax.Array):
@@ -552,22 +590,25 @@ def _zero_gradients(settings: _LossSettings, is_needed: Any, x: jax.Array):
 
 def _total_gradient(gradient_of_shards: jax.Array | None, x: jax.Array,
                     *axes: str):
-  """Adds up the devices' gradients of a parameter of the head.
+  """Adds up the gradients that the devices have computed of one parameter of
+  the head, each from its own tokens.
 
   Args:
-    gradient_of_shards: the gradient of each shard of the tokens, its axes as
-      `_transpose_for_gradient` has them; None: it is not needed.
-    x: the parameter of the head, such as its kernel [features, vocabulary].
-    *axes: the names of its axes, by which it is split over devices.
+    gradient_of_shards: the gradient of each shard of the tokens, along the
+      first axis; None: no gradient is needed. On one CPU the other axes are
+      those of `x`. Elsewhere they are in reverse (`_transpose_for_gradient`
+      says why).
+    x: the parameter, such as the head's kernel [features, vocabulary].
+    *axes: the names of the axes of `x`, which decide how it is split over
+      devices.
 
   Returns:
-    The gradient, laid out as x is and of its dtype; None where it is not
-    needed.
+    The gradient in the shape and dtype of `x`; None where it is not needed.
   """
   if gradient_of_shards is None:
     return None
-  # On one CPU there is one shard, and nothing was transposed. Elsewhere the
-  # gradient has the axes of x in reverse, so it is transposed after the sum.
+  # On one CPU there is only one shard. Elsewhere the sum is taken first and
+  # transposed after it.
   if sharding.is_single_cpu():
     return gradient_of_shards[0].astype(x.dtype)
   return sharding.sum_gradients_of_shards(gradient_of_shards,

@@ -74,8 +74,8 @@ def frame_text(window: causal.Window, config: Config, tokenizer: Tokenizer
     special, and never masked; and the arrays that keep documents apart:
     segment_ids, and with data.document_mask also positions.
   """
-  # The first token of a window is the separator before it, whose place [CLS]
-  # takes. Past `size` a window is padding.
+  # The first token of a window is the separator before its text. [CLS] takes
+  # its place. The tokens after the first window.size ones are padding.
   text = window.tokens[1:window.size]
   framed_ids = np.concatenate([[tokenizer.cls_id], text, [tokenizer.sep_id]])
   ids = framed_ids.astype(np.int32)
@@ -117,21 +117,26 @@ class Stretches:
   READS = (sources.TEXT,)
 
   def __init__(self, corpus: sources.Corpus):
-    """Finds the documents that are long enough to be cut in two.
+    """Cuts the documents of a text into stretches, consecutive pieces of which
+    each is to be split into a pair of texts for a row. Documents of fewer than
+    MIN tokens are left out.
 
     Args:
-      corpus: plain text of one split.
+      corpus: the text, either of the training data or of the held-out data.
 
     Raises:
-      RequestError: for rows that are too short, or fewer than two such
-        documents.
+      RequestError: where rows are too short for a pair, or fewer than two
+        documents are long enough.
     """
     corpus.check_plain()
-    self.room = corpus.config.data.length - 3  # [CLS] and twice [SEP]
+    # The text of a row shares it with [CLS] and two [SEP].
+    self.room = corpus.config.data.length - 3
     require(self.room >= self.MIN, f'data.length={corpus.config.data.length}: '
             f'pairs of texts need at least {self.MIN + 3}.')
 
     # Keep the long documents: the first token and the number of tokens of each.
+    # `parts` has the index of the token at which each part of the text begins;
+    # here every document is one part.
     self._documents = documents = Documents(corpus.tokens)
     first_tokens = documents.parts[documents.first]
     sizes = documents.parts[documents.end] - first_tokens
@@ -144,9 +149,9 @@ class Stretches:
             f'the split {corpus.split!r}: pairs need two, to take a second '
             'text from another document.')
 
-    # Count the stretches of each of them, and number them through. A stretch
-    # has `room` tokens, and the last one of a document MIN or more, so that it
-    # can be cut in two.
+    # Count the stretches of each document, and number them through. A stretch
+    # has `room` tokens. The last one of a document may have fewer, but MIN at
+    # least, so that it can still be split in two.
     counts = (self._sizes + self.room - self.MIN) // self.room
     self._starts = np.concatenate([[0], np.cumsum(counts)])
     self.num_tokens = int(self._sizes.sum())
@@ -167,19 +172,20 @@ class Stretches:
 
   def draw_from_other_document(self, document: int, rng: np.random.Generator,
                                size: int) -> np.ndarray:
-    """Draws a stretch of a random document, other than a given one.
+    """Draws some consecutive tokens of a random document, but never of a given
+    one.
 
     Args:
-      document: the number of the document that is not drawn from.
-      rng: the generator of the draws.
-      size: the most tokens to return.
+      document: the number of the document that must not be drawn from.
+      rng: the random generator.
+      size: how many tokens to draw.
 
     Returns:
-      int [T], consecutive tokens from a random place: `size`, or as many as the
-      other document has.
+      int [T], the tokens, from a random place of the document. T is `size`, or
+      fewer where the document has fewer.
     """
-    # Draw among the others: numbers from that of the document on are moved up
-    # by one, so that it is skipped and all others are alike likely.
+    # Draw among the other documents. Numbers from `document` on are moved up by
+    # one: so it is skipped, and all others are equally likely.
     other = int(rng.integers(len(self._first_tokens) - 1))
     if other >= document:
       other += 1
@@ -193,19 +199,22 @@ class Stretches:
 def _mask_pair(first: np.ndarray, second: np.ndarray, target: bool,
                rng: np.random.Generator, config: Config, tokenizer: Tokenizer
                ) -> Row:
-  """Lays out a pair of texts as [CLS] first [SEP] second [SEP], with some
-  tokens masked.
+  """Lays out a pair of texts as one row, [CLS] first [SEP] second [SEP], in
+  which some tokens are masked.
 
   Args:
-    first, second: the token ids of the texts.
-    target: the label of the pair, which becomes nsp_targets.
-    rng: the random generator that draws the masks.
+    first, second: the token ids of the two texts.
+    target: the label of the pair, such as whether the second text follows the
+      first.
+    rng: the random generator that draws which tokens are masked, and how.
     config: the config of the run.
     tokenizer: the tokenizer of the run.
 
   Returns:
-    The arrays of the row: tokens, targets, weights, types and segment_ids [L],
-    and nsp_targets [].
+    The arrays of the row of L tokens: tokens [L], some masked; targets [L], the
+    tokens without masks; weights [L], 1 where a token is to be predicted; types
+    [L], 1 for tokens of the second text; segment_ids [L], all 1, as nothing is
+    padding; and nsp_targets [], the label.
   """
   cls = tokenizer.cls_id
   sep = tokenizer.sep_id
@@ -226,18 +235,18 @@ def _mask_pair(first: np.ndarray, second: np.ndarray, target: bool,
 
 def _mask_row(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
               config: Config, tokenizer: Tokenizer) -> Row:
-  """Masks some tokens of a row of text, as the config of a run says.
+  """Masks some tokens of a row of text, at the rate that the config gives.
 
   Args:
     ids: int32 [L], the tokens of the row.
-    special: bool [L], which of them are never masked.
-    rng: the random generator that draws what is masked, and how.
+    special: bool [L], which of them are never masked, such as [CLS].
+    rng: the random generator that draws which tokens are masked, and how.
     config: the config of the run.
     tokenizer: the tokenizer of the run.
 
   Returns:
-    The arrays of the row, [L]: tokens, some of them masked; targets, which are
-    the ids; and weights, 1 where a token is to be predicted.
+    The arrays of the row, [L]: tokens, some of them masked; targets, the tokens
+    without masks; and weights, 1 where a token is to be predicted.
   """
   masked, chosen = mask_tokens(ids, special=special, rng=rng,
                                tokenizer=tokenizer, rate=config.data.mask_rate,
@@ -423,22 +432,24 @@ def masked_word_figures(output: Output, batch: Batch,
 
 def masked_word_and_sentence_figures(output: Output, batch: Batch,
                                      config: Config) -> Figures:
-  """Computes BERT's losses (Devlin et al. 2019, section 3.1): of the masked
-  words, and of whether the second text follows the first.
-
-  One is a mean over these words, the other over rows.
+  """Computes the two losses of BERT's pre-training (Devlin et al. 2019, section
+  3.1): that of the masked words, a mean over these words; and that of
+  predicting whether the second text follows the first, a mean over rows.
 
   Args:
-    output: the output of the model, with nsp_logits [B, 2] in output.extra.
-    batch: targets and weights [B, L], and nsp_targets [B].
+    output: the output of the model, with the scores nsp_logits [B, 2] of "it
+      follows" and "it does not" for each of B rows in output.extra.
+    batch: targets and weights [B, L], and nsp_targets [B], the right one of the
+      two.
     config: the config of the run.
 
   Returns:
-    {name: Mean} of mlm_loss, mlm_accuracy, nsp_loss and nsp_accuracy, and what
-    else masked_word_figures gives.
+    {name: Mean} of mlm_loss, mlm_accuracy, nsp_loss and nsp_accuracy, and the
+    other figures of the masked words, each a sum and the weight to divide it
+    by.
   """
-  # Score the masked words. Their loss is only a part of the one to minimise,
-  # so it gets another name.
+  # Score the masked words. What is minimised is the sum of both losses, so the
+  # loss of the words alone must not be named `loss`.
   figures = {}
   for name, mean in masked_word_figures(output, batch=batch,
                                         config=config).items():
@@ -586,7 +597,8 @@ class SentenceOrder(NextSentence):
       The arrays of the row, as NextSentence has them; nsp_targets is 1 where
       the order is swapped.
     """
-    # Both parts are of one text, so that only their order tells them apart.
+    # Split the text at a random place, and swap the parts half of the time.
+    # Both are of one text, so only their order can give the answer away.
     place = int(rng.integers(1, len(item.tokens)))
     first, second = np.split(item.tokens, [place])
     is_swapped = rng.random() < 0.5
@@ -620,9 +632,9 @@ class MaskedDiffusion(Objective):
       document is a segment, from its separator on, and its positions begin with
       0.
     """
-    # Draw the share t, one for the row, and mask each token with that
-    # probability. rng.random() may be 0 but not 1, so t is never 0, by which
-    # the weights are divided. Separators are masked too.
+    # Draw the share t of the row, and mask each token with this probability.
+    # Separators are masked too. As the weights are divided by t, it must not be
+    # 0: rng.random() may be 0, but never 1.
     ids = item.tokens[1:item.size]
     t = 1 - rng.random()
     is_masked = rng.random(len(ids)) < t

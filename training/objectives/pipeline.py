@@ -64,10 +64,11 @@ class Loader:
   def __init__(self, name: str, share: float, text: str, dataset: Sequence,
                views: Sequence, config: Config, tokenizer: Tokenizer,
                split: str, process_index: int, process_count: int):
-    """Counts the batches of this process.
+    """Sets up the batches of this process, and counts them.
 
     Args:
-      dataset: the items of all views, in the order of the run.
+      dataset: the items of all sources, in the order in which the run has them.
+        An item, such as a window of text, becomes a row.
       config: the config of the run.
       split: 'train' for the data to train on, or 'eval' for the held-out data.
       process_index: the number of this process, which reads its own rows of
@@ -84,13 +85,15 @@ class Loader:
     self.tokenizer = tokenizer
     self._split = split
     self.objective = objectives.find_objective(config)
-    # A run trains alone at first. training/vectorised.py puts the loaders of
-    # several runs here, so that their batches are padded to the same length.
+    # All loaders whose batches must be padded to the same length. It is only
+    # this one, unless several runs train as one program (training/vectorised.py
+    # then sets it).
     self.loaders_of_program: Sequence[Loader] = [self]
     self._place = process_index, process_count
 
-    # Find the sizes of batches, and the lengths of their rows. Objectives read
-    # the length from a config, so each length has a copy of its own.
+    # Training batches may grow with the steps (data.batch_ramp). Rows may be
+    # padded to several lengths. As objectives read data.length from the config,
+    # each length has a copy of the config.
     if split == 'train':
       self.ramp = read_ramp(config)
     else:
@@ -100,7 +103,8 @@ class Loader:
       self._config_of[length] = config.copy_and_resolve_references()
       self._config_of[length].data.length = length
 
-    # Count rows, tokens and bytes. limit_rows(0) sets the number of batches.
+    # Count rows, tokens and bytes. limit_rows(0) sets the number of batches,
+    # and must follow num_windows, which it reads.
     self.num_windows = sum(len(view) for view in views)
     self.limit_rows(0)
     self.num_tokens = sum(view.num_tokens for view in views)
@@ -108,10 +112,10 @@ class Loader:
     self.bytes_per_token = self.num_bytes / self.num_tokens
 
   def limit_rows(self, rows: int) -> 'Loader':
-    """Ends the pass of this 'eval' loader after so many rows.
+    """Lets a loader of evaluation batches end after some rows.
 
     Args:
-      rows: the rows from here on, whatever the size of a batch; 0: all.
+      rows: the number of rows, whatever the size of a batch; 0: all.
 
     Returns:
       This loader.
@@ -145,10 +149,11 @@ class Loader:
     if not 0 <= n < self._stop:
       raise IndexError(f'batch {n} of {self._stop}')
 
-    # Read the rows of this process. Each batch is divided evenly: process i
-    # has the i-th part. All processes, and all runs of the program, need the
-    # same length, that of the longest row anywhere. A row follows from its
-    # number g alone, so that a run can begin at any batch.
+    # Read the rows of this process: of the rows of a batch, process i has the
+    # i-th part. All processes, and all runs that train as one program, must pad
+    # to the same length, that of the longest row of any of them. A row is
+    # determined by its number g in the whole run, so that a run can be resumed
+    # at any batch.
     process_index, process_count = self._place
     num_rows = self.ramp.rows(n) // process_count
     first_row = int(self.ramp.rows_before(n)) + process_index * num_rows
@@ -158,9 +163,9 @@ class Loader:
     batch = self.objective.batch(examples, self._config_of[length],
                                  self.tokenizer)
 
-    # The last batch of a pass is filled up with copies of the first row. Their
-    # weights become 0, so that they do not count; and they are marked as
-    # padding, so that they take no room of an expert.
+    # The last batch of an evaluation is filled up with copies of the first row.
+    # They get the weight 0, so that they do not count, and are marked as
+    # padding, so that they take no capacity of an expert.
     is_padding = [self._is_padding(g) for g in row_numbers]
     if any(is_padding):
       for key, values in batch.items():
@@ -182,21 +187,21 @@ class Loader:
 
   def iterate(self, start: int = 0, stop: int | None = None
               ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batch(start), ..., batch(stop - 1), of which some are prepared
-    ahead.
+    """Yields the batches from `start` to `stop` - 1. Threads prepare some of
+    them ahead.
 
     Args:
       start: the first batch.
-      stop: the batch after the last one; None: the end of the pass. Give it
-        where it is known: batches that no one takes are work for nothing.
+      stop: the batch after the last one; None: the end of the data. Give it
+        where it is known, or batches are prepared that nobody takes.
     """
     import grain
     stop = self._stop if stop is None else min(stop, self._stop)
     if start >= stop:
       return
 
-    # Threads prepare some batches ahead, while the devices compute. They end
-    # when the iterator is closed, also where the caller stops early.
+    # The threads end when the iterator is closed, which must also happen where
+    # the caller stops early.
     threads = self._config.data.threads
     options = grain.ReadOptions(num_threads=threads,
                                 prefetch_buffer_size=max(threads,
@@ -257,24 +262,27 @@ class _OrderedItems:
 
 
 def padded_lengths(config: Config) -> tuple[int, ...]:
-  """Returns the lengths that the rows of a batch may be padded to, ascending.
+  """Returns the lengths that the rows of a batch may be padded to, in ascending
+  order.
 
-  These are data.length and, where rows of the objective differ much in length,
-  up to data.length_buckets - 1 shorter ones at even distances. A distance is a
-  multiple of eight tokens, and one that mesh.context divides.
+  The last one is data.length. If rows differ much in length with the run's
+  objective, there are up to data.length_buckets - 1 shorter ones, at even
+  distances: a batch of short rows then computes less padding. The distance is a
+  multiple of 8 tokens and of mesh.context, the number of devices that share the
+  length of a row.
 
   Args:
     config: the config of the run.
   """
-  # Each length is compiled once. Where all rows are equally long, one is
-  # enough.
+  # The training step is compiled for each length, so there is only one where
+  # all rows are equally long.
   longest = config.data.length
   if not objectives.find_objective(config).has_lengths:
     return (longest,)
   most_lengths = config.data.length_buckets
   unit = math.lcm(8, max(config.mesh.context, 1))
-  # The distance is the least multiple of the unit that makes few enough
-  # lengths. -(-a // b) rounds the quotient up.
+  # Take the least multiple of the unit that makes no more lengths than allowed.
+  # -(-a // b) rounds the quotient up.
   units_of_step = -(-longest // (unit * most_lengths))
   step = unit * units_of_step
   return (*range(step, longest, step), longest)
@@ -283,26 +291,26 @@ def padded_lengths(config: Config) -> tuple[int, ...]:
 def make_training_loader(config: Config, tokenizer: Tokenizer,
                          process_index: int = 0, process_count: int = 1
                          ) -> Loader:
-  """Returns the endless loader of training batches, tokenising the sources if
-  need be.
+  """Makes the loader of training batches, which never ends. Text that has not
+  been tokenised yet is tokenised first.
 
   Args:
-    config: a run's config; read are seed, objective and data.
+    config: a run's config, of which seed, objective and data are read.
     tokenizer: the tokenizer of the run.
     process_index: the number of this process.
     process_count: how many processes there are; it must divide data.batch_size.
 
   Raises:
-    RequestError: for a source that is missing, empty or unreadable.
+    RequestError: for a data source that is missing, empty or unreadable.
   """
   import grain
   weights, corpora, views = _open_views(config, tokenizer=tokenizer,
                                         split='train')
 
-  # Each source is shuffled anew in each pass. Grain permutes epoch e by
-  # seed + e: hashed seeds keep the second epoch of seed 0 from being the first
-  # of seed 1. Only numbers of items are shuffled, counted through all sources;
-  # the items are read when a batch needs them.
+  # Shuffle each source anew in each pass. What is shuffled are the numbers of
+  # its items, counted through all sources; an item is read only when a batch
+  # needs it. Grain shuffles epoch e by seed + e. The seeds are hashed, or the
+  # second epoch of seed 0 would be the first of seed 1.
   seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
   orders = []
   start = 0
@@ -313,8 +321,8 @@ def make_training_loader(config: Config, tokenizer: Tokenizer,
     orders.append(shuffled.repeat())
     start = stop
 
-  # Several sources are interleaved by their weights, so that any stretch of
-  # training has about the same mixture.
+  # Mix several sources by their weights, so that any part of the training has
+  # about the same mixture.
   if len(orders) == 1:
     places = orders[0]
   else:
@@ -331,23 +339,26 @@ def make_evaluation_loaders(config: Config, tokenizer: Tokenizer,
                             process_index: int = 0, process_count: int = 1,
                             in_order: bool = False,
                             bare: bool = False) -> list[Loader]:
-  """Returns one loader for each held-out source, of one pass each.
+  """Makes a loader of evaluation batches for each data source. It reads what
+  the source holds out, once.
 
-  A figure over all sources is the mean of their figures, weighted by `share`:
-  the weights of data.eval_source or data.source. It is the figure of text drawn
-  as training draws it, however much of each source is held out.
+  The mean of a figure over all sources is to be weighted by the loaders'
+  `share`, which comes from the weights of data.eval_source or data.source. So
+  it is the figure of text that is mixed as in training, however much of each
+  source is held out.
 
   Args:
     config: a run's config.
     tokenizer: the tokenizer, as tokenizers.load returns it.
     process_index: the number of this process.
     process_count: the number of processes.
-    in_order: whether rows come in the order of the source. Else they are
-      shuffled, alike for all runs, so that the first batches are a fair sample.
-    bare: whether records may be without the label that is to be predicted.
+    in_order: whether rows come in the order of the source. By default they are
+      shuffled, the same way in all runs.
+    bare: whether labelled records may lack the label that is to be predicted,
+      as when a model is to label them.
 
   Raises:
-    RequestError: for a source that is missing, empty or unreadable.
+    RequestError: for a data source that is missing, empty or unreadable.
   """
   import grain
   weights, corpora, views = _open_views(config, tokenizer=tokenizer,
@@ -369,17 +380,18 @@ def make_evaluation_loaders(config: Config, tokenizer: Tokenizer,
 
 def _open_views(config: Config, tokenizer: Tokenizer, split: str,
                 bare: bool = False) -> tuple[Sequence, Sequence, list]:
-  """Opens the data sources of a split.
+  """Opens the data sources of the training data or of the held-out data.
 
   Args:
     config: the config of the run.
     tokenizer: the tokenizer of the run.
     split: 'train' for the data to train on, or 'eval' for the held-out data.
-    bare: whether records may be without labels or answers.
+    bare: whether labelled records may lack their labels or answers.
 
   Returns:
-    The weight of each source; its corpus; and its view, the sequence of items
-    that the objective makes rows of.
+    Three lists with an entry for each source: its weight in the mixture; its
+    corpus (the tokens or records); and its view, the sequence of items, such as
+    windows of text, of which the objective makes a row each.
   """
   view = objectives.find_objective(config).view
   weights, corpora = zip(*_open_corpora(config, tokenizer=tokenizer,
@@ -417,23 +429,24 @@ def digest_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def digest_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns a hash of the content of each source of a run, by which two runs
-  can be told to have had the same data.
+  """Computes a hash of the content of each data source of a run. Two runs whose
+  hashes are equal had the same data.
 
   Args:
     config: the config of the run.
     tokenizer: the tokenizer of the run.
 
   Returns:
-    {name: hash}. A source whose rows are drawn by the seed is hashed by its
-    first rows.
+    {name of the source: hash}. A source that draws its rows at random has no
+    content, and its first rows are hashed.
   """
   data = config.data
   hashes = {}
   for spec in filter(None, (data.source, data.eval_source)):
     for _, source in _parse_sources(spec, config, tokenizer=tokenizer):
-      # A source may be cut into what is trained on and what is held out. The
-      # hash of text is kept in the cache; for others it is quickly computed.
+      # Take the source as the run reads it: the end of a single text may be
+      # held out. The hash of a large text is kept in the cache. Folders of
+      # tokens and sources of random rows compute theirs quickly.
       source = sources.hold_out_end_of_text(source, _holdout_every(data))
       if source.tokens or source.is_drawn:
         hashes[source.name] = source.digest()
@@ -462,28 +475,29 @@ def _parse_sources(spec: str, config: Config, tokenizer: Tokenizer
 
 def _open_corpora(config: Config, tokenizer: Tokenizer, split: str,
                   bare: bool = False) -> Iterator[tuple[float, sources.Corpus]]:
-  """Yields the weight of each source of a split, and its documents or records.
+  """Opens each data source of a run, and yields its weight in the mixture and
+  its corpus: the tokens or labelled records of the training data or of the
+  held-out data.
 
   Args:
     config: the config of the run.
     tokenizer: the tokenizer, as tokenizers.load returns it.
     split: 'train' for the data to train on, or 'eval' for the held-out data.
-    bare: whether records may be without labels or answers.
+    bare: whether labelled records may lack their labels or answers.
 
   Raises:
-    RequestError: for records without these, unless they may be.
+    RequestError: for records that lack these where they may not.
   """
   data = config.data
-  # Choose the source of the split, which for evaluation may be another one.
-  # Only what is held out has parts.
+  # Choose the source, which may be another one for evaluation. Only held-out
+  # data can be read by halves (eval.part).
   spec = data.source
   part = ''
   if split == 'eval':
     spec = data.eval_source or data.source
     part = config.eval.part
 
-  # Open each source by the kind of what it holds: rows that are drawn, labelled
-  # records, or text.
+  # A source either draws its rows at random, or holds labelled records or text.
   for weight, source in _parse_sources(spec, config, tokenizer=tokenizer):
     objectives.check_fits(config, source)
     if source.is_drawn:
@@ -500,24 +514,26 @@ def _open_corpora(config: Config, tokenizer: Tokenizer, split: str,
 
 def _open_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
                   split: str, part: str, bare: bool) -> sources.Corpus:
-  """Reads the labelled records of a source that belong to a split.
+  """Reads those labelled records of a data source that belong to the training
+  data or to the held-out data.
 
   Args:
-    source: a source of labelled data.
+    source: a source of labelled records, such as a file of texts with classes.
     config: the config of the run.
     tokenizer: the tokenizer, as tokenizers.load returns it.
     split: 'train' for the data to train on, or 'eval' for the held-out data.
-    part: eval.part: the half of what is held out that is read; '': all.
-    bare: whether records may be without what is to be predicted of them.
+    part: the half of the held-out data that is read (eval.part); '': all.
+    bare: whether records may lack the label that is to be predicted.
 
   Raises:
-    RequestError: for a record without it, and a split without a record.
+    RequestError: for a record without a label where it needs one, and where no
+      record is left.
   """
   every = _holdout_every(config.data)
   records = list(source.records())
   if not bare:
     labelled.check_all_labelled(source.name, records)
-  # Records are held out by their number, as documents are.
+  # Every `every`-th record is held out.
   chosen = tokens.select_documents(np.arange(len(records)), every=every,
                                    split=split, part=part)
   text = _describe_part(source, every=every, split=split, part=part,
@@ -529,19 +545,19 @@ def _open_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
 
 def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
                split: str, part: str) -> sources.Corpus:
-  """Opens the tokens of a source that belong to a split, tokenising it if need
-  be.
+  """Opens those tokens of a data source that belong to the training data or to
+  the held-out data. Text that has not been tokenised yet is tokenised first.
 
   Args:
-    source: a source of text, or of tokens.
+    source: a source of text, or a folder of tokens.
     config: the config of the run.
     tokenizer: the tokenizer, as tokenizers.load returns it.
     split: 'train' for the data to train on, or 'eval' for the held-out data.
-    part: eval.part: the half of what is held out that is read; '': all.
+    part: the half of the held-out data that is read (eval.part); '': all.
   """
-  # Open the tokens of all documents: those of a folder, or those of the cache,
-  # which is filled first where it lacks them. A single file of text is cut in
-  # two documents before, so that its end can be held out.
+  # A single text, without documents, is cut in two, so that its end can be held
+  # out. Then open the tokens of all documents, from a folder of tokens or from
+  # the cache of tokenised text.
   every = _holdout_every(config.data)
   source = sources.hold_out_end_of_text(source, every=every, part=part)
   if source.tokens:
@@ -551,8 +567,8 @@ def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
     whole = sources.load_or_tokenize(source, tokenizer=tokenizer,
                                      cache_dir=config.data.cache_dir)
 
-  # Choose those of the split. Where a source is cut, its document 0 is the part
-  # of eval.part already, and must not be halved again.
+  # Choose the documents of the split. Where a text was cut in two, that has
+  # already taken the half of eval.part, which must not be halved again.
   chosen = tokens.Split(whole, every=every, split=split,
                         part='' if source.is_cut else part,
                         separator=tokenizer.separator_id)
@@ -566,15 +582,16 @@ def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
 
 def _describe_part(source: sources.Source, every: int | None, split: str,
                    part: str, num_taken: int, num_documents: int) -> str:
-  """Says in words which part of a source is in a split.
+  """Describes in words which part of a data source belongs to a split.
 
   Args:
     source: the source, whose end may be held out as a document of its own.
-    every: data.holdout_every; None: nothing of the source is held out.
+    every: data.holdout_every: each document with this distance is held out;
+      None: nothing is.
     split: 'train' for the data to train on, or 'eval' for the held-out data.
-    part: eval.part.
-    num_taken: the number of its documents that are in the split.
-    num_documents: the number of all its documents.
+    part: the half of the held-out data that is read (eval.part); '': all.
+    num_taken: how many documents of the source belong to the split.
+    num_documents: how many documents the source has.
 
   Raises:
     RequestError: for a split without a document.
@@ -586,7 +603,7 @@ def _describe_part(source: sources.Source, every: int | None, split: str,
         f'data source {source.name!r} has {num_documents} document(s), of '
         f'which data.holdout_every={every} leaves none for {location}: set '
         'data.eval_source or another data.holdout_every')
-  # A single text is cut in two by its length.
+  # A single text was cut in two by its length.
   if source.is_cut:
     words = f'the last 1/{every} of {source.name}'
     if part:
@@ -650,23 +667,23 @@ def read_ramp(config: Config) -> Ramp:
 
 @functools.lru_cache(maxsize=64)
 def parse_ramp(text: str, batch_size: int) -> Ramp:
-  """Returns the ramp that a text such as '100:8,300:16' describes.
+  """Parses a text such as '100:8,300:16', by which the batch size of a run
+  grows: 8 rows up to step 100, 16 up to step 300, and `batch_size` afterwards.
 
   Args:
-    text: data.batch_ramp: pairs of a step and the rows of batches before it;
-      '': all batches have `batch_size` rows.
+    text: data.batch_ramp; '': all batches have `batch_size` rows.
     batch_size: the rows of a batch after the last of these steps.
 
   Raises:
-    RequestError: unless steps and rows rise.
+    RequestError: unless both the steps and the rows rise.
   """
   if not text:
     return Ramp(change_steps=(), sizes=(), last=batch_size)
   change_steps = []
   sizes = []
 
-  # Both must rise: steps from 1 on, and sizes up to batch_size, which follows
-  # the last step. A text that holds no numbers is refused like a wrong ramp.
+  # Both the steps and the rows must rise, the rows to less than batch_size. A
+  # text without numbers gets the same message as numbers that do not rise.
   try:
     for stage in text.split(','):
       step, size = map(int, stage.split(':'))
@@ -692,11 +709,12 @@ def _is_rising(values: Sequence[int]) -> bool:
 
 
 def scale_ramp(text: str, steps: int, short: int) -> str:
-  """Scales a ramp of batch sizes to a run of fewer steps, so that it changes at
-  the same shares of the run.
+  """Scales the steps at which the batch size grows to a shorter run, so that it
+  grows after the same shares of the run.
 
   Args:
-    text: data.batch_ramp of the long run, such as '100:8,300:16'.
+    text: data.batch_ramp of the long run, such as '100:8,300:16': 8 rows up to
+      step 100, 16 up to step 300.
     steps: the steps of the long run.
     short: the steps of the short run.
 
@@ -704,8 +722,9 @@ def scale_ramp(text: str, steps: int, short: int) -> str:
     data.batch_ramp of the short run. A size that no batch would have is left
     out.
   """
-  # If two stages end at the same step, the last one stays in the dict. A stage
-  # that would end at step 0 has no batch.
+  # Two sizes may now end at the same step: the earlier one has no batch then,
+  # and the later one overwrites it in the dict. Nor has a size that ends at
+  # step 0.
   stages: dict[int, str] = {}
   for stage in text.split(','):
     step, size = stage.split(':')

@@ -53,8 +53,9 @@ class Probe(Objective):
     return objectives.arrays_of_text(config, 'segment_ids')
 
   def check(self, config: Config) -> None:
-    """Checks that the probe (a small task with exact answers) of a run can be
-    drawn, and that its model cannot read the answers off the row.
+    """Checks the probe of a run, a small task with exact answers that is drawn
+    at random: that its settings can be met, and that the model cannot see the
+    answers in its input.
 
     Args:
       config: the config of the run.
@@ -69,7 +70,7 @@ class Probe(Objective):
             f'{config.objective!r}')
 
     # A decoder predicts a token before it sees it. An encoder sees the whole
-    # row at once, and with it the answers of a probe that shows them.
+    # row at once, so only a probe that hides its answers is a task for it.
     system = architectures.systems().get(config.model.arch)
     if probe.hides or system is None or system.STACK != 'encoder':
       return

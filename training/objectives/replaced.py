@@ -64,16 +64,17 @@ class ReplacedTokens(Objective):
     """
     ids, is_special, segments = mlm.frame_text(item, config,
                                                tokenizer=tokenizer)
-    # Choose the places of masks among those of words, never of special tokens.
+    # Choose which tokens to mask. Special tokens never are.
     word_places = np.flatnonzero(~is_special)
     num_words = len(word_places)
     num_masks = min(num_words,
                     mlm.most_targets(config.data.mask_rate, num_words))
     mask_places = np.sort(rng.permutation(word_places)[:num_masks])
 
-    # The number of masks differs with the length of the text. Fill `places` up
-    # with data.length, a place past the end of the row, which stands for no
-    # mask; targets and weights are filled up with padding later.
+    # The number of masks varies with the length of the text, and arrays of a
+    # batch must have one size. `places` is padded with data.length, a place
+    # past the end of the row, which stands for no mask. The caller pads targets
+    # and weights.
     tokens = ids.copy()
     tokens[mask_places] = tokenizer.mask_id
     padded_places = np.full(most_masks(config), config.data.length)

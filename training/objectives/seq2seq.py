@@ -50,12 +50,12 @@ from training.objectives import Config, Objective, Prompts, Row, Shape, causal
 
 
 def start_of_target(config: Config, tokenizer: Tokenizer) -> int:
-  """Returns the first token that a decoder is shown, after which the target
-  starts: the one that fills rows up, as in T5 and Marian, or the one that ends
-  a text, as in BART.
+  """Returns the token that a decoder is given first, before any token of the
+  target: the padding token, as in T5 and Marian, or the token that ends a text,
+  as in BART.
 
   Args:
-    config: the config of the run, with model.arch.
+    config: the config of the run, whose model.arch names the architecture.
     tokenizer: the tokenizer of the run.
   """
   system = architectures.system(config.model.arch)
@@ -96,8 +96,9 @@ class Pairs:
     Raises:
       RequestError: for a source that holds pairs and other documents.
     """
-    # Cut plain text into windows as long as a source and a target together. The
-    # model predicts only targets, so of the text only their share counts.
+    # Cut plain text into windows as long as a source and a target together.
+    # Tokens and bytes are counted where the model predicts them, so here only
+    # the share of the targets counts.
     self._lengths = pair_lengths(corpus.config)
     self._items: causal.Windows | Documents
     if not corpus.tokens.kinds & {*labelled.PAIR}:
@@ -109,9 +110,10 @@ class Pairs:
     require(corpus.tokens.kinds == {*labelled.PAIR},
             f'data source {corpus.name!r} holds more than pairs')
 
-    # Count the tokens and the bytes of targets. A pair has two parts, the
-    # source and the target; the target's separator, which is predicted too, is
-    # the 1 in the sum.
+    # Count the tokens and the bytes of the targets. A pair is a document of two
+    # parts, the source and after it the target; `parts` has the place at which
+    # each begins. The separator that follows a target is predicted as well,
+    # hence the + 1.
     self._items = documents = Documents(corpus.tokens)
     targets = documents.first + 1
     parts = documents.parts
@@ -132,18 +134,18 @@ class Pairs:
 
 
 def lay_out_pair(source: np.ndarray, target: np.ndarray, start: int) -> Row:
-  """Returns a source and its target as one row of an encoder-decoder.
+  """Lays out a source and its target as one row for an encoder-decoder.
 
   Args:
-    source: the tokens of the source, up to M.
-    target: the tokens of the target, up to L.
-    start: the token that the target starts after.
+    source: the M tokens of the source, which the encoder reads.
+    target: the L tokens of the target, which the decoder predicts.
+    start: the token that the decoder is given before the target.
 
   Returns:
-    tokens and segment_ids [up to M]: the source, and 1 for each of its tokens.
-    decoder_tokens and decoder_segment_ids [up to L]: the start, then the target
-    but its last token; and 1 for each. targets and weights [up to L]: the
-    target, and 1 for each of its tokens.
+    tokens and segment_ids [M]: the source, and 1 for each of its tokens.
+    decoder_tokens and decoder_segment_ids [L]: `start` and the target without
+    its last token, and 1 for each. targets and weights [L]: the target, and 1
+    for each of its tokens.
   """
   ones_L = np.ones(len(target))
   # The decoder sees the target one token later than it predicts it.
@@ -165,15 +167,20 @@ def arrays_of_pair(M: int, L: int) -> dict[str, Shape]:
 
 def count_cut_tokens(num_tokens: int, density: float, mean: float
                      ) -> tuple[int, int]:
-  """Returns how many tokens of a text are cut out, and in how many spans.
+  """Computes how many tokens of a text are cut out in span corruption, and in
+  how many spans.
 
   Args:
     num_tokens: the number of tokens of the text.
     density: the share of them that is cut out.
-    mean: the mean length of a span.
+    mean: the mean number of tokens of a span.
+
+  Returns:
+    The number of tokens that are cut out, and the number of spans.
   """
-  # One token at least is cut out, and one stays. Each span has a token, and one
-  # that stays before it, so that there are no more spans than either.
+  # At least one token is cut out, and at least one stays. Each span has a token
+  # or more, and a token that stays before it. So there are no more spans than
+  # tokens that are cut out, nor than tokens that stay.
   num_cut = min(max(round(num_tokens * density), 1), num_tokens - 1)
   num_staying = num_tokens - num_cut
   num_spans = max(round(num_cut / mean), 1)
@@ -197,13 +204,14 @@ def draw_cut_tokens(num_tokens: int, density: float, mean: float,
   num_cut, num_spans = count_cut_tokens(num_tokens, density=density, mean=mean)
 
   def draw_lengths(total: int) -> np.ndarray:
-    """Splits `total` tokens into `num_spans` parts of at least 1, every split
-    alike likely, and returns their lengths."""
+    """Splits `total` tokens into `num_spans` parts of at least one token, each
+    split equally likely, and returns the lengths of the parts."""
     ends = rng.choice(total - 1, num_spans - 1, replace=False) + 1
     return np.diff(np.concatenate([[0], np.sort(ends), [total]]))
 
-  # Stretches that stay and stretches that are cut take turns, one that stays
-  # first. Interleave their lengths, and repeat False and True so often.
+  # The text alternates between stretches that stay and spans that are cut out,
+  # and begins with one that stays. Interleave their lengths, and repeat False
+  # (stays) and True (cut out) as often as each is long.
   staying_lengths = draw_lengths(num_tokens - num_cut)
   cut_lengths = draw_lengths(num_cut)
   lengths = np.stack([staying_lengths, cut_lengths], axis=1).reshape(-1)
@@ -213,23 +221,26 @@ def draw_cut_tokens(num_tokens: int, density: float, mean: float,
 
 def replace_by_sentinels(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
                          ) -> tuple[np.ndarray, np.ndarray]:
-  """Makes the source and the target of span corruption (T5: Raffel et al. 2020,
-  section 3.1.4) from a text. Each shows a sentinel, a special token, for every
-  span of tokens that the other has.
+  """Makes the source and the target of span corruption from a text (T5: Raffel
+  et al. 2020, section 3.1.4). The source is the text without the spans that are
+  cut out, the target is these spans. In each, a sentinel (a special token)
+  stands where the other has tokens: "a b c d" without "b c" becomes "a <0> d"
+  and "<0> b c <1>".
 
   Args:
     ids: [n], the tokens of a text.
-    cut: bool [n], which of them the target has.
-    sentinels: the ids of the sentinels, in order; at least as many as spans.
+    cut: bool [n], which of them are cut out.
+    sentinels: the ids of the sentinels in their order, at least as many as
+      there are spans.
 
   Returns:
     The token ids of the source, and those of the target.
   """
   def replace_spans(is_replaced: np.ndarray) -> np.ndarray:
-    """Returns the text with a sentinel in the place of each span."""
-    # A span begins at a token that is replaced, after one that is not. Each
-    # token knows the number of the last span that has begun; the sentinel of
-    # that span is written at its first token, and its other tokens are dropped.
+    """Returns the text with one sentinel in the place of each span."""
+    # A span begins at a token that is replaced and follows one that is not. The
+    # sentinel of the span is written over its first token, and the other tokens
+    # of the span are dropped. number_of_span numbers the spans for this.
     follows_replaced = np.concatenate([[False], is_replaced[:-1]])
     begins_span = is_replaced & ~follows_replaced
     number_of_span = np.maximum(np.cumsum(begins_span) - 1, 0)
@@ -241,24 +252,24 @@ def replace_by_sentinels(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
 
 def replace_by_masks(ids: np.ndarray, cut: int, mean: float, mask: int,
                      rng: np.random.Generator) -> np.ndarray:
-  """Cuts spans out of a text, with one mask for each (Lewis et al. 2020,
-  section 2.2).
+  """Cuts random spans out of a text, and leaves one mask for each (text
+  infilling of BART: Lewis et al. 2020, section 2.2).
 
-  The lengths of the spans are drawn from a Poisson distribution; a span of no
-  tokens is shown as a mask, too.
+  The lengths of the spans are drawn from a Poisson distribution. A span may
+  have no tokens: then a mask is inserted where nothing is missing.
 
   Args:
     ids: the tokens of the text.
     cut: the number of tokens to cut out.
-    mean: the mean length of a span.
-    mask: the token that stands for a span.
+    mean: the mean number of tokens of a span.
+    mask: the id of the mask.
     rng: the random generator that draws the spans.
 
   Returns:
     The tokens of the text with masks, at most as many as there were.
   """
-  # Draw lengths of spans until they add up to `cut`, and cut the last one
-  # short. There can be no more spans than gaps.
+  # Draw lengths of spans until they add up to `cut`, and shorten the last one.
+  # There can be no more spans than gaps between the tokens that stay.
   num_staying = len(ids) - cut
   lengths = rng.poisson(mean, min(cut, num_staying + 1))
   is_before_last = np.cumsum(lengths) < cut
@@ -266,10 +277,10 @@ def replace_by_masks(ids: np.ndarray, cut: int, mean: float, mask: int,
   lengths = lengths[:num_spans]
   lengths[-1] = cut - lengths[:-1].sum()
 
-  # Draw the gaps in what stays at which the spans stand, each at most once, so
-  # that no two touch. Interleave what stays and what is cut, as runs of tokens;
-  # the 0 is for the missing span after the last stretch. A mask is inserted for
-  # each span, also for one without tokens.
+  # Draw the gaps where the spans are, each gap at most once, so that no two
+  # spans touch. The text then alternates between stretches that stay and spans;
+  # it ends with a stretch, which the 0 makes a pair with an empty span. Keep
+  # the stretches, and insert a mask at each gap.
   gaps = np.sort(rng.choice(num_staying + 1, num_spans, replace=False))
   staying_lengths = np.diff([0, *gaps, num_staying])
   run_lengths = np.stack([staying_lengths, [*lengths, 0]], axis=1).reshape(-1)
@@ -279,17 +290,17 @@ def replace_by_masks(ids: np.ndarray, cut: int, mean: float, mask: int,
 
 def permute_sentences(ids: np.ndarray, ends: np.ndarray, share: float,
                       rng: np.random.Generator) -> np.ndarray:
-  """Returns a text in which a share of the sentences have changed places.
+  """Returns a text in which some sentences have changed places with one
+  another.
 
   Args:
     ids: [n], the tokens of the text.
     ends: bool [n], which of them end a sentence.
-    share: the share of the sentences, rounded up, that change places with one
-      another.
-    rng: draws which, and their places.
+    share: the share of the sentences that change places, rounded up.
+    rng: the random generator that draws these sentences and their places.
   """
-  # A sentence ends after the token that ends it. A last token that ends one
-  # needs no cut. Then only the chosen sentences are permuted, among themselves.
+  # Cut the text after each token that ends a sentence, but not after its last
+  # token. Then permute the chosen sentences among their places.
   sentences = np.split(ids, np.flatnonzero(ends[:-1]) + 1)
   order = np.arange(len(sentences))
   chosen = rng.permutation(len(order))[:math.ceil(share * len(order))]
@@ -299,20 +310,20 @@ def permute_sentences(ids: np.ndarray, ends: np.ndarray, share: float,
 
 @functools.lru_cache(maxsize=4)
 def _find_sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
-  """Tells which tokens of a vocabulary end a sentence.
+  """Finds which tokens of a vocabulary end a sentence: the separator between
+  documents, and those whose text ends with '.', '!' or '?'.
 
   Args:
     tokenizer: the tokenizer, whose vocabulary has V ids.
 
   Returns:
-    bool [V], whether each token does.
+    bool [V], whether each token ends a sentence.
   """
-  # Other special tokens than the separator have no text, or none of a sentence.
   special_ids = set(tokenizer.special_ids.values())
 
   def ends_sentence(token: int) -> bool:
-    """Returns whether a token is the separator, or its last character ends a
-    sentence."""
+    """Returns whether a token ends a sentence. Special tokens do not, except
+    for the separator."""
     if token == tokenizer.separator_id:
       return True
     if token in special_ids:
@@ -353,8 +364,8 @@ class SequenceToSequence(Objective):
       config: the config of the run.
       tokenizer: the tokenizer of the run.
     """
-    # A source has up to M tokens and a target up to L. Texts that are whole end
-    # with the separator; those that were cut out of a longer text do not.
+    # A source has up to M tokens and a target up to L. The separator follows
+    # whole texts, but not those that were cut out of a longer text.
     M, L = pair_lengths(config)
     source = item.source
     target = item.target
@@ -370,7 +381,8 @@ class SequenceToSequence(Objective):
 
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
-    """Prepares texts as sources that the model writes targets for.
+    """Prepares texts as the sources of an encoder-decoder, which is to write
+    the targets.
 
     Args:
       texts: the B sources.
@@ -378,8 +390,8 @@ class SequenceToSequence(Objective):
       tokenizer: the tokenizer of the run.
 
     Returns:
-      The start of each target, one token, from which the model goes on; and the
-      sources, as further arguments of the model.
+      The beginning of each target, a single token; and the encoded sources as
+      further arguments of the model.
     """
     # A source ends with the separator, as those of training do.
     rows = []

@@ -21,19 +21,28 @@ from architectures.parts.sharding import Axes, Role
 
 
 def map_over_parameters(roles: Any, fn: Callable[..., Any], *trees: Any):
-  """Applies a function to each parameter of a model, given which of its axes
-  make the rows and columns of a matrix; returns the tree of the results.
+  """Applies a function to each parameter of a model, and tells it which axes of
+  the parameter make the rows and columns of a matrix.
+
+  Optimisers such as Muon work on matrices, but a parameter may have more axes,
+  such as [layers, features, heads, head size]. Its Role says which of them are
+  the inputs of the product that it is used in. From it follow its Axes: the
+  axes of a batch of matrices (here the layers), the inputs (rows) and the
+  outputs (columns).
 
   Args:
-    roles: the Role of each parameter (which of its axes are inputs of a
-      product), as a tree.
-    fn: a function of the Axes of a parameter and its leaf of each tree.
-    *trees: trees with a leaf for each parameter. Where the first one has an
-      optax.MaskedNode, as optax.partition puts for the parameters of another
-      optimiser, the result has it too.
+    roles: the Role of each parameter, as a tree.
+    fn: a function of the Axes of a parameter, and of its leaf in each of
+      `trees`.
+    *trees: trees with one leaf for each parameter. Where the first tree has an
+      optax.MaskedNode, which stands for a parameter of another optimiser, `fn`
+      is not called, and the result is that node.
+
+  Returns:
+    The tree of the results.
   """
 
-  def apply_to_parameter(role: Role, x: Any, *more: Any):
+  def apply_to_parameter(role: Role, x: Any, *more: Any) -> Any:
     if isinstance(x, optax.MaskedNode):
       return x
     return fn(role.split(x.ndim), x, *more)
@@ -49,7 +58,8 @@ def unzip_tree(tree: Any, num_trees: int) -> list:
     tree: a tree whose leaves are tuples of `num_trees` items.
     num_trees: the number of items in each tuple.
   """
-  # A NamedTuple, such as the state of an optimiser, is a node and no leaf.
+  # Only plain tuples are leaves: a NamedTuple, such as the state of an
+  # optimiser, is a part of the tree.
   def is_tuple(x: Any) -> bool:
     return type(x) is tuple
 
@@ -74,16 +84,18 @@ def reshape_to_matrices(axes: Axes, x: jax.Array) -> jax.Array:
 
 def reshape_from_matrices(axes: Axes, matrices: jax.Array,
                           shape: tuple[int, ...]) -> jax.Array:
-  """Returns matrices in the shape of their parameter, the inverse of
-  `reshape_to_matrices`.
+  """Reshapes matrices to the parameter that they were made from. This is the
+  inverse of `reshape_to_matrices`.
 
   Args:
-    axes: the axes of the parameter, as there.
+    axes: which axes of the parameter make the batch of matrices, which the rows
+      of a matrix (inputs), and which its columns (outputs).
     matrices: an array [*batch, rows, columns].
     shape: the shape of the parameter.
   """
-  # Take rows and columns apart into the axes of the parameter, which are still
-  # in the order of the matrices. The transpose inverts that order.
+  # Split the rows and the columns into axes of the parameter, still in the
+  # order [*batch, *inputs, *outputs]. Then put the axes where the parameter has
+  # them.
   order = (*axes.batch, *axes.inputs, *axes.outputs)
   x = matrices.reshape(*(shape[i] for i in order))
   return x.transpose(*(order.index(i) for i in range(len(order))))
@@ -138,41 +150,43 @@ def scale_by_adafactor(roles: Any) -> optax.GradientTransformation:
         columns=map_over_parameters(roles, zero_column_moments, params))
 
   def update(grads: Any, state: FactoredState, params: Any):
-    """Returns the steps, by the factored second moments after this gradient."""
+    """Returns the steps of all parameters, and the new state of the optimiser.
+    A step is the gradient divided by the root of its factored second moment."""
     count = optax.safe_increment(state.count)
     decay = 1 - count.astype(jnp.float32) ** -0.8
 
     def update_parameter(axes: Axes, grad: jax.Array, row_moment: jax.Array,
                          column_moment: jax.Array | None, param: jax.Array):
-      """Returns the step of a parameter, and its new moments.
+      """Returns the step of one parameter, and its new second moments.
+
+      The second moment V of a matrix is not stored. It is approximated from the
+      means R of its rows and C of its columns, V = R C^T / mean(R).
 
       Args:
-        axes: which axes of the parameter are the inputs of its product, the
-          outputs, and the batch of a stack of matrices.
+        axes: which axes of the parameter are the inputs of its product (the
+          rows), the outputs (the columns), and a batch of matrices.
         grad: the gradient.
-        row_moment: the average of the squared gradient for each of the inputs;
-          for each element where the parameter is not factored.
-        column_moment: the average for each of the outputs; None: the parameter
-          is not factored, as a vector or a small matrix.
-
+        row_moment: R, the average of the squared gradient for each row. For a
+          parameter that is not factored, the average for each element.
+        column_moment: C, the average for each column; None: the parameter is
+          not factored, as it is a vector or a small matrix.
         param: the parameter.
       """
-      # 1e-30 is the paper's first constant: no moment is zero.
+      # 1e-30 is the paper's first constant, by which no moment is zero.
       square = jnp.square(grad) + 1e-30
       if column_moment is None:
         row_moment = _update_average(row_moment, square, decay)
         step = jax.lax.rsqrt(row_moment) * grad
       else:
-        # The second moment is row * column / mean(row).
         row_moment = _update_average(
             row_moment, _mean(square, axes.outputs), decay)
         column_moment = _update_average(
             column_moment, _mean(square, axes.inputs), decay)
         row_factor = jax.lax.rsqrt(row_moment / _mean(row_moment, axes.inputs))
         step = grad * (row_factor * jax.lax.rsqrt(column_moment))
-      # The step has at most 1 root mean square (the paper's clipping), and is
-      # then scaled by that of the parameter, which counts as at least 1e-3 so
-      # that a parameter of zeros can move.
+      # Clip the root mean square (RMS) of the step to 1, as the paper does.
+      # Then scale the step by the RMS of the parameter, but at least by 1e-3,
+      # so that a parameter of zeros can move.
       matrix_axes = axes.inputs + axes.outputs
       step = step / jnp.maximum(1.0, _root_mean_square(step, matrix_axes))
       param_size = jnp.maximum(_root_mean_square(param, matrix_axes), 1e-3)
@@ -218,12 +232,13 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
     return 0.2 * max(axes.sizes(orthogonal.shape)) ** 0.5 * orthogonal
 
   def update(grads: Any, state: optax.contrib.MuonState, params: Any = None):
-    """Returns the steps, orthogonal matrices in the directions of the
-    momentum, and the new state."""
+    """Returns the steps of all parameters, orthogonal matrices in the
+    directions of the momentum, and the new state of the optimiser."""
     del params
-    # Momentum with Nesterov's look ahead, both without their bias towards their
-    # start at 0. The look ahead is one step further than the momentum, hence
-    # the next count.
+    # Compute the momentum with Nesterov's look-ahead: beta * momentum + (1 -
+    # beta) * gradient. Both terms are corrected for having begun at 0. The
+    # momentum is taken for one step later than the gradient, hence the next
+    # count.
     momentum = optax.tree.update_moment(grads, state.mu, beta, 1)
     count = optax.safe_increment(state.count)
     next_count = optax.safe_increment(count)
@@ -231,7 +246,7 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
     unbiased_grads = optax.tree.bias_correction(grads, beta, count)
     look_ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g,
                               unbiased_momentum, unbiased_grads)
-    # The nearest orthogonal matrices, at the usual size of a step of Adam.
+    # Take the nearest orthogonal matrices, at the usual size of Adam's steps.
     orthogonal = orthogonalize(roles, look_ahead)
     steps = map_over_parameters(roles, scale_to_adam_size, orthogonal)
     return steps, state._replace(count=count, mu=momentum)
@@ -305,24 +320,25 @@ def scale_by_normuon(roles: Any, beta: float, b2: float
 
 
 def orthogonalize(roles: Any, tree: Any):
-  """Returns the nearest orthogonal matrix U V^T of each matrix U S V^T of a
-  tree of parameters, approximately, by Newton-Schulz iterations (Jordan et al.
-  2024): after five of them the singular values are about 0.5 to 1.5, as optax
-  says.
+  """Returns the nearest orthogonal matrix of each matrix of a tree of
+  parameters, approximately: U V^T for the singular value decomposition U S V^T.
+  It is found by five Newton-Schulz iterations (Jordan et al. 2024), after which
+  the singular values are about 0.5 to 1.5 rather than 1.
 
-  Each iteration multiplies a matrix by its transpose. Where the mesh splits its
-  rows or its columns, XLA sums these products over the devices. Here the
-  matrices of a stack, of layers or experts, go to the devices one by one, and
-  the results come back: two all-to-alls of what a device holds. (Liu et al.
-  2025, arXiv 2502.16982, section 2.3, gather a matrix on every device that has
-  a part of it.)
+  Each iteration multiplies a matrix by its transpose. If the devices of a mesh
+  shared a matrix, XLA would sum these products over them each time. So the
+  matrices of a stack, of layers or experts, are first dealt out to the devices,
+  each matrix whole to one of them, and the results are sent back: two
+  all-to-alls of what a device holds. (Liu et al. 2025, arXiv 2502.16982,
+  section 2.3, gather a matrix on every device that has a part of it.)
 
   Args:
-    roles: the Role of each parameter, as a tree.
-    tree: an array in the shape of each parameter, or an optax.MaskedNode, which
-      stays.
+    roles: the Role of each parameter (which of its axes are the inputs and
+      outputs of its product), as a tree.
+    tree: an array in the shape of each parameter; or an optax.MaskedNode, which
+      is returned as it is.
   """
-  def orthogonalize_unless_masked(role: Role, x: Any):
+  def orthogonalize_unless_masked(role: Role, x: Any) -> Any:
     if isinstance(x, optax.MaskedNode):
       return x
     return _orthogonalize_parameter(role, x)
@@ -331,41 +347,43 @@ def orthogonalize(roles: Any, tree: Any):
 
 
 def _orthogonalize_parameter(role: Role, x: jax.Array) -> jax.Array:
-  """Returns the nearest orthogonal matrix, U V^T of U S V^T, of each matrix of
-  one parameter, approximately; see `orthogonalize`.
+  """Returns the nearest orthogonal matrix of each matrix of one parameter,
+  approximately: U V^T for the singular value decomposition U S V^T.
 
   Args:
-    role: says which axes of the parameter are the inputs and outputs of its
-      product; the others are a batch of matrices.
-    x: the parameter's momentum, in the shape of the parameter.
+    role: which axes of the parameter are the inputs and the outputs of its
+      product. The others are a batch of matrices.
+    x: the momentum of the parameter, in the shape of the parameter.
   """
   axes = role.split(x.ndim)
-  # One placement means that no axis of a matrix is split over devices.
+  # The placements say over which mesh axes x is split: at first, and then after
+  # each step of bringing whole matrices onto one device. If there is only one,
+  # the matrices are whole already.
   placements = _placements_to_whole_matrices(x.shape, role, axes)
   is_split = len(placements) > 1
 
-  # The matrices are moved so that each is whole on one device. Matrices of
-  # zeros fill the batch up, so that all devices hold as many.
+  # Move the matrices. Matrices of zeros are added first, so that all devices
+  # get the same number.
   whole = x
   if is_split:
     whole = _pad_number_of_matrices(whole, axes, placements[-1])
     for placement in placements:
       whole = _constrain_placement(whole, placement)
 
-  # optax's Muon without momentum orthogonalises what it is given as it is.
+  # Without momentum, optax's Muon does nothing but orthogonalise its input.
   tx = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
 
   def orthogonalize_matrix(matrix: jax.Array) -> jax.Array:
     orthogonal, _ = tx.update(matrix, tx.init(matrix))
     return orthogonal
 
-  # One vmap for each axis of the batch, as optax takes a single matrix.
+  # It takes a single matrix, so map over each axis of the batch.
   for _ in axes.batch:
     orthogonalize_matrix = jax.vmap(orthogonalize_matrix)
   matrices = orthogonalize_matrix(reshape_to_matrices(axes, whole))
   out = reshape_from_matrices(axes, matrices, whole.shape)
 
-  # The results come back the way that the matrices went, without the padding.
+  # Move the results back by the same steps in reverse, and cut off the padding.
   if is_split:
     for placement in reversed(placements):
       out = _constrain_placement(out, placement)
@@ -374,14 +392,16 @@ def _orthogonalize_parameter(role: Role, x: jax.Array) -> jax.Array:
 
 def _pad_number_of_matrices(x: jax.Array, axes: Axes, placement: tuple
                             ) -> jax.Array:
-  """Returns x with matrices of zeros added, so that the number of devices
-  divides the number of matrices.
+  """Adds matrices of zeros to a parameter, so that the devices over which its
+  matrices are distributed get the same number each.
 
   Args:
-    x: a parameter.
-    axes: the axes of its matrices.
-    placement: the names of the mesh axes that each axis of x is split over.
+    x: a parameter that holds a batch of matrices.
+    axes: which axes of x are the batch, and which the rows and columns.
+    placement: for each axis of x, the names of the mesh axes that it is split
+      over.
   """
+  # A single matrix is not distributed.
   if not axes.batch:
     return x
   batch_axis = axes.batch[0]
@@ -401,31 +421,33 @@ def _constrain_placement(x: jax.Array, placement: tuple) -> jax.Array:
 
 def _placements_to_whole_matrices(shape: tuple[int, ...], role: Role,
                                   axes: Axes) -> list[tuple]:
-  """Returns the placements by which the matrices of a parameter become whole on
-  one device each: where the parameter lies at first, then one step for each
-  axis of a matrix that the mesh splits.
+  """Plans how a parameter is moved between the devices of a mesh until each of
+  its matrices is whole on one device.
 
-  In a step, the mesh axes that split an axis of the matrices move to an axis of
-  the batch, one that they divide if there is one, else the first. A lone matrix
-  becomes whole on all devices.
+  The plan is a list of placements. A placement says for each axis of the
+  parameter which mesh axes split it. The first placement is where the parameter
+  lies. Each further one makes one more axis of the matrices whole: the mesh
+  axes that split it now split an axis of the batch of matrices instead. A
+  parameter that is a single matrix becomes whole on all devices.
 
   Args:
     shape: the shape of the parameter.
-    role: its Role, which names its logical axes.
-    axes: the axes of its matrices.
+    role: the Role of the parameter, which has the names of its axes.
+    axes: which axes of the parameter are the batch of matrices, and which are
+      the rows (inputs) and columns (outputs).
 
   Returns:
-    A tuple for each placement, with the names of the mesh axes that each axis
-    of the parameter is split over.
+    The placements, each a tuple with an entry for each axis of the parameter:
+    the names of the mesh axes that split it.
   """
-  # Axes in front, such as that of scanned layers, lie whole on each device.
+  # Axes before those that the role names, such as that of scanned layers, are
+  # not split.
   num_leading = len(shape) - len(role.axes)
   logical_axes = (None,) * num_leading + role.axes
   first_placement = sharding.mesh_axes_of_weight(shape, logical_axes)
   placements = [first_placement]
   is_lone = math.prod(shape[i] for i in axes.batch) == 1
   for axis in axes.inputs + axes.outputs:
-    # This step makes one more axis of the matrices whole.
     mesh_axes = first_placement[axis]
     if not mesh_axes:
       continue
@@ -441,13 +463,15 @@ def _placements_to_whole_matrices(shape: tuple[int, ...], role: Role,
 
 def _choose_batch_axis(shape: tuple[int, ...], axes: Axes, placement: list,
                        mesh_axes: tuple) -> int:
-  """Returns the axis of the batch over which further mesh axes are to be split:
-  one whose size they divide, or the first.
+  """Chooses the axis of the batch of matrices that further mesh axes are to
+  split: one whose size the number of devices divides, else the first.
 
   Args:
     shape: the shape of the parameter.
-    axes: the axes of its matrices.
-    placement: the mesh axes that each axis is split over already.
+    axes: which axes of the parameter are the batch, and which the rows and
+      columns of its matrices.
+    placement: for each axis of the parameter, the mesh axes that already split
+      it.
     mesh_axes: the names of the further mesh axes.
   """
   for axis in axes.batch:

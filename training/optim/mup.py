@@ -61,23 +61,28 @@ def check_optimizer(config: ModelConfig, optimizer: str) -> None:
 
 
 def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any):
-  """Returns what muP multiplies the learning rate of each parameter by, as a
-  tree (table 8 of the paper); None in the standard form.
+  """Returns what muP (maximal update parametrization) multiplies the learning
+  rate of each parameter by, as a tree (table 8 of the paper).
 
   Args:
     config: the model's config.
-    optimizer: optim.name.
-    roles: the Role of each parameter, as a tree (training/runs.py).
+    optimizer: the name of the optimiser, optim.name.
+    roles: the Role of each parameter, as a tree. It says which axes of the
+      parameter are inputs and outputs of its product, and names them.
+
+  Returns:
+    A factor for each parameter; None for a model in the standard
+    parametrization.
 
   Raises:
-    RequestError: for an optimiser without a rule.
+    RequestError: for an optimiser that muP has no rule for.
   """
   if config.parametrization == 'standard':
     return None
   check_optimizer(config, optimizer)
-  # How many times wider than in the base model each logical axis is. Axes that
-  # do not grow with the model's width, such as the vocabulary, have 1.
-
+  # How many times wider each axis is than in the base model, by the axis's
+  # name. Axes that do not grow with the model's width, such as the vocabulary,
+  # have 1.
   width = config.widening
   head_dim = config.head_widening
   num_heads = width / head_dim

@@ -70,13 +70,17 @@ def lion(optim: Optim, roles: Any) -> Transformation:
 
 
 def muon(optim: Optim, roles: Any) -> Transformation:
-  """Returns the direction of Muon (Jordan et al. 2024): orthogonalised momentum
-  for the hidden matrices.
+  """Builds Muon (Jordan et al. 2024), whose update of a hidden matrix is its
+  orthogonalised momentum. Embeddings, the head, routers, norms and biases are
+  trained by Adam.
 
-  Embeddings, the head, routers, norms and biases go by Adam. Updates are scaled
-  to 0.2 root mean square a matrix, Adam's usual size, so that one optim.lr
-  serves both (Liu et al. 2025, section 2.2). optim.momentum is Muon's; 0.95 is
-  its authors' choice.
+  A matrix's update is scaled to 0.2 root mean square, which is usual for Adam,
+  so that one learning rate serves both (Liu et al. 2025, section 2.2).
+
+  Args:
+    optim: config.optim. Its `momentum` is Muon's; the authors chose 0.95.
+    roles: the Role of each parameter (what it is used for, and along which
+      axes), as a tree.
   """
   direction = matrices.scale_by_muon(roles, optim.momentum)
   return _combine_with_adam(optim, roles=roles, direction=direction,
@@ -122,14 +126,15 @@ def _is_hidden(role: Role) -> bool:
 
 def _combine_with_adam(optim: Optim, roles: Any, direction: Transformation,
                        is_chosen: Callable[[Role], bool]) -> Transformation:
-  """Returns one optimiser for the parameters that are chosen by their role, and
-  Adam for the others.
+  """Returns an optimiser that trains the chosen parameters by `direction`, and
+  all others by Adam.
 
   Args:
     optim: config.optim.
-    roles: the Role of each parameter, as a tree.
-    direction: the optimiser of the parameters that are chosen.
-    is_chosen: whether the parameter with a Role is chosen.
+    roles: the Role of each parameter (what it is used for, and along which
+      axes), as a tree.
+    direction: the optimiser of the chosen parameters.
+    is_chosen: returns whether the parameter with a given Role is chosen.
   """
   def name_optimizer(role: Role) -> str:
     if is_chosen(role):
@@ -217,20 +222,23 @@ SCHEDULES = {
 
 def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
   """Returns the learning rate, warm-up included, as a function of the number of
-  updates done. optim.lr and optim.warmup_steps may be traced, as where several
-  runs train as one program (training/vectorised.py).
+  updates that have been done:
+
+    rate of update t = 1, 2, ... = lr * min(shape(t), t / warmup_steps),
+
+  with the shape of the schedule, such as a cosine that falls from 1 to 0.
 
   Args:
-    optim: config.optim.
-    steps: train.steps of the run, T.
+    optim: config.optim. Its lr and warmup_steps may be traced values, as when
+      several runs train as one program.
+    steps: the number of steps of the run.
   """
   schedule_shape = SCHEDULES[optim.schedule].make
   last_step = optim.decay_steps or steps
 
-  # The rate of update t, counted from 1, is lr * min(shape(t), t / warmup).
   def schedule(count: jax.Array):
     t = jnp.asarray(count, jnp.float32) + 1
-    # Without a warm-up, this is never below 1, and so does nothing.
+    # Without a warm-up this is 1 or more, and has no effect on the minimum.
     warmup = t / jnp.maximum(optim.warmup_steps, 1)
     shape = schedule_shape(t, last_step, optim)
     return optim.lr * jnp.minimum(shape, warmup)
@@ -245,11 +253,12 @@ def check_optim(optim: Optim) -> None:
   defaults = base_config.base().optim
   _check_fields('name', table=OPTIMIZERS, optim=optim, defaults=defaults)
   _check_fields('schedule', table=SCHEDULES, optim=optim, defaults=defaults)
-  # The decay ends after the warm-up; 0 stands for the last step of the run.
+  # The learning rate must not stop falling before the warm-up has ended. With
+  # decay_steps 0 it falls until the last step of the run.
   require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
           f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
           f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
-  # The mask is a list of pairs.
+  # Each pair has a pattern of parameter paths, and whether these decay.
   for entry in optim.decay_mask:
     is_pair = isinstance(entry, tuple | list) and len(entry) == 2
     require(is_pair and entry[1] in (0, 1),
@@ -259,14 +268,19 @@ def check_optim(optim: Optim) -> None:
 
 def _check_fields(selector: str, table: Mapping[str, Entry], optim: Optim,
                   defaults: Optim) -> None:
-  """Raises RequestError for a choice that the table does not have, and for a
-  field that is set and that the choice does not read.
+  """Checks that a name is in a table of choices, and that no field is set which
+  this choice does not read.
 
   Args:
-    selector: the field of config.optim that chooses an entry of the table.
-    table: OPTIMIZERS or SCHEDULES.
+    selector: the field of config.optim that has the name: 'name' of the
+      optimiser, or 'schedule'.
+    table: the choices by name, OPTIMIZERS or SCHEDULES; each lists the fields
+      that it reads.
     optim: config.optim.
     defaults: config.optim at its defaults.
+
+  Raises:
+    RequestError: for an unknown name, and for a field that is set and not read.
   """
   choice = optim[selector]
   check_choice(f'optim.{selector}', choice, table)
@@ -350,14 +364,12 @@ def _decay_mask(optim: Optim, roles: Any) -> Any:
 
 
 def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:
-  """Returns an optimiser whose updates are those of `tx`, each multiplied by a
-  factor.
-
-  Its state is that of `tx`: a checkpoint is the same whether there are factors
-  or not.
+  """Returns an optimiser whose updates are those of another one, each
+  multiplied by a factor. It has the same state, so a checkpoint does not depend
+  on whether there are factors.
 
   Args:
-    tx: the optimiser.
+    tx: the other optimiser.
     factors: the factor of each parameter, as a tree; None: all are 1.
   """
   if factors is None:
@@ -373,11 +385,11 @@ def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:
 
 def _add_weight_decay(weight_decay: float | jax.Array, mask: Any
                       ) -> Transformation:
-  """Returns a transformation that adds weight_decay * p to the update of each
-  parameter p that decays.
+  """Returns an optax transformation that adds weight_decay * p to the update of
+  each parameter p that decays.
 
-  optax's own, given a mask, has another tree of states, which would change with
-  the mask.
+  It is used instead of optax.add_decayed_weights, whose state has another tree
+  structure when a mask is given. Checkpoints would depend on the mask.
 
   Args:
     weight_decay: the factor, a number or a traced scalar.
@@ -402,7 +414,7 @@ def clip_by_global_norm(limit: float) -> Transformation:
   the clip into the update: 84 ms against 30 ms at 35M parameters with AdamW.
   """
 
-  # Gradients with a smaller norm have a scale of 1, and stay as they are.
+  # The scale is 1 where the norm is below the limit already.
   def clip(updates: Any, _: Any):
     scale = jnp.minimum(1.0, limit / optax.tree.norm(updates))
     return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
@@ -412,20 +424,21 @@ def clip_by_global_norm(limit: float) -> Transformation:
 
 def update_if(ok: jax.Array, tx: Transformation, grads: Any,
               state: Any, params: Any):
-  """Updates the parameters with an optimiser if `ok`, else leaves all as it is.
+  """Updates the parameters with an optimiser, but only if `ok` is true.
 
-  A branch, not a select: on CPU jnp.where over parameters and state costs six
-  times the update itself (190 ms against 30 ms at 35M parameters).
+  It is a branch (jax.lax.cond) and not a select: on CPU, jnp.where over all
+  parameters and the state takes six times as long as the update itself (190 ms
+  against 30 ms at 35M parameters).
 
   Args:
-    ok: whether to update, a scalar.
+    ok: whether to update, a boolean scalar on the device.
     tx: the optimiser.
     grads: the gradients.
     state: the state of the optimiser.
     params: the parameters that are trained.
 
   Returns:
-    The parameters and the state of the optimiser.
+    The parameters and the state of the optimiser, updated or as they were.
   """
 
   def apply_update(grads: Any, state: Any, params: Any):
@@ -462,17 +475,19 @@ def opt_state_shardings(tx: Transformation, params: Any,
     shape_and_spec[path] = x.shape, sharding.spec
 
   def shard_leaf(path: tuple, leaf: Any):
-    """Returns the sharding of a leaf of the state."""
-    # The parameter whose path the path of the leaf ends with, if any. Without
-    # one, the empty shape ends the loop below at once, and the leaf is whole on
-    # every device.
+    """Returns the sharding of one array of the optimiser's state: along each
+    axis that it has in common with its parameter, that of the parameter."""
+    # The path of such an array ends with the path of its parameter. Without a
+    # parameter, as for a count of steps, the empty shape below ends the last
+    # loop at once, and the array is whole on every device.
     parameter_shape = ()
     parameter_spec = ()
     for i in range(len(path)):
       if path[i:] in shape_and_spec:
         parameter_shape, parameter_spec = shape_and_spec[path[i:]]
         break
-    # Axes beyond those that the spec names are whole.
+    # A sharding may name fewer axes than there are; the others are whole, which
+    # None stands for. So is an axis of another size, such as a mean over it.
     mesh_axes = (*parameter_spec, *(None,) * leaf.ndim)
     leaf_axes = []
     for size, parameter_size, mesh_axis in zip(leaf.shape, parameter_shape,

@@ -61,16 +61,25 @@ def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
   used_patterns = set()
 
   def share_of_parameter(key: Any, role: Role, x: Any) -> float | np.ndarray:
-    """Returns the share of a parameter, or one for each of its layers.
+    """Returns what the learning rate of a parameter is multiplied by, 0 where
+    it is frozen.
 
     Args:
       key: the path of the parameter in the tree.
-      role: its role: whether a table, or tuned with adapters.
-      x: its shape.
+      role: its Role, which says whether it is a table that tokens look rows up
+        in (`reads`), and whether it is trained when low-rank adapters are
+        (`tuned`).
+      x: the parameter's shape and dtype.
+
+    Returns:
+      One number; or an array that multiplies the parameter, where its layers,
+      along its first axis, have different numbers.
     """
     path = paths.path_to_string(key)
     shares = []
-    # Each row of a scanned parameter belongs to another layer.
+    # Collect the share of each layer that the parameter holds. A pattern may
+    # name the parameter or one of its layers. layer_paths and used_patterns
+    # collect for all parameters, so that unused patterns can be reported.
     for layer_path, power in _layers_and_powers(path, stacks):
       layer_paths.append(layer_path)
       freezing_patterns = []
@@ -84,7 +93,7 @@ def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
         shares.append(optim.layer_decay ** power * optim.table_rate)
       else:
         shares.append(optim.layer_decay ** power)
-    # One number where all layers agree, else one for each layer.
+    # Return one number where all layers agree.
     if len(set(shares)) == 1:
       return shares[0]
     shape = (-1, *(1,) * (len(x.shape) - 1))
@@ -115,16 +124,19 @@ def _compile_patterns(freeze: str) -> list[re.Pattern]:
 
 def _layers_and_powers(path: str, stacks: paths.Stacks
                        ) -> list[tuple[str, int]]:
-  """Returns, for each layer that a parameter holds, the path of the parameter
-  with the number of the layer in it, and the power of optim.layer_decay that
-  its learning rate is multiplied by.
+  """Lists the layers that a parameter holds, each with the power of
+  optim.layer_decay by which its learning rate is multiplied: the last layer has
+  the power 1, and each layer below it one more.
 
-  A parameter outside of the layers holds one such entry: the embedding with one
-  power more than the first layer, any other with the power 0.
+  A parameter outside of the layers is one entry of the list. The embedding has
+  one power more than the first layer, anything else the power 0.
 
   Args:
-    path: the path of the parameter.
+    path: the path of the parameter, which may hold a stack of layers.
     stacks: which layers each stacked parameter of the model holds.
+
+  Returns:
+    (path, power) of each layer. The path has the number of the layer in it.
   """
   num_layers = sum(stacks.counts.values())
   if path.startswith('embed/'):
@@ -132,10 +144,10 @@ def _layers_and_powers(path: str, stacks: paths.Stacks
   if not paths.Stacks.is_in_stack(path):
     return [(path, 0)]
 
-  # Layers count through all stacks (an encoder, then a decoder). The last layer
-  # has the power 1, and each layer below it one more.
+  # The layers of an encoder come before those of the decoder that reads it, and
+  # count as below them.
   stack, name = stacks.split(path)
-  layers_below = 0  # layers of the stacks before this one
+  layers_below = 0
   for other in STACKS[:STACKS.index(stack)]:
     layers_below += stacks.counts.get(other, 0)
   layers = []
@@ -146,10 +158,12 @@ def _layers_and_powers(path: str, stacks: paths.Stacks
 
 
 def keep_trained(shares: Any, tree: Any):
-  """Returns a tree of parameters with optax.MaskedNode() for each frozen one.
+  """Removes the frozen parameters from a tree: each becomes an
+  optax.MaskedNode, which optax and JAX treat as nothing.
 
   Args:
-    shares: what `learning_rate_shares` returns; None: nothing is frozen.
+    shares: the factor of each parameter's learning rate, a number or an array
+      with one for each of its layers, 0 where frozen; None: nothing is frozen.
     tree: a tree with a leaf for each parameter.
   """
   if shares is None:
@@ -164,14 +178,18 @@ def keep_trained(shares: Any, tree: Any):
 
 
 def fill_in_frozen(shares: Any, trained: Any, params: Any):
-  """Returns the tree of all parameters: the trained ones, and the frozen ones
-  of `params` in the places that `keep_trained` left empty.
+  """Puts the frozen parameters back into a tree of the trained ones, from which
+  `keep_trained` removed them.
 
   Args:
-    shares: the factor of the learning rate of each parameter, 0 for a frozen
-      one; None: nothing is frozen.
-    trained: the trained parameters, with optax.MaskedNode() for the others.
-    params: all parameters.
+    shares: the factor of each parameter's learning rate, a number or an array
+      with one for each of its layers, 0 where frozen; None: nothing is frozen.
+    trained: the trained parameters, with an optax.MaskedNode for each other
+      one.
+    params: all parameters, from which the frozen ones are taken.
+
+  Returns:
+    The tree of all parameters.
   """
   if shares is None:
     return trained
@@ -192,20 +210,25 @@ def zero_frozen_layers(shares: Any, grads: Any):
 
 
 def restore_frozen_layers(shares: Any, new: Any, old: Any):
-  """Returns the tree `new` with the values of `old` in the frozen layers of
-  parameters that hold a stack of layers, some of them frozen.
+  """Sets the frozen layers of parameters back to their old values, after an
+  optimiser has updated all layers. It matters to parameters that hold a stack
+  of layers of which only some are frozen.
 
   Args:
-    shares: the factor of the learning rate of each parameter, a number or an
-      array with an entry for each layer, 0 for a frozen one; None: nothing is
-      frozen.
-    new, old: trees of the trained parameters, as `keep_trained` returns them.
+    shares: the factor of each parameter's learning rate, a number or an array
+      with one for each of its layers, 0 where frozen; None: nothing is frozen.
+    new: the tree of parameters after the update, without those that are frozen
+      as a whole (see `keep_trained`).
+    old: the same tree before the update.
+
+  Returns:
+    The tree `new` with the values of `old` in the frozen layers.
   """
   if shares is None:
     return new
 
-  # Parameters that are trained in all layers, or that no one has changed, need
-  # no operation.
+  # Parameters that are trained in all layers, or that were not changed, need no
+  # operation.
   def restore(share: Any, new_value: Any, old_value: Any) -> Any:
     if new_value is old_value or np.all(share):
       return new_value

@@ -90,26 +90,29 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
                      right_basis=right)
 
   def update(grads: Any, state: SoapState, params: Any = None):
-    """Returns the steps and the new state, parameter by parameter."""
+    """Returns the steps of all parameters, and the new state."""
     del params
 
     def update_parameter(axes: Axes, grad: jax.Array, *fields: Any):
-      """Returns the step of a parameter, and the new fields of its state
-      without the count, one after another.
+      """Computes the step of one parameter, and its new state.
 
       Args:
-        axes: which axes of the parameter are the inputs of its product, the
-          outputs, and the batch of a stack of matrices.
+        axes: which axes of the parameter are the inputs of its product (the
+          rows of a matrix), the outputs (the columns), and a batch of matrices.
         grad: the gradient.
-        *fields: the fields of SoapState but the count, of this parameter.
+        *fields: the parameter's part of each field of SoapState except for the
+          count, in their order: the moments M and V, the averages L and R of
+          G G^T and G^T G of the gradient G, and their bases QL and QR.
+
+      Returns:
+        A tuple of the step and the new values of these fields.
       """
-      # The fields are the moments M and V, the factor L, the factor R, and the
-      # bases QL and QR, as SoapState lists them. R and QR have the outputs of
-      # the parameter as their rows, and so the axes of its transpose.
+      # R and QR have the columns of the parameter as their rows, and so the
+      # axes of its transpose. This order is that of the fields.
       transposed = _transpose_axes(axes)
       axes_of_fields = [axes, axes, axes, transposed, axes, transposed]
 
-      # The algorithm works on matrices: reshape the gradient and the state.
+      # Reshape the gradient and the state to matrices, and update these.
       grad_matrices = matrices.reshape_to_matrices(axes, grad)
       field_matrices = []
       for field_axes, field in zip(axes_of_fields, fields):
@@ -118,13 +121,14 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
           grad_matrices, state=SoapState(state.count, *field_matrices), b1=b1,
           b2=b2, eps=eps, every=every)
 
-      # Bring the results back into the shapes of the parameter and its state.
+      # Reshape the results to the parameter and its state.
       step = matrices.reshape_from_matrices(axes, step_matrices, grad.shape)
       new_fields = []
       for field_axes, new, old in zip(axes_of_fields, new_state[1:], fields):
         new_fields.append(_reshape_from_matrices(field_axes, new, old))
       return step, *new_fields
 
+    # state[0] is the count, which all parameters share.
     updated = matrices.map_over_parameters(
         roles, update_parameter, grads, *state[1:])
     steps, *fields = matrices.unzip_tree(updated, len(SoapState._fields))
@@ -212,25 +216,28 @@ def _start_bases(state: SoapState) -> SoapState:
 
 
 def _refine_bases(state: SoapState) -> SoapState:
-  """Returns the state with its bases QL and QR nearer to the eigenvectors of L
-  and R, and with the moments M and V in these new bases.
+  """Brings the bases QL and QR, in which SOAP runs Adam, nearer to the
+  eigenvectors of the averages L of G G^T and R of G^T G, where G is the
+  gradient of a matrix. Adam's moments M and V are brought into the new bases.
 
-  M is rotated from the old bases into the new ones. V, the second moments,
+  The mean M is a matrix like G, and is rotated. The mean square V is not, and
   cannot be rotated: its rows and columns only change places as the vectors of
   the bases do.
   """
-  # M leaves the bases before they move, and enters them after.
+  # Rotate M out of the old bases.
   mean = _project_back(state.mean, state.left_basis, state.right_basis)
   square = state.square
   left_basis = state.left_basis
   right_basis = state.right_basis
-  # The columns of a basis change places with its eigenvalues, and V with them.
+  # Refine the bases. Their vectors are sorted by eigenvalue, and V is put in
+  # the same order. A side of the matrix that is too large has no basis (None).
   if state.left is not None:
     left_basis, order = _refine_basis(state.left, left_basis)
     square = jnp.take_along_axis(square, order[..., :, None], axis=-2)
   if state.right is not None:
     right_basis, order = _refine_basis(state.right, right_basis)
     square = jnp.take_along_axis(square, order[..., None, :], axis=-1)
+  # Rotate M into the new bases.
   mean = _project(mean, left_basis, right_basis)
   return state._replace(mean=mean, square=square, left_basis=left_basis,
                         right_basis=right_basis)
@@ -242,15 +249,16 @@ def _refine_basis(factor: jax.Array, basis: jax.Array
   iteration and a QR decomposition.
 
   Args:
-    factor: symmetric matrices [*batch, n, n].
-    basis: the old bases [*batch, n, n], one vector a column.
+    factor: symmetric matrices A, [*batch, n, n].
+    basis: the old basis of each, [*batch, n, n], whose columns are its vectors.
 
   Returns:
-    The new bases [*batch, n, n], and the order [*batch, n] in which they have
-    the old vectors: those of large eigenvalues first.
+    The new bases, [*batch, n, n]; and `order` [*batch, n]: vector j of the new
+    basis comes from vector order[j] of the old one. Vectors with large
+    eigenvalues are first.
   """
-  # The estimate of eigenvalue j is q_j^T A q_j, with the basis's column q_j and
-  # the matrix A. QR keeps the order of the columns, so they are sorted before.
+  # Estimate eigenvalue j as q_j^T A q_j, with column q_j of the basis. The
+  # columns are sorted before the QR decomposition, which keeps their order.
   eigenvalues = jnp.einsum('...ij,...ij->...j', basis, factor @ basis)
   order = jnp.argsort(eigenvalues, axis=-1, descending=True)
   sorted_basis = jnp.take_along_axis(basis, order[..., None, :], axis=-1)

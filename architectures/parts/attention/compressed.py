@@ -145,12 +145,17 @@ def find_closed_windows(ctx: Context, L: int, tokens_of_window: int,
 
 
 def _take_columns(x_BL: jax.Array, index_BW: jax.Array) -> jax.Array:
-  """Returns numbers of each row by their indices, [B, W]; for an index past the
-  end of a row, its last number.
+  """Looks up W numbers in each row of a table by their indices. An index past
+  the end of a row gives the row's last number.
+
+  The suffixes name axes: B rows of the batch, L numbers of a row, W look-ups.
 
   Args:
-    x_BL: the numbers, [batch or 1, L]; one row stands for all.
-    index_BW: the indices, [batch or 1, W], likewise.
+    x_BL: the numbers, [B or 1, L]. A single row stands for all rows.
+    index_BW: the indices, [B or 1, W]. A single row stands for all rows.
+
+  Returns:
+    The numbers that were looked up, [B, W].
   """
   num_rows, last = max(len(x_BL), len(index_BW)), x_BL.shape[1] - 1
   index_BW = jnp.minimum(index_BW, last)
@@ -168,42 +173,50 @@ class Entries(nn.Module):
     config: the config of the layer.
     rate: how many tokens a window has.
     size: K, the features of an entry.
-    parts: of how many windows an entry is made.
+    windows_of_entry: of how many windows an entry is made.
   """
   config: ModelConfig
   rate: int
   size: int
-  parts: int
+  windows_of_entry: int
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, windows: Windows, ctx: Context,
                previous_BMU: Optional[jax.Array]):
-    """Compresses windows of tokens to entries, weighted means e of values v by
-    scores z of the tokens: e = sum of softmax(z + b) v, for each feature by
-    itself.
+    """Compresses each window of tokens to one vector, called its entry. It is a
+    mean of the tokens' values v, weighed by their scores z and a learned bias
+    b, for each feature by itself:
+
+      v = W_v x,   z = W_z x,   entry = sum of softmax(z + b) v
+
+    The suffixes name axes: B batch, L length, D d_model, M tokens with those
+    from a cache, U the features of v and z side by side, P tokens of a window,
+    W entries, K features of an entry.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
+      x_BLD: the layer's input.
       windows: which tokens each entry is made of.
       ctx: the context of the call, which says which tokens are padding.
-      previous_BMU: values and scores of M tokens before these; None: there are
-        none.
+      previous_BMU: the values and scores of earlier tokens whose windows are
+        still open, from a cache; None: there is no cache.
 
     Returns:
-      The entries [batch, entries W, features K], not rotated by positions, and
-      the values and scores that the next tokens need, None where none were
-      given.
+      The entries, [B, W, K], not rotated by positions; and the values and
+      scores to be kept for the next call, of the shape of `previous_BMU`, or
+      None without a cache.
     """
-    # Values v and scores z of the tokens side by side: U = 2 * parts * size.
+    # Values and scores of the tokens, joined in the order that _pool_windows
+    # takes apart again. With several windows for each entry, both have as many
+    # times the features.
     L = x_BLD.shape[1]
     values_and_scores_BMU = jnp.concatenate(
         [self._product('value', x_BLD), self._product('score', x_BLD)], -1)
     bias_PU = declare(self, 'score_bias', init=nn.initializers.zeros,
-                      shape=(self.rate, self.parts * self.size),
+                      shape=(self.rate, self.windows_of_entry * self.size),
                       role=Role((None, None)))
 
-    # Those of earlier tokens, from a cache, stand first. The last ones, as many
-    # as before, are returned for the next tokens.
+    # The earlier tokens stand first. The last tokens, as many as came from the
+    # cache, are returned for the next call.
     next_BMU = None
     if previous_BMU is not None:
       previous_BMU = previous_BMU.astype(values_and_scores_BMU.dtype)
@@ -217,7 +230,7 @@ class Entries(nn.Module):
 
     # The weighted means over windows, which take 4 FLOPs a token and feature.
     pool_windows = layers.count_flops_by_result(
-        _pool_windows, 4 * self.rate * self.parts)
+        _pool_windows, 4 * self.rate * self.windows_of_entry)
     e_BWK = pool_windows(values_and_scores_BMU, bias_PU, windows.index_BWS,
                          windows.exists_BWS)
     return layers.norm(self.config, 'norm', 'head')(e_BWK), next_BMU
@@ -225,7 +238,7 @@ class Entries(nn.Module):
   def _product(self, name: str, x_BLD: jax.Array) -> jax.Array:
     """Returns W x with the features of all windows of an entry, [B, L, U],
     where W is the parameter `name`."""
-    axes, size = ('embed', None), self.parts * self.size
+    axes, size = ('embed', None), self.windows_of_entry * self.size
     w_DU = layers.weight(self, name, shape=(x_BLD.shape[-1], size), axes=axes)
     return layers.einsum('BLD,DU->BLU', x_BLD, w_DU,
                          dtype=self.config.compute_dtype, axes=axes)
@@ -233,33 +246,40 @@ class Entries(nn.Module):
 
 def _pool_windows(values_and_scores_BMU: jax.Array, bias_PU: jax.Array,
                   index_BWS: jax.Array, exists_BWS: jax.Array) -> jax.Array:
-  """Compresses windows of tokens to entries, weighted means of values:
+  """Compresses each window of tokens to one vector, called its entry. An entry
+  is a weighted mean of the tokens' values, for each feature by itself:
 
     e_w = sum over the tokens i of entry w of p_i * v_i,
     p   = softmax over i of (z_i + b_i)
 
-  for each feature by itself. An entry is made of T windows of P tokens each,
-  S = T P tokens, and a token has other v and z for each place that its window
-  can have among the T.
+  An entry is made of the tokens of T windows, its own and the T - 1 before it.
+  A token has T values v and T scores z: one for each of the T entries that it
+  enters.
+
+  The suffixes name axes: B batch, M tokens, W entries, K features of an entry,
+  T windows of an entry, P tokens of a window, S = T P tokens of an entry.
 
   Args:
-    values_and_scores_BMU: the values v of M tokens, and after them the scores
-      z: [batch, M, U = 2 T K], with K features of an entry.
-    bias_PU: the biases b by the place P of a token in its window, [P, T K].
-    index_BWS: the indices of the S tokens of each entry, in the M tokens.
-    exists_BWS: whether the document has these tokens.
+    values_and_scores_BMU: the values v of the tokens, followed by their scores
+      z: [B, M, U], where U = 2 T K.
+    bias_PU: the biases b by the place of a token in its window, [P, T K].
+    index_BWS: for each entry, which of the M tokens it is made of.
+    exists_BWS: bool, whether the document has this token. The first entries of
+      a document lack the tokens before its start.
 
   Returns:
     The entries, [B, W, K].
   """
-  # V = 2 are values and scores.
+  # The axis V has 2 members: values, then scores. The order is that in which
+  # `Entries` joins them, and is undone by the moveaxis below.
   (B, M, _), P = values_and_scores_BMU.shape, len(bias_PU)
   num_windows = index_BWS.shape[-1] // P
   values_and_scores_BMVTK = values_and_scores_BMU.reshape(
       B, M, 2, num_windows, -1)
   index_BWS = jnp.broadcast_to(index_BWS, (B, *index_BWS.shape[1:]))
 
-  # v and z of each window: of the windows before, and then of its own.
+  # v and z of the tokens of each entry, in the order of time: first those of
+  # the windows before, and last those of its own window.
   windows = []
   for i in range(num_windows):
     index_BWP = index_BWS[..., i * P:(i + 1) * P]
@@ -279,7 +299,7 @@ def _pool_windows(values_and_scores_BMU: jax.Array, bias_PU: jax.Array,
 
 
 def _gather_rows(x_MVK: jax.Array, index_WP: jax.Array) -> jax.Array:
-  """Returns x at these rows, [W, P, V, K]."""
+  """Returns the rows of x with these indices, [W, P, V, K]."""
   return x_MVK[index_WP]
 
 
@@ -287,17 +307,21 @@ class ScoredEntries(indexer.ScoredKeys):
   """An indexer's scores of entries, which stand behind the plain keys."""
 
   def mask_of_best(self, seen_BLM: jax.Array, top_k: int) -> jax.Array:
-    """Returns which keys and entries a query sees: all keys that it saw, and of
-    the entries the top_k with the best scores.
+    """Returns a mask of what each query sees after an indexer has chosen: all
+    plain keys that it saw before, and the top_k entries with the best scores.
+    An entry is a vector that stands for a window of several tokens.
+
+    The suffixes name axes: B batch, L queries, M keys, W entries.
 
     Args:
-      seen_BLM: bool, the M keys and, after them, W entries that it may see.
-      top_k: how many entries to choose; all where there are fewer.
+      seen_BLM: bool, what a query may see, [B, L, M + W]: first the keys of
+        single tokens, and after them the entries.
+      top_k: how many entries to choose. Where there are fewer, all are chosen.
 
     Returns:
-      bool [B, L, M + W].
+      bool [B, L, M + W], in the same order.
     """
-    # Only entries have scores.
+    # Only entries have scores, and they stand last in the mask.
     num_entries = self.scores_BLM.shape[-1]
     best_BLW = super().mask_of_best(
         seen_BLM[..., -num_entries:], min(top_k, num_entries))
@@ -312,13 +336,20 @@ class ScoredEntries(indexer.ScoredKeys):
 
 
 def _append_entries(seen_BLM: jax.Array, seen_BLW: jax.Array) -> jax.Array:
-  """Joins the masks of keys and of entries to one, bool [B, L, M + W].
+  """Appends to a mask of keys the mask of entries, the vectors that stand for a
+  window of several tokens each.
+
+  The suffixes name axes: B batch, L queries, M keys, W entries.
 
   Args:
-    seen_BLM: bool, which of M keys L queries see, [batch or 1, L, M]; one row
-      stands for all.
-    seen_BLW: bool, which of W entries they see, likewise.
+    seen_BLM: bool, whether a query sees a key, [B or 1, L, M].
+    seen_BLW: bool, whether a query sees an entry, [B or 1, L, W].
+
+  Returns:
+    bool [B, L, M + W]. The entries stand after the keys, as they do in the
+    array of keys that the mask belongs to.
   """
+  # A mask with a single row holds for all rows of the batch.
   num_rows = max(len(seen_BLM), len(seen_BLW))
   masks = []
   for mask in (seen_BLM, seen_BLW):
@@ -329,11 +360,11 @@ def _append_entries(seen_BLM: jax.Array, seen_BLW: jax.Array) -> jax.Array:
 class SWA(Attention):
   """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself.
 
-  PARTS: how many windows an entry is made of; 0: there are no entries.
+  WINDOWS_OF_ENTRY: how many windows an entry is made of; 0: there are none.
   """
   settings = CompressedConfig
   FUSED = False
-  PARTS = 0
+  WINDOWS_OF_ENTRY = 0
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
@@ -373,7 +404,7 @@ class SWA(Attention):
         q_positions_BL=ctx.positions_BL, k_positions_BM=k_positions_BM,
         q_segments_BL=ctx.segment_ids_BL, k_segments_BM=ctx.segment_ids_BL)
     L, M, scored = q_BLHK.shape[1], k_BM1K.shape[1], None
-    if self.PARTS:
+    if self.WINDOWS_OF_ENTRY:
       e_BW1K, scored, seen_BLW, cache = self._make_entries(
           x_BLD, query_input_BLU=query_input_BLU, ctx=ctx, cache=cache,
           reads_slots=reads_slots)
@@ -395,16 +426,23 @@ class SWA(Attention):
 
   def _make_queries(self, x_BLD: jax.Array, ctx: Context
                     ) -> tuple[jax.Array, jax.Array]:
-    """Returns the queries, R_l n(W_q n(W_dq x)), with norms n and the rotation
-    R by the position.
+    """Makes the queries of attention by two products with a small vector
+    between them:
+
+      small = n(W_dq x),   q = R_l n(W_q small)
+
+    where n is a norm and R_l the rotation by the position l (RoPE).
+
+    The suffixes name axes: B batch, L length, D d_model, U features of the
+    small vector (q_rank), H heads, K features of a head.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      ctx: the context of the layer.
+      x_BLD: the layer's input.
+      ctx: the context of the layer, which has the positions.
 
     Returns:
-      The input of the last product, n(W_dq x), which an indexer reads too,
-      [B, L, U = q_rank]; and the queries, [B, L, H, K].
+      The small vectors, [B, L, U], which an indexer makes its own queries of
+      too; and the queries, [B, L, H, K].
     """
     # The small vector of each token.
     config, fields = self.config, self.config.part(CompressedConfig)
@@ -436,15 +474,19 @@ class SWA(Attention):
   def _dense(self, name: str, spec: str, x: jax.Array,
              axes: tuple[str | None, ...], ctx: Context, *outputs: int
              ) -> jax.Array:
-    """Returns the product of x and a weight, which this method declares.
+    """Multiplies x by a weight without a bias. The weight is declared here, as
+    a parameter of this layer.
 
     Args:
-      name: the name of the weight.
-      spec: the einsum of the product, as 'BLD,DK->BLK'.
+      name: the name of the weight, which is part of its path in checkpoints.
+      spec: the einsum of the product, such as 'BLD,DK->BLK'.
       x: the input, whose last axis the product sums over.
-      axes: the logical axes of the weight.
+      axes: the logical axes of the weight, by which it is split over devices.
       ctx: the context of the layer.
       *outputs: the sizes of the weight's axes after the first.
+
+    Returns:
+      The product, with the axes that `spec` names.
     """
     return layers.dense(self, name, spec, x, shape=(x.shape[-1], *outputs),
                         axes=axes, with_bias=False,
@@ -452,12 +494,18 @@ class SWA(Attention):
 
   def _project_output_of_groups(self, o_BLHK: jax.Array, ctx: Context
                                 ) -> jax.Array:
-    """Returns the output by two products, y = W_o [W_g o_g over groups g]. Each
-    group of heads has a first product W_g of its own, to out_rank features; the
-    second one, W_o, is over the features of all groups.
+    """Makes the layer's output of the results of its heads by two products:
+
+      u_g = W_g o_g for each group g of heads,   y = W_o [u_1, u_2, ...]
+
+    Each group has a first product W_g of its own, to out_rank features. The
+    second product W_o is over the features of all groups.
+
+    The suffixes name axes: B batch, L length, H heads, K features of a head, G
+    groups of heads, U features of u (out_rank), D d_model.
 
     Args:
-      o_BLHK: the results of the heads, [batch, length, heads, features].
+      o_BLHK: the results of the heads. Neighbouring heads form a group.
       ctx: the context of the layer.
 
     Returns:
@@ -465,14 +513,18 @@ class SWA(Attention):
     """
     config, (B, L, H, K) = self.config, o_BLHK.shape
     fields = config.part(CompressedConfig)
-    # G groups of H / G heads, whose first products are one batch.
+    # The first product. Groups are a batch axis of its weight.
     axes = 'heads', None, 'head', 'latent'
-    shape = fields.out_groups, H // fields.out_groups, K
-    w_GHKU = layers.weight(self, 'out_down', shape=(*shape, fields.out_rank),
-                           axes=axes, in_axes=(1, 2), batch_axes=(0,))
-    y_BLGU = layers.einsum('BLGHK,GHKU->BLGU', o_BLHK.reshape(B, L, *shape),
-                           w_GHKU, dtype=config.compute_dtype, axes=axes)
+    group_shape = fields.out_groups, H // fields.out_groups, K
+    w_GHKU = layers.weight(
+        self, 'out_down', shape=(*group_shape, fields.out_rank), axes=axes,
+        in_axes=(1, 2), batch_axes=(0,))
+    o_BLGHK = o_BLHK.reshape(B, L, *group_shape)
+    y_BLGU = layers.einsum('BLGHK,GHKU->BLGU', o_BLGHK, w_GHKU,
+                           dtype=config.compute_dtype, axes=axes)
     y_BLGU = sharding.constrain(y_BLGU, 'batch', 'length', 'heads', None)
+
+    # The second product, whose result is added to the residual stream.
     return layers.dense(self, 'out', 'BLGU,GUD->BLD', y_BLGU,
                         shape=(*y_BLGU.shape[2:], config.d_model),
                         axes=('heads', None, 'embed'), in_axes=(0, 1),
@@ -501,13 +553,13 @@ class SWA(Attention):
     """
     config, L = self.config, x_BLD.shape[1]
     rate = tokens_of_window(config)
-    windows = find_closed_windows(
-        ctx, L, tokens_of_window=rate, tokens_of_entry=rate * self.PARTS,
-        cached=cache is not None)
-    e_BW1K, new_inputs = compress_windows(config, parts=self.PARTS,
-                                          name='entry', size=config.head_dim,
-                                          x_BLD=x_BLD, windows=windows, ctx=ctx,
-                                          cache=cache, reads_slots=reads_slots)
+    windows = find_closed_windows(ctx, L, tokens_of_window=rate,
+                                  tokens_of_entry=rate * self.WINDOWS_OF_ENTRY,
+                                  cached=cache is not None)
+    e_BW1K, new_inputs = compress_windows(
+        config, windows_of_entry=self.WINDOWS_OF_ENTRY, name='entry',
+        size=config.head_dim, x_BLD=x_BLD, windows=windows, ctx=ctx,
+        cache=cache, reads_slots=reads_slots)
 
     # A query sees the entries whose windows have ended, in its document: both
     # are counted in places of the row, which with a cache are the positions.
@@ -563,10 +615,10 @@ class SWA(Attention):
     def make_keys(x_BLD: jax.Array) -> jax.Array:
       """Returns the indexer's keys, entries of its own; what a cache keeps of
       them goes into new_inputs."""
-      e_BW1K, inputs = compress_windows(config, parts=self.PARTS, name='index',
-                                        size=sizes.head_dim, x_BLD=x_BLD,
-                                        windows=windows, ctx=ctx, cache=cache,
-                                        reads_slots=reads_slots)
+      e_BW1K, inputs = compress_windows(
+          config, windows_of_entry=self.WINDOWS_OF_ENTRY, name='index',
+          size=sizes.head_dim, x_BLD=x_BLD, windows=windows, ctx=ctx,
+          cache=cache, reads_slots=reads_slots)
       new_inputs.update(inputs)
       return e_BW1K
 
@@ -584,36 +636,46 @@ class SWA(Attention):
 
   def _count_pairs(self, queries: int, keys: int,
                    only_all_entries: bool = False) -> int:
-    """Returns how many pairs of a query and a key or an entry that it sees
-    there are, in a row of one document. FLOPs are counted by it.
+    """Counts the pairs of a query and something that it sees, in a row that is
+    one document. The FLOPs of attention are reported by this number.
+
+    A query sees the keys of the last few tokens, and entries: vectors that
+    stand for a window of several earlier tokens each.
 
     Args:
-      queries: how many queries there are: the last of the keys' tokens.
-      keys: how many keys there are.
-      only_all_entries: whether to count the pairs with all entries that have
-        ended before the query, which an indexer scores, and none with keys.
+      queries: how many queries there are. They belong to the last tokens.
+      keys: how many keys there are, one for each token.
+      only_all_entries: if true, only pairs with entries count, and with all of
+        them that ended before the query. These are the pairs that an indexer
+        scores before it chooses.
+
+    Returns:
+      The number of pairs.
     """
-    # A query sees the keys of its window.
+    # The keys that each query sees.
     config = self.config
     tokens_so_far = np.arange(keys - queries, keys) + 1
     num_seen = 0
     if not only_all_entries:
       window = config.part(CompressedConfig).window
       num_seen = np.minimum(tokens_so_far, window)
-    # It sees an entry for each window that has ended, or the best top_k.
-    if self.PARTS:
-      entries = tokens_so_far // tokens_of_window(config)
+    # The entries: one for each window that has ended or, where an indexer
+    # chooses among them, the top_k best. A top_k of 0 chooses all.
+    if self.WINDOWS_OF_ENTRY:
+      num_entries = tokens_so_far // tokens_of_window(config)
+      top_k = 0
       if config.mixer == 'csa' and not only_all_entries:
         top_k = config.part(IndexerConfig).top_k
-        entries = np.minimum(entries, top_k) if top_k else entries
-      num_seen = num_seen + entries
+      if top_k:
+        num_entries = np.minimum(num_entries, top_k)
+      num_seen = num_seen + num_entries
     return int(num_seen.sum())
 
 
 def compress_windows(
-    config: ModelConfig, parts: int, name: str, size: int, x_BLD: jax.Array,
-    windows: Windows, ctx: Context, cache: Optional[Cache], reads_slots: bool
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    config: ModelConfig, windows_of_entry: int, name: str, size: int,
+    x_BLD: jax.Array, windows: Windows, ctx: Context, cache: Optional[Cache],
+    reads_slots: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Makes the entries of windows of tokens, and rotates them by the position of
   their first token.
 
@@ -622,7 +684,7 @@ def compress_windows(
 
   Args:
     config: the config of the layer.
-    parts: of how many windows an entry is made.
+    windows_of_entry: of how many windows an entry is made.
     name: 'entry', or 'index' for those of an indexer; what they are called in a
       cache.
     size: K, the features of an entry.
@@ -641,7 +703,7 @@ def compress_windows(
   # come from the cache.
   previous_BMU = None if cache is None else cache.inputs[f'{name}_open']
   make_entries = Entries(config, rate=tokens_of_window(config), size=size,
-                         parts=parts, name='entries')
+                         windows_of_entry=windows_of_entry, name='entries')
   e_BWK, next_BMU = make_entries(x_BLD, windows, ctx, previous_BMU)
   e_BW1K = rotate_last_features(
       e_BWK[:, :, None], positions_BL=windows.first_position_BW, config=config,
@@ -664,13 +726,13 @@ def compress_windows(
 
 class HCA(SWA):
   """Attention to a window of keys and to all entries, of one window each."""
-  PARTS = 1
+  WINDOWS_OF_ENTRY = 1
 
 
 class CSA(SWA):
   """Attention to a window of keys and to the entries that an indexer chooses,
   of two windows each."""
-  PARTS = 2
+  WINDOWS_OF_ENTRY = 2
 
 
 def tokens_of_window(config: ModelConfig) -> int:
@@ -682,28 +744,42 @@ def tokens_of_window(config: ModelConfig) -> int:
 def rotate_last_features(
     x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
     length: int | jax.Array, of_indexer: bool = False) -> jax.Array:
-  """Returns x with the last features of each head rotated by positions (RoPE),
-  or x itself where the position encoding is not rotary.
+  """Rotates the last features of each head by positions (RoPE), and leaves the
+  features before them as they are. Where the model's position encoding is not
+  rotary, x is returned unchanged.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head.
 
   Args:
-    x_BLHK: queries, keys or results, [batch, length, heads, features].
-    positions_BL: the positions. Negative ones rotate back.
+    x_BLHK: queries, keys or results of heads.
+    positions_BL: the positions. Negative positions rotate back.
     config: the config of the layer.
     length: the length of the sequence, by which some encodings scale.
-    of_indexer: whether the features are those of an indexer, which may pair
-      them differently from attention.
+    of_indexer: whether the features belong to an indexer (the small attention
+      that chooses keys), which may pair features differently.
+
+  Returns:
+    The rotated x, [B, L, H, K].
   """
-  # The number of rotated features is that of a head of attention.
   rotate = positions.position_of(config).rotate
   if not rotate:
     return x_BLHK
+
+  # As many features are rotated as in a head of attention, in pairs of
+  # neighbours or of halves.
   num_rotated, rope = positions.rotary_dim(config), config.part(RopeConfig)
-  pairs = config.part(IndexerConfig) if of_indexer else rope
-  # The encoding is given a config whose heads are the rotated features alone.
-  # So it rotates all of them, but a proportional fraction changes angles too.
-  fraction = rope.fraction if rope.proportional else 1.0
+  interleaved = rope.interleaved
+  if of_indexer:
+    interleaved = config.part(IndexerConfig).interleaved
+
+  # `rotate` rotates the first features of a head. It is given the rotated
+  # features alone and a config whose heads have only these. The fraction of
+  # rotated features is then 1, unless it changes the angles too.
+  fraction = 1.0
+  if rope.proportional:
+    fraction = rope.fraction
   rope_config = dataclasses.replace(config, head_dim=num_rotated).with_part(
-      RopeConfig, fraction=fraction, interleaved=pairs.interleaved)
+      RopeConfig, fraction=fraction, interleaved=interleaved)
   unrotated, rotated = jnp.split(
       x_BLHK, (x_BLHK.shape[-1] - num_rotated,), -1)
   rotated = rotate(rotated, positions_BL, rope_config, length)
@@ -727,34 +803,48 @@ class Compressed(mixer.Mixer):
         'attention_scale', 'norm_eps', *mixer.FIELDS_OF_SCORES, *fields)
 
   def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> Cache:
-    """Returns an empty cache of a layer.
+    """Returns an empty cache for a layer that compresses earlier tokens: each
+    window of a few tokens becomes one vector, called an entry.
 
     Args:
       config: the config of the layer.
-      shape: (..., rows, tokens), for how many tokens M there is room.
+      shape: (..., rows, tokens): the rows of the batch, and for how many tokens
+        of a row there is room.
 
     Returns:
-      A cache of zeros with the keys of all tokens and, as its inputs, the
-      entries ('entry', and 'index' for an indexer), and the values and scores
-      of tokens whose windows are still open (the same names with '_open').
+      A cache of zeros, which holds:
+        key_BMJK: the keys of all tokens. There is J = 1 head of keys, which all
+          heads of queries share, and it has no values: keys are values too.
+        inputs['entry']: the entries. inputs['index'] has those that are the
+          keys of an indexer, the small attention that chooses entries.
+        inputs['entry_open'], inputs['index_open']: the values and the scores of
+          tokens whose window has not ended yet.
     """
-    *rows, M = shape
-    parts = self.module.PARTS
+    key_BMJK = jnp.zeros((*shape, 1, config.head_dim), config.compute_dtype)
+    windows_of_entry = self.module.WINDOWS_OF_ENTRY
+    if not windows_of_entry:
+      return Cache(key_BMJK=key_BMJK)
+
+    # How many features the entries of attention and of the indexer have.
+    features_of_entry = {'entry': config.head_dim}
+    if config.mixer == 'csa':
+      features_of_entry['index'] = config.part(IndexerConfig).head_dim
+
+    # Each window has an entry. An entry is made of the tokens of one or more
+    # windows. Its last token completes it, so all tokens but one may wait.
+    *rows, num_tokens = shape
+    window_size = tokens_of_window(config)
+    num_entries = max(1, num_tokens // window_size)
+    num_waiting = window_size * windows_of_entry - 1
     inputs = {}
-    # An entry is made of rate * parts tokens, of which the last closes its
-    # window: all others may have to wait for it.
-    if parts:
-      entry_sizes = {'entry': config.head_dim}
-      if config.mixer == 'csa':
-        entry_sizes['index'] = config.part(IndexerConfig).head_dim
-      rate = tokens_of_window(config)
-      for name, size in entry_sizes.items():
-        entries_shape = *rows, max(1, M // rate), size
-        inputs[name] = jnp.zeros(entries_shape, config.compute_dtype)
-        open_shape = *rows, rate * parts - 1, 2 * parts * size
-        inputs[f'{name}_open'] = jnp.zeros(open_shape, config.compute_dtype)
-    key_BM1K = jnp.zeros((*shape, 1, config.head_dim), config.compute_dtype)
-    return Cache(key_BMJK=key_BM1K, inputs=inputs)
+    for name, num_features in features_of_entry.items():
+      # A waiting token has a value and a score for each entry that it enters.
+      values_and_scores = 2 * windows_of_entry * num_features
+      inputs[name] = jnp.zeros(
+          (*rows, num_entries, num_features), config.compute_dtype)
+      inputs[f'{name}_open'] = jnp.zeros(
+          (*rows, num_waiting, values_and_scores), config.compute_dtype)
+    return Cache(key_BMJK=key_BMJK, inputs=inputs)
 
   def keeps_state(self, config: ModelConfig) -> bool:
     return True  # an entry of several tokens, or a window, is read as a whole
@@ -764,15 +854,17 @@ class Compressed(mixer.Mixer):
             ('tensor', 'compressed.out_groups'))
 
   def check(self, config: ModelConfig, stack: str) -> None:
-    """Checks that a model can have attention to entries.
+    """Checks that a model can have this attention, in which windows of earlier
+    tokens are compressed to one vector each, called an entry.
 
     Args:
       config: the config of the model.
-      stack: the kind of stack, 'decoder' or another.
+      stack: the kind of stack: 'encoder', 'decoder' or 'encoder-decoder'.
 
     Raises:
-      RequestError: for a stack that is no decoder, another rule of attention,
-        muP, a bias by distances, and sizes that do not fit.
+      RequestError: if the model is no decoder, sets another rule of which keys
+        a query sees, is parametrised by muP, adds a bias by distances to the
+        scores, or has sizes that do not fit each other.
     """
     # The model around the attention.
     fields = config.part(CompressedConfig)

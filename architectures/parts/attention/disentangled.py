@@ -58,50 +58,64 @@ class Distances(nn.Module):
 
 
 def rows(distance: jax.Array, config: ModelConfig) -> jax.Array:
-  """Returns which row of the table of distances each distance has.
+  """Maps the distance between a query and a key to a row of the learned table
+  of distances (DeBERTa-v2's log buckets).
 
-  A distance i - j has the row r = S + bucket(i - j), by the equations at the
-  head of this file: near distances have a bucket each, and far ones share
-  buckets that widen with the logarithm of the distance.
+  A distance d has the row S + bucket(d). Near distances have a bucket each. Far
+  ones share buckets that widen with the logarithm of the distance:
+
+    bucket(d) = d                                           |d| <= half = S / 2
+    bucket(d) = +-(half + ceil((half - 1) log(|d| / half)
+                               / log((max_distance - 1) / half)))     beyond
 
   Args:
     distance: int, the query's position less the key's, of any shape.
-    config: the config, whose DisentangledConfig has S and max_distance.
+    config: the config, whose DisentangledConfig has S (`buckets`) and
+      max_distance.
 
   Returns:
     Row numbers from 0 to 2 S - 1, int32, of the shape of `distance`.
   """
-  config_of_distances = config.part(DisentangledConfig)
-  S, most = config_of_distances.buckets, config_of_distances.max_distance
+  distance_config = config.part(DisentangledConfig)
+  S, max_distance = distance_config.buckets, distance_config.max_distance
+  half = S // 2
 
   # The bucket of each size |d| from 0 to max_distance. NumPy computes it in
   # float64, so that a size on a bucket's border has the same one on any device.
-  half, sizes = S // 2, np.arange(most + 1)
-  logs = np.log(np.maximum(sizes, half) / half) / np.log((most - 1) / half)
-  bucket_of_size = np.where(sizes <= half, sizes,
-                            np.ceil(logs * (half - 1)) + half).astype(np.int32)
+  sizes = np.arange(max_distance + 1)
+  logs = (np.log(np.maximum(sizes, half) / half)
+          / np.log((max_distance - 1) / half))
+  far_buckets = np.ceil(logs * (half - 1)) + half
+  bucket_of_size = np.where(sizes <= half, sizes, far_buckets).astype(np.int32)
 
   # All larger sizes share the last bucket. S is the row of distance 0.
-  bucket = jnp.asarray(bucket_of_size)[jnp.minimum(jnp.abs(distance), most)]
+  size = jnp.minimum(jnp.abs(distance), max_distance)
+  bucket = jnp.asarray(bucket_of_size)[size]
   return jnp.clip(S + jnp.sign(distance) * bucket, 0, 2 * S - 1)
 
 
 def _projected(module: nn.Module, name: str, table_UD: jax.Array) -> jax.Array:
-  """Returns queries or keys of the distances: the table of distances times the
-  weight by which the layer's attention makes queries or keys of its tokens.
+  """Makes queries or keys of the vectors that stand for distances (DeBERTa's
+  relative positions). They are multiplied by the same weight by which the
+  layer makes the queries or keys of its tokens.
+
+  The suffixes name axes: U rows of the table of distances, D d_model, H heads,
+  K features of a head.
 
   Args:
     module: the layer's attention. It has declared the weight already, when it
       multiplied its tokens, so the weight is read here and not declared again.
     name: 'query' or 'key', the name of the weight.
-    table_UD: the vectors of the U = 2 S rows of distances, [rows, d_model].
+    table_UD: the vectors of the distances, a row for each bucket of distances.
 
   Returns:
-    The products with the weight's bias, [U, heads, features of a head]. There
-    are H heads of queries and J heads of keys.
+    The queries or keys, with the weight's bias if it has one, [U, H, K].
   """
   config: ModelConfig = module.config  # type: ignore[attr-defined]
-  parameter = lambda name: nn.meta.unbox(module.get_variable('params', name))
+
+  def parameter(name: str) -> jax.Array:
+    """Returns a parameter of the layer, without its metadata of sharding."""
+    return nn.meta.unbox(module.get_variable('params', name))
 
   # The weight, with the low-rank update A B of an adapter (LoRA) if it has one.
   w_DHK = parameter(name)
@@ -113,8 +127,9 @@ def _projected(module: nn.Module, name: str, table_UD: jax.Array) -> jax.Array:
   y_UHK = layers.einsum('UD,DHK->UHK', table_UD, w_DHK,
                         dtype=config.compute_dtype,
                         axes=('embed', 'heads', 'head'))
-  return layers.add_bias(y_UHK, parameter(f'{name}_bias')) if (
-      config.attention_bias) else y_UHK
+  if config.attention_bias:
+    y_UHK = layers.add_bias(y_UHK, parameter(f'{name}_bias'))
+  return y_UHK
 
 
 def bias(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
@@ -170,15 +185,17 @@ def bias(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
 
 
 def check(config: ModelConfig, stack: str) -> None:
-  """Checks that a model can have disentangled attention.
+  """Checks that a model can have disentangled attention (DeBERTa), which scores
+  the content of a token and its distance apart.
 
   Args:
     config: the config of the model.
-    stack: the kind of stack, which is not read: any may have it.
+    stack: the kind of stack. It is not read: an encoder and a decoder may both
+      have this attention.
 
   Raises:
-    RequestError: where layers lack queries and keys of their own, for buckets
-      that the equations cannot make, and under muP.
+    RequestError: if layers have no queries and keys of their own, if the
+      buckets of distances cannot be computed, or if muP is asked for.
   """
   del stack
   request = "model.position is 'disentangled'"

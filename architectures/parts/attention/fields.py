@@ -43,13 +43,37 @@ class AttentionConfig:
   keys_as_values: bool = field(
       False, 'values are the keys, before their norm and their positions',
       of_layers=True)
+  key_offset: bool = field(
+      False, 'The features of a key that the position encoding does not rotate '
+      'are those of the token before.', of_layers=True)
+  learned_log_scale: bool = field(
+      False, 'A learned factor of the queries of each head, linear in the '
+      'logarithm of their position.', of_layers=True)
+  forget_gate: bool = field(
+      False, 'A gate of each head, made of each token, that lowers the weights '
+      'of all tokens before it.', of_layers=True)
+  attention_exclusive: str = field(
+      'none', "The part of a head's result along its token's own value that "
+      'is removed: none, all of it, or a learned share of it.',
+      choices=('none', 'all', 'learned'), of_layers=True)
+  context_norm: bool = field(
+      False, "A norm of each head's result, before its gate: rmsnorm_plain.",
+      of_layers=True)
   kv_sharing: bool = field(
       False, 'A layer reads the keys and values of one before it: of a kind of '
       'layer.', of_layers=True)
 
   def conditions_of_reading(self, config: Sizes) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as long as another field has its
-    value, each with that field and what it would have to be."""
+    """Returns the fields of this group that have no effect as the config
+    stands. A field that a user sets without effect is refused by this list.
+
+    Args:
+      config: the config of the model, which is not read.
+
+    Returns:
+      {field without effect: the other field that switches it off, and the
+      condition under which it would be read}.
+    """
     del config
     conditions = {}
     if not self.attention_log_scale:
@@ -59,7 +83,7 @@ class AttentionConfig:
         conditions[name] = ReadIf('qk_norm', 'is set')
     if self.kv_sharing:
       for name in ('value_residual', 'value_embedding', 'value_norm',
-                   'keys_as_values'):
+                   'keys_as_values', 'key_offset', 'forget_gate'):
         conditions[name] = ReadIf('kv_sharing', 'is False')
     return conditions
 

@@ -190,21 +190,23 @@ class Indexer(nn.Module):
       self, k_BLK: jax.Array, ctx: Context,
       previous_inputs: Optional[dict[str, jax.Array]]
       ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the normalised keys of the indexer, and what the keys of the next
-    tokens are made of.
+    """Makes the indexer's keys of the products W_k x, by a norm n.
 
-    A key is n(W_k x) or, with blocks, n of the mean of W_k x over the tokens of
-    a block that ends with this token; n is a norm.
+    Without blocks a token's key is n(W_k x). With blocks of tokens it is n of
+    the mean of W_k x over the block that would end with this token.
+
+    The suffixes name axes: B batch, L length, K features of a key, W tokens of
+    a block; J and the 1 are the one head of keys.
 
     Args:
-      k_BLK: the products W_k x, [batch, length, features].
+      k_BLK: the products W_k x.
       ctx: the context of the layer.
-      previous_inputs: the second result for the tokens before, from a cache;
-        None: there are none.
+      previous_inputs: the second result of the call for the tokens before, from
+        a cache; None: there is no cache.
 
     Returns:
-      The keys, [B, L, 1, K], and {CACHE_INPUT: the products W_k x of the last
-      block - 1 tokens, [B, block - 1, 1, K]}, or {} without blocks.
+      The keys, [B, L, 1, K]; and what the next call needs: with blocks
+      {CACHE_INPUT: the products of the last W - 1 tokens}, else {}.
     """
     config, sizes = self.config, self.config.part(IndexerConfig)
     if not sizes.block:
@@ -229,15 +231,19 @@ class Indexer(nn.Module):
   def _product(self, name: str, spec: str, x: jax.Array,
                axes: tuple[str | None, ...], *outputs: int,
                dtype: jax.typing.DTypeLike = None) -> jax.Array:
-    """Returns the product of x and a weight, which this method declares.
+    """Multiplies x by a weight without a bias. The weight is declared here, as
+    a parameter of this layer.
 
     Args:
-      name: the name of the weight.
-      spec: the einsum of the product, as 'BLD,DK->BLK'.
+      name: the name of the weight, which is part of its path in checkpoints.
+      spec: the einsum of the product, such as 'BLD,DK->BLK'.
       x: the input, whose last axis the product sums over.
-      axes: the logical axes of the weight.
+      axes: the logical axes of the weight, by which it is split over devices.
       *outputs: the sizes of the weight's axes after the first.
       dtype: the dtype of the result; None: the model's compute dtype.
+
+    Returns:
+      The product, with the axes that `spec` names.
     """
     w = layers.weight(self, name, shape=(x.shape[-1], *outputs), axes=axes)
     return layers.einsum(spec, x, w, dtype=self.config.compute_dtype,
@@ -245,15 +251,21 @@ class Indexer(nn.Module):
 
   def _rotate(self, x_BLHK: jax.Array, ctx: Context, positions_back: int = 0
               ) -> jax.Array:
-    """Returns queries or keys whose first features are rotated by the token's
-    position (RoPE), or x itself where the position encoding is not rotary.
+    """Rotates the first features of queries or keys by the token's position
+    (RoPE). Where the model's position encoding is not rotary, x is returned
+    unchanged.
+
+    The suffixes name axes: B batch, L length, H heads, K features of a head.
 
     Args:
-      x_BLHK: queries or keys, [batch, length, heads, features].
+      x_BLHK: queries or keys.
       ctx: the context of the layer, which has the positions.
-      positions_back: how far before the token the position is that counts. The
-        key at the last of n tokens stands for all of them, and is rotated by
-        the position of the first, n - 1 places back.
+      positions_back: how many positions before the token's own to rotate by. A
+        key that stands for a block of n tokens is made at the last of them and
+        rotated by the position of the first, n - 1 before.
+
+    Returns:
+      The rotated x, [B, L, H, K].
     """
     config, rotate = self.config, positions.position_of(self.config).rotate
     if not rotate:
@@ -317,25 +329,30 @@ class ScoredKeys(NamedTuple):
     return seen_BLM & self.expand_blocks_to_keys(best_BLN | ~whole_BLN, True)
 
   def indices_of_best(self, seen_B1M: jax.Array, top_k: int) -> jax.Array:
-    """Returns the indices of the top_k keys with the best scores, for one query
-    in each row; each row is one document.
+    """Returns the indices of the top_k keys with the best scores, for a single
+    query in each row of the batch. Each row must be one document.
+
+    With blocks of keys, whole blocks are chosen, and the keys after the last
+    whole block come with them.
+
+    The suffixes name axes: B batch, 1 query, M keys, N blocks of keys.
 
     Args:
-      seen_B1M: bool, the keys that the query may see, [batch, 1, keys].
+      seen_B1M: bool, the keys that the query may see.
       top_k: how many keys to choose; with blocks, a multiple of their size.
 
     Returns:
-      Indices of keys, [B, top_k]. With blocks there are block_size more, those
-      of the block that is not whole yet, and some may be of keys that the query
-      does not see or that do not exist: the caller has a mask for the former
-      and clips the latter.
+      Indices of keys, [B, top_k], or [B, top_k + block_size] with blocks. With
+      blocks, some may be of keys that the query does not see or that do not
+      exist. The caller must mask the former and clip the latter.
     """
     if not self.block_size:
       visible_scores = hide_unseen_scores(self.scores_BLM, seen_B1M)
       return jax.lax.top_k(visible_scores[:, 0], top_k)[1]
 
-    # The best of the whole blocks, and the block that follows these. In a row
-    # of one document, the blocks 0 ... n - 1 are whole, so n is the next one.
+    # The best of the whole blocks, and the open block that follows the last of
+    # them. In a row of one document the blocks 0 ... n - 1 are whole, so the
+    # open one has the number n, which is how many are whole.
     whole_B1N = self.whole_blocks_seen(seen_B1M)
     visible_scores = hide_unseen_scores(self.scores_BLM, whole_B1N)
     score_BN, block_BN = jax.lax.top_k(
@@ -353,14 +370,18 @@ class ScoredKeys(NamedTuple):
 
   def divergence(self, target_BLM: jax.Array, seen_BLM: Any, ctx: Context
                  ) -> jax.Array:
-    """Returns the `divergence` of these scores from the target; with blocks,
-    over the keys of whole blocks.
+    """Returns the Kullback-Leibler divergence of these scores from the weights
+    of attention, which is the loss of an indexer. With blocks of keys, only the
+    keys of whole blocks enter it.
+
+    The suffixes name axes: B batch, L queries, M keys.
 
     Args:
-      target_BLM: the weights of attention, [batch, queries, keys].
+      target_BLM: the weights that attention gives the keys.
       seen_BLM: bool, which keys a query sees.
       ctx: the context of the layer, which says which tokens are padding.
     """
+    # Each key has the score of its block.
     scores_BLM = self.scores_BLM
     if self.block_size:
       seen_BLM = seen_BLM & self.expand_blocks_to_keys(
@@ -373,22 +394,30 @@ class ScoredKeys(NamedTuple):
 
 def score_keys(config: ModelConfig, index: Index, ids_BM: Optional[jax.Array]
                ) -> ScoredKeys:
-  """Returns an indexer's scores of all keys, or of blocks of keys.
+  """Scores all keys for each query by an indexer, the small attention that
+  chooses which keys a query may see. With a block size in the config, blocks of
+  neighbouring keys are scored in place of single keys.
+
+  The suffixes name axes: B batch, M keys, N blocks of keys, J = 1 head of keys,
+  K features of the indexer's keys.
 
   Args:
     config: the config of the layer.
     index: the indexer's queries and keys.
-    ids_BM: the number of each key's document, [batch, keys]; None: a row is one
-      document.
+    ids_BM: the number of each key's document; None: a row is one document.
+
+  Returns:
+    The scores and, with blocks, which keys belong to which block.
   """
   block_size = config.part(IndexerConfig).block
   num_keys = index.key_BMJK.shape[1]
   if not block_size:
     return ScoredKeys(indexer_scores(index))
 
-  # The last keys of blocks, counted from the start of a document. The indexer's
-  # key there is the mean of the block, so it stands for the block. The sort
-  # moves num_keys, the mark of a key that is no last one, behind the others.
+  # Find the last key of each block, counted from the start of a document. The
+  # indexer's key there is the mean of the block, so it stands for the block. A
+  # key that ends no block is marked by num_keys, which the sort moves behind
+  # the others.
   key_1M = jnp.arange(num_keys)[None]
   first_BM = 0 if ids_BM is None else features.start_of_document(ids_BM)
   is_last_BM = (key_1M - first_BM) % block_size == block_size - 1
@@ -438,15 +467,18 @@ def hide_unseen_scores(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array]
 
 def mask_of_best(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array],
                  top_k: int) -> jax.Array:
-  """Returns which keys have the top_k best scores of those that a query sees.
+  """Returns a mask of the top_k best-scored keys among those that each query
+  sees.
 
-  The choice is that of lax.top_k, of equals the first. It is written as
-  comparisons, which each device makes with its own queries, and not as a
-  scatter of the indices that lax.top_k returns.
+  The choice is that of lax.top_k: of equal scores, the first ones win. It is
+  written as comparisons, which each device makes for its own queries, rather
+  than as a scatter of the indices that lax.top_k returns.
+
+  The suffixes name axes: B batch, L queries, M keys.
 
   Args:
-    scores_BLM: the scores, [batch, queries L, keys M].
-    seen_BLM: bool, the keys that a query sees; None: all.
+    scores_BLM: the scores of the keys.
+    seen_BLM: bool, the keys that a query sees; None: it sees all.
     top_k: how many keys to choose, at most M.
 
   Returns:
@@ -474,15 +506,18 @@ def should_copy_chosen_keys(top_k: int, shape: tuple[int, ...]) -> bool:
 
 def divergence(target_BLM: jax.Array, scores_BLM: jax.Array,
                seen_BLM: Optional[jax.Array], ctx: Context) -> jax.Array:
-  """Returns the mean over tokens, in nats, of the Kullback-Leibler divergence
-  KL(p || softmax of scores), the loss of an indexer.
+  """Returns the loss of an indexer: the Kullback-Leibler divergence
+  KL(p || softmax(scores)), in nats, as the mean over the tokens that are no
+  padding. p are the weights that attention gives the keys.
+
+  The suffixes name axes: B batch, L queries, M keys.
 
   Args:
-    target_BLM: weights of the keys, [batch, queries L, keys M]. They may add up
-      to less than 1, and p are these weights over their sum.
-    scores_BLM: the scores, whose softmax is over the keys.
-    seen_BLM: bool, the keys that both are taken over; None: all.
-    ctx: the context, which says which tokens are no padding.
+    target_BLM: the weights of the keys. They may add up to less than 1; p are
+      these weights divided by their sum.
+    scores_BLM: the indexer's scores of the keys.
+    seen_BLM: bool, the keys that p and the softmax are over; None: all keys.
+    ctx: the context of the layer, which says which tokens are padding.
   """
   if seen_BLM is not None:
     scores_BLM = jnp.where(seen_BLM, scores_BLM, UNSEEN_SCORE)
@@ -526,13 +561,18 @@ def empty_block_inputs(config: ModelConfig, shape: tuple[int, ...]
 
 
 def count_chosen_keys(config: ModelConfig, num_seen: np.ndarray) -> np.ndarray:
-  """Returns how many keys a query sees after an indexer has chosen: the keys of
-  whole blocks up to top_k, and those after the last whole block; all of them
-  where top_k is 0.
+  """Returns how many keys a query sees after an indexer has chosen among them.
+
+  An indexer chooses whole blocks of keys, up to top_k keys in all. The keys
+  after the last whole block are always seen. With a top_k of 0 it chooses all.
 
   Args:
     config: the config of the layer.
-    num_seen: how many keys queries may see, an array of any shape.
+    num_seen: how many keys each query may see before the choice, an array of
+      any shape.
+
+  Returns:
+    How many keys are left, an array of the same shape.
   """
   sizes = config.part(IndexerConfig)
   # Without blocks, each key counts as a block of its own.
@@ -544,16 +584,17 @@ def count_chosen_keys(config: ModelConfig, num_seen: np.ndarray) -> np.ndarray:
 
 
 def check_indexer(config: ModelConfig, stack: str) -> None:
-  """Checks that a model can have a layer with an indexer.
+  """Checks that a model can have a layer with an indexer, the small attention
+  that chooses which keys a query may see.
 
   Args:
     config: the config of the layer.
-    stack: the kind of stack, 'decoder' or another.
+    stack: the kind of stack: 'encoder', 'decoder' or 'encoder-decoder'.
 
   Raises:
-    RequestError: for a stack that is no decoder, muP, keys of another layer,
-      blocks that do not divide top_k, and more rotated features than a head of
-      the indexer has.
+    RequestError: if the stack is no decoder, muP is asked for, the layer takes
+      its keys from another layer, the size of blocks does not divide top_k, or
+      positions rotate more features than a head of the indexer has.
   """
   request = "model.attention is 'indexed'"
   # The model around the indexer.

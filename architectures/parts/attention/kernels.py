@@ -108,12 +108,14 @@ def visible_keys(kind: LayerKind, config: ModelConfig,
 def segment_ids_with_chunks(
     kind: LayerKind, config: ModelConfig, positions_BL: jax.Array,
     segments_BL: Optional[jax.Array]) -> Optional[jax.Array]:
-  """Returns segment ids for a fused kernel, which lets a token see those with
-  its own id alone. Where the layer's rule cuts documents into chunks, each
-  chunk has an id of its own.
+  """Returns the segment ids of tokens for a fused kernel. Such a kernel lets a
+  token see only tokens of the same id.
+
+  The ids are the numbers of documents. In a layer whose attention stays within
+  chunks of a fixed length, each chunk of a document has an id of its own.
 
   Args:
-    kind: the kind of the layer.
+    kind: the kind of the layer, which names its rule of attention.
     config: the config of the layer.
     positions_BL: the positions of the tokens in their documents, [batch,
       length].
@@ -121,13 +123,14 @@ def segment_ids_with_chunks(
       document.
 
   Returns:
-    The ids, int32 [B, L]; None: a row is one segment.
+    The ids, int32 [batch, length]; None: a row is one segment.
   """
   rule = RULES[kind.attention]
   if not rule.chunk:
     return segments_BL
-  # The chunk's number in its document, plus that of the document times a number
-  # that no chunk reaches: so no two chunks have one id.
+  # The id is the chunk's number in its document, plus a multiple of the
+  # document's number. No document has as many chunks as the multiplier, so no
+  # two chunks share an id.
   chunk_BL = positions_BL // rule.chunk(config)
   if segments_BL is None:
     return chunk_BL
@@ -143,35 +146,39 @@ def is_start_of_row(kind: LayerKind, ctx: Context) -> bool:
 def _count_keys_of_queries(kind: LayerKind, config: ModelConfig,
                            queries: np.ndarray, keys: np.ndarray
                            ) -> np.ndarray:
-  """Returns how many keys each query sees, in a row of one document. This is
-  the count of what `visible_keys` shows, without an array of all pairs.
+  """Counts the keys that each query sees, in a row that is one document. This
+  is the row sum of the mask of `visible_keys`, computed without the mask.
 
   Args:
-    kind: the kind of the layer.
-    config: the config of the layer.
-    queries: the positions of the queries, [L].
-    keys: the positions of the keys, 0 ... M - 1.
+    kind: the kind of the layer: its rule of attention, and whether it is
+      causal.
+    config: the config of the layer, with the sizes of chunks and windows.
+    queries: the positions of L queries.
+    keys: the positions of M keys, 0 ... M - 1.
 
   Returns:
-    An integer of each query, [L].
+    The number of keys of each query, int [L].
   """
   rule, num_keys = RULES[kind.attention], keys.size
-  # A query sees the keys of its chunk, up to itself where the layer is causal.
+  # In chunked attention a query sees the keys of its chunk; if the layer is
+  # causal, only those up to itself.
   if rule.chunk:
     chunk = rule.chunk(config)
     first = queries - queries % chunk
     stop = queries + 1 if kind.causal else first + chunk
     return np.minimum(stop, num_keys) - first
 
-  # Or it sees those that are less than `reach` away, before it and, where the
-  # layer is not causal, after it.
+  # Else it sees the keys that are less than `reach` positions away: those
+  # before it and, if the layer is not causal, those after it.
   reach = rule.window(config) if rule.window else num_keys
   reach_after = 1 if kind.causal else reach
   first = np.maximum(queries - reach + 1, 0)
   num_seen = np.minimum(queries + reach_after, num_keys) - first
 
-  # An indexer leaves some of them.
-  return rule.top(config, num_seen) if rule.top else num_seen
+  # An indexer, which chooses the best keys, leaves only some of them.
+  if rule.top:
+    return rule.top(config, num_seen)
+  return num_seen
 
 
 def count_visible_pairs(kind: LayerKind, config: ModelConfig, queries: int,
@@ -188,22 +195,25 @@ def count_visible_pairs(kind: LayerKind, config: ModelConfig, queries: int,
 def count_useful_pairs(kind: LayerKind, config: ModelConfig, queries: int,
                        keys: int, prefix: bool = False
                        ) -> tuple[int, int, int]:
-  """Counts pairs of a query and a key, by which the FLOPs of attention are
-  counted: a program may compute all, but only visible ones are useful.
+  """Counts the pairs of a query and a key in a layer's attention. The FLOPs of
+  attention are reported by them: a program may compute all pairs, but only
+  those that the mask shows are useful.
 
   Args:
-    kind: the kind of the layer.
+    kind: the kind of the layer: its rule of attention, and whether it is
+      causal.
     config: the config of the layer.
-    queries: how many queries there are: the last of the keys' tokens.
-    keys: how many keys there are.
-    prefix: whether the tokens of a row's prefix see each other both ways. In
-      training a prefix may have any number of tokens from 1 to keys - 1, each
-      as likely, so all three numbers are then sums over these prefixes.
+    queries: how many queries there are. They belong to the last tokens.
+    keys: how many keys there are, one for each token.
+    prefix: whether the first tokens of a row (its prefix) see each other both
+      ways, as in a prefix language model. In training every length of prefix
+      from 1 to keys - 1 is equally likely, so the three numbers are then sums
+      over all of these lengths.
 
   Returns:
-    The pairs that the mask shows; all that there are; and those that the mask
-    would show if the whole row were a prompt, which with `prefix` is a prefix
-    of all tokens.
+    Three numbers of pairs: those that the mask shows; all that there are; and
+    those that the mask would show if the whole row were the prefix, as a
+    prompt is.
   """
   visible_pairs = count_visible_pairs(kind, config, queries=queries, keys=keys)
   all_pairs = queries * keys
@@ -221,8 +231,9 @@ def count_useful_pairs(kind: LayerKind, config: ModelConfig, queries: int,
   if top:
     prefix_pairs = _count_indexed_pairs_of_prefixes(kind, config, keys)
   else:
-    # A query sees a later key in the prefixes that this key is part of. As many
-    # see a key from before it as it sees before itself: masks are symmetric.
+    # In a prefix, a query also sees the keys after it. By symmetry, as many
+    # queries see a key from before it as that key's own query sees keys before
+    # itself. Each such pair occurs in all prefixes that this key is part of.
     earlier_M = _count_keys_of_queries(
         kind, config, queries=position_M, keys=position_M) - 1
     later_pairs = (earlier_M * (num_prefixes - position_M)).sum()
@@ -232,33 +243,37 @@ def count_useful_pairs(kind: LayerKind, config: ModelConfig, queries: int,
 
 def _count_indexed_pairs_of_prefixes(kind: LayerKind, config: ModelConfig,
                                      keys: int) -> int:
-  """Returns how many pairs of a query and a key an indexer leaves, added up
-  over all prefixes of 1 to keys - 1 tokens that a row may have.
+  """Counts the pairs of a query and a key that attention computes where an
+  indexer chooses the best keys of each query, in a prefix language model. The
+  count is the sum over all lengths of the prefix, from 1 to keys - 1 tokens.
 
   With a prefix of p tokens, query i may see max(i + 1, p) keys: those up to
-  itself, or the whole prefix. The indexer leaves the best of them, whose number
-  depends on how many there are alone.
+  itself, or the whole prefix. How many of n keys the indexer leaves depends on
+  n alone.
 
   Args:
-    kind: the kind of the layer, whose rule has an indexer.
+    kind: the kind of the layer, whose rule of attention has an indexer.
     config: the config of the layer.
     keys: how many keys there are, and as many queries.
+
+  Returns:
+    The number of pairs, summed over the prefixes.
   """
   # best_M[n] is how many of n keys the indexer leaves, for n up to keys - 1.
   top, position_M = RULES[kind.attention].top, np.arange(keys)
   best_M = top(config, position_M)
 
-  # Prefixes that end with the query or before it. Query i then sees i + 1 keys,
-  # so best_M is shifted by one, and the last query's number is appended. There
-  # are i + 1 such prefixes, of 1 to i + 1 tokens, but keys - 1 at most.
+  # First, prefixes that end with the query or before it. Query i then sees
+  # i + 1 keys, so best_M is shifted by one, and the last query's number is
+  # appended. There are i + 1 such prefixes, but keys - 1 at most.
   last_count = _count_keys_of_queries(
       kind, config, queries=position_M[-1:], keys=position_M)
   up_to_query_M = np.append(best_M[1:], last_count)
   shorter = (up_to_query_M * np.minimum(position_M + 1, keys - 1)).sum()
 
-  # Prefixes that go on after the query, of i + 2 to keys - 1 tokens. The number
-  # that the indexer leaves is best_M at the prefix' length, so query i has the
-  # sum of best_M beyond i + 1, and the last query has no such prefix.
+  # Second, prefixes that go on after the query, of i + 2 to keys - 1 tokens.
+  # The query sees the whole prefix, so it has the sum of best_M over these
+  # lengths. The last query has no such prefix.
   longer_prefixes_M = best_M.sum() - best_M.cumsum()
   longer = np.append(longer_prefixes_M[1:], 0).sum()
   return int(shorter + longer)
@@ -475,18 +490,20 @@ def _masked_scores(
     settings: _ScoreSettings, queries: slice, keys: slice,
     mask_BLM: Optional[jax.Array], q_BJRLK: jax.Array, k_BJMK: jax.Array,
     bias_BJRLM: Optional[jax.Array]) -> jax.Array:
-  """Returns the scores scale q k + bias of a block of queries and keys, and
-  MASKED_SCORE where a key is hidden.
+  """Computes attention's scores scale * q k + bias for a block of queries and
+  keys. A key that a query does not see gets MASKED_SCORE.
+
+  The suffixes name axes: B batch, J heads of keys, R heads of queries for each
+  head of keys, L queries, M keys, K features of a head.
 
   Args:
-    settings: the scale and the softcap.
-    queries: the slice of all queries that the block has.
-    keys: the slice of all keys that the block has.
+    settings: the scale, and the softcap c that bounds scores by c tanh(s / c).
+    queries: which of all queries are in the block.
+    keys: which of all keys are in the block.
     mask_BLM: bool, which keys a query sees; None: all.
-    q_BJRLK: all queries, [batch, heads of keys J, R heads of queries for each,
-      length L, features K].
-    k_BJMK: all keys, [batch, J, number of keys M, features K].
-    bias_BJRLM: added to the scores; None: nothing is.
+    q_BJRLK: all queries.
+    k_BJMK: all keys.
+    bias_BJRLM: a bias on the scores of all pairs; None: there is none.
 
   Returns:
     The scores, float32 [B, J, R, L of the block, M of the block].
@@ -548,17 +565,22 @@ def _sum_over_rows(x_BJRLM: jax.Array) -> jax.Array:
 def _weigh_values(settings: _ScoreSettings, queries: slice, keys: slice,
                   key: Optional[jax.Array], p_BJRLM: jax.Array,
                   v_BJMK: jax.Array) -> jax.Array:
-  """Returns the sums over keys of p v, of the weights p that dropout leaves,
-  float32 [B, J, R, L, K].
+  """Sums the values of a block of keys by attention's weights, after dropout of
+  weights.
+
+  The suffixes name axes: B batch, J heads of keys, R heads of queries for each
+  head of keys, L queries, M keys, K features of a head.
 
   Args:
-    settings: the share of weights that dropout drops.
-    queries: the slice of all queries that the block has.
-    keys: the slice of all keys that the block has.
-    key: of dropout's random numbers; None: nothing is dropped.
-    p_BJRLM: the weights of the block, [batch, heads of keys J, R heads of
-      queries for each, L queries, M keys].
-    v_BJMK: all values, [batch, J, number of keys, features K].
+    settings: the share of weights that dropout sets to 0.
+    queries: which of all queries are in the block.
+    keys: which of all keys are in the block.
+    key: the random key of dropout; None: nothing is dropped.
+    p_BJRLM: the weights of the block.
+    v_BJMK: all values, of the block and of others.
+
+  Returns:
+    The weighted sums, float32 [B, J, R, L, K].
   """
   # Each block draws numbers of its own, by its first query. The backward pass
   # calls this again and must draw the same ones.
@@ -829,20 +851,23 @@ class VisibleKeys(NamedTuple):
 
 def find_visible_keys(kind: LayerKind, config: ModelConfig, ctx: Context,
                       k_positions_BM: jax.Array) -> VisibleKeys:
-  """Returns which of the keys at these positions the tokens of a row see, with
-  the bias on the scores that all layers of a stack have, if there is one.
+  """Finds which keys the tokens of a row see in self-attention, and the bias on
+  their scores that all layers share, if the position encoding has one.
+
+  The suffixes name axes: B batch, L queries, M keys, H heads.
 
   Args:
-    kind: the kind of the layer, with its rule of attention and causality.
+    kind: the kind of the layer: its rule of attention, and whether it is
+      causal.
     config: the config of the layer.
     ctx: the context of the layer, with the tokens' positions and documents.
-    k_positions_BM: the positions of the keys, [batch or 1, number of keys M].
+    k_positions_BM: the positions of the keys, [B or 1, M].
 
   Returns:
-    The mask in two forms, for fused kernels (`mask`) and written out
-    (`seen_BLM`), and the bias.
+    The mask in two forms, described for fused kernels (`mask`) and written out
+    (`seen_BLM`), and the bias (`bias_BHLM`, None without one).
   """
-  # The mask written out.
+  # The mask, written out.
   rule, ids_BL = RULES[kind.attention], ctx.segment_ids_BL
   seen_BLM = visible_keys(
       kind, config, q_positions_BL=ctx.positions_BL,
@@ -852,7 +877,7 @@ def find_visible_keys(kind: LayerKind, config: ModelConfig, ctx: Context,
   bias_BHLM = None
   if positions.position_of(config).stack_bias:
     bias_BHLM = ctx.distances.bias_BHLM
-  # A kernel that makes its mask itself is given ids in place of the mask.
+  # The mask, described: a fused kernel makes it itself, from ids and flags.
   kernel_ids_BL = segment_ids_with_chunks(
       kind, config, positions_BL=ctx.positions_BL, segments_BL=ids_BL)
   mask = Mask(
@@ -880,22 +905,26 @@ class Kernel(NamedTuple):
 
 def choose_attention_kernel(config: ModelConfig, mask: Mask, q_length: int,
                             k_length: int, *, strict: bool = True) -> str:
-  """Returns the name of the kernel that attention is computed by: 'xla',
-  'splash' or 'cudnn'.
+  """Chooses the kernel that computes attention: 'xla' (plain JAX), 'splash'
+  (Pallas, for TPU) or 'cudnn' (for GPU).
 
   Args:
-    config: the layer's config; its attention_kernel names one, or auto.
+    config: the layer's config. Its attention_kernel names a kernel, or is
+      'auto': then the first one that can compute this attention is taken.
     mask: which keys a query sees.
     q_length: the number of queries.
     k_length: the number of keys.
-    strict: whether a named kernel that cannot compute this is an error, and not
-      replaced by xla.
+    strict: whether to raise where the named kernel cannot compute this. If
+      false, xla takes its place.
+
+  Returns:
+    The kernel's name.
 
   Raises:
-    RequestError: where config.attention_kernel names a kernel that cannot
-      compute this, with `strict`.
+    RequestError: with `strict`, if config.attention_kernel names a kernel that
+      cannot compute this.
   """
-  # With auto the first kernel that can do it is taken, and xla after them all.
+  # The order of KERNELS is the order of preference. xla computes everything.
   name, device = config.attention_kernel, sharding.traced_platform()
   candidates = KERNELS if name == 'auto' else [name]
   for kernel in candidates:
@@ -936,10 +965,11 @@ def _refuse_platform(name: str, device: str) -> str:
 
 def reason_of_refusal(name: str, config: ModelConfig, mask: Mask, q_length: int,
                       k_length: int, device: str) -> str:
-  """Returns why a kernel cannot compute the attention.
+  """Returns the reason why a kernel cannot compute a layer's attention, as text
+  for an error message.
 
   Args:
-    name: the kernel, a name of KERNELS or xla.
+    name: the name of the kernel.
     config: the layer's config.
     mask: which keys a query sees.
     q_length: the number of queries.
@@ -947,12 +977,12 @@ def reason_of_refusal(name: str, config: ModelConfig, mask: Mask, q_length: int,
     device: the platform of the program, 'cpu', 'gpu' or 'tpu'.
 
   Returns:
-    A clause 'which ...' for the text of an error, that goes on from the
-    kernel's name; '' where it can compute the attention.
+    A clause 'which ...' that follows the kernel's name in the message; '' if
+    the kernel can compute the attention.
   """
   if name == 'xla':
     return ''
-  # No fused kernel has these, and then each has conditions of its own.
+  # What no fused kernel can do comes first, and then what this one cannot.
   if mask.has_bias or mask.has_dropout:
     return ('which adds no bias to the scores and drops no weights, as '
             f'model.position {config.position} and model.attention_dropout '
@@ -966,8 +996,8 @@ def reason_of_refusal(name: str, config: ModelConfig, mask: Mask, q_length: int,
 
 def _refuse_splash(config: ModelConfig, mask: Mask, q_length: int,
                    k_length: int) -> str:
-  """Returns why splash attention cannot compute this, as a clause 'which ...';
-  '': it can.
+  """Returns the reason why Pallas' splash attention cannot compute a layer's
+  attention: a clause 'which ...' for an error message, or '' if it can.
 
   Args:
     config: the layer's config, which is not read.
@@ -975,8 +1005,8 @@ def _refuse_splash(config: ModelConfig, mask: Mask, q_length: int,
     q_length: the number of queries.
     k_length: the number of keys.
   """
-  # Splash makes causal and banded masks by the places of tokens in the array,
-  # so these must be the order of the tokens.
+  # Splash makes causal masks and windows by the index of a token in the array,
+  # so the tokens must be stored in their order.
   shards = sharding.count_shards('length', q_length)
   is_by_place = mask.causal or mask.window > 0
   is_unordered = is_by_place and not mask.in_order
@@ -985,8 +1015,8 @@ def _refuse_splash(config: ModelConfig, mask: Mask, q_length: int,
             'positions without segment ids, nor for rules of attention but '
             'windows')
 
-  # It takes lengths in multiples of a TPU's lanes, on each device. Others can
-  # be padded where the mask hides the padding.
+  # On each device it takes lengths in multiples of a TPU's lanes. Other lengths
+  # can be padded if the mask hides the padding.
   can_be_padded = mask.causal and shards == 1 and q_length == k_length > LANES
   is_multiple = q_length % (LANES * shards) == 0 and k_length % LANES == 0
   if is_multiple or can_be_padded:
@@ -1009,8 +1039,8 @@ def _padded_length(L: int) -> int:
 
 def _refuse_cudnn(config: ModelConfig, mask: Mask, q_length: int, k_length: int
                   ) -> str:
-  """Returns why cuDNN's attention cannot compute this, as a clause 'which ...';
-  '': it can.
+  """Returns the reason why cuDNN's attention cannot compute a layer's
+  attention: a clause 'which ...' for an error message, or '' if it can.
 
   Args:
     config: the layer's config.
@@ -1080,18 +1110,21 @@ class _MeshLayout:
       self, compute: Callable[..., jax.Array],
       in_specs: tuple[Optional[PartitionSpec], ...]
       ) -> Callable[..., jax.Array]:
-    """Returns the function that applies `compute` on each device to its share
-    of the arguments. A fused kernel needs this, since XLA cannot split it.
+    """Wraps a function so that each device applies it to its own share of the
+    arguments. Fused kernels need this, since XLA cannot split them itself.
 
     Args:
-      compute: a function of arrays whose result is split as queries are.
+      compute: a function of arrays. Its result must be split as queries are.
       in_specs: how each of its arguments is split over the mesh.
 
     Returns:
-      A function of whole arrays; `compute` itself where nothing is split.
+      A function of the whole arrays. Where no axis is split over the mesh, this
+      is `compute` itself.
     """
     if not self.row_axes + self.length_axes + self.head_axes:
       return compute
+    # check_vma is off because JAX cannot tell what a fused kernel's result
+    # varies over. That `compute` needs no data of other devices is up to us.
     return jax.shard_map(compute, in_specs=in_specs, out_specs=self.query_spec,
                          check_vma=False)
 
@@ -1138,8 +1171,9 @@ def splash_attention(
       kernel: Any, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
       q_ids_BL: Optional[jax.Array], k_ids_BM: Optional[jax.Array],
       sink_H: Optional[jax.Array]):
-    """Returns one device's share of the result, from its shares of the
-    arguments of `splash_attention`."""
+    """Computes one device's share of the result by the splash kernel, from its
+    shares of the queries [B, L, H, K], keys and values [B, M, J, K], segment
+    ids and sinks."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
     # The kernel takes heads before the length, and does not scale by itself.
     ids = None
@@ -1168,16 +1202,22 @@ def splash_attention(
 def _pad_and_apply_splash(q_BLHK: jax.Array, k_BMJK: jax.Array,
                           v_BMJK: jax.Array, mask: Mask, **options: Any
                           ) -> jax.Array:
-  """Returns the result of `splash_attention` for a length that its blocks do
-  not divide: tokens are padded, and the padding's results cut off again.
+  """Computes `splash_attention` for a length that the kernel's blocks do not
+  divide. Padding is appended to the tokens, and its results are cut off again.
+
+  The suffixes name axes: B batch, L queries, M = L keys, H heads of queries, J
+  heads of keys, K features of a head.
 
   Args:
-    q_BLHK: queries, [batch, length L, heads H, features K].
-    k_BMJK: keys, of as many tokens.
-    v_BMJK: values, of as many tokens.
+    q_BLHK: queries.
+    k_BMJK: keys.
+    v_BMJK: values.
     mask: which keys a query sees. It must be causal: then no token sees the
       padding, which comes after it.
     **options: the other arguments of `splash_attention`.
+
+  Returns:
+    The results of the heads, [B, L, H, K].
   """
   L = q_BLHK.shape[1]
   num_padding = _padded_length(L) - L
@@ -1187,7 +1227,7 @@ def _pad_and_apply_splash(q_BLHK: jax.Array, k_BMJK: jax.Array,
     other_axes = [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, ((0, 0), (0, num_padding), *other_axes))
 
-  # Queries, keys, values and their segment ids become as long.
+  # Queries, keys, values and their segment ids get the same padding.
   if mask.q_ids_BL is not None:
     mask = mask.replace(q_ids_BL=pad_length(mask.q_ids_BL),
                         k_ids_BM=pad_length(mask.k_ids_BM))
@@ -1202,18 +1242,23 @@ def _apply_splash_to_rows(
     v_BJMK: jax.Array, sink_H: Optional[jax.Array]) -> jax.Array:
   """Applies a splash kernel, which takes one row of a batch, to each row.
 
-  The gradient is that of the kernel, behind a barrier. The kernel writes the
-  sums of a row's scores 128 times, [B, H, L, 128] in float32, and its gradient
-  reads them once. Without the barrier, XLA takes the one of 128 where the
-  gradient needs it, and keeps all of them until then.
+  The gradient, defined below, is the kernel's own behind an optimisation
+  barrier, which saves memory. The kernel writes the sum of each query's scores
+  128 times, [B, H, L, 128] in float32, and its gradient reads one of the
+  copies. Without the barrier, XLA would keep all 128 until the gradient.
+
+  The suffixes name axes: B batch, H heads of queries, L queries, J heads of
+  keys, M keys, K features of a head.
 
   Args:
-    kernel: the kernel.
-    ids: the segment ids of queries and keys, as the kernel takes them, or None.
-    q_BHLK: queries, [batch, heads, length, features].
-    k_BJMK: keys, [batch, heads of keys, number of keys, features].
-    v_BJMK: values, likewise.
-    sink_H: the score of each head's sink; None: there is none.
+    kernel: the splash kernel, compiled for one row.
+    ids: the segment ids of queries and keys, as the kernel takes them; None: a
+      row is one segment.
+    q_BHLK: queries.
+    k_BJMK: keys.
+    v_BJMK: values.
+    sink_H: for each head, a score that enters the softmax without a value (an
+      attention sink); None: there is none.
 
   Returns:
     The results, [B, H, L, K].
@@ -1244,17 +1289,20 @@ _apply_splash_to_rows.defvjp(_apply_splash_forward, _apply_splash_backward)
 
 def _make_splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
                         softcap: float, interpret: bool):
-  """Returns a splash kernel of Pallas, a function of one row's queries, keys
-  and values that is compiled for this mask and these sizes.
+  """Makes a kernel of Pallas' splash attention for a mask and sizes.
 
   Args:
-    mask: which keys a query sees; its segment ids are given to the kernel.
+    mask: which keys a query sees. Its segment ids are not read here: they are
+      an argument of the kernel.
     heads: the number of heads that a device has.
     L: the number of queries.
     M: the number of keys.
     shards: over how many devices the queries and their mask are split.
-    softcap: as of `attend`.
+    softcap: the bound c of the scores s, as c tanh(s / c); 0: there is none.
     interpret: whether the kernel is emulated, so that it runs on CPU.
+
+  Returns:
+    A function of one row's queries, keys, values and segment ids.
   """
   from jax.experimental.pallas.ops.tpu import splash_attention as pallas
   # The mask of a head, described and not written out. A window of n keys counts
@@ -1288,22 +1336,29 @@ def _make_splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
 def cudnn_attention(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
                     mask: Mask, seen_BLM: Optional[jax.Array], *, scale: float
                     ) -> jax.Array:
-  """Returns the result of attention, as `attend`, by cuDNN's flash attention
-  for GPU, in bfloat16.
+  """Computes attention by cuDNN's flash attention for GPU, in bfloat16:
+  softmax(scale * q k) v over the keys that each query sees.
+
+  The suffixes name axes: B batch, L queries, M keys, H heads of queries, J
+  heads of keys, K features of a head.
 
   Args:
-    q_BLHK: queries, [batch, length L, heads H, features K].
-    k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
-    v_BMJK: values, [batch, M, J, K].
-    mask: which keys a query sees.
-    seen_BLM: the mask, written out, which is read where it is not a causal,
-      banded or whole one of cuDNN's own; None: all keys are seen.
-    scale: as of `attend`.
+    q_BLHK: queries.
+    k_BMJK: keys.
+    v_BMJK: values.
+    mask: which keys a query sees, described.
+    seen_BLM: bool, the same mask written out; None: all keys are seen. It is
+      read only where cuDNN cannot make the mask itself.
+    scale: the factor of the scores.
+
+  Returns:
+    The results of the heads, [B, L, H, K].
   """
   (B, L), M = q_BLHK.shape[:2], k_BMJK.shape[1]
   layout = _MeshLayout(q_BLHK, k_BMJK)
 
-  # A mask of cuDNN's own, or one that is written out.
+  # cuDNN makes causal masks and windows itself, for whole rows whose tokens are
+  # stored in their order. Every other mask is given to it written out.
   is_by_place = mask.in_order and not mask.has_prefix and not mask.has_indexer
   is_whole_row = mask.q_ids_BL is None and not layout.length_axes
   is_native = (is_by_place and is_whole_row

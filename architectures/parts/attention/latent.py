@@ -114,18 +114,26 @@ class LatentAttention(Attention):
 
   def _make_queries(self, query_input_BLU: jax.Array, axis: str, ctx: Context
                     ) -> jax.Array:
-    """Returns the queries, [B, L, H, K]: nope_dim plain features, and then
-    rope_dim features that are rotated by the position (RoPE).
+    """Makes the queries of latent attention. A query has nope_dim plain
+    features and, after them, rope_dim features that are rotated by the position
+    (RoPE).
+
+    The suffixes name axes: B batch, L length, U features of the input, H heads,
+    K features of a query.
 
     Args:
-      query_input_BLU: the input of the queries' product, [batch, length,
-        features]: a latent of q_rank features, or with q_rank 0 the layer's
-        input.
-      axis: the logical axis of these features, for the sharding of the weight.
-      ctx: the context of the layer.
+      query_input_BLU: what queries are made of: a latent of q_rank features or,
+        with a q_rank of 0, the layer's input.
+      axis: the logical axis of these features, by which the weight is split
+        over devices.
+      ctx: the context of the layer, which has the positions.
+
+    Returns:
+      The queries, [B, L, H, K].
     """
     config = self.config
-    # The weight, named and shaped by what it multiplies: a latent or the input.
+    # The weight. Its name, which is part of its path in checkpoints, says what
+    # it multiplies: a latent or the input.
     sizes = config.part(LatentConfig)
     name = 'query_up' if sizes.q_rank else 'query'
     shape = query_input_BLU.shape[-1], config.num_heads, sizes.key_dim
@@ -146,16 +154,19 @@ class LatentAttention(Attention):
 
   def _make_latents_and_keys(self, x_BLD: jax.Array, ctx: Context
                              ) -> jax.Array:
-    """Returns what a cache holds of each token: its latent, and after it the
-    key that all heads share, rotated by the token's position.
+    """Makes what the cache holds of each token in latent attention: its latent,
+    of which keys and values are made, and after it a key that all heads share,
+    rotated by the token's position.
+
+    The suffixes name axes: B batch, L length, D d_model, U features.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      ctx: the context of the layer.
+      x_BLD: the layer's input.
+      ctx: the context of the layer, which has the positions.
 
     Returns:
-      The slots of the cache, [B, L, 1, U], U = kv_rank + rope_dim. The axis of
-      size 1 is that of heads: to a cache these are keys of one head.
+      Latents and keys, [B, L, 1, U], U = kv_rank + rope_dim. The axis of size 1
+      is that of heads: the cache stores them as keys of one head.
     """
     sizes = self.config.part(LatentConfig)
     # One product makes both. Only the latent has a norm.
@@ -174,17 +185,18 @@ class LatentAttention(Attention):
 
   def _project_down(self, name: str, x_BLD: jax.Array, size: int, ctx: Context
                     ) -> jax.Array:
-    """Returns the product W x of the layer's input with a weight that this
-    method declares as `name`_down, and a bias if attention has biases.
+    """Projects the layer's input to a small vector, W x + b. The weight is
+    declared here, and the bias too if attention has biases.
 
     Args:
-      name: 'query' or 'kv', what the small vector is for.
+      name: 'query' or 'kv', what the small vector is for. The parameters are
+        called `name`_down and `name`_down_bias.
       x_BLD: the layer's input, [batch, length, d_model].
       size: how many features the result has.
       ctx: the context of the layer.
 
     Returns:
-      The products, [B, L, size].
+      The small vectors, [batch, length, size].
     """
     config, name = self.config, f'{name}_down'
     y_BLU = layers.dense(self, name, 'BLD,DU->BLU', x_BLD,
@@ -210,18 +222,22 @@ class LatentAttention(Attention):
                        up_UHK: jax.Array, visible: kernels.VisibleKeys,
                        ctx: Context, scored: Optional[indexer.ScoredKeys]
                        ) -> tuple[jax.Array, Report]:
-    """Computes attention with keys and values that are made of the latents
-    first, for each head its own:
+    """Computes latent attention by first making the keys and the values of each
+    head h:
 
       k_m,h = [W_uk,h c_m; r_m],   v_m,h = W_uv,h c_m
 
-    with c_m the latent of token m and r_m its rotated key. This is the cheaper
-    way for many queries; for few, `_attend_to_latents` is.
+    where c_m is the latent of token m and r_m its rotated key, which all heads
+    share. This way is cheaper for many queries; `_attend_to_latents` computes
+    the same, and is cheaper for few.
+
+    The suffixes name axes: B batch, L queries, M tokens in the cache, H heads,
+    K features of a head, U features of a latent and, in a slot, of the key too.
 
     Args:
-      q_BLHK: queries, [batch, length L, heads H, features K].
-      slot_BM1U: the latents and the rotated keys of M tokens, one after another
-        in the last axis, as a cache holds them: [batch, M, 1, U].
+      q_BLHK: queries.
+      slot_BM1U: what the cache holds: each token's latent, and after it in the
+        last axis its rotated key.
       up_UHK: the weight [W_uk, W_uv], [kv_rank, H, nope_dim + v_dim].
       visible: which keys the queries see.
       ctx: the context of the layer.
@@ -229,8 +245,8 @@ class LatentAttention(Attention):
         a query sees; None: there is none.
 
     Returns:
-      The heads' results, [B, L, H, v_dim], and a report: the weights where the
-      context asks for them, and in training the loss of an indexer.
+      The heads' results, [B, L, H, v_dim], and a report, which holds the
+      weights if the context asks for them, and in training the indexer's loss.
     """
     sizes = self.config.part(LatentConfig)
     # Keys and values of each head, by one product.
@@ -256,24 +272,31 @@ class LatentAttention(Attention):
                          up_UHK: jax.Array, visible: kernels.VisibleKeys,
                          ctx: Context, scored: Optional[indexer.ScoredKeys]
                          ) -> tuple[jax.Array, Report]:
-    """Computes the attention of `_attend_to_heads` without making keys and
-    values. The latents c are keys and values that all heads share ("absorbed"
-    weights: DeepSeek-V2). With k = W_uk c, v = W_uv c and weights p,
+    """Computes latent attention without making keys and values ("absorbed"
+    weights: DeepSeek-V2). The latents c serve as keys and values that all heads
+    share. With k = W_uk c, v = W_uv c and attention weights p,
 
       q . k = (W_uk^T q) . c,    sum of p v = W_uv sum of p c
 
-    so W_uk multiplies the query, and W_uv the weighted sum.
+    so W_uk multiplies the query, and W_uv the weighted sum. The result is that
+    of `_attend_to_heads`.
+
+    The suffixes name axes: B batch, L queries, M tokens in the cache, H heads,
+    K features of a head, U features of a latent and, in a slot, of the key too.
 
     Args:
-      q_BLHK: queries, [batch, length L, heads H, features K].
-      slot_BM1U: the latents and the rotated keys of M tokens, [batch, M, 1, U].
+      q_BLHK: queries.
+      slot_BM1U: what the cache holds: each token's latent, and after it in the
+        last axis its rotated key.
       up_UHK: the weight [W_uk, W_uv], [kv_rank, H, nope_dim + v_dim].
       visible: which keys the queries see.
       ctx: the context of the layer.
-      scored: the scores of the keys by an indexer; None: there is none.
+      scored: the scores of the keys by an indexer, which chooses the keys that
+        a query sees; None: there is none.
 
     Returns:
-      The heads' results, [B, L, H, v_dim], and a report.
+      The heads' results, [B, L, H, v_dim], and a report, which holds the
+      weights if the context asks for them, and in training the indexer's loss.
     """
     config = self.config
     # The weight meets no latent here, so its adapter (LoRA) is added to it.
@@ -300,17 +323,18 @@ class LatentAttention(Attention):
 
 
 def is_absorbed(config: ModelConfig, queries: int, slots: int) -> bool:
-  """Returns whether attention to the latents themselves takes fewer
-  multiplications than attention to keys and values made of them.
+  """Returns whether "absorbed" attention (DeepSeek-V2), which attends to the
+  latents in the cache themselves, takes fewer multiplications than attention to
+  keys and values that are made of the latents first.
 
   Args:
     config: the config of the layer.
-    queries: the number of queries, L.
-    slots: the number of latents in the cache, M.
+    queries: the number of queries.
+    slots: the number of tokens whose latents are in the cache.
   """
   sizes = config.part(LatentConfig)
-  # Multiplications for each head. The up-weight multiplies each query in the
-  # one way, and each slot in the other.
+  # Multiplications for each head. The weight that makes keys and values of a
+  # latent multiplies each query in the first way, and each latent in the other.
   up = sizes.kv_rank * (sizes.nope_dim + sizes.v_dim)
   by_latents = queries * (up + slots * (sizes.kv_rank + sizes.slot_dim))
   by_heads = slots * (up + queries * (sizes.key_dim + sizes.v_dim))
@@ -345,15 +369,16 @@ class Latent(mixer.Mixer):
             ('fsdp', 'latent.q_rank'))
 
   def check(self, config: ModelConfig, stack: str) -> None:
-    """Checks that a model can have latent attention.
+    """Checks that a model can have latent attention (DeepSeek-V2), whose keys
+    and values are made of one small vector for each token.
 
     Args:
       config: the config of the model.
-      stack: the kind of stack, such as 'decoder'.
+      stack: the kind of stack: 'encoder', 'decoder' or 'encoder-decoder'.
 
     Raises:
-      RequestError: for a stack with an encoder, muP, a fused kernel, and a
-        rotary encoding that does not fit rope_dim.
+      RequestError: if a decoder attends to an encoder, muP or a fused kernel is
+        asked for, or the rotary encoding does not fit rope_dim.
     """
     request = "model.mixer is 'latent'"
     require(stack != 'encoder-decoder', f'{request}, which has no attention '

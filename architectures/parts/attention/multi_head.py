@@ -55,20 +55,24 @@ class Attention(nn.Module):
         self.config).score_factor(self.config)
 
   def project(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
-    """Returns the product W x that makes queries, keys or values, with a weight
-    that this method declares.
+    """Makes queries, keys or values of the layer's input, as the product W x.
+    The weight W is declared here.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features of
+    a head.
 
     Args:
       name: 'query', 'key' or 'value', the name of the weight.
-      x_BLD: the input, [batch, length, d_model].
+      x_BLD: the input.
       ctx: the context of the layer.
 
     Returns:
-      [B, L, heads, K]: num_heads heads of queries, or num_kv_heads of keys or
-      values.
+      The product, [B, L, H, K], with num_heads heads of queries, or
+      num_kv_heads of keys or values.
     """
     config = self.config
-    # Keys and values may have fewer heads than queries.
+    # Keys and values may have fewer heads than queries. `gain` multiplies the
+    # weight's initial values.
     heads, axis, gain = config.num_kv_heads, 'kv_heads', 1.0
     if name == 'query':
       heads, axis = config.num_heads, 'heads'
@@ -86,21 +90,29 @@ class Attention(nn.Module):
                      q_BLHK: jax.Array, k_BMJK: jax.Array,
                      k_positions_BM: jax.Array, ctx: Context
                      ) -> kernels.VisibleKeys:
-    """Returns `visible` with a bias on the scores, where the position encoding
-    has one that each layer makes of its own parameters; else `visible` itself.
+    """Adds to a mask the bias on attention's scores that this layer makes of
+    its own parameters, as some position encodings have one.
+
+    The suffixes name axes: B batch, L queries, D d_model, M keys, H heads of
+    queries, J heads of keys, K features of a head.
 
     Args:
       visible: which keys the queries see.
-      x_BLD: the layer's input, [batch, length, d_model].
-      q_BLHK: queries, [batch, length L, heads H, features K].
-      k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
-      k_positions_BM: the positions of the keys, [batch, M].
+      x_BLD: the layer's input.
+      q_BLHK: queries.
+      k_BMJK: keys.
+      k_positions_BM: the positions of the keys.
       ctx: the context of the layer.
+
+    Returns:
+      `visible` with the bias [B, H, L, M]; `visible` itself where the position
+      encoding has no such bias.
     """
     make_bias = positions.position_of(self.config).layer_bias
     if not make_bias:
       return visible
-    # The mask has a mark of the bias: fused kernels cannot add one.
+    # The mask is marked too, so that no fused kernel is chosen: these cannot
+    # add a bias.
     bias_BHLM = make_bias(self, x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
     return visible._replace(mask=visible.mask.replace(has_bias=True),
                             bias_BHLM=bias_BHLM)
@@ -176,13 +188,14 @@ class Attention(nn.Module):
 
   def project_output(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
                      ) -> jax.Array:
-    """Returns y = W_o o, the output of the layer, after a gate on o where
-    model.attention_gate names one (GATES).
+    """Makes the output of the layer of the results of its heads, y = W_o o. If
+    model.attention_gate names a gate, o is multiplied by it first.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model], of which the gate is
-        made.
-      o_BLHK: the results of the heads, [batch, length, heads, features].
+      x_BLD: the layer's input, which the gate is made of.
+      o_BLHK: the results of the heads.
       ctx: the context of the layer.
 
     Returns:
@@ -219,22 +232,26 @@ class Attention(nn.Module):
   def apply_indexer(self, x_BLD: jax.Array, query_input_BLU: jax.Array,
                     axis: str, ctx: Context, cache: Optional[Cache]
                     ) -> tuple[Optional[indexer.Index], Optional[Cache]]:
-    """Applies the indexer, a small attention that chooses which keys a query
-    sees (indexer.py), where the layer has one.
+    """Makes the queries and keys of the layer's indexer, a small attention that
+    chooses which keys a query of the layer may see (DeepSeek-V3.2).
+
+    The suffixes name axes: B batch, L length, D d_model, U features.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      query_input_BLU: the input of the product that makes queries, [batch,
-        length, features]: the layer's input, or a smaller vector made of it.
-      axis: the logical axis of these features.
+      x_BLD: the layer's input.
+      query_input_BLU: what the layer makes its own queries of: its input, or a
+        smaller vector made of it.
+      axis: the logical axis of the features U, by which the indexer's weight is
+        split over devices.
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
 
     Returns:
-      The indexer's queries and keys of the tokens, or None where the layer has
-      no indexer; and the cache with the inputs of the indexer's next keys. The
-      keys themselves are not written here, but by `write_and_read_cache`.
+      The indexer's queries and keys, or None where the layer has no indexer;
+      and the cache with what the next keys will be made of. The keys themselves
+      are written into the cache later, by `write_and_read_cache`.
     """
+    # A layer has an indexer if its rule of attention keeps only the top keys.
     if not kernels.RULES[self.kind.attention].top:
       return None, cache
     previous_inputs = None if cache is None else cache.inputs
@@ -245,9 +262,9 @@ class Attention(nn.Module):
     return index, cache
 
   def choose_keys(self, index: Optional[indexer.Index],
-                  k_positions_BM: jax.Array, arrays: tuple[jax.Array, ...],
-                  ctx: Context, reads_slots: bool
-                  ) -> tuple[Optional[indexer.ScoredKeys], jax.Array, tuple]:
+                  k_positions_BM: jax.Array, arrays: Any, ctx: Context,
+                  reads_slots: bool
+                  ) -> tuple[Optional[indexer.ScoredKeys], jax.Array, Any]:
     """Has the indexer score the keys, and chooses the best already where that
     is cheap: where one query in each row meets the slots of a cache.
 
@@ -255,7 +272,7 @@ class Attention(nn.Module):
       index: the indexer's queries and keys; None: there is no indexer.
       k_positions_BM: the positions of the keys, [batch, number of keys].
       arrays: arrays of the keys, such as keys and values, [batch, number of
-        keys, heads, features] each.
+        keys, heads, features] each, in a tuple or a record.
       ctx: the context of the layer.
       reads_slots: whether the keys are the slots of a cache.
 
@@ -270,7 +287,7 @@ class Attention(nn.Module):
       return None, k_positions_BM, arrays
     config, top_k = self.config, self.config.part(IndexerConfig).top_k
     B, L = index.query_BLHK.shape[:2]
-    M = arrays[0].shape[1]
+    M = jax.tree.leaves(arrays)[0].shape[1]
 
     # All keys that a query may see are scored, so the FLOPs of the scores count
     # as those of a layer without an indexer.
@@ -295,23 +312,32 @@ class Attention(nn.Module):
     # positions of the keys too. Indices past the end are clipped, and the mask
     # that is made of the positions later hides them.
     best_BM = scored.indices_of_best(seen_BLM, top_k)
-    chosen = [jnp.take_along_axis(x_BMJK, best_BM[..., None, None], 1,
-                                  mode='clip') for x_BMJK in arrays]
-    return None, best_BM, tuple(chosen)
+
+    def take_best(x_BMJK: jax.Array) -> jax.Array:
+      return jnp.take_along_axis(
+          x_BMJK, best_BM[..., None, None], axis=1, mode='clip')
+
+    return None, best_BM, jax.tree.map(take_best, arrays)
 
   def _indexer_loss(self, scored: indexer.ScoredKeys, q_BLHK: jax.Array,
                     k_BMJK: jax.Array, seen_BLM: Optional[jax.Array],
                     ctx: Context, **score_arguments: Any) -> jax.Array:
-    """Returns the loss that teaches the indexer where attention goes:
-    loss_weight * KL(p || softmax of its scores), with p the mean over heads of
-    the attention's weights.
+    """Returns the loss that teaches the indexer (the small attention that
+    chooses keys) where the layer's attention goes:
+
+      loss_weight * KL(p || softmax of the indexer's scores)
+
+    where p is the mean over heads of the layer's attention weights.
+
+    The suffixes name axes: B batch, L queries, M keys, H heads of queries, J
+    heads of keys, K features of a head.
 
     Args:
       scored: the indexer's scores of the keys.
-      q_BLHK: queries, [batch, length L, heads H, features K].
-      k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
+      q_BLHK: queries of the layer.
+      k_BMJK: keys of the layer.
       seen_BLM: bool, which keys a query sees; None: all.
-      ctx: the context of the layer.
+      ctx: the context of the layer, which says which tokens are padding.
       **score_arguments: the other arguments of kernels.attention_weights.
     """
     # The target has no gradient: the loss moves the indexer alone.
@@ -323,15 +349,19 @@ class Attention(nn.Module):
   def _hide_all_but_best_keys(
       self, visible: kernels.VisibleKeys, scored: indexer.ScoredKeys,
       num_keys: int) -> kernels.VisibleKeys:
-    """Returns `visible` with only the top_k keys of each query that an indexer
-    scores highest, of those that it sees.
+    """Hides from each query all but the top_k keys that an indexer scores
+    highest among those that the query sees.
 
     Args:
       visible: which keys the queries see.
       scored: the indexer's scores of the keys.
-      num_keys: how many keys there are. With a top_k of 0, or of all keys or
-        more, `visible` is returned.
+      num_keys: how many keys there are.
+
+    Returns:
+      `visible` with fewer keys.
     """
+    # There is nothing to hide with a top_k of 0 (which stands for all keys), or
+    # where there are no more keys than top_k.
     top_k = self.config.part(IndexerConfig).top_k
     if not 0 < top_k < num_keys:
       return visible
@@ -372,13 +402,15 @@ class SelfAttention(Attention):
       keys, first, cache = self.make_keys_and_values(x_BLD, ctx, cache)
       keys, index, cache = write_and_read_cache(
           keys, index=index, ctx=ctx, cache=cache, reads_slots=reads_slots)
-    k_BMJK, v_BMJK = keys.key_BMJK, keys.value_BMJK
+    own_keys = keys
     k_positions_BM = ctx.positions_BL
     if reads_slots:
-      k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
-    scored, k_positions_BM, (k_BMJK, v_BMJK) = self.choose_keys(
-        index, k_positions_BM=k_positions_BM, arrays=(k_BMJK, v_BMJK), ctx=ctx,
+      own_keys = take_slots_of_tokens(keys, config, ctx)
+      k_positions_BM = jnp.arange(keys.key_BMJK.shape[1])[None]
+    scored, k_positions_BM, keys = self.choose_keys(
+        index, k_positions_BM=k_positions_BM, arrays=keys, ctx=ctx,
         reads_slots=reads_slots)
+    k_BMJK, v_BMJK = keys.key_BMJK, keys.value_BMJK
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK = sharding.constrain(k_BMJK, 'batch', None, 'kv_heads', 'head')
     v_BMJK = sharding.constrain(v_BMJK, 'batch', None, 'kv_heads', 'head')
@@ -388,15 +420,21 @@ class SelfAttention(Attention):
                                         k_positions_BM=k_positions_BM)
     visible = self.add_layer_bias(
         visible, x_BLD, q_BLHK, k_BMJK, k_positions_BM=k_positions_BM, ctx=ctx)
+    visible = steps.add_forget_bias(visible, own_keys.forget_BMHU,
+                                    keys.forget_BMHU)
     with self.count_visible_pairs_only(q_BLHK, k_BMJK, ctx):
       o_BLHK, report = self.weigh_values(
           q_BLHK, k_BMJK, steps.join_values_of_head_pairs(config, v_BMJK),
           visible=visible, ctx=ctx, fused=not reads_slots, strict=cache is None,
           scored=scored)
     o_BLHK = steps.subtract_head_pairs(self, o_BLHK)
+    o_BLHK = steps.remove_own_value(self, o_BLHK, own_keys.value_BMJK)
+    o_BLHK = steps.normalise_results(self, o_BLHK)
 
     # The report takes to later layers the keys and values that they share.
-    shared_keys = KeysAndValues(k_BMJK, v_BMJK) if ctx.shared.lends else None
+    shared_keys = None
+    if ctx.shared.lends:
+      shared_keys = keys.replace(key_BMJK=k_BMJK, value_BMJK=v_BMJK)
     report = report.replace(first_values=first, keys=shared_keys)
     return self.project_output(x_BLD, o_BLHK, ctx), cache, report
 
@@ -413,23 +451,26 @@ class SelfAttention(Attention):
   def make_keys_and_values(
       self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
       ) -> tuple[KeysAndValues, Optional[FirstLayerValues], Optional[Cache]]:
-    """Returns the keys and values of the tokens, after all steps that change
-    them (steps.py).
+    """Makes the keys and values of the tokens, and applies all steps that
+    change them, such as a norm and the rotation by position.
+
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, K
+    features of a head.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
+      x_BLD: the layer's input.
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
 
     Returns:
       A tuple of three:
-        keys and values, [batch, length, heads of keys J, features K] each;
-        the values of the first layer, which the next layer mixes into its own;
-          None without model.value_residual;
+        keys and values, [B, L, J, K] each;
+        the values of the model's first layer, which the next layer mixes into
+          its own; None without model.value_residual;
         the cache, with the last inputs of the convolutions.
     """
-    # With keys_as_values the values start as the keys. Both then go their own
-    # way: the keys' steps come last, so that values have no part in them.
+    # With keys_as_values the values start as the keys. The steps of the keys
+    # come last, so that the values do not go through them.
     k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx=ctx,
                                               cache=cache)
     v_BLJK = k_BLJK
@@ -447,22 +488,27 @@ class SelfAttention(Attention):
 
     for apply_step in steps.KEY_STEPS:
       k_BLJK = apply_step(self, 'key', k_BLJK, ctx)
-    return KeysAndValues(k_BLJK, v_BLJK), first, cache
+    k_BLJK, cache = steps.offset_keys(self.config, k_BLJK, ctx=ctx, cache=cache)
+    c_BLHU, cache = steps.sum_forget_gates(self, x_BLD, ctx=ctx, cache=cache)
+    return KeysAndValues(k_BLJK, v_BLJK, c_BLHU), first, cache
 
   def project_and_convolve(
       self, name: str, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
       ) -> tuple[jax.Array, Optional[Cache]]:
-    """Returns the product W x that makes queries, keys or values, and with
-    model.attention_conv a convolution of it over the last few tokens.
+    """Makes queries, keys or values of the layer's input, as the product W x.
+    With model.attention_conv, a convolution over the last few tokens follows.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features of
+    a head.
 
     Args:
-      name: 'query', 'key' or 'value'.
-      x_BLD: the layer's input, [batch, length, d_model].
+      name: 'query', 'key' or 'value', the name of the weight.
+      x_BLD: the layer's input.
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
 
     Returns:
-      The products, [B, L, heads, K], and the cache, with the convolution's last
+      The result, [B, L, H, K], and the cache, with the convolution's last
       inputs.
     """
     axis = 'heads' if name == 'query' else 'kv_heads'
@@ -473,29 +519,47 @@ class SelfAttention(Attention):
     return sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head'), cache
 
 
+def take_slots_of_tokens(keys: KeysAndValues, config: ModelConfig, ctx: Context
+                         ) -> KeysAndValues:
+  """Returns the keys and values of the given tokens among those of all slots of
+  a cache: the slot of a token is its position.
+
+  Args:
+    keys: the keys and values of all slots, [B, M, ...]. They are returned as
+      they are where no step of the layer reads those of the tokens themselves.
+    config: the config of the layer.
+    ctx: the context of the layer, with the positions of the tokens.
+  """
+  fields = config.part(AttentionConfig)
+  if fields.attention_exclusive == 'none' and not fields.forget_gate:
+    return keys
+  index_BL11 = ctx.positions_BL[..., None, None]
+  return jax.tree.map(
+      lambda x_BMJK: jnp.take_along_axis(x_BMJK, index_BL11, axis=1), keys)
+
+
 def write_and_read_cache(
     keys: KeysAndValues, index: Optional[indexer.Index], ctx: Context,
     cache: Optional[Cache], reads_slots: bool
     ) -> tuple[KeysAndValues, Optional[indexer.Index], Optional[Cache]]:
-  """Writes the tokens' keys and values into the cache, and reads from it those
-  that the queries meet.
+  """Writes the keys and values of new tokens into the cache, and returns those
+  that the queries are multiplied with.
 
   Args:
-    keys: the keys and values of the tokens.
-    index: the indexer's queries and keys of the tokens; None: there is no
-      indexer.
-    ctx: the context of the layer.
+    keys: the keys and values of the new tokens.
+    index: the queries and keys of the new tokens in an indexer, the small
+      attention that chooses keys; None: the layer has no indexer.
+    ctx: the context of the layer, which has the tokens' positions.
     cache: the layer's cache; None: there is none.
-    reads_slots: whether the queries meet all tokens in the cache, and not only
-      the tokens that are given.
+    reads_slots: whether the queries meet all tokens of the cache, and not only
+      the new ones.
 
   Returns:
     A tuple of three:
-      the keys and values that the queries meet: those of the tokens, or with
-        `reads_slots` all slots of the cache;
-      the indexer's queries, and its keys of the same tokens; None without an
-        indexer;
-      the cache with the tokens; None: there is none.
+      the keys and values that the queries meet: those of the new tokens or,
+        with `reads_slots`, of all slots (places for a token) of the cache;
+      `index`, with the indexer's keys of the same tokens;
+      the cache with the new tokens; None if there is none.
   """
   if cache is None:
     return keys, index, None
@@ -503,8 +567,9 @@ def write_and_read_cache(
   # The tokens are written at their positions. They are written before slots are
   # read, since a token sees itself.
   index_BLJK = None if index is None else index.key_BMJK
-  cache = cache.write(keys.key_BMJK, keys.value_BMJK, ctx.positions_BL,
-                      index_BLJK)
+  cache = cache.write(
+      keys.key_BMJK, keys.value_BMJK, positions_BL=ctx.positions_BL,
+      index_BLJK=index_BLJK, forget_BLHU=keys.forget_BMHU)
   if not reads_slots:
     return keys, index, cache
 
@@ -512,7 +577,8 @@ def write_and_read_cache(
   k_BMJK, v_BMJK, index_BMJK = cache.slots
   if index is not None:
     index = index.replace(key_BMJK=index_BMJK)
-  return KeysAndValues(k_BMJK, v_BMJK), index, cache
+  keys = KeysAndValues(k_BMJK, v_BMJK, cache.forget_slots)
+  return keys, index, cache
 
 
 class CrossAttention(Attention):
@@ -528,20 +594,24 @@ class CrossAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
-    """Returns attention of the tokens to a memory z, the result of an encoder:
+    """Computes cross-attention: each token attends to a memory z, the result of
+    an encoder.
 
       y_l = W_o sum over m of softmax over m (scale q_l k_m) v_m
       q_l = W_q x_l,   k_m = W_k z_m,   v_m = W_v z_m
 
+    The suffixes name axes: B batch, L length, D d_model, M tokens of the
+    memory, H heads of queries, J heads of keys, K features of a head.
+
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      ctx: the context of the call, with the memory; without it the cache has
-        its keys and values.
-      cache: what the layer keeps; None: there is none.
+      x_BLD: the layer's input.
+      ctx: the context of the call, with the memory. While decoding it has none,
+        and the cache has the memory's keys and values.
+      cache: what the layer keeps between calls; None: there is none.
 
     Returns:
       The output [B, L, D], the cache with the memory's keys and values, and a
-      report with the attention weights where they are kept.
+      report, which holds the attention weights if the context asks for them.
     """
     # Queries of the tokens, and keys and values of the memory: the first call
     # is given the memory and puts these into the cache, later ones read them.
@@ -565,16 +635,24 @@ class CrossAttention(Attention):
           q_BLHK, k_BMJK, v_BMJK, visible=visible_keys_of_memory(ctx), ctx=ctx,
           fused=cache is None, strict=cache is None)
     o_BLHK = steps.subtract_head_pairs(self, o_BLHK)
+    o_BLHK = steps.normalise_results(self, o_BLHK)
     report = Report(memory_weights_BHLM=report.weights_BHLM)
     return self.project_output(x_BLD, o_BLHK, ctx), cache, report
 
   def make_keys_and_values(self, memory_BMD: jax.Array, ctx: Context
                            ) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys and the values of the memory, [B, M, J, K] each.
+    """Makes the keys and the values of the memory, which is what
+    cross-attention attends to.
+
+    The suffixes name axes: B batch, M tokens of the memory, D d_model, J heads
+    of keys, K features of a head.
 
     Args:
-      memory_BMD: the result of the encoder, [batch, tokens M, d_model].
+      memory_BMD: the result of the encoder.
       ctx: the context of the layer.
+
+    Returns:
+      The keys and the values, [B, M, J, K] each.
     """
     # With keys_as_values the values start as the keys, before any step.
     k_BMJK = self.project_and_apply_steps('key', memory_BMD, steps_to_apply=(),
@@ -593,18 +671,21 @@ class CrossAttention(Attention):
   def project_and_apply_steps(
       self, name: str, x_BLD: jax.Array, steps_to_apply: tuple, ctx: Context
       ) -> jax.Array:
-    """Returns the product W x that makes queries, keys or values, after steps
-    such as a norm.
+    """Makes queries, keys or values of an input, as the product W x, and
+    applies steps to it, such as a norm.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features of
+    a head.
 
     Args:
-      name: 'query', 'key' or 'value'.
-      x_BLD: the input, [batch, length, d_model].
-      steps_to_apply: steps of steps.py, functions (module, name, x_BLHK, ctx)
-        -> x_BLHK, in their order.
+      name: 'query', 'key' or 'value', the name of the weight.
+      x_BLD: the input.
+      steps_to_apply: functions (module, name, x_BLHK, ctx) -> x_BLHK of
+        steps.py, in the order in which they are applied.
       ctx: the context of the layer.
 
     Returns:
-      [B, L, heads, K].
+      The result, [B, L, H, K].
     """
     axis = 'heads' if name == 'query' else 'kv_heads'
     x_BLHK = self.project(name, x_BLD, ctx)
@@ -615,8 +696,15 @@ class CrossAttention(Attention):
 
 
 def visible_keys_of_memory(ctx: Context) -> kernels.VisibleKeys:
-  """Returns which tokens of the encoder's result each token sees: those of its
-  segment (document), or all where the memory is not cut into segments."""
+  """Returns which tokens of the memory (the encoder's result) each token of the
+  decoder sees. These are the tokens of its own segment (document), or all
+  tokens where the memory has no segments.
+
+  The suffixes name axes: B batch, L queries, M tokens of the memory.
+
+  Args:
+    ctx: the context of the layer, which has the memory and the segment ids.
+  """
   k_ids_BM = ctx.memory.segment_ids_BM
   if k_ids_BM is None:
     return kernels.VisibleKeys(kernels.Mask())
@@ -635,19 +723,24 @@ class MultiHead(mixer.Mixer):
   positional = turns_heads = has_scores = True
 
   def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> Cache:
-    """Returns an empty cache of a layer.
+    """Returns an empty cache for a layer of attention.
+
+    The suffixes name axes: B rows of the batch, M slots (places for a token), J
+    heads of keys, K features of a head.
 
     Args:
       config: the config of the layer.
-      shape: (..., rows, tokens), for how many tokens there is room.
+      shape: (..., rows, tokens): the rows of the batch, and for how many tokens
+        of a row there is room.
 
     Returns:
       A cache of zeros, with keys and values, the keys of an indexer, and the
-      last inputs of convolutions; None in place of each that the layer lacks.
+      last inputs of convolutions. What the layer does not have is None.
     """
     key_BMJK = value_BMJK = None
     fields = config.part(AttentionConfig)
-    # A layer that shares an earlier layer's keys and values has only queries.
+    # The keys and values. A layer that shares those of an earlier layer has
+    # only queries.
     heads_of_convolution = {'query': config.num_heads}
     if not fields.kv_sharing:
       heads_of_convolution['key'] = config.num_kv_heads
@@ -655,16 +748,27 @@ class MultiHead(mixer.Mixer):
       slots = *shape, config.num_kv_heads, config.head_dim
       key_BMJK = jnp.zeros(slots, config.compute_dtype)
       value_BMJK = jnp.zeros(slots, config.compute_dtype)
-    # A convolution over W tokens keeps the last W - 1, whatever has room.
+    # A convolution over W tokens needs the last W - 1, however long the row is.
     inputs = indexer.empty_block_inputs(config, shape)
     if fields.attention_conv:
       for name, heads in heads_of_convolution.items():
         last_inputs = (
             *shape[:-1], fields.attention_conv - 1, heads, config.head_dim)
         inputs[name] = jnp.zeros(last_inputs, config.compute_dtype)
+    # Keys that are offset keep the features of the last one.
+    if fields.key_offset and not fields.kv_sharing:
+      last_features = (*shape[:-1], 1, config.num_kv_heads,
+                       config.head_dim - positions.rotary_dim(config))
+      inputs[steps.KEY_OFFSET] = jnp.zeros(last_features, config.compute_dtype)
+    # The sums of forget gates of all tokens, and of the last one by itself.
+    forget_BMHU = None
+    if fields.forget_gate and not fields.kv_sharing:
+      forget_BMHU = jnp.zeros((*shape, config.num_heads, 1), jnp.float32)
+      inputs[steps.FORGET_GATE] = jnp.zeros(
+          (*shape[:-1], 1, config.num_heads, 1), jnp.float32)
     return Cache(key_BMJK=key_BMJK, value_BMJK=value_BMJK,
                  index_BMJK=indexer.empty_key_cache(config, shape),
-                 inputs=inputs)
+                 forget_BMHU=forget_BMHU, inputs=inputs)
 
   def products(self, config: ModelConfig) -> set[str]:
     """Returns the products that a layer has, of those that adapters know."""
@@ -680,14 +784,30 @@ class MultiHead(mixer.Mixer):
     return ('tensor', 'num_heads'), ('tensor', 'num_kv_heads')
 
   def check(self, config: ModelConfig, stack: str) -> None:
-    """Raises RequestError where heads are to be pairs and cannot be."""
+    """Raises RequestError where heads are to be pairs and cannot be, where the
+    results of pairs are to be without their own values, and where keys are to
+    be offset and have no features for it."""
+    fields = config.part(AttentionConfig)
     has_odd_heads = config.num_kv_heads % 2 != 0
-    difference = config.part(AttentionConfig).attention_difference
+    difference = fields.attention_difference
     if difference and (has_odd_heads or config.parametrization == 'mup'):
       raise RequestError(
           f'model.attention_difference is {difference}: it needs '
           'an even model.num_kv_heads, and model.parametrization standard; '
           f'they are {config.num_kv_heads} and {config.parametrization}')
+    if difference and fields.attention_exclusive != 'none':
+      raise RequestError(
+          f'model.attention_exclusive is {fields.attention_exclusive!r}, and '
+          f'model.attention_difference {difference}: the values of pairs of '
+          "heads are not those of a head; set attention_exclusive='none', or "
+          'attention_difference=0')
+    if fields.key_offset:
+      rope = config.find_part(positions.RopeConfig)
+      if rope is None or rope.proportional or rope.fraction == 1.0:
+        raise RequestError(
+            'model.key_offset is set: it needs features that positions do not '
+            "rotate beside others that they do; set model.position='rope' and "
+            'model.rope.fraction below 1, without rope.proportional')
 
 
 # A gate on what the heads return, before the output's product (Qiu et al. 2025,
@@ -705,13 +825,19 @@ class MultiHead(mixer.Mixer):
 
 def _gate_features(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
                    deterministic: bool) -> jax.Array:
-  """Returns o * sigmoid(W_g x), with a gate for each feature of each head.
+  """Multiplies the results of attention's heads by gates sigmoid(W_g x), one
+  for each feature of each head.
+
+  The suffixes name axes: B batch, L length, D d_model, H heads, K features.
 
   Args:
-    module: the layer's attention, in which W_g is declared.
-    x_BLD: the layer's input, [batch, length, d_model].
-    o_BLHK: the results of the heads, [batch, length, heads, features].
+    module: the layer's attention, in which the weight W_g is declared.
+    x_BLD: the layer's input.
+    o_BLHK: the results of the heads.
     deterministic: whether there is no dropout, as outside of training.
+
+  Returns:
+    The gated results, [B, L, H, K].
   """
   H, K = o_BLHK.shape[2:]
   axes = 'embed', 'heads', 'head'
@@ -723,17 +849,24 @@ def _gate_features(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
 
 def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
                 deterministic: bool) -> jax.Array:
-  """Returns o * sigmoid(W_g x), with a gate for each head.
+  """Multiplies the results of attention's heads by gates sigmoid(W_g x), one
+  for each head.
 
-  Heads need not grow in number with the width of a model. So in muP W_g x is
-  treated as logits are: divided by how many times as wide the model is as its
-  base model.
+  A wider model need not have more heads. So under muP W_g x is treated as
+  logits are: it is divided by `widening`, the ratio of the model's width to
+  that of the base model whose hyperparameters it takes. Otherwise `widening` is
+  1.
+
+  The suffixes name axes: B batch, L length, D d_model, H heads, K features.
 
   Args:
-    module: the layer's attention, in which W_g is declared.
-    x_BLD: the layer's input, [batch, length, d_model].
-    o_BLHK: the results of the heads, [batch, length, heads, features].
+    module: the layer's attention, in which the weight W_g is declared.
+    x_BLD: the layer's input.
+    o_BLHK: the results of the heads.
     deterministic: whether there is no dropout, as outside of training.
+
+  Returns:
+    The gated results, [B, L, H, K].
   """
   H, axes = o_BLHK.shape[2], ('embed', 'heads')
   z_BLH = layers.dense(
@@ -745,14 +878,17 @@ def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
 
 def _gate_of_logits(module: Any, z: jax.Array, axes: tuple[str, ...]
                     ) -> jax.Array:
-  """Returns the gate sigmoid(z + bias), where the bias is there with
-  model.attention_bias; muP does not divide it.
+  """Returns the gates sigmoid(z + bias). Without model.attention_bias there is
+  no bias.
 
   Args:
-    module: the layer's attention.
-    z: the logits, [B, L, H, K] or [B, L, H].
-    axes: the logical axes of z after the length.
+    module: the layer's attention, in which the bias is declared.
+    z: the logits, [batch, length, heads] or [batch, length, heads, features].
+    axes: the logical axes of z after the length, by which it is split over
+      devices.
   """
+  # The bias is added here, after the caller's division by muP's factor, which
+  # must not divide it.
   if module.config.attention_bias:
     bias = layers.bias(module, f'{GATE}_bias', shape=z.shape[2:], axes=axes)
     z = layers.add_bias(z, bias)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts.attention import kernels
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.cache import Cache
 from architectures.parts.config import ModelConfig
@@ -31,30 +32,41 @@ from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
 
 VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
+# The names of what a cache keeps of the last token: the features of its key
+# that are offset, and the sum of its forget gates.
+KEY_OFFSET = 'key_offset'
+FORGET_GATE = 'forget_gate'
 
 
 def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
                    axes: tuple[str, str], ctx: Context, cache: Optional[Cache]
                    ) -> tuple[jax.Array, Optional[Cache]]:
-  """Returns queries, keys or values after a short convolution (Primer's
-  multi-DConv-head attention: So et al. 2021, arXiv 2109.08668, section 3, with
-  3 tokens),
+  """Applies a short convolution over tokens to queries, keys or values
+  (Primer's multi-DConv-head attention: So et al. 2021, arXiv 2109.08668,
+  section 3, there over 3 tokens):
 
     x'_l = sum over i < W of w_i * x_(l - W + 1 + i),   W = model.attention_conv
 
-  and the cache, which holds the last W - 1 inputs. Each feature of each head
-  has weights of its own. Through it a token sees the W - 1 tokens before it in
-  its document.
+  Each feature of each head has weights of its own. A token sees the W - 1
+  tokens before it in its document.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head, W
+  tokens of the convolution.
 
   Args:
     module: the layer's attention, in which the weights are declared.
     name: 'query', 'key' or 'value', what x is.
-    x_BLHK: the inputs of the convolution, [batch, length, heads, features].
-    axes: the logical axes of its heads and of their features.
+    x_BLHK: the inputs of the convolution.
+    axes: the logical axes of heads and of features, by which the weights are
+      split over devices.
     ctx: the context of the layer.
     cache: the layer's cache; None: there is none.
+
+  Returns:
+    The convolved x, [B, L, H, K], and the cache with the last W - 1 inputs,
+    which the next tokens need; None without a cache.
   """
-  # A cache has the last inputs of each convolution by its name.
+  # A cache keeps the last inputs of each of the three convolutions by name.
   previous_BWHK = None if cache is None else cache.inputs[name]
   W = module.config.part(AttentionConfig).attention_conv
   x_BLHK, last_BWHK = features.declare_and_convolve(
@@ -68,17 +80,23 @@ def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
 
 def normalise_heads(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
                     ) -> jax.Array:
-  """Returns queries or keys after a norm (QK-norm), or unchanged without
-  model.qk_norm.
+  """Normalises queries or keys (QK-norm). Without model.qk_norm they are
+  returned unchanged.
 
-  The norm is taken over each head by itself (Qwen3) or over all heads at once
-  (OLMo 2). It is the norm of the model, or one without parameters.
+  The norm is over each head by itself (Qwen3) or over all heads at once
+  (OLMo 2). It is the model's kind of norm, or one without parameters.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head.
 
   Args:
     module: the layer's attention, in which the norm is declared.
     name: 'query' or 'key', what x is.
-    x_BLHK: queries or keys, [batch, length, heads, features].
-    ctx: the context of the layer, which is not read.
+    x_BLHK: queries or keys.
+    ctx: the context of the layer. It is not read: all such steps have the same
+      arguments.
+
+  Returns:
+    The normalised x, [B, L, H, K].
   """
   del ctx
   config: ModelConfig = module.config
@@ -103,18 +121,23 @@ def normalise_heads(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
 
 def clip_lengths(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
                  ) -> jax.Array:
-  """Returns queries or keys of which none is longer than model.qk_clip
-  (Inkling 2):
+  """Bounds the length of each query or key by model.qk_clip (Inkling 2):
 
     x' = x min(1, clip / |x|)
 
   A query is first multiplied by a learned scale of each feature.
 
+  The suffixes name axes: B batch, L length, H heads, K features of a head.
+
   Args:
     module: the layer's attention, in which the scale is declared.
     name: 'query' or 'key', what x is.
-    x_BLHK: queries or keys, [batch, length, heads, features].
-    ctx: the context of the layer, which is not read.
+    x_BLHK: queries or keys.
+    ctx: the context of the layer. It is not read: all such steps have the same
+      arguments.
+
+  Returns:
+    The bounded x, [B, L, H, K]; x itself with a qk_clip of 0.
   """
   del ctx
   fields = module.config.part(AttentionConfig)
@@ -129,8 +152,8 @@ def clip_lengths(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
                        shape=x_BLHK.shape[2:], role=Role(('heads', 'head')))
     x32_BLHK *= scale_HK[None, None]
 
-  # The length of each head's vector. The bound below the root gives the root a
-  # finite gradient where x is 0.
+  # The length of each head's vector. The minimum under the root keeps its
+  # gradient finite where x is 0.
   squares_BLH1 = jnp.square(x32_BLHK).sum(-1, keepdims=True)
   length_BLH1 = jnp.sqrt(jnp.maximum(squares_BLH1, 1e-30))
   factor_BLH1 = jnp.minimum(fields.qk_clip / (length_BLH1 + 1e-6), 1.0)
@@ -150,17 +173,23 @@ def rotate_by_position(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
 
 def scale_queries_by_position(module: Any, name: str, x_BLHK: jax.Array,
                               ctx: Context) -> jax.Array:
-  """Returns queries that grow with their position, against weights that flatten
-  over more keys (Nakanishi 2025, arXiv 2501.19399; as in Llama 4):
+  """Scales queries up with their position, so that attention's weights do not
+  flatten as the number of keys grows (Nakanishi 2025, arXiv 2501.19399; as in
+  Llama 4):
 
     q' = q (1 + attention_log_scale log(1 + n)),
     n  = floor((position + 1) / attention_log_from)
 
+  The suffixes name axes: B batch, L length, H heads, K features of a head.
+
   Args:
     module: the layer's attention.
-    name: 'query', which is not read.
-    x_BLHK: queries, [batch, length, heads, features].
+    name: 'query'. It is not read: all such steps have the same arguments.
+    x_BLHK: queries.
     ctx: the context of the layer, with the positions.
+
+  Returns:
+    The scaled queries, [B, L, H, K].
   """
   del name
   fields = module.config.part(AttentionConfig)
@@ -170,6 +199,35 @@ def scale_queries_by_position(module: Any, name: str, x_BLHK: jax.Array,
   n_BL = jnp.floor((position_BL + 1.0) / fields.attention_log_from)
   factor_BL = 1.0 + fields.attention_log_scale * jnp.log1p(n_BL)
   x32_BLHK = x_BLHK.astype(jnp.float32) * factor_BL[..., None, None]
+  return x32_BLHK.astype(x_BLHK.dtype)
+
+
+def scale_queries_by_learned_log(module: Any, name: str, x_BLHK: jax.Array,
+                                 ctx: Context) -> jax.Array:
+  """Returns queries times a learned factor of each head that grows with the
+  logarithm of their position (scalable softmax: Nakanishi 2025, arXiv
+  2501.19399, equation 3 and section 2.3; as in Mistral Large 4):
+
+    q'_h = q_h (a_h log(1 + position) + b_h),   a_h = 0 and b_h = 1 at first
+
+  Args:
+    module: the layer's attention, in which a and b are declared.
+    name: 'query', which is not read.
+    x_BLHK: queries, [batch, length, heads, features].
+    ctx: the context of the layer, with the positions.
+  """
+  del name
+  if not module.config.part(AttentionConfig).learned_log_scale:
+    return x_BLHK
+  shape, role = x_BLHK.shape[2:3], Role(('heads',))
+  slope_H = declare(module, 'log_scale', init=nn.initializers.zeros,
+                    shape=shape, role=role)
+  offset_H = declare(module, 'log_scale_bias', init=nn.initializers.ones,
+                     shape=shape, role=role)
+  log_BL = jnp.log1p(ctx.positions_BL.astype(jnp.float32))
+  factor_BLH = (slope_H[None, None] * log_BL[..., None]
+                + offset_H[None, None])
+  x32_BLHK = x_BLHK.astype(jnp.float32) * factor_BLH[..., None]
   return x32_BLHK.astype(x_BLHK.dtype)
 
 
@@ -184,18 +242,150 @@ def normalise_values(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
   return layers.PlainRMSNorm(config, 'head', name=f'{name}_norm')(x_BLHK)
 
 
+def offset_keys(config: ModelConfig, k_BLJK: jax.Array, ctx: Context,
+                cache: Optional[Cache]) -> tuple[jax.Array, Optional[Cache]]:
+  """Returns keys of which the features that no position encoding rotates are
+  those of the token before (partial key offset: modded-nanogpt). So one layer
+  can find what followed an earlier occurrence of a token:
+
+    k'_l = (rotated features of k_l, other features of k_(l-1))
+
+  The first token of a document keeps its own. Without model.key_offset the keys
+  are returned as they are.
+
+  Args:
+    config: the config of the layer.
+    k_BLJK: keys after all steps, [batch, length, heads of keys J, features K].
+    ctx: the context of the layer, with positions and documents.
+    cache: the layer's cache, which keeps these features of the last token;
+      None: there is none.
+
+  Returns:
+    The keys, and the cache.
+  """
+  if not config.part(AttentionConfig).key_offset:
+    return k_BLJK, cache
+  rotated_BLJK, features_BLJU = jnp.split(
+      k_BLJK, [positions.rotary_dim(config)], axis=-1)
+
+  # The features of the token before: the last token of an earlier call stands
+  # in front of the tokens of this one.
+  previous_B1JU = jnp.zeros_like(features_BLJU[:, :1])
+  if cache is not None:
+    previous_B1JU = cache.inputs[KEY_OFFSET].astype(features_BLJU.dtype)
+  all_BMJU = jnp.concatenate([previous_B1JU, features_BLJU], 1)
+  shifted_BLJU = all_BMJU[:, :-1]
+  if cache is not None:
+    last_B1JU = features.last_inputs(
+        all_BMJU, count=1, length=k_BLJK.shape[1], valid_BL=ctx.valid_BL)
+    cache = cache.replace(inputs=cache.inputs | {KEY_OFFSET: last_B1JU})
+
+  # The first token of a document keeps its own features.
+  is_first_BL = ctx.positions_BL == 0
+  if ctx.segment_ids_BL is not None:
+    is_first_BL = is_first_BL | features.begins_document(ctx.segment_ids_BL)
+  shifted_BLJU = jnp.where(is_first_BL[..., None, None], features_BLJU,
+                           shifted_BLJU)
+  return jnp.concatenate([rotated_BLJK, shifted_BLJU], -1), cache
+
+
+# Forgetting attention (FoX: Lin et al. 2025, arXiv 2503.02130, equations 4 and
+# 5): each token lowers the weights of all tokens before it, in each head by a
+# gate f of its own.
+#
+#   f_l = sigmoid(W_f x_l + b_f),   c_l = sum over i <= l of log f_i
+#   o_l = softmax over m of (scale q_l k_m + c_l - c_m) v_m
+#
+# The difference c_l - c_m is a bias on the scores. A cache keeps c of all
+# tokens in float32, and the newest one by itself, from which the sum goes on.
+
+
+def sum_forget_gates(module: Any, x_BLD: jax.Array, ctx: Context,
+                     cache: Optional[Cache]
+                     ) -> tuple[Optional[jax.Array], Optional[Cache]]:
+  """Returns the sums c of the logarithms of the forget gates in the equations
+  above, or None without model.forget_gate.
+
+  Args:
+    module: the layer's attention, in which W_f and b_f are declared.
+    x_BLD: the layer's input, [batch, length, d_model].
+    ctx: the context of the layer, which says what is padding.
+    cache: the layer's cache, which has c of the last token; None: there is
+      none.
+
+  Returns:
+    c, [B, L, H, 1] in float32, and the cache.
+  """
+  config: ModelConfig = module.config
+  if not config.part(AttentionConfig).forget_gate:
+    return None, cache
+  # A wider model may have as many heads: in muP these are logits.
+  D, H = x_BLD.shape[-1], config.num_heads
+  weight_DH = layers.weight(module, FORGET_GATE, shape=(D, H),
+                            axes=('embed', 'heads'), output=True)
+  bias_H = layers.bias(module, f'{FORGET_GATE}_bias', shape=(H,),
+                       axes=('heads',))
+  z_BLH = layers.einsum('BLD,DH->BLH', x_BLD, weight_DH, dtype=x_BLD.dtype,
+                        out_dtype=jnp.float32, axes=('embed', 'heads'))
+  z_BLH = z_BLH / config.widening + bias_H[None, None]
+  c_BLHU = jnp.cumsum(jax.nn.log_sigmoid(z_BLH), axis=1)[..., None]
+  if cache is None:
+    return c_BLHU, None
+
+  # The sum goes on from that of the last token of an earlier call.
+  last_B1HU = cache.inputs[FORGET_GATE]
+  c_BLHU += last_B1HU
+  all_BMHU = jnp.concatenate([last_B1HU, c_BLHU], 1)
+  last_B1HU = features.last_inputs(all_BMHU, count=1, length=x_BLD.shape[1],
+                                   valid_BL=ctx.valid_BL)
+  cache = cache.replace(inputs=cache.inputs | {FORGET_GATE: last_B1HU})
+  return c_BLHU, cache
+
+
+def add_forget_bias(visible: kernels.VisibleKeys,
+                    q_sums_BLHU: Optional[jax.Array],
+                    k_sums_BMHU: Optional[jax.Array]) -> kernels.VisibleKeys:
+  """Returns `visible` with the bias c_l - c_m of the equations above added to
+  what is added to the scores; `visible` itself without forget gates.
+
+  Args:
+    visible: which keys the queries see.
+    q_sums_BLHU: c of the queries' tokens, [B, L, H, 1]; None: there are no such
+      gates.
+    k_sums_BMHU: c of the keys' tokens, [B, M, H, 1].
+  """
+  if q_sums_BLHU is None:
+    return visible
+  c_BHL1 = q_sums_BLHU.swapaxes(1, 2)
+  c_BH1M = jnp.moveaxis(k_sums_BMHU, 1, 3)
+  bias_BHLM = c_BHL1 - c_BH1M
+  if visible.bias_BHLM is not None:
+    bias_BHLM += visible.bias_BHLM
+  # The mask has a mark of the bias: fused kernels cannot add one.
+  return visible._replace(mask=visible.mask.replace(has_bias=True),
+                          bias_BHLM=bias_BHLM)
+
+
 # Values of the first layer, and values from a table of tokens, are mixed into
 # those of self-attention before they are weighed.
 
 
 def zero_first_values(config: ModelConfig, x_BLD: jax.Array
                       ) -> FirstLayerValues:
-  """Returns the values that the first layer is given as those of the first
-  layer: zeros [B, L, J, K], and the mark that they are not known yet.
+  """Returns a placeholder for the values of the first layer, which later layers
+  mix into their own (value residual): zeros, marked as not known yet. The first
+  layer is given it, so that all layers have inputs of the same structure, as a
+  scan over layers needs.
+
+  The suffixes name axes: B batch, L length, D d_model, J heads of values, K
+  features of a head.
 
   Args:
     config: the config of the first layer.
-    x_BLD: its input.
+    x_BLD: the input of the first layer, which gives B and L.
+
+  Returns:
+    The zeros, [B, L, J, K], with `known` false.
   """
   shape = *x_BLD.shape[:2], config.num_kv_heads, config.head_dim
   zeros_BLJK = jnp.zeros(shape, config.compute_dtype)
@@ -207,29 +397,35 @@ def zero_first_values(config: ModelConfig, x_BLD: jax.Array
 def mix_first_values(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
                      first: Optional[FirstLayerValues]
                      ) -> tuple[jax.Array, Optional[FirstLayerValues]]:
-  """Returns the values, mixed with those of the first layer, and the latter for
-  the next layer (value residual: Zhou et al. 2024, arXiv 2410.17897; with one
-  learned number a layer, as in modded-nanogpt):
+  """Mixes the values of the first layer into the values of this layer n (value
+  residual: Zhou et al. 2024, arXiv 2410.17897; with one learned number a layer,
+  as in modded-nanogpt):
 
     v'_n = (1 - lambda_n) v_n + lambda_n v_1,   lambda_n = 1/2 at first
 
-  v_1 are the same token's values in the first layer, which mixes them with
-  themselves. So a layer needs of the first one only what it makes of the tokens
-  that it is given, and a cache of keys and values holds what was mixed already.
+  v_1 are the same token's values in the first layer. A cache holds values that
+  are mixed already, so only the values of new tokens are passed on here.
+
+  The suffixes name axes: B batch, L length, D d_model, J heads of values, K
+  features of a head.
 
   Args:
-    module: the layer's attention.
-    x_BLD: the input of the product that makes the values.
-    v_BLJK: the values.
-    first: the first layer's values, from the layer before; None: this layer is
-      alone.
+    module: the layer's attention, in which lambda is declared.
+    x_BLD: the layer's input, which gives the shape of missing values.
+    v_BLJK: the values of this layer.
+    first: the first layer's values, passed on by the layer before; None: the
+      layer is used by itself.
+
+  Returns:
+    The mixed values, [B, L, J, K], and the first layer's values for the next
+    layer; None in their place without model.value_residual.
   """
   config: ModelConfig = module.config
   fields = config.part(AttentionConfig)
   if not fields.value_residual:
     return v_BLJK, None
 
-  # In the first layer its own values stand in for those of the first layer.
+  # The first layer is given zeros marked as unknown: its own values are v_1.
   if first is None:
     first = zero_first_values(config, x_BLD)
   first_BLJK = jnp.where(first.known, first.value_BLJK, v_BLJK)
@@ -247,28 +443,33 @@ def mix_first_values(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
 
 def add_value_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
                         ctx: Context) -> jax.Array:
-  """Returns the values plus, for each token, a vector of its own (value
-  embedding: modded-nanogpt; the gate is nanochat's, which reads a few features
-  of x, and here reads them all):
+  """Adds to the values an embedding of the token (value embedding:
+  modded-nanogpt; with nanochat's gate, but made of all features of x):
 
     v' = v + 2 sigmoid(W_g x) e[token],   W_g = 0 at first
 
-  e is a table of the layer's own, with a row of all heads for each token, and
-  the gate has one number for each head.
+  Each layer has its own table e, with a vector of all heads for each token of
+  the vocabulary. The gate has one number for each head.
+
+  The suffixes name axes: B batch, L length, D d_model, V vocabulary, J heads of
+  values, K features of a head.
 
   Args:
-    module: the layer's attention.
+    module: the layer's attention, in which the table and W_g are declared.
     x_BLD: the layer's input.
     v_BLJK: the values.
     ctx: the context of the layer, with the tokens.
+
+  Returns:
+    v', [B, L, J, K]; v without model.value_embedding.
   """
   config: ModelConfig = module.config
   fields = config.part(AttentionConfig)
   if not fields.value_embedding:
     return v_BLJK
 
-  # The rows of the table, which is gathered whole over fsdp first, as the
-  # embedding of tokens.
+  # Look up the tokens. The table is split over the devices of the mesh axis
+  # 'fsdp' and gathered first, as the embedding of the model's input is.
   J, K = v_BLJK.shape[2:]
   table_VJK = declare(
       module, 'value_embedding',
@@ -279,7 +480,8 @@ def add_value_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
       table_VJK, None, 'kv_heads', 'head')
   e_BLJK = gathered_VJK[ctx.tokens_BL].astype(v_BLJK.dtype)
 
-  # The gate. A wider model may have as many heads: in muP these are logits.
+  # The gate. A wider model need not have more heads, so under muP its logits
+  # are divided by the widening, as those of the vocabulary are.
   gate_DJ = declare(
       module, 'value_gate', init=nn.initializers.zeros,
       shape=(x_BLD.shape[-1], J),
@@ -304,15 +506,20 @@ def add_value_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
 
 def join_values_of_head_pairs(config: ModelConfig, v_BMJK: jax.Array
                               ) -> jax.Array:
-  """Returns the values of pairs of heads for the differential attention above,
-  or the values as they are without model.attention_difference.
+  """Joins the values of each pair of heads, as differential attention needs
+  (Ye et al. 2024, arXiv 2410.05258): both heads of a pair weigh the values
+  [v_1, v_2] of both.
+
+  The suffixes name axes: B batch, M tokens, J heads of values, K features of a
+  head, U = 2 K.
 
   Args:
     config: the config of the layer.
-    v_BMJK: the values, [batch, tokens M, heads of keys J, features K].
+    v_BMJK: the values.
 
   Returns:
-    [B, M, J, 2 K]: for each head the values [v_1, v_2] of its pair.
+    The joined values, [B, M, J, 2 K]; the values as they are without
+    model.attention_difference.
   """
   if not config.part(AttentionConfig).attention_difference:
     return v_BMJK
@@ -324,16 +531,25 @@ def join_values_of_head_pairs(config: ModelConfig, v_BMJK: jax.Array
 
 
 def subtract_head_pairs(module: Any, o_BLHU: jax.Array) -> jax.Array:
-  """Returns the differences of pairs of heads, with model.attention_difference:
+  """Subtracts the second head of each pair from the first (differential
+  attention: Ye et al. 2024, arXiv 2410.05258):
 
-    y = (1 - l) n(o_1 - lambda o_2),   o_i = A_i [v_1, v_2]
+    y      = (1 - l) n(o_1 - lambda o_2),   o_i = A_i [v_1, v_2]
+    lambda = exp(a_1 b_1) - exp(a_2 b_2) + l
 
-  as [B, L, H, K], where each pair has the features of two heads; the equations
-  above define l, n and lambda. Else o is returned.
+  A_i are the attention weights of the pair's heads and v_i their values, n is a
+  norm, a_i and b_i are learned vectors, and l is model.attention_difference.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head, U =
+  2 K.
 
   Args:
-    module: the layer's attention.
-    o_BLHU: the results of the heads, with U = 2 K features each.
+    module: the layer's attention, in which a_i and b_i are declared.
+    o_BLHU: the results o of the heads.
+
+  Returns:
+    y, [B, L, H, K]: a pair's U features stand as those of two heads. Without
+    model.attention_difference o is returned.
   """
   config: ModelConfig = module.config
   fields = config.part(AttentionConfig)
@@ -347,7 +563,8 @@ def subtract_head_pairs(module: Any, o_BLHU: jax.Array) -> jax.Array:
         shape=(config.head_dim,), role=Role(('head',)))
     return vector_K.astype(jnp.float32)
 
-  # The share lambda of the second head.
+  # Lambda, the share of the second head. The vectors are declared in an order
+  # that fixes their initial values by the seed.
   a1_K = declare_vector('a1')
   b1_K = declare_vector('b1')
   a2_K = declare_vector('a2')
@@ -364,10 +581,63 @@ def subtract_head_pairs(module: Any, o_BLHU: jax.Array) -> jax.Array:
   return (1 - fields.attention_difference) * y_BLHK
 
 
+def remove_own_value(module: Any, o_BLHK: jax.Array, v_BLJK: jax.Array
+                     ) -> jax.Array:
+  """Returns the results of the heads without their part along the value of the
+  token itself (exclusive self-attention, XSA: arXiv 2603.09078):
+
+    o' = o - s (o . v) v / |v|^2
+
+  With model.attention_exclusive 'all', s is 1; with 'learned' it is tanh(alpha)
+  of a number alpha of each head, 0 at first (as in NeoMME); with 'none' o is
+  returned as it is.
+
+  Args:
+    module: the layer's attention, in which alpha is declared.
+    o_BLHK: the results of the heads, [batch, length, heads H, features K].
+    v_BLJK: the values of the same tokens, [batch, length, heads of values J,
+      features K]. R = H / J heads of queries share one.
+  """
+  fields = module.config.part(AttentionConfig)
+  if fields.attention_exclusive == 'none':
+    return o_BLHK
+
+  # Values of length 1. The bound keeps the gradient of a value of zeros finite.
+  v32_BLJK = v_BLJK.astype(jnp.float32)
+  squares_BLJ1 = jnp.square(v32_BLJK).sum(-1, keepdims=True)
+  unit_BLJK = v32_BLJK * jax.lax.rsqrt(jnp.maximum(squares_BLJ1, 1e-24))
+
+  # The part of each head's result along them.
+  B, L, H, K = o_BLHK.shape
+  J = unit_BLJK.shape[2]
+  o32_BLJRK = o_BLHK.astype(jnp.float32).reshape(B, L, J, H // J, K)
+  unit_BLJ1K = unit_BLJK[:, :, :, None]
+  along_BLJR1 = (o32_BLJRK * unit_BLJ1K).sum(-1, keepdims=True)
+  own_part_BLHK = (along_BLJR1 * unit_BLJ1K).reshape(B, L, H, K)
+  if fields.attention_exclusive == 'learned':
+    alpha_H = declare(module, 'exclusive', init=nn.initializers.zeros,
+                      shape=(H,), role=Role(('heads',)))
+    own_part_BLHK = jnp.tanh(alpha_H)[None, None, :, None] * own_part_BLHK
+  return (o_BLHK - own_part_BLHK).astype(o_BLHK.dtype)
+
+
+def normalise_results(module: Any, o_BLHK: jax.Array) -> jax.Array:
+  """Returns the results of the heads, each divided by its root mean square with
+  model.context_norm (Muse Spark), or unchanged.
+
+  Args:
+    module: the layer's attention.
+    o_BLHK: the results of the heads, [batch, length, heads, features].
+  """
+  if not module.config.part(AttentionConfig).context_norm:
+    return o_BLHK
+  return layers.PlainRMSNorm(module.config, 'head', name='context_norm')(o_BLHK)
+
+
 # The order matters: a norm would undo the factors of later steps, and the clip
 # bounds what the norm returns.
 QUERY_STEPS = (normalise_heads, clip_lengths, rotate_by_position,
-               scale_queries_by_position)
+               scale_queries_by_position, scale_queries_by_learned_log)
 KEY_STEPS = normalise_heads, clip_lengths, rotate_by_position
 VALUE_STEPS = (normalise_values,)
 # The steps of queries and keys in cross-attention, whose memory has no

@@ -105,37 +105,49 @@ class ExpertDropout:
   rate: float = struct.field(pytree_node=False, default=0.0)
 
   def mask(self, id_P: jax.Array, num_units: int) -> jax.Array:
-    """Returns the factors by which dropout multiplies the hidden units of rows:
-    0 with probability `rate`, else 1 / (1 - rate).
+    """Returns the factors by which dropout multiplies the hidden units of the
+    experts' networks: 0 with probability `rate`, else 1 / (1 - rate).
+
+    The random bits are a hash of (seed, assignment, unit), where an assignment
+    is a pair of a token and its expert. So the mask is the same however rows
+    are sorted and whichever device computes them.
+
+    The suffixes name axes: P rows, F hidden units.
 
     Args:
-      id_P: the ids of the P rows' assignments, the same on any device.
-      num_units: F, how many hidden units this device has of a row.
+      id_P: the id of the assignment that each row computes.
+      num_units: how many of a row's hidden units this device has.
 
     Returns:
-      float32 [P, F].
+      The factors, float32 [P, F].
     """
-    # A hash of (seed, assignment, unit) in place of random bits. The constant,
-    # 2^32 over the golden ratio, spreads the numbers of units over all bits.
+    # The constant, 2^32 over the golden ratio, spreads the numbers of units
+    # over all bits.
     unit_F = (jnp.arange(num_units) + self.first_unit).astype(jnp.uint32)
     row_hash_P = hash_uint32(id_P.astype(jnp.uint32) ^ self.seed)
     bits_PF = hash_uint32(
         row_hash_P[:, None] + unit_F[None] * jnp.uint32(0x9e3779b9))
+    # A share `rate` of all 32-bit numbers is dropped: those below the bound.
     keep_PF = bits_PF >= jnp.uint32(int(self.rate * 2 ** 32))
     return keep_PF / (1 - self.rate)
 
 
 def batched_ffn(rows_ECD: jax.Array, w: ExpertWeights, hidden: HiddenUnits,
                 mask_ECF: Optional[jax.Array] = None) -> jax.Array:
-  """Applies the feed-forward network of each expert to as many rows,
-  y = act(x W_up + b_up, x W_gate + b_gate) W_down + b_down.
+  """Applies the feed-forward network of each expert to its rows, in one batch
+  in which all experts have the same number of rows:
+
+    y = act(x W_up + b_up, x W_gate + b_gate) W_down + b_down
+
+  The suffixes name axes: E experts, C rows of an expert, D features of a row, F
+  hidden units.
 
   Args:
-    rows_ECD: the rows, [experts, C rows of each, features].
+    rows_ECD: the rows x.
     w: the experts' weights.
-    hidden: the function act that makes the hidden units of the products.
-    mask_ECF: the factors of the F hidden units of each row, for dropout; None:
-      there is no dropout.
+    hidden: the function act. Its second argument exists in gated networks only.
+    mask_ECF: the factors of the hidden units, for dropout; None: there is no
+      dropout.
 
   Returns:
     The results, [E, C, D].
@@ -189,20 +201,25 @@ def _scatter_sum_to_tokens(x_AD: jax.Array, token_A: jax.Array, tokens: int
 def gather_tokens(x_TD: jax.Array, token_P: jax.Array, row_A: jax.Array,
                   choices: int) -> jax.Array:
   """Copies tokens to the rows that experts compute, y_p = x[token_p]. The
-  gradient is a gather too, which is faster than the scatter that JAX derives.
+  gradient, defined below, is a gather too, which is faster than the scatter
+  that JAX would derive.
+
+  The suffixes name axes: T tokens, D d_model, P rows, A assignments. An
+  assignment is a pair of a token and an expert that it goes to.
 
   Args:
-    x_TD: the tokens, [T tokens, d_model].
-    token_P: the token of each of P rows; T, which is no token, gives zeros.
-    row_A: the inverse, which the gradient reads: the row of each assignment of
-      a token to an expert; P where it has none.
-    choices: how many assignments each token has, which stand one after
-      another; 0: they stand in any order, and the gradient is a scatter.
+    x_TD: the tokens.
+    token_P: the token of each row. The number T, which is no token, gives a row
+      of zeros.
+    row_A: the inverse map, which only the gradient reads: the row of each
+      assignment; P if it has no row.
+    choices: how many assignments each token has, if those of a token stand one
+      after another. 0: they stand in any order, and the gradient is a scatter.
 
   Returns:
     The rows, [P, D].
   """
-  del row_A, choices
+  del row_A, choices  # the forward pass needs neither
   return _gather_rows(x_TD, token_P)
 
 
@@ -214,14 +231,21 @@ def _gather_tokens_forward(x_TD: jax.Array, token_P: jax.Array,
 
 
 def _gather_tokens_backward(choices: int, saved: tuple, dy_PD: jax.Array):
-  """Returns the gradient of x in y_p = x[token_p], and None for the indices:
+  """Computes the gradient of `gather_tokens`, y_p = x[token_p]:
 
     dx_t = sum over the assignments a of token t of dy[row_a]
 
+  An assignment is a pair of a token and an expert; row_a is its row. The
+  suffixes name axes: P rows, D d_model, A assignments.
+
   Args:
-    choices: as of `gather_tokens`.
-    saved: token_P, row_A and the number of tokens.
+    choices: how many assignments each token has, one after another; 0: they
+      stand in any order.
+    saved: what the forward pass kept: token_P, row_A and the number of tokens.
     dy_PD: the gradient of the rows.
+
+  Returns:
+    The gradient of the tokens, [T, D], and None for each of the two indices.
   """
   token_P, row_A, tokens = saved
   if choices == 0:
@@ -238,27 +262,30 @@ def combine_results(
     y_PD: jax.Array, gate_A: Optional[jax.Array], token_A: jax.Array,
     row_A: jax.Array, assignment_P: jax.Array, tokens: int, choices: int
     ) -> jax.Array:
-  """Adds up the experts' results for each token, weighed by their gates:
+  """Adds up the experts' results for each token, weighed by the router's gates:
 
     z_t = sum over the assignments a of token t of gate_a * y[row_a]
 
+  An assignment is a pair of a token and an expert that it goes to. The suffixes
+  name axes: P rows, D d_model, A assignments, T tokens.
+
   Args:
-    y_PD: the experts' results, a row of each assignment of a token to an
-      expert, [P rows, d_model].
+    y_PD: the experts' results.
     gate_A: the gate of each assignment; None: the rows have been multiplied by
       their gates already.
     token_A: the token of each assignment.
-    row_A: the row of each assignment; P where it has none.
-    assignment_P: the inverse of row_A, which the gradient reads; A where a row
-      has no assignment.
+    row_A: the row that computed each assignment; P if it has no row.
+    assignment_P: the inverse of row_A, which only the gradient reads; A if a
+      row has no assignment.
     tokens: T, the number of tokens.
-    choices: how many assignments each token has, which stand one after
-      another; 0: the experts chose, and they stand in any order.
+    choices: how many assignments each token has, if those of a token stand one
+      after another. 0: they stand in any order, as where experts choose their
+      tokens.
 
   Returns:
     z, [T, D].
   """
-  del assignment_P
+  del assignment_P  # the forward pass does not need it
   y_AD = _gather_rows(y_PD, row_A)
   if gate_A is not None:
     y_AD = y_AD * gate_A[:, None].astype(y_AD.dtype)
@@ -283,19 +310,26 @@ def _combine_results_forward(
 
 def _combine_results_backward(tokens: int, choices: int, saved: tuple,
                               dz_TD: jax.Array):
-  """Returns the gradients of the rows y and the gates g in
-  z_t = sum over a of g_a y[row_a], and None for the indices. With t the token
-  and a the assignment of row p,
+  """Computes the gradients of `combine_results`, with gates g:
+
+    z_t = sum over the assignments a of token t of g_a y[row_a]
+
+  With a the assignment that row p computes, and t its token,
 
     dy_p = g_a dz_t,      dg_a = y[row_a] . dz_t
 
-  where an absent g is 1.
+  Without gates, g is 1. An assignment is a pair of a token and an expert. The
+  suffixes name axes: T tokens, D d_model, P rows, A assignments.
 
   Args:
     tokens: T, the number of tokens.
-    choices: not read: an assignment has one row, in whatever order.
-    saved: the rows (None without gates), the gates and the three indices.
+    choices: how the assignments are ordered, which makes no difference here.
+    saved: what the forward pass kept: the rows (None without gates), the gates,
+      and the three maps between tokens, assignments and rows.
     dz_TD: the gradient of the tokens' results.
+
+  Returns:
+    The gradients of y and g, and None for each of the three maps.
   """
   del choices
   y_PD, gate_A, token_A, row_A, assignment_P = saved
@@ -316,11 +350,18 @@ combine_results.defvjp(_combine_results_forward, _combine_results_backward)
 
 
 def invert_row_of_assignment(row_A: jax.Array, num_rows: int) -> jax.Array:
-  """Returns the assignment of each row, [P]; A for a row that none has.
+  """Inverts the map from assignments (pairs of a token and an expert) to the
+  rows that compute them.
+
+  The suffixes name axes: A assignments, P rows.
 
   Args:
-    row_A: the row of each assignment.
-    num_rows: P.
+    row_A: the row of each assignment. No two have the same row, except for
+      numbers from P on, which stand for no row.
+    num_rows: P, how many rows there are.
+
+  Returns:
+    The assignment of each row, int32 [P]; A for a row that has none.
   """
   A = row_A.shape[0]
   no_assignment_P = jnp.full(num_rows, A, jnp.int32)
@@ -331,15 +372,20 @@ def invert_row_of_assignment(row_A: jax.Array, num_rows: int) -> jax.Array:
 
 def assign_padded_rows(expert_A: jax.Array, experts: int, slots: int
                        ) -> jax.Array:
-  """Returns the row of each assignment where each of E experts has C slots,
-  [A]: expert e has the rows from e C on, in the order of its assignments.
+  """Gives each assignment (a pair of a token and its expert) a row, where each
+  of E experts has C rows: those of expert e begin at row e C, in the order of
+  its assignments.
 
   Args:
-    expert_A: the expert of each assignment of a token to an expert; E where the
-      assignment is void, which then has row E C. No other expert may have more
-      than C assignments.
+    expert_A: the expert of each of A assignments. E stands for a void
+      assignment, which no expert computes. An expert must not have more than C
+      assignments.
     experts: E, the number of experts.
     slots: C, how many rows each expert has.
+
+  Returns:
+    The row of each assignment, int32 [A]; E C, which is past the end, for a
+    void one.
   """
   row_A = expert_A * slots + rank_among_equal_keys(expert_A, experts + 1)
   return jnp.where(expert_A < experts, row_A, experts * slots)
@@ -347,16 +393,17 @@ def assign_padded_rows(expert_A: jax.Array, experts: int, slots: int
 
 def assign_sorted_rows(expert_A: jax.Array, experts: int
                        ) -> tuple[jax.Array, jax.Array]:
-  """Sorts the rows of assignments by their experts.
+  """Gives each assignment (a pair of a token and its expert) a row, such that
+  the rows are sorted by expert and have no gaps.
 
   Args:
-    expert_A: the expert of each of A assignments of a token to an expert; E
-      where the assignment is void.
+    expert_A: the expert of each of A assignments. E stands for a void
+      assignment, which no expert computes.
     experts: E, the number of experts.
 
   Returns:
-    The row of each assignment, [A], which is A for a void one; and how many
-    rows each expert has, int32 [E].
+    The row of each assignment, int32 [A]; A, which is past the end, for a void
+    one. And how many rows each expert has, int32 [E].
   """
   A = expert_A.shape[0]
   # order_A[p] is the assignment of row p; its inverse is the row of each. The
@@ -387,17 +434,20 @@ class TokensAsRows(NamedTuple):
 
 def copy_tokens_to_rows(x_TD: jax.Array, routed: Routing, row_A: jax.Array,
                         num_rows: int) -> TokensAsRows:
-  """Copies tokens to rows, one row for each assignment of a token to an expert.
+  """Copies tokens to rows, one row for each assignment (pair of a token and an
+  expert that it goes to).
+
+  The suffixes name axes: T tokens, D d_model, A assignments, P rows.
 
   Args:
-    x_TD: the tokens, [T tokens, d_model].
-    routed: the assignments of the tokens.
-    row_A: the row of each assignment; P where it has none.
+    x_TD: the tokens.
+    routed: what the router decided: the assignments of the tokens.
+    row_A: the row of each assignment; P if it has no row.
     num_rows: P, how many rows there are.
 
   Returns:
-    The rows, their assignments, and the function that adds the rows' results up
-    for each token again.
+    The rows, the assignment of each row, and the function `combine` that adds
+    up the rows' results for each token.
   """
   # The assignment and the token of each row. A row without an assignment has
   # the numbers A and T, past the end.
@@ -460,14 +510,20 @@ class LocalExperts:
 
   def compute_grouped(self, rows_PD: jax.Array, count_E: jax.Array,
                       id_P: jax.Array, gate_P: jax.Array) -> jax.Array:
-    """Returns the experts' results for rows that are sorted by expert, each
-    multiplied by its gate, [P, D].
+    """Applies the experts of this device to rows that are sorted by expert, and
+    multiplies each result by its gate.
+
+    The suffixes name axes: P rows, D d_model, E experts, F hidden units.
 
     Args:
-      rows_PD: P rows, those of the first expert first.
-      count_E: int32, how many of them each expert has.
-      id_P: the ids of their assignments, which dropout reads.
-      gate_P: their gates.
+      rows_PD: the rows, those of the first expert first.
+      count_E: int32, how many rows each expert has.
+      id_P: the id of the assignment (pair of a token and its expert) that each
+        row computes, of which dropout draws its random bits.
+      gate_P: the gate of each row.
+
+    Returns:
+      The results, [P, D].
     """
     mask_PF = self._dropout_mask(id_P)
     return grouped.grouped_ffn(
@@ -490,24 +546,29 @@ class LocalExperts:
 def compute_padded_batch(
     x_TD: jax.Array, routed: Routing, experts: 'LocalExperts | SpreadExperts',
     slots: int) -> jax.Array:
-  """Returns the tokens' results by a batch of the experts: each has as many
-  rows, and those that no assignment fills are zeros.
+  """Computes a mixture of experts as one batch in which each expert has the
+  same number of rows. Rows that no token fills are zeros.
+
+  The suffixes name axes: T tokens, D d_model, A assignments (pairs of a token
+  and its expert), E experts, C rows of an expert, P = E C rows.
 
   Args:
-    x_TD: this device's tokens, [T tokens, d_model].
-    routed: the assignments of the tokens to experts.
-    experts: the experts, here or along the mesh.
+    x_TD: this device's tokens.
+    routed: what the router decided: the assignments and their gates.
+    experts: the experts' networks, all on this device or spread over a mesh.
     slots: C, how many rows each expert has.
 
   Returns:
-    The results, weighed by the gates and added up for each token, [T, D].
+    The experts' results, weighed by the gates and added up for each token,
+    [T, D].
   """
-  # Each assignment has a row of its expert.
+  # Copy each token to a row of each of its experts.
   E, D = routed.probs_TE.shape[1], x_TD.shape[1]
   row_A = assign_padded_rows(routed.expert_A, E, slots)
   as_rows = copy_tokens_to_rows(x_TD, routed, row_A, num_rows=E * slots)
 
-  # The rows as a batch of experts, and back.
+  # Apply the experts to the rows as a batch. The ids tell dropout which
+  # assignment a row computes.
   rows_ECD = as_rows.rows_PD.reshape(E, slots, D)
   id_EC = experts.dropout_ids(as_rows.assignment_P).reshape(E, slots)
   y_ECD = experts.compute_padded(rows_ECD, id_EC)
@@ -518,30 +579,37 @@ def compute_padded_batch(
 def compute_dropless(
     x_TD: jax.Array, routed: Routing, experts: 'LocalExperts | SpreadExperts',
     slots: int) -> jax.Array:
-  """Returns the tokens' results by rows that are sorted by expert, without
-  padding (MegaBlocks).
+  """Computes a mixture of experts by rows that are sorted by expert, without
+  padding (MegaBlocks: Gale et al. 2022).
+
+  The suffixes name axes: T tokens, D d_model, A assignments (pairs of a token
+  and its expert), E experts, P rows.
 
   Args:
-    x_TD: this device's tokens, [T tokens, d_model].
-    routed: the assignments of the tokens to experts.
-    experts: the experts, here or along the mesh.
-    slots: not read: an assignment without room is void already.
+    x_TD: this device's tokens.
+    routed: what the router decided: the assignments and their gates.
+    experts: the experts' networks, all on this device or spread over a mesh.
+    slots: how many rows an expert may have, which is not read. Assignments over
+      an expert's capacity have been made void before.
 
   Returns:
-    The results, weighed by the gates and added up for each token, [T, D].
+    The experts' results, weighed by the gates and added up for each token,
+    [T, D].
   """
   del slots
+  # Copy each token to a row of each of its experts.
   row_A, num_rows, count_E = experts.assign_rows(routed.expert_A)
   as_rows = copy_tokens_to_rows(x_TD, routed, row_A, num_rows=num_rows)
 
-  # Gates go with the rows. Their gradient needs the expert's result, which
-  # would otherwise have to come back once more when a layer is computed again.
+  # Apply the experts, which multiply each row by its gate. The gradient of a
+  # gate needs the expert's result. Gates that were applied after the rows came
+  # back from other devices would cost another exchange under remat.
   gate_P = reorder_scalars(
       routed.gate_A, index_P=as_rows.assignment_P, inverse_A=row_A)
   id_P = experts.dropout_ids(as_rows.assignment_P)
   y_PD = experts.compute_grouped(
       as_rows.rows_PD, count_E=count_E, id_P=id_P, gate_P=gate_P)
-  # No gates here: the rows have been multiplied by theirs.
+  # The gates must not be applied a second time, hence None.
   return as_rows.combine(y_PD, None)
 
 
@@ -578,13 +646,16 @@ def num_expert_shards() -> int:
 
 def slots_of_expert(moe: MoEConfig, factor: float, tokens: int, groups: int,
                     shards: int) -> int:
-  """Returns C, how many of a device's tokens may choose the same expert.
+  """Returns how many rows each expert needs on a device in a padded batch: the
+  most tokens of the device that can go to the same expert.
 
   Args:
     moe: the config of the mixture of experts.
-    factor: the capacity factor; 0: there is none, so that all may come.
-    tokens: the number of tokens of all devices, in `groups` groups.
-    groups: the number of routing groups, within which tokens share capacity.
+    factor: the capacity factor, how much room an expert has relative to an even
+      load; 0: there is no limit.
+    tokens: the number of tokens of all devices.
+    groups: the number of routing groups. The capacity of an expert holds for
+      the tokens of a group.
     shards: the number of devices that the tokens are split over.
   """
   # A device's tokens, rounded up as padding does.
@@ -600,17 +671,20 @@ def slots_of_expert(moe: MoEConfig, factor: float, tokens: int, groups: int,
 
 def choose_dispatch(moe: MoEConfig, factor: float, tokens: int, groups: int,
                     shards: int) -> str:
-  """Returns how a mixture of experts is computed: 'sorted', a batch of padded
-  experts, or 'dropless', groups of rows without padding.
+  """Chooses how a mixture of experts is computed: 'sorted', as a batch in which
+  each expert has the same number of rows, or 'dropless', as rows sorted by
+  expert without padding.
 
-  The config names one, or `auto`: a padded batch where its slots are at most
-  MOST_SLOTS_PER_ASSIGNMENT times a device's assignments, else dropless.
+  The config names one of them, or 'auto': then the batch is taken if padding
+  makes it at most MOST_SLOTS_PER_ASSIGNMENT times as large as the rows that are
+  needed.
 
   Args:
-    moe: the config of the mixture.
-    factor: the capacity factor; 0: there is none.
+    moe: the config of the mixture of experts.
+    factor: the capacity factor, how much room an expert has relative to an even
+      load; 0: there is no limit.
     tokens: the number of tokens of all devices.
-    groups: the number of routing groups.
+    groups: the number of routing groups, within which tokens share capacity.
     shards: the number of devices that the tokens are split over.
   """
   if moe.dispatch != 'auto':
@@ -621,7 +695,8 @@ def choose_dispatch(moe: MoEConfig, factor: float, tokens: int, groups: int,
   # Without a capacity, an expert could get all tokens, and padding be useless.
   if not factor:
     return 'dropless'
-  # The slots of all experts, and the assignments of a device's tokens.
+  # Compare the rows of the padded batch with the rows that tokens need: one for
+  # each expert of each token.
   num_slots = moe.num_experts * slots_of_expert(
       moe, factor=factor, tokens=tokens, groups=groups, shards=shards)
   assignments = moe.top_k * -(-tokens // shards)
@@ -686,13 +761,18 @@ def compute_experts(
 
 
 def _partition_specs(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
-  """Returns how each weight is split over the mesh, as PartitionSpecs in the
-  fields of the weights; None for a weight that the network lacks.
+  """Returns how the weights of the experts are split over the mesh.
+
+  The suffixes name axes: E experts, D features, F hidden units.
 
   Args:
-    w: the weights.
-    axes: the mesh axes by what they split: experts, hidden units (mlp) and
+    w: the weights, or their shapes.
+    axes: the mesh axes that split the experts, the hidden units (mlp) and the
       features (embed).
+
+  Returns:
+    A PartitionSpec in place of each weight; None for a weight that the network
+    does not have.
   """
   # A PartitionSpec has None for an axis that is whole on each device.
   expert = axes.experts or None
@@ -717,19 +797,24 @@ def _partition_specs(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
 
 def _pad_tokens(x_TD: jax.Array, routed: Routing, num_padding: int
                 ) -> tuple[jax.Array, Routing]:
-  """Appends tokens that go to no expert, so that all devices have as many.
+  """Appends padding tokens, which go to no expert, so that all devices get the
+  same number of tokens.
+
+  The suffixes name axes: T tokens, D d_model, A assignments (pairs of a token
+  and its expert), E experts.
 
   Args:
-    x_TD: the tokens, [T tokens, d_model].
-    routed: the assignments of the tokens.
+    x_TD: the tokens.
+    routed: what the router decided: the assignments and their gates.
     num_padding: how many tokens to append.
 
   Returns:
-    The tokens and their assignments, with those of the padding after them.
+    The tokens and the assignments, with those of the padding at the end.
   """
   if not num_padding:
     return x_TD, routed
-  # Expert E is none, so an assignment to it is void.
+  # Experts have the numbers 0 ... E - 1, so E stands for no expert: such an
+  # assignment is void.
   E, num_assignments = routed.probs_TE.shape[1], num_padding * routed.choices
 
   def append_rows(x: jax.Array, count: int, value: int = 0) -> jax.Array:
@@ -820,21 +905,28 @@ def _compute_on_device(
 def _void_choices_over_capacity(
     moe: MoEConfig, factor: float, tokens: int, groups: int, axes: MixtureAxes,
     T: int, routed: Routing) -> Routing:
-  """Returns the choices of this device's T tokens, made void where they exceed
-  what an expert takes of a routing group.
+  """Makes void those assignments of this device's tokens to experts that exceed
+  an expert's capacity. The capacity holds for each routing group of tokens, and
+  a group may extend over several devices.
 
   Args:
-    moe: the config of the mixture.
-    factor: the capacity factor; 0: an expert takes all.
+    moe: the config of the mixture of experts.
+    factor: the capacity factor, how much room an expert has relative to an even
+      load; 0: there is no limit.
     tokens: the number of tokens of all devices, without padding.
     groups: the number of routing groups.
-    axes: the mesh axes.
+    axes: the mesh axes, of which `tokens` split the tokens.
     T: the number of this device's tokens.
-    routed: their assignments, X for each token, one after another.
+    routed: the assignments of these tokens, X for each token, one after
+      another.
+
+  Returns:
+    The assignments, with tokens numbered from 0 on this device. A void
+    assignment has the number of experts as its expert.
   """
   E, X = moe.num_experts, routed.choices
   shards = sharding.count_devices_along(axes.tokens)
-  # The numbers of tokens were counted over all devices; here they begin at 0.
+  # The router numbered the tokens over all devices; here they begin at 0.
   token_A = jnp.arange(T * X, dtype=jnp.int32) // X
   routed = routed.replace(token_A=token_A)
   if not factor:
@@ -854,17 +946,22 @@ def _void_choices_over_capacity(
 
 
 def _gather_weights(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
-  """Returns the weights of this device's experts with all of their features,
-  which are gathered over the mesh (ZeRO-3); of the hidden units this device
-  keeps its share.
+  """Gathers the features of the experts' weights from the devices that they are
+  split over (ZeRO-3). The experts and the hidden units stay split.
+
+  The suffixes name axes: E experts, D features, F hidden units.
 
   Args:
     w: this device's part of the weights.
-    axes: the mesh axes: `embed` split the features, and `mlp` the hidden units.
+    axes: the mesh axes: `embed` splits the features, and `mlp` the hidden
+      units.
+
+  Returns:
+    The weights of this device's experts and hidden units, with all features.
   """
 
   def gather_embed(x: Optional[jax.Array], axis: int) -> Optional[jax.Array]:
-    """Returns an array whose axis of 'embed' is whole."""
+    """Returns an array with all of its features; `axis` is their axis."""
     if x is None:
       return None
     return sharding.gather_shards(x, axis, axes.embed)
@@ -875,8 +972,8 @@ def _gather_weights(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
         down_EFD=gather_embed(w.down_EFD, 2),
         down_bias_ED=gather_embed(w.down_bias_ED, 1))
 
-  # The results of the shards of 'mlp' are summed later, so only the first shard
-  # may add the bias.
+  # The results of devices that share an expert's hidden units are summed later,
+  # so only the first of these devices may add the output's bias.
   if axes.mlp and w.down_bias_ED is not None:
     is_first_shard = jax.lax.axis_index(axes.mlp) == 0
     w = w.replace(down_bias_ED=jnp.where(is_first_shard, w.down_bias_ED, 0))
@@ -887,19 +984,22 @@ def _count_choices_of_group(axes: MixtureAxes, groups: int,
                             count_1XE: jax.Array
                             ) -> tuple[jax.Array, jax.Array]:
   """Counts how often the tokens of this device's routing group chose each
-  expert, where a group goes over several devices (shards of the tokens).
+  expert, where a group extends over several neighbouring devices.
+
+  The suffixes name axes: Q devices that the tokens are split over (shards), X
+  choices of a token, E experts, and the 1 is this device's group.
 
   Args:
-    axes: the mesh axes.
-    groups: the number of routing groups, fewer than there are shards.
-    count_1XE: how often this shard's tokens chose each expert, with each of
-      their X choices.
+    axes: the mesh axes, of which `tokens` split the tokens.
+    groups: the number of routing groups, which divides the number of devices.
+    count_1XE: how often this device's tokens chose each expert as their first,
+      second, ... choice.
 
   Returns:
-    The counts over the shards of the group that come before this one, and over
-    all shards of the group, [1, X, E] each.
+    The counts over the devices of the group before this one, which are served
+    first, and over all devices of the group, [1, X, E] each.
   """
-  # The counts of all Q shards; the group has some that are neighbours.
+  # The counts of all devices, and which of them share this one's group.
   shards = sharding.count_devices_along(axes.tokens)
   count_QXE = jax.lax.all_gather(count_1XE[0], axes.tokens)
   index_Q, index = jnp.arange(shards), jax.lax.axis_index(axes.tokens)
@@ -939,12 +1039,18 @@ class SpreadExperts:
     return self.local.dropout_ids(assignment_P)
 
   def compute_padded(self, rows_ECD: jax.Array, id_EC: jax.Array) -> jax.Array:
-    """Returns the results of C rows of each expert of all devices: the rows go
-    to the devices of their experts by an all-to-all, and come back by a second.
+    """Applies the experts to a batch of rows, where the experts are spread over
+    n devices. The rows go to the devices of their experts by an all-to-all, and
+    the results come back by a second one.
+
+    The suffixes name axes: E experts of all devices, C rows of an expert, D
+    d_model, n devices.
 
     Args:
-      rows_ECD: this device's rows for the E experts of all n devices.
-      id_EC: the ids of their assignments, which dropout reads.
+      rows_ECD: this device's rows for each expert. Experts are numbered device
+        by device.
+      id_EC: the id of the assignment (pair of a token and its expert) that each
+        row computes, of which dropout draws its random bits.
 
     Returns:
       The results, [E, C, D].
@@ -952,8 +1058,10 @@ class SpreadExperts:
     n, (E, C, D) = self.devices, rows_ECD.shape
 
     def send_to_experts(x_EC: jax.Array) -> jax.Array:
-      """Returns the rows of all devices for this one's experts, [E / n, n * C,
-      ...]."""
+      """Returns the rows of all devices for this device's E / n experts,
+      [E / n, n * C, ...]."""
+      # Before the exchange the axis n is the device to send to; after it, the
+      # device that sent.
       x_nEC = x_EC.reshape(n, E // n, C, *x_EC.shape[2:])
       x_EnC = self._exchange(x_nEC).swapaxes(0, 1)
       return x_EnC.reshape(E // n, n * C, *x_EC.shape[2:])
@@ -961,27 +1069,34 @@ class SpreadExperts:
     if self.local.dropout is not None:
       id_EC = send_to_experts(id_EC)
     y_ECD = self.local.compute_padded(send_to_experts(rows_ECD), id_EC)
-    # The way back undoes the transposition: devices first, to be exchanged.
+    # The way back undoes these steps in reverse order.
     y_nECD = y_ECD.reshape(E // n, n, C, D).swapaxes(0, 1)
     return self._exchange(y_nECD).reshape(E, C, D)
 
   def assign_rows(self, expert_A: jax.Array
                   ) -> tuple[jax.Array, int, jax.Array]:
-    """Assigns rows of the array that is sent to the other devices: the rows for
-    device d stand from d * most_rows_sent on, sorted by expert.
+    """Gives each assignment (pair of a token and its expert) a row of the array
+    that is sent to the n devices of the experts. The rows for device d begin at
+    d * most_rows_sent and are sorted by expert.
+
+    The suffixes name axes: A assignments, E experts of all devices, n devices.
 
     Args:
-      expert_A: the expert of each assignment; E where it is void.
+      expert_A: the expert of each assignment. E stands for a void assignment,
+        which no expert computes.
 
     Returns:
-      The row of each assignment, [A], which is past the end for a void one; how
-      many rows there are; and how many each expert has, [E].
+      A tuple of three:
+        the row of each assignment, int32 [A]; past the end for a void one;
+        how many rows the array has;
+        how many of them each expert has, int32 [E].
     """
     n, E = self.devices, self.local.experts
     sorted_row_A, count_E = assign_sorted_rows(expert_A, E)
 
-    # The sorted rows are in the order of devices already. The rows of each move
-    # from where they start in that order to where its part of the array does.
+    # Rows that are sorted by expert are sorted by device too. The rows of each
+    # device are moved from where they start in that order (start_n) to where
+    # the device's part of the array starts.
     count_n = count_E.reshape(n, -1).sum(1)
     device_A = expert_A // (E // n)  # n for a void one
     start_n = jnp.append(jnp.cumsum(count_n) - count_n, 0)
@@ -992,14 +1107,22 @@ class SpreadExperts:
 
   def compute_grouped(self, rows_PD: jax.Array, count_E: jax.Array,
                       id_P: jax.Array, gate_P: jax.Array) -> jax.Array:
-    """Returns the results of rows, each multiplied by its gate, [P, D]: rows
-    cross to the devices of their experts, are computed there, and cross back.
+    """Applies the experts to rows and multiplies each result by its gate, where
+    the experts are spread over n devices. The rows are sent to the devices of
+    their experts, computed there and sent back.
+
+    The suffixes name axes: P = n * most_rows_sent rows, D d_model, E experts, n
+    devices.
 
     Args:
-      rows_PD: the rows as `assign_rows` puts them, P = n * most_rows_sent.
+      rows_PD: the rows in the order of `assign_rows`.
       count_E: int32, how many of them are for each expert.
-      id_P: the ids of their assignments, which dropout reads.
-      gate_P: their gates.
+      id_P: the id of the assignment (pair of a token and its expert) that each
+        row computes, of which dropout draws its random bits.
+      gate_P: the gate of each row.
+
+    Returns:
+      The results, [P, D], in the order of the rows.
     """
     n, P = self.devices, rows_PD.shape[0]
 
@@ -1009,8 +1132,9 @@ class SpreadExperts:
     receive_nE = self._exchange(send_nE)
     send_n, receive_n = send_nE.sum(1), receive_nE.sum(1)
 
-    # Rows arrive sorted by the device that sent them, and are to be sorted by
-    # expert: sorted_P is where each of them goes, arrived_P its inverse.
+    # Rows arrive sorted by the device that sent them, and the experts need them
+    # sorted by expert. sorted_P is the place of each arrived row in that order,
+    # and arrived_P the inverse.
     expert_P = self._experts_of_received_rows(receive_nE)
     sorted_P, count_E = assign_sorted_rows(expert_P, send_nE.shape[1])
     arrived_P = invert_row_of_assignment(sorted_P, P)
@@ -1032,13 +1156,18 @@ class SpreadExperts:
     return self._exchange_rows(y_PD, receive_n, send_n)
 
   def _experts_of_received_rows(self, receive_nE: jax.Array) -> jax.Array:
-    """Returns the expert of each row that arrives, [P].
+    """Returns the expert of each row that arrives from the other devices.
 
-    The rows of one device are sorted by expert and take the first of its
-    `most_rows_sent` places; the others have E / n, no expert.
+    Each of the n devices sends an array with room for `most_rows_sent` rows. It
+    is filled from its start, with rows sorted by expert.
 
     Args:
-      receive_nE: how many rows each device sent to each expert of this one.
+      receive_nE: how many rows each device sent to each expert of this device,
+        [n, E / n].
+
+    Returns:
+      int32 [P], with P = n * most_rows_sent. The number E / n stands for no
+      expert: the row is not filled.
     """
 
     def experts_of_places(ends_E: jax.Array) -> jax.Array:
@@ -1065,22 +1194,25 @@ class SpreadExperts:
 
 def _check_routing_groups(T: int, groups: int, shards: int,
                           experts_choose: bool) -> None:
-  """Raises RequestError unless routing groups fit on shards of the batch.
+  """Checks that the routing groups (the groups of tokens that share the
+  experts' capacity) can be divided among the devices.
 
   Args:
     T: the number of tokens of all devices.
     groups: the number of routing groups.
     shards: the number of devices that the tokens are split over.
-    experts_choose: whether the experts choose their tokens.
+    experts_choose: whether the experts choose their tokens. Then a device must
+      have a whole group.
+
+  Raises:
+    RequestError: if none of the three ways below fits.
   """
-  # The three ways in which groups and shards fit. Experts that choose must see
-  # a whole group on one device.
   if T % shards == 0 and groups % shards == 0:
     return  # each shard has whole groups
   if groups == 1 and not experts_choose:
-    return  # one group, which goes over all shards and may be padded
+    return  # one group, which extends over all shards and may be padded
   if T % shards == 0 and shards % groups == 0 and not experts_choose:
-    return  # each group has whole shards
+    return  # each group extends over several whole shards
   divisor = max(1, T // shards)
   raise RequestError(
       f'{groups} routing groups of {T // groups} tokens do not fit on {shards} '
@@ -1093,21 +1225,22 @@ def _check_routing_groups(T: int, groups: int, shards: int,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def exchange_over_mesh(x: jax.Array, send_n: Optional[jax.Array],
                        receive_n: Optional[jax.Array], axis: str) -> jax.Array:
-  """Exchanges parts of an array between n devices (all-to-all): device i
-  receives part i of each device's array, in the order of the devices.
+  """Exchanges parts of an array between the n devices of a mesh axis
+  (all-to-all): device i receives part i of each device's array.
 
-  With `send_n` and `receive_n` only the first rows of each part matter, and
-  where the backend can, no others travel.
+  With `send_n` and `receive_n` only the first rows of each part are needed. The
+  others are not sent where the backend can leave them out.
 
   Args:
-    x: n parts, [n, ...], or [n, rows, ...] where rows are counted.
-    send_n: how many rows go to each device; None: all.
-    receive_n: how many rows come from each device.
+    x: n parts, [n, ...], or [n, rows, ...] if rows are counted.
+    send_n: how many rows go to each device, int [n]; None: all rows.
+    receive_n: how many rows come from each device, int [n]; None: all rows.
     axis: the mesh axis of the n devices.
 
   Returns:
-    The parts that arrive, of the shape of x. Rows past the counts are not to be
-    read: they hold zeros, or whatever the sender had there.
+    The parts that arrive, in the order of the devices that sent them, of the
+    shape of x. Rows past the counts must not be read: they hold zeros, or
+    whatever the sender had there.
   """
   def exchange_all_rows(x: jax.Array, *counts: Optional[jax.Array]
                         ) -> jax.Array:
@@ -1133,28 +1266,29 @@ def exchange_over_mesh(x: jax.Array, send_n: Optional[jax.Array],
 
 def _exchange_full_rows(axis: str, x: jax.Array, send_n: jax.Array,
                         receive_n: jax.Array) -> jax.Array:
-  """Exchanges the counted rows of an array between n devices, and puts zeros in
-  place of the others.
+  """Exchanges the first rows of each part of an array between the n devices of
+  a mesh axis (ragged all-to-all). The other rows are not sent and become zeros.
 
   Args:
     axis: the mesh axis of the n devices.
     x: a part for each device, [n, rows, ...].
-    send_n: how many rows go to each device.
-    receive_n: how many rows come from each device.
+    send_n: how many rows go to each device, int [n].
+    receive_n: how many rows come from each device, int [n].
 
   Returns:
-    The rows that arrive, [n, rows, ...].
+    The parts that arrive, [n, rows, ...], in the order of their senders.
   """
-  n, rows_of_device = x.shape[:2]
-  rows = x.reshape(n * rows_of_device, *x.shape[2:])
-  # The rows for device d begin at first_n[d] in this device's array. On device
-  # d they are to begin at mine_n[d], where all parts of this device do.
-  first_n = jnp.arange(n, dtype=jnp.int32) * rows_of_device
-  mine_n = jnp.full(
-      n, jax.lax.axis_index(axis) * rows_of_device, jnp.int32)
+  n, rows_of_part = x.shape[:2]
+  rows = x.reshape(n * rows_of_part, *x.shape[2:])
+  # In this device's array, the rows for device d begin at read_from_n[d]. In
+  # the array of any receiver, they belong where part i begins if this is device
+  # i. So the receiver has its parts in the order of the devices.
+  read_from_n = jnp.arange(n, dtype=jnp.int32) * rows_of_part
+  write_to_n = jnp.full(
+      n, jax.lax.axis_index(axis) * rows_of_part, jnp.int32)
   received = jax.lax.ragged_all_to_all(
-      operand=rows, output=jnp.zeros_like(rows), input_offsets=first_n,
-      send_sizes=send_n.astype(jnp.int32), output_offsets=mine_n,
+      operand=rows, output=jnp.zeros_like(rows), input_offsets=read_from_n,
+      send_sizes=send_n.astype(jnp.int32), output_offsets=write_to_n,
       recv_sizes=receive_n.astype(jnp.int32), axis_name=axis)
   return received.reshape(x.shape)
 

@@ -88,20 +88,23 @@ def grouped_ffn(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array,
                 w: Any, mask_PF: Optional[jax.Array], settings: GroupedSettings
                 ) -> jax.Array:
   """Applies to each row the feed-forward network of its expert, and multiplies
-  the result by a gate. The gradient is written out.
+  the result by a gate. The gradient is written by hand below.
+
+  The suffixes name axes: P rows, D features of a row, E experts, F hidden
+  units.
 
   Args:
-    rows_PD: P rows of D features: those of expert 0, then those of expert 1,
-      ...; there may be more rows than sum(count_E).
-    count_E: int32, the number of rows of each of E experts.
+    rows_PD: the rows, sorted by expert: those of expert 0, then those of expert
+      1, and so on. There may be more rows than sum(count_E).
+    count_E: int32, the number of rows of each expert.
     gate_P: float32, the factor that multiplies a row's result.
     w: the experts' weights, dispatch.ExpertWeights, in the dtype of the rows.
-    mask_PF: the factors of each row's F hidden units, for dropout; None: there
-      is no dropout.
-    settings: the settings of the computation.
+    mask_PF: the factors of the hidden units, for dropout; None: there is no
+      dropout.
+    settings: how the products are computed.
 
   Returns:
-    The results, [P, D]; those of rows past the counts are unspecified, but
+    The results, [P, D]. Those of rows past the counts are unspecified, but
     finite.
   """
   y_PD, _ = _grouped_ffn_forward(rows_PD, count_E=count_E, gate_P=gate_P, w=w,
@@ -111,25 +114,34 @@ def grouped_ffn(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array,
 
 def _grouped_ffn_forward(
     rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
-    mask_PF: Optional[jax.Array], settings: GroupedSettings):
-  """Returns the result of `grouped_ffn`, [P, D], and what its gradient reads:
-  its arguments, and the inputs of the activation, (up,) or in a gated network
-  (up, gate), [P, F] each; None in their place with settings.recompute.
+    mask_PF: Optional[jax.Array], settings: GroupedSettings
+    ) -> tuple[jax.Array, tuple]:
+  """Computes the forward pass of `grouped_ffn`: each row goes through the
+  network of its expert, and the result is multiplied by a gate.
+
+  The suffixes name axes: P rows, D features of a row, E experts, F hidden
+  units.
 
   Args:
-    rows_PD: P rows of D features, sorted by expert.
+    rows_PD: the rows, sorted by expert.
     count_E: the number of rows of each expert.
     gate_P: the factor that multiplies a row's result.
-    w: the experts' weights.
-    mask_PF: the factors of hidden units, for dropout; None: there is no
+    w: the experts' weights, dispatch.ExpertWeights.
+    mask_PF: the factors of the hidden units, for dropout; None: there is no
       dropout.
-    settings: the settings of the computation.
+    settings: how the products are computed.
+
+  Returns:
+    The results, [P, D]; and what the backward pass reads: the arguments, and
+    the inputs of the activation, (up,) or in a gated network (up, gate),
+    [P, F] each. With settings.recompute the latter are None.
   """
 
   def drop_what_is_recomputed(forward: Callable) -> Callable:
-    """Returns the forward pass without the inputs of the activation, where the
-    backward pass is to compute them again. Both ways to compute it are
-    wrapped, since their results must be alike in structure."""
+    """Returns a forward pass that keeps no inputs of the activation if the
+    backward pass is to compute them again. The passes by blocks and at once
+    are both wrapped: they are branches of one program, so their results must
+    have the same structure."""
     def run_forward(*args: Any):
       """Returns the result, and the inputs of the activation or None."""
       y_PD, activation_inputs = forward(*args)
@@ -138,7 +150,8 @@ def _grouped_ffn_forward(
       return y_PD, activation_inputs
     return run_forward
 
-  # The two ways to compute it, of which the platform takes one.
+  # There are two ways to compute it. CPU goes through blocks of rows; other
+  # platforms compute all rows at once, by the products of a kernel.
   by_blocks = functools.partial(
       _forward_by_blocks, settings.activation, settings.even_rows)
   grouped_product = grouped_product_of_kernel(
@@ -147,7 +160,7 @@ def _grouped_ffn_forward(
       _forward_at_once, grouped_product, settings.activation,
       settings.recompute)
 
-  # The platform's way, and the gates. What the gradient reads is returned too.
+  # Compute it in the platform's way, and apply the gates.
   y_PD, activation_inputs = _compute_for_platform(
       settings.kernel, drop_what_is_recomputed(by_blocks),
       drop_what_is_recomputed(at_once), rows_PD, count_E, w, mask_PF)
@@ -156,16 +169,24 @@ def _grouped_ffn_forward(
 
 
 def _grouped_ffn_backward(settings: GroupedSettings, saved: tuple,
-                          dy_PD: jax.Array):
-  """Returns the gradients of the arguments of `grouped_ffn`: those of the rows,
-  the gates and the weights, and None for the counts and the mask. The head of
-  this file has the equations.
+                          dy_PD: jax.Array) -> tuple:
+  """Computes the gradients of `grouped_ffn`. The head of this file has the
+  equations.
+
+  The suffixes name axes: P rows, D features of a row.
 
   Args:
-    settings: the settings of the computation.
-    saved: the second result of `_grouped_ffn_forward`.
+    settings: how the products are computed.
+    saved: what the forward pass kept: its arguments, and the inputs of the
+      activation or None.
     dy_PD: the gradient of the result.
+
+  Returns:
+    A gradient for each argument in their order: the rows, the counts (None),
+    the gates, the weights, and the dropout mask (None).
   """
+  # As in the forward pass, CPU goes through blocks of rows, and other platforms
+  # compute all rows at once.
   by_blocks = functools.partial(
       _backward_by_blocks, settings.activation, settings.even_rows)
   grouped_product = grouped_product_of_kernel(
@@ -192,12 +213,18 @@ def _compute_for_platform(kernel: str, by_blocks: Callable, at_once: Callable,
 
 def _activation_with_dropout(activation: HiddenUnits,
                              mask_PF: Optional[jax.Array]) -> Callable:
-  """Returns the function that makes the hidden units [P, F] of the inputs of
-  the activation, (up,) or in a gated network (up, gate).
+  """Adds dropout to the activation of a feed-forward network.
+
+  The suffixes name axes: P rows, F hidden units.
 
   Args:
-    activation: the function without dropout.
-    mask_PF: the factors of the hidden units; None: there is no dropout.
+    activation: the function that makes the hidden units, such as SwiGLU's.
+    mask_PF: the factors of the hidden units: 0 where dropout drops one; None:
+      there is no dropout.
+
+  Returns:
+    A function of the inputs of the activation, the tuple (up,) or in a gated
+    network (up, gate), that returns the hidden units, [P, F].
   """
   def compute_hidden_units(activation_inputs: tuple[jax.Array, ...]
                            ) -> jax.Array:
@@ -219,14 +246,18 @@ def _input_weights_and_biases(w: Any) -> tuple:
 
 
 def _pack_weight_gradients(w: Any, d_inputs: list, d_output: tuple) -> Any:
-  """Puts the gradients of the experts' weights into the fields of the weights,
-  dispatch.ExpertWeights.
+  """Collects the gradients of the experts' weights in a record with the fields
+  of the weights, dispatch.ExpertWeights.
 
   Args:
     w: the weights.
-    d_inputs: the gradients of `_input_weights_and_biases(w)`, a (weight, bias)
-      pair for each: of `up`, and in a gated network of `gate`.
-    d_output: the gradients of the output's weight and its bias.
+    d_inputs: the gradients of the products before the activation, as pairs
+      (weight, bias): that of `up` and, in a gated network, that of `gate`.
+    d_output: the gradients of the product after the activation, as a pair
+      (weight, bias).
+
+  Returns:
+    The record of gradients; None for a weight that the network does not have.
   """
   d_up, d_up_bias = d_inputs[0]
   d_gate, d_gate_bias = None, None
@@ -445,24 +476,27 @@ def _split_along_axis(x: Optional[jax.Array], num_slices: int, axis: int = -1
 
 
 def _split_hidden_units(w: Any, num_slices: int) -> list:
-  """Cuts the experts' weights into slices of the hidden units.
+  """Cuts the experts' weights into slices, each with the weights of some of the
+  hidden units.
 
   Args:
     w: the weights, dispatch.ExpertWeights.
-    num_slices: how many slices; it divides the hidden units.
+    num_slices: into how many slices they are cut. It must divide the number of
+      hidden units.
 
   Returns:
-    A list of the weights of each slice. None of them has the output's bias,
-    which is added once and belongs to no slice.
+    A list of the weights of each slice, of the same type. None of them has the
+    output's bias, which belongs to no hidden unit and must be added once.
   """
-  # The slices of each weight: in the output's, the hidden units are axis 1, and
-  # in the others the last. A weight that the network lacks is None in each.
+  # Cut each weight along its hidden units: axis 1 of the output's weight, and
+  # the last axis of the others. A weight that the network does not have stays
+  # None in each slice.
   slices_of_field = {
       'down_EFD': _split_along_axis(w.down_EFD, num_slices, axis=1)}
   for name in WEIGHTS_ENDING_IN_HIDDEN_UNITS:
     slices_of_field[name] = _split_along_axis(getattr(w, name), num_slices)
 
-  # The weights of each slice, from these.
+  # Collect the weights of each slice.
   weights_of_slices = []
   for i in range(num_slices):
     fields = {name: slices[i] for name, slices in slices_of_field.items()}
@@ -471,14 +505,15 @@ def _split_hidden_units(w: Any, num_slices: int) -> list:
 
 
 def _join_hidden_units(weights_of_slices: list) -> Any:
-  """Joins the weights of slices of the hidden units, or gradients of them: the
-  inverse of `_split_hidden_units`.
+  """Joins slices of the experts' weights, or of their gradients, that have some
+  of the hidden units each. This is the inverse of `_split_hidden_units`.
 
   Args:
     weights_of_slices: the dispatch.ExpertWeights of each slice, in order.
 
   Returns:
-    The weights of all hidden units, without the output's bias.
+    The weights of all hidden units. The output's bias, which no slice has, is
+    None.
   """
 
   def join_field(name: str, axis: int) -> Optional[jax.Array]:
@@ -498,23 +533,28 @@ def _join_hidden_units(weights_of_slices: list) -> Any:
 
 
 def block_sizes(num_rows: int, even_rows: int) -> tuple[int, ...]:
-  """Returns the sizes that a block of rows may have, ascending. They are fixed
-  when the program is compiled; only how many blocks have each size is not.
+  """Returns the sizes that a block of rows may have on CPU, where the rows of
+  each expert are computed block by block. The sizes are fixed when the program
+  is compiled; how many blocks of each size there are depends on the data.
 
-  Sizes are multiples of 16, but for `num_rows` itself, which none exceeds.
+  Sizes are multiples of 16. Only `num_rows`, which no size exceeds, need not be
+  one.
 
   Args:
-    num_rows: P, how many rows there are.
-    even_rows: the rows that an even load gives an expert.
+    num_rows: how many rows there are in all.
+    even_rows: how many rows each expert has if all have the same number.
+
+  Returns:
+    The sizes in ascending order.
   """
-  # The largest size, the last ratio's, is at most MOST_ROWS_OF_A_BLOCK.
+  # Bound the largest size, that of the last ratio, by MOST_ROWS_OF_A_BLOCK.
   even_rows = min(
       even_rows, MOST_ROWS_OF_A_BLOCK / BLOCK_SIZES_OVER_EVEN_LOAD[-1])
   sizes = set()
   for ratio in BLOCK_SIZES_OVER_EVEN_LOAD:
-    # The two signs round up.
-    whole_sixteens = -int(-even_rows * ratio // 16) * 16
-    sizes.add(min(num_rows, whole_sixteens))
+    # The two minus signs make // round up.
+    multiple_of_16 = -int(-even_rows * ratio // 16) * 16
+    sizes.add(min(num_rows, multiple_of_16))
   return tuple(sorted(sizes))
 
 
@@ -569,30 +609,40 @@ def _fold_over_blocks(
 def _fold_over_blocks_of_one_size(
     size: int, num_rows: int, blocks_E: jax.Array, first_E: jax.Array,
     stop_E: jax.Array, update: Callable, carry: Any) -> Any:
-  """Calls `update` for the blocks of one size, as `_fold_over_blocks` does, and
-  returns the carry after them.
+  """Calls `update` for each block of rows that has the given size. Each call is
+  given the result of the one before, the carry:
+
+    carry = update(carry, size, expert, start, first, stop)
+
+  The block has the rows from `start` to `start + size`. Of these, only the rows
+  `first` to `stop` are the block's own, which `update` may write.
 
   Args:
-    size: the rows of a block.
-    num_rows: P, how many rows there are.
-    blocks_E: how many blocks of this size each expert has.
-    first_E: the first row of the first of them.
-    stop_E: the row after the expert's last one.
-    update: the function of a block.
-    carry: the carry before these blocks.
+    size: how many rows a block has.
+    num_rows: how many rows there are in all.
+    blocks_E: how many blocks of this size each of E experts has.
+    first_E: the row at which the first of them begins, for each expert.
+    stop_E: the row after the last row of each expert.
+    update: the function that is called.
+    carry: the carry of the first call.
+
+  Returns:
+    The result of the last call.
   """
-  # The blocks are numbered expert by expert; those of e end before ends_E[e].
+  # The blocks are numbered expert by expert. Those of expert e end before the
+  # number ends_E[e].
   ends_E = jnp.cumsum(blocks_E)
 
   def update_by_block(j: jax.Array, carry: Any) -> Any:
-    """Returns the carry after block j, which belongs to the first expert whose
-    blocks end after j."""
+    """Calls `update` for block j, and returns the carry after it."""
+    # The block belongs to the first expert whose blocks end after j.
     expert = jnp.searchsorted(ends_E, j, side='right').astype(jnp.int32)
-    # The number in brackets is that of block j among the blocks of its expert.
-    first = first_E[expert] + (j - ends_E[expert] + blocks_E[expert]) * size
+    first_of_expert = first_E[expert]
+    index_of_block = j - ends_E[expert] + blocks_E[expert]
+    first = first_of_expert + index_of_block * size
     stop = jnp.minimum(first + size, stop_E[expert])
-    # A block may begin earlier, so that it does not end past the rows. The rows
-    # before `first` are those of other blocks, which `update` leaves alone.
+    # A block that would end past the last row begins earlier. The rows before
+    # `first` belong to other blocks, so `update` must leave them alone.
     start = jnp.minimum(first, num_rows - size)
     return update(carry, size, expert, start, first, stop)
 
@@ -613,18 +663,21 @@ def _slice_rows_as_float32(x_P: jax.Array, start: jax.Array, size: int
 
 def _write_rows_of_block(x_P: jax.Array, new_rows: jax.Array, start: jax.Array,
                          is_experts_row: jax.Array) -> jax.Array:
-  """Writes the rows of a block that are its expert's.
+  """Writes the new rows of a block into the array of all rows. Only the rows of
+  the block's expert are changed: a block may also cover rows of other experts,
+  which other blocks write.
 
   Args:
-    x_P: all rows.
-    new_rows: the rows of the block.
+    x_P: all P rows.
+    new_rows: the new rows of the block.
     start: the row of x_P at which the block begins.
-    is_experts_row: bool, which rows of the block are its expert's.
+    is_experts_row: bool, which rows of the block belong to its expert.
 
   Returns:
-    x_P with these rows in place of its own.
+    x_P with the new rows.
   """
-  # The block is written as a whole, with old rows where it has no new ones.
+  # A slice of fixed size must be written as a whole, so the rows of other
+  # experts are written back as they were.
   old_rows = _slice_rows(x_P, start, new_rows.shape[0])
   written_rows = jnp.where(
       is_experts_row[:, None], new_rows.astype(x_P.dtype), old_rows)
@@ -676,11 +729,14 @@ def _forward_by_blocks(activation: HiddenUnits, even_rows: int,
 
   def compute_block(carry: Any, size: int, e: jax.Array, start: jax.Array,
                     first: jax.Array, stop: jax.Array):
-    """Returns the results and inputs of the activation of all rows, with those
-    of one block written into them: expert e has the rows `first` to `stop` of
-    the `size` rows from `start`."""
+    """Applies expert e to one block of rows, and writes the results and the
+    inputs of the activation into the arrays of all rows, which are the carry.
+
+    The block has the `size` rows from `start`. Of these, the rows `first` to
+    `stop` belong to the expert. The others are computed too, but not written.
+    """
     y_PD, activation_inputs = carry
-    # One block through the network of its expert.
+    # Take the block through the network of its expert.
     x = _slice_rows(rows_PD, start, size)
     expert = jax.tree.map(lambda m: m[e], w)
     mask = None
@@ -692,7 +748,7 @@ def _forward_by_blocks(activation: HiddenUnits, even_rows: int,
     h = compute_activation(block_inputs).astype(x.dtype)
     y = _affine_in_float32(h, expert.down_EFD, expert.down_bias_ED)
 
-    # The block's rows go where they belong.
+    # Write the expert's rows into the arrays of all rows.
     is_experts_row = _is_experts_row(size, start=start, first=first, stop=stop)
     y_PD = _write_rows_of_block(
         y_PD, new_rows=y, start=start, is_experts_row=is_experts_row)
@@ -810,18 +866,25 @@ def _backward_by_blocks(
 
 
 def choose_grouped_kernel(moe: MoEConfig) -> str:
-  """Returns the name of the kernel that computes the grouped products, 'xla' or
-  'megablox': the one that config.moe.grouped_kernel names, or with `auto`
-  megablox on TPU and xla elsewhere.
+  """Chooses the kernel that multiplies each row by the matrix of its expert:
+  'megablox' (Pallas, for TPU) or 'xla'.
+
+  Args:
+    moe: the config of the mixture of experts. Its grouped_kernel names one, or
+      is 'auto': then megablox is taken on TPU, and xla elsewhere.
+
+  Returns:
+    The kernel's name.
 
   Raises:
-    RequestError: where the config names one that does not run on the platform.
+    RequestError: if the config names a kernel that does not run on the
+      platform.
   """
-  device = sharding.traced_platform()
-  check_grouped_kernel(moe, device)
+  platform = sharding.traced_platform()
+  check_grouped_kernel(moe, platform)
   if moe.grouped_kernel != 'auto':
     return moe.grouped_kernel
-  if device == 'tpu':
+  if platform == 'tpu':
     return 'megablox'
   return 'xla'
 
@@ -851,15 +914,22 @@ def grouped_product_of_kernel(name: str, even_rows: int) -> Callable:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def megablox_product(even_rows: int, interpret: bool, x_PI: jax.Array,
                      m_EIO: jax.Array, count_E: jax.Array) -> jax.Array:
-  """Returns y = x m_e of each row x, with e its expert, [P, O], by Pallas'
-  kernel (MegaBlocks: Gale et al. 2022).
+  """Multiplies each row by the matrix of its expert, by Pallas' kernel megablox
+  for TPU (MegaBlocks: Gale et al. 2022). The gradient is defined below.
+
+  The suffixes name axes: P rows, I input features, O output features, E
+  experts.
 
   Args:
-    even_rows: the rows that an even load gives an expert.
+    even_rows: how many rows each expert has if all have the same number. The
+      kernel's tiles are sized for it.
     interpret: whether the kernel is emulated, so that it runs on CPU.
-    x_PI: rows, sorted by expert.
-    m_EIO: the matrix of each expert.
+    x_PI: the rows, sorted by expert.
+    m_EIO: the matrices of the experts.
     count_E: the number of rows of each expert.
+
+  Returns:
+    The products, [P, O], 0 for rows past the counts.
   """
   return _multiply_rows_by_experts(
       even_rows, x_PI, m_EIO=m_EIO, count_E=count_E, interpret=interpret)
@@ -874,19 +944,28 @@ def _megablox_forward(even_rows: int, interpret: bool, x_PI: jax.Array,
 
 
 def _megablox_backward(even_rows: int, interpret: bool, saved: tuple,
-                       dy_PO: jax.Array):
-  """Returns the gradients of y = x m_e: dx = dy m_e^T and dm_e = x^T dy, the
-  latter over the rows of expert e; None for the counts.
+                       dy_PO: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+  """Computes the gradients of `megablox_product`, y = x m_e for each row x of
+  expert e:
 
-  They are not those of megablox itself, which tiles both as it did the product,
-  though their sides are others.
+    dx = dy m_e^T,   dm_e = x^T dy, summed over the rows of expert e
+
+  The gradient that megablox defines itself is not used, because it computes
+  these products in the tiles of the forward product, whose sides do not suit
+  them.
+
+  The suffixes name axes: P rows, I input features, O output features, E
+  experts.
 
   Args:
-    even_rows: the rows that an even load gives an expert, by which tiles are
-      sized.
-    interpret: whether the kernel is emulated, so that it runs on CPU.
-    saved: the rows, the matrices and the counts, from the forward pass.
+    even_rows: how many rows each expert has if all have the same number. The
+      kernels' tiles are sized for it.
+    interpret: whether the kernels are emulated, so that they run on CPU.
+    saved: what the forward pass kept: the rows, the matrices and the counts.
     dy_PO: the gradient of the result.
+
+  Returns:
+    dx [P, I], dm [E, I, O], and None for the counts.
   """
   x_PI, m_EIO, count_E = saved
   dx_PI = _multiply_rows_by_experts(
@@ -904,22 +983,27 @@ megablox_product.defvjp(_megablox_forward, _megablox_backward)
 def _multiply_rows_by_experts(
     even_rows: int, x_PI: jax.Array, m_EIO: jax.Array, count_E: jax.Array,
     interpret: bool, transpose: bool = False) -> jax.Array:
-  """Returns each row times the matrix of its expert, by megablox' gmm kernel.
+  """Multiplies each row by the matrix of its expert, by the kernel gmm (grouped
+  matrix multiplication) of Pallas' megablox.
+
+  The suffixes name axes: P rows, I input features, O output features, E
+  experts.
 
   Args:
-    even_rows: the rows that an even load gives an expert, by which tiles are
-      sized.
-    x_PI: P rows of I features, sorted by expert.
-    m_EIO: the matrix of each expert.
+    even_rows: how many rows each expert has if all have the same number. The
+      kernel's tiles are sized for it.
+    x_PI: the rows, sorted by expert. With `transpose` they have O features.
+    m_EIO: the matrices of the experts.
     count_E: the number of rows of each expert.
     interpret: whether the kernel is emulated, so that it runs on CPU.
-    transpose: whether the product is with the transposed matrix.
+    transpose: whether rows are multiplied by the transposed matrices.
 
   Returns:
-    [P, O], 0 for rows past the counts.
+    The products, [P, O], or [P, I] with `transpose`; 0 for rows past the
+    counts.
   """
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
-  # The tiles, which the rows are padded to.
+  # Choose the tiles, and pad the rows to whole ones.
   P, inputs = x_PI.shape
   outputs = m_EIO.shape[2]
   if transpose:
@@ -930,8 +1014,8 @@ def _multiply_rows_by_experts(
   y_PO = gmm(padded_PI, m_EIO, group_sizes=count_E,
              preferred_element_type=x_PI.dtype, tiling=tile_sides,
              transpose_rhs=transpose, interpret=interpret)[:P]
-  # The kernel does not write rows that no expert has: there stands whatever the
-  # memory contained.
+  # The kernel does not write rows that no expert has. They hold whatever the
+  # memory contained, even NaN, so they are replaced and not multiplied by 0.
   is_experts_row_P = jnp.arange(P) < count_E.sum()
   return jnp.where(is_experts_row_P[:, None], y_PO, 0)
 
@@ -940,22 +1024,27 @@ def _gradient_of_experts_matrices(
     even_rows: int, x_PI: jax.Array, dy_PO: jax.Array,
     dtype: jax.typing.DTypeLike, count_E: jax.Array, interpret: bool
     ) -> jax.Array:
-  """Returns the gradient of each expert's matrix in y = x m: x^T dy over the
-  expert's rows, by megablox' tgmm kernel.
+  """Computes the gradient of each expert's matrix m in y = x m, which is x^T dy
+  summed over the expert's rows, by the kernel tgmm of Pallas' megablox.
+
+  The suffixes name axes: P rows, I input features, O output features, E
+  experts.
 
   Args:
-    even_rows: the rows that an even load gives an expert, by which tiles are
-      sized.
-    x_PI: P rows of I features, sorted by expert.
+    even_rows: how many rows each expert has if all have the same number. The
+      kernel's tiles are sized for it.
+    x_PI: the rows, sorted by expert.
     dy_PO: the gradients of the products.
     dtype: the dtype of the result.
     count_E: the number of rows of each expert.
     interpret: whether the kernel is emulated, so that it runs on CPU.
 
   Returns:
-    [E, I, O], 0 for an expert without rows.
+    The gradients, [E, I, O]; 0 for an expert without rows.
   """
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+  # The rows are padded to whole tiles. Padding lies past the counts, so it adds
+  # nothing to the sums.
   P, inputs = x_PI.shape
   tile_sides = _tile_sides(even_rows, P, inputs=inputs, outputs=dy_PO.shape[1],
                            dtype=x_PI.dtype)
@@ -968,19 +1057,22 @@ def _gradient_of_experts_matrices(
 
 def _tile_sides(even_rows: int, P: int, inputs: int, outputs: int,
                 dtype: jax.typing.DTypeLike) -> tuple[int, int, int]:
-  """Returns the sides of the tiles in which megablox computes a product.
+  """Chooses the sides of the tiles in which Pallas' megablox kernels multiply
+  rows by the matrices of experts.
 
   Args:
-    even_rows: the rows that an even load gives an expert.
+    even_rows: how many rows each expert has if all have the same number.
     P: the number of rows.
-    inputs: the features of a row.
-    outputs: the features of its product.
-    dtype: the dtype of the rows, by which longer sides fit into memory.
+    inputs: how many features a row has.
+    outputs: how many features its product has.
+    dtype: the dtype of the rows. A smaller one lets longer sides fit into the
+      fast memory of a core.
 
   Returns:
     The sides along the rows, the inputs and the outputs.
   """
-  # The longest tile of rows of which an expert fills two in even load.
+  # The longest tile of which each expert fills two if the load is even. The
+  # choices are in descending order, and the last one is the shortest allowed.
   rows_of_tile = ROWS_OF_A_TILE[-1]
   for choice in ROWS_OF_A_TILE:
     if 2 * choice <= even_rows and P % choice == 0:

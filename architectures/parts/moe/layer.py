@@ -118,18 +118,22 @@ class MoE(nn.Module):
   def _experts(self, x_TD: jax.Array, routed: routing.Routing,
                inputs: routing.RouterInputs, ctx: Context
                ) -> tuple[jax.Array, jax.Array]:
-    """Applies the experts to their tokens.
+    """Applies the experts to the tokens that go to them.
+
+    The suffixes name axes: T tokens, D features, A assignments (pairs of a
+    token and an expert that it goes to).
 
     Args:
-      x_TD: the tokens, [T tokens, features].
-      routed: the assignments of tokens to experts.
-      inputs: the inputs of the router.
+      x_TD: the tokens.
+      routed: what the router decided: the assignments and their gates.
+      inputs: the inputs of the router, which say how tokens are grouped.
       ctx: the context of the layer.
 
     Returns:
-      The sums of the experts' results, weighed by their gates, [T, D]; and bool
-      [A], which assignments found room.
+      For each token, the sum of its experts' results weighed by their gates,
+      [T, D]; and which assignments the experts had room for, bool [A].
     """
+    # Zero experts return their input, and are no part of the computation.
     config, moe = self.config, self.config.part(MoEConfig)
     clamp = config.find_part(ClampConfig)
     hidden = layers.HiddenUnits(kind=moe.ffn, clamp=clamp)
@@ -140,13 +144,20 @@ class MoE(nn.Module):
         recompute=layers.remat_of_model(config).recomputes_products)
 
   def _product(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
-    """Returns the product from d_model features to the latent_dim features that
-    experts read, or back.
+    """Projects tokens from d_model features to the fewer features that experts
+    read (latent_dim), or back.
+
+    The suffixes name axes: B batch, L length, D input features, U output
+    features.
 
     Args:
-      name: 'latent_down', to the experts, or 'latent_up', back.
-      x_BLD: the input, [batch, length, features].
+      name: 'latent_down' for the way to the experts, or 'latent_up' for the way
+        back. It is the name of the weight, which is declared here.
+      x_BLD: the input.
       ctx: the context of the layer.
+
+    Returns:
+      The product, [B, L, U].
     """
     config = self.config
     latent_dim = config.part(MoEConfig).latent_dim
@@ -162,12 +173,18 @@ class MoE(nn.Module):
         deterministic=ctx.deterministic)
 
   def _gated(self, shared_BLD: jax.Array, x_BLD: jax.Array) -> jax.Array:
-    """Returns the results of the shared experts times a gate sigmoid(w x), one
-    number for each token, or without moe.shared_gate as they are.
+    """Multiplies the results of the shared experts, which see every token, by a
+    gate sigmoid(w x), one number for each token. Without moe.shared_gate they
+    are returned as they are.
+
+    The suffixes name axes: B batch, L length, D d_model, and U = 1 gate.
 
     Args:
-      shared_BLD: the results, [batch, length, d_model].
+      shared_BLD: the results of the shared experts.
       x_BLD: the layer's input, of which the gate is made.
+
+    Returns:
+      The gated results, [B, L, D].
     """
     config = self.config
     if not config.part(MoEConfig).shared_gate:
@@ -177,17 +194,20 @@ class MoE(nn.Module):
         output=True)
     gate_BLU = layers.einsum(
         'BLD,DU->BLU', x_BLD, w=gate_DU, dtype=config.compute_dtype)
-    # A token has one gate at every width, so muP divides its logit by how many
-    # times as wide the model is as its base model, as the router's logits.
+    # A token has a single gate however wide the model is. So muP divides its
+    # logit by `widening`, the ratio of the model's width to its base model's,
+    # as it does the router's logits. Otherwise `widening` is 1.
     return shared_BLD * jax.nn.sigmoid(gate_BLU / config.widening)
 
   def _logits(self, x_TD: jax.Array, ctx: Context) -> Optional[jax.Array]:
-    """Returns the router's logits, one for each token and expert.
+    """Computes the router's logits, one for each token and expert.
+
+    The suffixes name axes: T tokens, D d_model, E experts.
 
     Args:
-      x_TD: the tokens, [T tokens, d_model].
-      ctx: the context of the layer, which says whether this is training: noise
-        is added in training alone.
+      x_TD: the tokens.
+      ctx: the context of the layer, which says whether this is training. Jitter
+        and noise are added in training only.
 
     Returns:
       float32 [T, E]; None for a router that has no logits.
@@ -196,7 +216,8 @@ class MoE(nn.Module):
     if not routing.router_of(moe).has_logits:
       return None
 
-    # The input, with its jitter.
+    # The router's weight, and its input with jitter. Without jitter, or outside
+    # of training, the key is None.
     router_DE = layers.weight(
         self, 'router', shape=(x_TD.shape[1], moe.all_experts),
         axes=('embed', None), output=True)
@@ -233,25 +254,27 @@ class MoE(nn.Module):
               ) -> Optional[jax.Array]:
     """Returns the experts that a fixed hash gives each token by its id.
 
+    The suffixes name axes: T tokens, X experts of a token, V vocabulary.
+
     Args:
       ctx: the context of the layer, with the tokens' ids.
-      shape: (B, L), the tokens' shape; ids may be those of one row for all.
+      shape: (batch, length) of the layer's input. The ids may have a batch of 1
+        that stands for all rows.
 
     Returns:
-      int32 [T, X], X experts for each token; None for a router that does not
-      hash.
+      int32 [T, X]; None for a router that does not hash.
     """
     config, moe = self.config, self.config.part(MoEConfig)
     if not routing.router_of(moe).hashes:
       return None
-    # The hash itself, or a table of it that is kept with the parameters, as
-    # some published models have one.
+    # The hash is computed, unless the router keeps it as a table among the
+    # parameters, as some published models do.
     tokens_T = jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
     if not routing.router_of(moe).has_table:
       return routing.experts_of_token_ids(moe, tokens_T)
 
-    def hashes(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
-               ) -> jax.Array:
+    def hash_vocabulary(key: jax.Array, shape: tuple[int, ...],
+                        dtype: jnp.dtype) -> jax.Array:
       """Initialises the table with the hashed experts of each token."""
       del key
       ids_V = jnp.arange(shape[0])
@@ -260,7 +283,7 @@ class MoE(nn.Module):
     # The numbers of experts are stored as float32, like other parameters; no
     # gradient changes them.
     table_VX = declare(
-        self, TABLE, init=hashes, shape=(config.vocab_size, moe.top_k),
+        self, TABLE, init=hash_vocabulary, shape=(config.vocab_size, moe.top_k),
         role=Role((None, None)), dtype=jnp.float32)
     return jax.lax.stop_gradient(table_VX)[tokens_T].astype(jnp.int32)
 
@@ -329,20 +352,24 @@ def choices(routed: routing.Routing, kept_A: jax.Array
             ) -> dict[str, jax.Array]:
   """Returns what a router did with each token, as tables by token and expert.
 
+  The suffixes name axes: T tokens, E experts, A assignments. An assignment is a
+  pair of a token and an expert that it goes to.
+
   Args:
-    routed: the assignments of tokens to experts.
-    kept_A: bool, the assignments that found room.
+    routed: the assignments of the tokens, and the router's probabilities.
+    kept_A: bool, the assignments that the expert had room for.
 
   Returns:
     A dict of arrays [T, E]:
       probabilities: float32, the router's.
-      chosen: bool, whether the token goes to the expert, or would if there were
+      chosen: bool, whether the token chose the expert, even if there was no
         room.
       gates: float32, the weight of the expert's output, which is 0 where it was
         not chosen or had no room.
   """
   def table(value_A: jax.Array) -> jax.Array:
-    """Returns the values by token and expert; void ones fall outside."""
+    """Returns the values by token and expert, [T, E]. A void assignment has the
+    expert number E, which is outside the table and dropped."""
     zeros_TE = jnp.zeros_like(routed.probs_TE)
     return zeros_TE.at[routed.token_A, routed.expert_A].add(
         value_A, mode='drop')
@@ -355,41 +382,47 @@ def choices(routed: routing.Routing, kept_A: jax.Array
 def move_biases(config: ModelConfig, params: dict[str, Any],
                 loads: Mapping[str, jax.Array], applied: jax.typing.ArrayLike
                 ) -> dict[str, Any]:
-  """Returns the parameters with each router's bias moved against the load of
-  its experts (DeepSeek-V3's balance without a loss).
+  """Moves the biases of the routers against the load of their experts, so that
+  an expert with too many tokens is chosen less often (DeepSeek-V3's balance
+  without a loss).
 
-  The training step calls it after the optimiser, which leaves the biases alone:
-  their gradient is zero.
+  The training step calls it after the optimiser. The optimiser leaves these
+  biases alone, as their gradient is zero.
 
   Args:
     config: the config of the model.
-    params: the model's parameters, plain arrays.
-    loads: the load of each expert, by the path of its router's bias, whose
-      parts are joined by '/'; without any, parameters stay as they are.
-    applied: 0 in a step to leave out, else 1.
+    params: the model's parameters.
+    loads: the loads of the experts, by the path of their router's bias, whose
+      parts are joined by '/'. If it is empty, nothing moves.
+    applied: 1, or 0 in a training step that is to change nothing.
+
+  Returns:
+    The parameters, with the biases moved.
   """
-  def move(path: tuple, x: jax.Array) -> jax.Array:
-    """Returns a parameter, moved where it is a bias of a router."""
+  def move_if_router_bias(path: tuple, x: jax.Array) -> jax.Array:
+    """Returns a parameter, moved if it is the bias of a router."""
     path = jax.tree_util.keystr(path, simple=True, separator='/')
     if path not in loads:
       return x
     rate = config.part(MoEConfig).bias_rate
     return routing.move_bias_against_load(x, loads[path], applied * rate)
 
-  return jax.tree_util.tree_map_with_path(move, params)
+  return jax.tree_util.tree_map_with_path(move_if_router_bias, params)
 
 
 def without_capacity(config: ModelConfig) -> ModelConfig:
-  """Returns the config for generating text, a token at a time, in which experts
-  take all tokens that choose them.
+  """Returns the config for generating text, in which experts have no capacity
+  and take all tokens that choose them.
 
-  Over the tokens of one step a capacity would be one or two, and whether a row
-  is served would depend on the other rows of the batch, padding included.
+  Text is generated a token at a time. Over so few tokens a capacity would be
+  one or two, and whether a row is served would depend on the other rows of the
+  batch, padding included.
   """
   moe = config.find_part(MoEConfig)
   if moe is None or routing.router_of(moe).experts_choose:
-    return config  # the capacity of experts that choose is what they choose
-  # The padded batch needs a capacity.
+    return config  # experts that choose tokens choose as many as their capacity
+  # 'sorted' computes a padded batch, whose size is the capacity, so it has to
+  # be replaced.
   dispatch_name = moe.dispatch
   if dispatch_name == 'sorted':
     dispatch_name = 'dropless'

@@ -162,8 +162,16 @@ class MoEConfig:
     return dataclasses.replace(self, d_ff=self.d_ff or config.d_ff)
 
   def conditions_of_reading(self, config: ModelConfig) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as long as another field has its
-    value, each with that field and what it would have to be."""
+    """Returns the fields of this group that have no effect as the config
+    stands. A field that a user sets without effect is refused by this list.
+
+    Args:
+      config: the config of the model, which is not read.
+
+    Returns:
+      {field without effect: the other field that switches it off, and the
+      condition under which it would be read}.
+    """
     del config
     router, conditions = router_of(self), {}
     # The router and its experts.
@@ -235,19 +243,22 @@ class Routing:
 
 
 def _indices_of_best_experts(scores_TE: jax.Array, choices: int) -> jax.Array:
-  """Returns the indices of each token's best experts, best first.
+  """Finds the experts with the best scores for each token.
 
-  They are found one by one and not by `lax.top_k`, whose operand XLA gathers on
-  every device of a mesh.
+  They are found one by one and not by `lax.top_k`, because XLA would gather the
+  operand of the latter on every device of a mesh.
+
+  The suffixes name axes: T tokens, E experts.
 
   Args:
-    scores_TE: the scores, [T tokens, E experts].
-    choices: X, how many experts a token has.
+    scores_TE: the scores.
+    choices: X, how many experts a token gets.
 
   Returns:
-    int32 [T, X].
+    The indices of the experts, best first, int32 [T, X]. Of equal scores the
+    first wins.
   """
-  # The best expert of each token, which is then hidden from the next search. A
+  # Find the best expert of each token, and hide it from the next search. A
   # choice has no gradient.
   scores_TE = jax.lax.stop_gradient(scores_TE)
   experts_1E = jnp.arange(scores_TE.shape[1])[None]
@@ -265,27 +276,33 @@ def _indices_of_best_experts(scores_TE: jax.Array, choices: int) -> jax.Array:
 
 def expert_capacity(factor: float, tokens: int, choices: int, experts: int
                     ) -> int:
-  """Returns how many tokens an expert takes of a routing group,
-  ceil(factor S X / E) (Switch, equation 3, for X choices).
+  """Returns the capacity of an expert: how many tokens of a routing group it
+  takes at most, ceil(factor S X / E) (Switch Transformer, equation 3, for X
+  choices of a token).
 
   Args:
-    factor: the capacity factor, how much room an expert has over an even load.
-      It is read as it is written: 1.1 is 11/10, and not the binary number a
-      hair above.
-    tokens: S, the tokens of a group.
-    choices: X, how many experts a token has.
+    factor: the capacity factor, how much room an expert has relative to an even
+      load.
+    tokens: S, the number of tokens of a group.
+    choices: X, how many experts a token chooses.
     experts: E, the number of experts.
   """
+  # The factor is read as it is written: 1.1 is 11/10, and not the binary number
+  # a hair above it, which could round the capacity up by one.
   exact = fractions.Fraction(str(factor))
   return max(1, math.ceil(exact * tokens * choices / experts))
 
 
 def rank_among_equal_keys(key_A: jax.Array, keys: int) -> jax.Array:
-  """Returns for each entry of key_A how many earlier entries equal it, [A].
+  """Counts for each number in a list how many earlier numbers equal it. For
+  example [3, 5, 3, 3] gives [0, 0, 1, 2].
 
   Args:
-    key_A: numbers from 0 to keys - 1.
+    key_A: A numbers from 0 to keys - 1.
     keys: U, how many different numbers there may be.
+
+  Returns:
+    The counts, int [A].
   """
   # A stable sort puts equal keys together and keeps their order. The rank of an
   # entry is its place there, less the place where its key starts.
@@ -298,28 +315,33 @@ def rank_among_equal_keys(key_A: jax.Array, keys: int) -> jax.Array:
 def void_over_capacity(
     expert_A: jax.Array, *, choices: int, groups: int, slots: int,
     experts: int, earlier: Optional[Callable] = None) -> jax.Array:
-  """Makes void the assignments of tokens that exceed the capacity of their
-  expert: first choices are served first, then tokens by their position.
+  """Makes void the assignments (pairs of a token and its expert) that exceed
+  the capacity of the expert. First choices are served before second ones, and
+  among equal choices earlier tokens before later ones.
+
+  The suffixes name axes: A assignments, G routing groups, X choices of a token,
+  E experts and one more for void assignments.
 
   Args:
     expert_A: the expert of each assignment, those of a token one after another;
       E where it is void already.
     choices: X, how many assignments a token has.
-    groups: G, the number of routing groups, each of as many tokens.
+    groups: G, the number of routing groups, each of the same number of tokens.
     slots: the capacity of an expert in a group.
     experts: E, the number of experts.
-    earlier: counts [1, X, E + 1] -> (those of the shards before this one, those
-      of all shards), where a group goes on in other shards; None: it does not.
+    earlier: where a group extends over several devices, a function that maps
+      this device's counts [1, X, E + 1] to the sums over the devices before it
+      and over all devices of the group; None: each group is on one device.
 
   Returns:
-    expert_A, with E for the assignments that exceed.
+    expert_A, with E for the assignments that exceed the capacity.
   """
-  # A key is one number for each (group, choice, expert), where expert E of the
-  # void assignments counts as one more.
+  # Each triple (group, choice, expert) has one number, its key. Expert E stands
+  # for the void assignments.
   A, num_bins = expert_A.shape[0], experts + 1
   num_keys = groups * choices * num_bins
 
-  # How many assignments each (group, choice, expert) has.
+  # Count the assignments of each key.
   index_A = jnp.arange(A)
   group_A = index_A // (A // groups)
   group_and_choice_A = group_A * choices + index_A % choices
@@ -327,9 +349,9 @@ def void_over_capacity(
   count_GXE = jnp.bincount(key_A, length=num_keys).reshape(
       groups, choices, num_bins)
 
-  # The slot of an assignment is how many of its group come before it: all
-  # earlier choices of its expert, those of its own choice in earlier shards,
-  # and those of its own choice in earlier tokens (its rank).
+  # The slot of an assignment is how many are served before it by its expert, in
+  # its group: those of all earlier choices, those of its own choice on earlier
+  # devices, and those of its own choice of earlier tokens (its rank).
   if earlier is None:
     before_GXE, total_GXE = jnp.zeros_like(count_GXE), count_GXE
   else:
@@ -345,20 +367,26 @@ def void_over_capacity(
 
 def _hide_all_but_best_groups(moe: MoEConfig, scores_TE: jax.Array, *,
                               experts_added: int) -> jax.Array:
-  """Returns the scores by which a token chooses experts, with -inf for experts
-  outside of its best groups of experts (DeepSeek-V3).
+  """Limits the choice of each token to its best groups of experts: the scores
+  of all other experts become -inf (DeepSeek-V3).
+
+  The suffixes name axes: T tokens, E experts, G groups of experts, U experts of
+  a group.
 
   Args:
-    moe: the config, with the number of groups, and of those that a token may
-      choose from.
-    scores_TE: the scores, [T tokens, E experts].
-    experts_added: how many of a group's best experts make its own score, which
-      is the sum of theirs: 1 or 2.
+    moe: the config, with the number of groups (expert_groups) and how many of
+      them a token may choose from (top_groups).
+    scores_TE: the scores by which tokens choose experts.
+    experts_added: how many of a group's best scores are added to make the score
+      of the group, 1 or 2.
+
+  Returns:
+    The scores, [T, E], with -inf for hidden experts.
   """
   if moe.expert_groups <= moe.top_groups:
     return scores_TE
 
-  # The score of each of the G groups of experts, with U experts each.
+  # The score of each group.
   shape = (scores_TE.shape[0], moe.expert_groups, -1)
   scores_TGU = jax.lax.stop_gradient(scores_TE).reshape(shape)
   group_score_TG = scores_TGU.max(-1)
@@ -377,16 +405,20 @@ def _hide_all_but_best_groups(moe: MoEConfig, scores_TE: jax.Array, *,
 
 
 def _rank_groups(score_TG: jax.Array) -> jax.Array:
-  """Returns the rank of each of a token's groups of experts, 0 for the best;
-  of equal ones the first is better.
+  """Ranks groups of experts by their scores, for each token. The best has rank
+  0. Of equal scores the first is better.
 
-  All pairs of groups are compared. XLA would gather the operand of a sort on
-  every device of a mesh.
+  All pairs of groups are compared, because XLA would gather the operand of a
+  sort on every device of a mesh.
 
   Args:
-    score_TG: the score of each of G groups, for each token.
+    score_TG: the scores, [T tokens, G groups].
+
+  Returns:
+    The ranks, int [T, G].
   """
-  # The rank is how many other groups are better: the last axis is theirs.
+  # A group's rank is how many other groups are better. In [T, G, G], the last
+  # axis is that of the other groups.
   index_G = jnp.arange(score_TG.shape[1])
   own, other = score_TG[:, :, None], score_TG[:, None]
   is_earlier_1GG = (index_G[None] < index_G[:, None])[None]
@@ -396,18 +428,25 @@ def _rank_groups(score_TG: jax.Array) -> jax.Array:
 
 def _routing_of_choices(expert_TX: jax.Array, gate_TX: jax.Array,
                         probs_TE: jax.Array, valid_T: jax.Array) -> Routing:
-  """Returns the assignments to experts of tokens that have chosen; those of
-  padding are void.
+  """Collects what tokens have chosen as a flat list of assignments, pairs of a
+  token and an expert that it goes to. Those of padding are made void.
+
+  The suffixes name axes: T tokens, X choices of a token, E experts, A = T X
+  assignments.
 
   Args:
-    expert_TX: the X experts that each of T tokens chose; E where it chose none.
+    expert_TX: the experts that each token chose; E where it chose none.
     gate_TX: the gates, by which the experts' outputs are weighed.
-    probs_TE: the router's probabilities of all E experts.
+    probs_TE: the router's probabilities of all experts.
     valid_T: bool, whether a token is no padding.
+
+  Returns:
+    The assignments. Those of a token stand one after another.
   """
   T, X = expert_TX.shape
   E = probs_TE.shape[1]
-  # Expert E is none: an assignment to it is void, and its gate is 0.
+  # Experts have the numbers 0 ... E - 1. An assignment to the number E is void,
+  # and its gate is 0.
   expert_TX = jnp.where(valid_T[:, None], expert_TX, E)
   gate_TX = jnp.where(expert_TX < E, gate_TX, 0.0)
   token_TX = jnp.broadcast_to(jnp.arange(T)[:, None], (T, X))
@@ -446,13 +485,18 @@ def route_switch(moe: MoEConfig, x: RouterInputs) -> Routing:
 
 
 def route_gshard(moe: MoEConfig, x: RouterInputs) -> Routing:
-  """Routes each token to its two best experts. In training, where x has a key
-  to draw with, the second one is kept with probability
-  min(1, 2 p2 / (p1 + p2)) (GShard: Lepikhin et al. 2020, algorithm 1).
+  """Routes each token to its two best experts (GShard: Lepikhin et al. 2020,
+  algorithm 1). In training the second one is kept only with the probability
+  min(1, 2 p2 / (p1 + p2)), where p1 and p2 are the probabilities of the two.
+
+  The suffixes name axes: T tokens, E experts, X = 2 choices of a token.
 
   Args:
-    moe: the config.
-    x: the inputs of the router.
+    moe: the config of the mixture of experts.
+    x: the inputs of the router. In training it has a key to draw with.
+
+  Returns:
+    The assignments of tokens to experts, and their gates.
   """
   # The gates are normalised before the draw, so that a token that loses its
   # second expert keeps the gate p1 / (p1 + p2) of its first.
@@ -460,8 +504,9 @@ def route_gshard(moe: MoEConfig, x: RouterInputs) -> Routing:
   expert_TX = _indices_of_best_experts(x.logits_TE, 2)
   gate_TX = normalize_gates(_scores_of_chosen(probs_TE, expert_TX))
 
-  # The draw. A second choice that is not kept goes to no expert, which has the
-  # number after all others.
+  # Draw which second choices are kept. One that is dropped gets the number
+  # after all experts, which stands for none. The sum of both gates is 1, so
+  # 2 p2 / (p1 + p2) is 2 gate_TX[:, 1].
   if x.key is not None:
     draw_T = jax.random.uniform(x.key, gate_TX.shape[:1])
     keeps_T = 2 * gate_TX[:, 1] > draw_T
@@ -473,17 +518,23 @@ def route_gshard(moe: MoEConfig, x: RouterInputs) -> Routing:
 
 def route_by_scores(score: Callable[[jax.Array], jax.Array], moe: MoEConfig,
                     x: RouterInputs) -> Routing:
-  """Routes each token to the X best experts by score + bias, weighed by their
-  scores alone (DeepSeek-V3, 2024, equations 12 to 16).
+  """Routes each token to the experts that are best by score + bias, and weighs
+  them by their scores alone (DeepSeek-V3, 2024, equations 12 to 16).
+
+  The suffixes name axes: T tokens, E experts, X choices of a token.
 
   Args:
-    score: logits_TE -> scores_TE, such as a sigmoid.
-    moe: the config.
-    x: the inputs of the router; its bias_E is None for a router without a bias,
-      which does not choose among groups of experts either.
+    score: the function that makes scores of logits, such as a sigmoid.
+    moe: the config of the mixture of experts.
+    x: the inputs of the router. Its bias_E is None for a router without a bias,
+      which does not limit tokens to groups of experts either.
+
+  Returns:
+    The assignments of tokens to experts, and their gates.
   """
-  # The bias moves the choice alone, by hand (`move_bias_against_load`), so it
-  # has no gradient and no part in the gates.
+  # The bias changes which experts are chosen, to balance their load. It is
+  # moved by hand (`move_bias_against_load`), so it must have no gradient, and
+  # it must not enter the gates.
   scores_TE = score(x.logits_TE)
   ranked_TE = scores_TE
   if x.bias_E is not None:
@@ -514,15 +565,20 @@ def _weigh_by_scores(moe: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
 
 def _weigh_chosen(moe: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
                   scores_TE: jax.Array, probs_TE: jax.Array) -> Routing:
-  """Returns the routing of tokens to the experts that they chose. The gates are
-  the experts' scores, or with normalize_gates the scores over their sum.
+  """Routes tokens to the experts that they chose. The gates are the scores of
+  these experts or, with normalize_gates, the scores divided by their sum.
+
+  The suffixes name axes: T tokens, X choices of a token, E experts.
 
   Args:
-    moe: the config.
-    x: the inputs of the router.
-    expert_TX: the X experts that each of T tokens chose.
-    scores_TE: the scores of all E experts.
-    probs_TE: the router's probabilities, which the losses read.
+    moe: the config of the mixture of experts.
+    x: the inputs of the router, which say which tokens are padding.
+    expert_TX: the experts that each token chose.
+    scores_TE: the scores of all experts.
+    probs_TE: the router's probabilities, which the balance losses read.
+
+  Returns:
+    The assignments of tokens to experts, and their gates.
   """
   gate_TX = _scores_of_chosen(scores_TE, expert_TX)
   if moe.normalize_gates:
@@ -548,20 +604,23 @@ def experts_of_best_scores(moe: MoEConfig, logits_TE: jax.Array,
 
 
 def balance_logits(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
-  """Balances logits over the experts by Sinkhorn's iteration (Clark et al.
-  2022): returns the log of the matrix near exp(logits) whose rows sum to 1 and
-  whose columns share the tokens evenly.
+  """Balances a router's logits over the experts by Sinkhorn's iteration (Clark
+  et al. 2022). The rows and columns of exp(logits) are scaled in turn, until
+  the row of each token sums to 1 and the columns of all experts have the same
+  sum.
+
+  The suffixes name axes: T tokens, E experts.
 
   Args:
-    logits_TE: the logits, [T tokens, E experts].
-    valid_T: bool, whether a token is no padding; padding weighs nothing.
+    logits_TE: the logits.
+    valid_T: bool, whether a token is no padding. Padding counts nowhere.
 
   Returns:
-    float32 [T, E], without a gradient.
+    The logarithm of the scaled matrix, float32 [T, E], without a gradient.
   """
-  # All is computed with logarithms, where scaling is adding. Each column is to
-  # sum to the number of tokens over that of experts. Padding enters such a sum
-  # with the weight exp(SCORE_OF_PADDING), which is 0.
+  # Everything is computed with logarithms, where scaling is adding. Each column
+  # is to have the sum of tokens / experts. Padding enters these sums with the
+  # weight exp(SCORE_OF_PADDING), which is 0.
   E = logits_TE.shape[1]
   log_weight_T1 = jnp.where(valid_T, 0.0, SCORE_OF_PADDING)[:, None]
   log_tokens_of_expert = jnp.log(jnp.maximum(valid_T.sum(), 1) / E)
@@ -578,9 +637,13 @@ def balance_logits(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
 
 
 def route_sinkhorn(moe: MoEConfig, x: RouterInputs) -> Routing:
-  """Routes each token to the X best experts, in training by logits that are
-  balanced within each group (BASE: Lewis et al. 2021; S-BASE: Clark et al.
-  2022), weighed by the softmax of the logits."""
+  """Routes each token to its best experts by the logits, and weighs them by the
+  softmax of the logits. In training, tokens choose by logits that are balanced
+  within each routing group (BASE: Lewis et al. 2021; S-BASE: Clark et al.
+  2022).
+
+  The suffixes name axes: T tokens, E experts, G groups of S tokens.
+  """
   scores_TE = x.logits_TE
   if x.train:
     logits_GSE = scores_TE.reshape(x.groups, -1, moe.all_experts)
@@ -592,19 +655,22 @@ def route_sinkhorn(moe: MoEConfig, x: RouterInputs) -> Routing:
 
 
 def route_expert_choice(moe: MoEConfig, x: RouterInputs) -> Routing:
-  """Has each expert choose its C best tokens of each routing group, weighed by
-  their probabilities (Zhou et al. 2022).
+  """Lets each expert choose its best tokens in each routing group, and weighs
+  them by the router's probabilities (expert choice: Zhou et al. 2022).
+
+  The suffixes name axes: T tokens, E experts, G groups of S tokens, C tokens
+  that an expert chooses.
 
   Args:
-    moe: the config.
+    moe: the config of the mixture of experts.
     x: the inputs of the router.
 
   Returns:
-    The assignments in the order of groups, then experts, then tokens from the
-    best. A token may have any number of them.
+    The assignments, in the order of groups, then experts, then tokens from the
+    best one on. A token may have any number of them.
   """
-  # C is the capacity of an expert: its share of an even load, or more or less
-  # by the capacity factor.
+  # An expert chooses as many tokens as its capacity allows. A capacity factor
+  # of 0 stands for an even load here, since experts must choose some number.
   T, E = x.logits_TE.shape
   G, S = x.groups, T // x.groups
   factor = moe.eval_capacity_factor
@@ -621,12 +687,13 @@ def route_expert_choice(moe: MoEConfig, x: RouterInputs) -> Routing:
   token_GEC = order_GES[..., :C]
   gate_GEC = jnp.take_along_axis(score_GES, token_GEC, 2)
 
-  # Where an expert takes padding, as there is nothing else, it takes nothing.
+  # An expert that runs out of tokens chooses padding. This is made void by the
+  # number E, which stands for no expert.
   expert_GEC = jnp.broadcast_to(jnp.arange(E)[None, :, None], token_GEC.shape)
   expert_GEC = jnp.where(gate_GEC > 0, expert_GEC, E)
   gate_GEC = jnp.maximum(gate_GEC, 0.0)
 
-  # Tokens were numbered within their groups.
+  # Number the tokens over all groups, and no longer within their own.
   token_GEC = token_GEC + S * jnp.arange(G)[:, None, None]
   return Routing(
       expert_A=expert_GEC.reshape(-1).astype(jnp.int32),
@@ -739,11 +806,12 @@ def route_tokens(moe: MoEConfig, x: RouterInputs) -> Routing:
 
 
 def check_router(config: ModelConfig, stack: str) -> None:
-  """Checks that the chosen router can do what the config asks for.
+  """Checks that the router which the config names can do what the config asks
+  for.
 
   Args:
     config: the config of a model with experts.
-    stack: the kind of stack, such as 'encoder' or 'decoder'.
+    stack: the kind of stack: 'encoder', 'decoder' or 'encoder-decoder'.
 
   Raises:
     RequestError: for the first of the conditions below that does not hold.
@@ -780,15 +848,15 @@ def check_router(config: ModelConfig, stack: str) -> None:
 
 
 def _check_experts_of_token(moe: MoEConfig, router: Router) -> None:
-  """Checks the number of experts of a token.
+  """Checks top_k, the number of experts that each token goes to.
 
   Args:
-    moe: the config of the mixture.
-    router: the router that it names.
+    moe: the config of the mixture of experts.
+    router: the router that the config names.
 
   Raises:
-    RequestError: where the router, the gates or the number of experts do not
-      allow top_k.
+    RequestError: if the router, the gates or the number of experts do not allow
+      this top_k.
   """
   # A router whose number of experts is fixed has it as its top_k, others 0.
   require(router.top_k in (0, moe.top_k),
@@ -811,23 +879,25 @@ def _check_experts_of_token(moe: MoEConfig, router: Router) -> None:
 
 
 def _check_expert_groups(moe: MoEConfig, router: Router) -> None:
-  """Checks the groups of experts that a token chooses from.
+  """Checks the groups of experts. A token may choose experts only from its
+  top_groups best groups (DeepSeek-V3).
 
   Args:
-    moe: the config of the mixture.
-    router: the router that it names.
+    moe: the config of the mixture of experts.
+    router: the router that the config names.
 
   Raises:
-    RequestError: where the groups do not divide the experts, or the groups of a
-      token have too few of them.
+    RequestError: if the number of groups does not divide that of the experts,
+      or a token's groups have fewer experts than it chooses.
   """
   E, groups, kept = moe.all_experts, moe.expert_groups, moe.top_groups
   if groups == 1:
     return
-  # A token chooses top_k experts of its `kept` best groups, E / groups of each.
+  # A token chooses top_k experts of its `kept` best groups, which have
+  # E / groups experts each.
   divides_experts = E % groups == 0 and kept <= groups
   has_enough_experts = moe.top_k <= kept * E // groups
-  # A router with a bias adds up two experts of a group.
+  # A router with a bias scores a group by the sum of its two best experts.
   has_two_experts = E > groups or not router.has_bias
   require(divides_experts and has_enough_experts and has_two_experts,
           f'model.moe.expert_groups is {groups}, model.moe.top_groups {kept} '
@@ -851,17 +921,22 @@ def void_zero_experts(moe: MoEConfig, routed: Routing) -> Routing:
 
 def find_zero_experts(moe: MoEConfig, routed: Routing
                       ) -> tuple[jax.Array, jax.Array]:
-  """Finds the assignments to zero experts, which return their input.
+  """Finds the assignments to zero experts, which return their input unchanged
+  and need no computation.
+
+  The suffixes name axes: A assignments (pairs of a token and its expert), T
+  tokens.
 
   Args:
-    moe: the config of the mixture.
-    routed: the assignments of the tokens.
+    moe: the config of the mixture of experts.
+    routed: the assignments of the tokens, and their gates.
 
   Returns:
-    bool [A], whether an assignment is to a zero expert; and the sum of their
-    gates for each token, [T], which multiplies the token.
+    Whether an assignment goes to a zero expert, bool [A]; and the sum of the
+    gates of such assignments for each token, [T], which multiplies the token.
   """
-  # Zero experts have the numbers from num_experts on; all_experts is void.
+  # Zero experts have the numbers from num_experts to all_experts - 1. The
+  # number all_experts stands for a void assignment.
   is_zero_A = (routed.expert_A >= moe.num_experts) & (
       routed.expert_A < moe.all_experts)
   gate_A = jnp.where(is_zero_A, routed.gate_A, 0.0)
@@ -1004,18 +1079,22 @@ def importance_loss(expert_A: jax.Array, mean_probs_E: jax.Array) -> jax.Array:
 def mean_over_sequences(
     loss: Callable, expert_A: jax.Array, probs_TE: jax.Array,
     valid_T: jax.Array, rows: int) -> jax.Array:
-  """Returns the mean of a balance loss over the sequences that are not all
-  padding; within one, padding counts nowhere.
+  """Computes a balance loss for each sequence by itself, and returns the mean
+  over the sequences. Padding counts nowhere, and a sequence that is all padding
+  does not enter the mean.
+
+  The suffixes name axes: A assignments (pairs of a token and its expert), T
+  tokens, E experts, B sequences of L tokens.
 
   Args:
-    loss: (expert_A, mean_probs_E) -> scalar, the loss of one sequence.
-    expert_A: the experts that count, of all tokens in their order; void ones
-      count nowhere.
-    probs_TE: the router's probabilities, [T tokens, E experts].
+    loss: the loss of one sequence, (expert_A, mean_probs_E) -> scalar.
+    expert_A: the expert of each assignment that counts, in the order of the
+      tokens; E for a void one.
+    probs_TE: the router's probabilities.
     valid_T: bool, which tokens are no padding.
-    rows: B, the number of sequences, each of T / B tokens.
+    rows: B, the number of sequences.
   """
-  # Tokens and assignments by sequence, and the mean probabilities of each.
+  # Sort tokens and assignments by sequence, and average the probabilities.
   valid_BL = valid_T.reshape(rows, -1)
   probs_BLE = probs_TE.reshape(*valid_BL.shape, -1) * valid_BL[..., None]
   count_B = valid_BL.sum(1)
@@ -1111,31 +1190,39 @@ def report_routing(
 def _balance_losses(moe: MoEConfig, routed: Routing, *,
                     logits_TE: Optional[jax.Array], valid_T: jax.Array,
                     mean_probs_E: jax.Array, rows: int) -> dict[str, jax.Array]:
-  """Returns the balance losses, by name: each that is taken of all tokens, and
-  the chosen one.
+  """Computes the losses that ask for an even load of the experts. Those over
+  all tokens are always computed; one over each sequence only if the config
+  chooses it.
+
+  The suffixes name axes: T tokens, E experts, A assignments (pairs of a token
+  and its expert).
 
   Args:
-    moe: the config.
-    routed: what the router chose.
-    logits_TE: the router's logits; None where it has none.
+    moe: the config of the mixture of experts.
+    routed: the assignments of the tokens to experts.
+    logits_TE: the router's logits; None if it has none.
     valid_T: bool, the tokens that are no padding.
-    mean_probs_E: the mean of the router's probabilities over these.
-    rows: the number of sequences that the tokens are.
+    mean_probs_E: the mean of the router's probabilities over these tokens.
+    rows: how many sequences the tokens are, one after another.
+
+  Returns:
+    The losses, {name: scalar}.
   """
-  # The assignments that count. Those of a token stand one after another, so
-  # every X-th is a first choice.
+  # The assignments that count: all, or the first choices. Those of a token
+  # stand one after another, so every `choices`-th is a first choice.
   router = router_of(moe)
   counted_A = routed.expert_A
   if router.counts_first:
     counted_A = routed.expert_A[::routed.choices]
 
-  # The losses of all tokens, which the panel shows whichever is chosen.
+  # The losses over all tokens. They are reported whichever loss is chosen.
   losses = {}
   for name, balance in BALANCE_LOSSES.items():
     if balance.loss is not None and not balance.by_sequence:
       losses[name] = balance.loss(counted_A, mean_probs_E)
 
-  # A loss of each sequence is computed only where it is chosen.
+  # The loss over each sequence. Some routers would choose other experts by
+  # their scores alone, and the loss counts these.
   chosen = BALANCE_LOSSES[moe.balance_loss]
   if chosen.by_sequence:
     wanted_A = counted_A
@@ -1158,19 +1245,23 @@ def _count_serving_experts(routed: Routing, kept_A: jax.Array, tokens: int
 
 
 def summarize_window(load_WNE: jax.Array, tokens_W: jax.Array) -> dict:
-  """Returns how evenly the experts of each layer were loaded over a window of
-  steps.
+  """Summarises how evenly the experts of each layer were loaded over the last W
+  training steps.
+
+  The suffixes name axes: W steps, N layers, E experts.
 
   Args:
-    load_WNE: the share of assignments that each expert got, by step of the
-      window W, layer N and expert E.
-    tokens_W: how much each step counts.
+    load_WNE: which share of the tokens' assignments each expert got.
+    tokens_W: the weight of each step, such as the number of its tokens.
 
   Returns:
-    {'load_max': the largest load over the mean, 'unused': the share of experts
-    without load, 'load_entropy': 1 where the load is even}, each [N].
+    A dict of arrays [N]:
+      load_max: the largest load of an expert, divided by the mean load.
+      unused: the share of experts without any load.
+      load_entropy: the entropy of the loads as a fraction of its maximum, which
+        is 1 if they are even.
   """
-  # The mean load over the steps, by their tokens.
+  # The mean load over the steps, weighed by their tokens.
   share_W = tokens_W / tokens_W.sum()
   load_NE = jnp.einsum('WNE,W->NE', load_WNE, share_W)
   return dict(

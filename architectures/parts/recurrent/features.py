@@ -48,15 +48,18 @@ scale_vectors.defvjp(_scale_vectors_forward, _scale_vectors_backward)
 
 @jax.custom_vjp
 def multiply_by_weights(x: jax.Array, weights: jax.Array) -> jax.Array:
-  """Returns x times weights of its last axes, in float32.
+  """Multiplies an array by weights that vary along its last axes, in float32.
 
-  The gradient is written out, so that the gradient of the weights sums over all
-  other axes at once: that takes 1.1 ms on CPU for an array [1, 2048, 8, 64],
-  and 12 ms by the sum over axis 1 alone that JAX derives.
+  The gradient is defined below and not derived by JAX, for speed on CPU: it
+  sums over all other axes at once, which takes 1.1 ms for an array of [1, 2048,
+  8, 64]. JAX would sum over axis 1 alone, which takes 12 ms.
 
   Args:
     x: an array of any shape.
     weights: an array of the shape of x's last axes.
+
+  Returns:
+    The products, of the shape of x.
   """
   # The weights get axes of size 1 in front, to be alike along those of x.
   leading = (1,) * (x.ndim - weights.ndim)
@@ -120,22 +123,28 @@ class RMSNorm(nn.Module):
 def declare_filters(module: nn.Module, name: str, width: int,
                     shape: tuple[int, ...], axes: tuple[str | None, ...]
                     ) -> jax.Array:
-  """Declares the weights of a convolution, [width, heads, features], or its
-  bias, [heads, features].
+  """Declares the weights or the bias of a convolution over tokens, in which
+  each feature has a filter of its own (a depthwise convolution).
 
-  Each feature has a filter of its own, so that no product sums over an axis of
-  the weights: muP and Muon treat them as a vector, like the scale of a norm.
-  They are drawn uniformly between -1 / sqrt(width) and 1 / sqrt(width), which
-  is how torch.nn.Conv1d draws them.
+  The initial values are drawn uniformly between -1 / sqrt(width) and
+  1 / sqrt(width), as torch.nn.Conv1d draws them. No product sums over an axis
+  of these weights, so muP and Muon treat them as a vector, like the scale of a
+  norm.
 
   Args:
-    module: the module that declares it.
+    module: the module that declares the parameter.
     name: the name of the parameter.
-    width: how many tokens the convolution sees, W.
-    shape: the shape of the parameter.
-    axes: the logical axes of the parameter.
+    width: how many tokens the convolution sees.
+    shape: the shape of the parameter: [width, heads, features] for weights, or
+      [heads, features] for a bias.
+    axes: the logical axes of the parameter, by which it is split over devices.
+
+  Returns:
+    The parameter.
   """
-  def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+  def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
+           ) -> jax.Array:
+    """Draws the initial values."""
     bound = width ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
   return declare(module, name, init=init, shape=shape, role=Role(axes))
@@ -145,22 +154,27 @@ def declare_and_convolve(module: nn.Module, name: str, x_BLHK: jax.Array,
                          width: int, axes: tuple[str | None, ...],
                          with_bias: bool = False, **options: Any
                          ) -> tuple[jax.Array, jax.Array]:
-  """Declares the filters of a short convolution as parameters of a module, and
-  applies it.
+  """Declares the weights of a short convolution over tokens as parameters of a
+  module, and applies the convolution.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head, W
+  tokens that the convolution sees.
 
   Args:
-    module: the module that declares them.
-    name: the name of the weights; the bias is named `{name}_bias`.
-    x_BLHK: the inputs of the convolution, [batch, length, heads, features]; the
-      axes after the length may be others.
-    width: how many tokens the convolution sees, W.
-    axes: the logical axes of the inputs after the length.
-    with_bias: whether it has a bias.
-    **options: the further arguments of `convolve`.
+    module: the module that declares the weights.
+    name: the name of the weights. The bias is named `{name}_bias`.
+    x_BLHK: the inputs of the convolution. The axes after the length may also be
+      others than heads and features.
+    width: W.
+    axes: the logical axes of the inputs after the length, by which the weights
+      are split over devices.
+    with_bias: whether the convolution has a bias.
+    **options: further arguments of `convolve`, such as the inputs before the
+      first token.
 
   Returns:
-    The results, of the shape of the inputs, and the last inputs, as `convolve`
-    returns them.
+    The results, of the shape of the inputs; and the last W - 1 inputs, which
+    the convolution of the next tokens needs.
   """
   features = x_BLHK.shape[2:]
   w_WHK = declare_filters(module, name, width=width, shape=(width, *features),
@@ -224,16 +238,18 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
 
 def last_inputs(all_BM: jax.Array, count: int, length: int,
                 valid_BL: Optional[jax.Array]) -> jax.Array:
-  """Returns the last `count` inputs of each row that are no padding, which a
-  convolution over the next tokens reads.
+  """Returns the last `count` inputs of each row that are no padding. A
+  convolution over the tokens that follow needs them.
+
+  The suffixes name axes: B batch, L new inputs, M = count + length inputs.
 
   Args:
-    all_BM: for each row of the batch, `count` inputs from before and then
-      `length` new ones, [B, M = count + length, ...].
+    all_BM: the inputs of each row, [B, M, ...]: first `count` inputs of earlier
+      tokens, and then `length` new ones.
     count: how many inputs to return.
     length: the number of new inputs.
-    valid_BL: 0 on padding, which stands at the end of a row; None: there is
-      none.
+    valid_BL: 0 on padding, which may only stand at the end of a row; None:
+      there is no padding.
 
   Returns:
     The inputs, [B, count, ...].
@@ -246,7 +262,8 @@ def last_inputs(all_BM: jax.Array, count: int, length: int,
   valid_B = jnp.broadcast_to((valid_BL != 0).sum(1), (len(all_BM),))
 
   def inputs_of_row(row_M: jax.Array, num_valid: jax.Array) -> jax.Array:
-    # The slice begins elsewhere in each row, so rows are taken one by one.
+    """Returns the last inputs of one row. Its slice begins elsewhere than that
+    of other rows."""
     return jax.lax.dynamic_slice_in_dim(row_M, num_valid, count, 0)
 
   return jax.vmap(inputs_of_row)(all_BM, valid_B)
@@ -263,18 +280,20 @@ def _with_distance(function: Callable[..., jax.Array], apart: int
 
 
 def _inputs_of_weights(W: int, M: int, apart: int) -> list[tuple[slice, int]]:
-  """Returns which inputs each weight of a convolution multiplies.
+  """Returns which inputs each of the W weights of a convolution over tokens
+  multiplies.
 
   Args:
     W: the number of weights.
-    M: the number of inputs: (W - 1) * apart from before, and L new ones.
-    apart: how many places apart the tokens are that the convolution sees.
+    M: the number of inputs: (W - 1) * apart inputs of earlier tokens, and after
+      them L inputs of new tokens.
+    apart: the distance of the tokens that the convolution sees (its dilation).
 
   Returns:
-    For each weight, the slice of its L inputs, one for each new token, and how
-    many places before the token its input stands.
+    A pair for each weight: the slice of its L inputs, one for each new token;
+    and the gap, how many tokens before the new token its input stands.
   """
-  # The first weight is that of the farthest input, and the last that of the
+  # The first weight multiplies the farthest input. The last one multiplies the
   # token itself, with a gap of 0.
   reach = (W - 1) * apart
   slices_and_gaps = []
@@ -288,25 +307,36 @@ def _inputs_of_weights(W: int, M: int, apart: int) -> list[tuple[slice, int]]:
 def _filter_inputs(all_BMHK: jax.Array, w_WHK: jax.Array,
                    segment_ids_BL: Optional[jax.Array], apart: int
                    ) -> jax.Array:
-  """Returns the sum over i of w_i x_(l - gap of i), float32 [B, L, H, K].
+  """Convolves inputs over tokens, with a filter for each feature:
 
-  Its gradient is written out, because XLA's CPU backend takes 20 times as long
-  for the one that JAX derives from these lines.
+    y_l = sum over i of w_i * x_(l - gap_i)
+
+  where gap_i is how many tokens before token l the input of weight i stands.
+  Inputs of another document count as 0.
+
+  The gradient is defined below, because on CPU the one that JAX derives takes
+  20 times as long.
+
+  The suffixes name axes: B batch, M inputs, L new inputs, H heads, K features,
+  W weights.
 
   Args:
-    all_BMHK: the inputs from before and the L new ones, [batch, M, heads,
-      features].
+    all_BMHK: the inputs of earlier tokens, and after them the L new ones.
     w_WHK: the weights w.
-    segment_ids_BL: the number of each token's document; None: one a row.
-    apart: how many places apart the tokens are that the convolution sees.
+    segment_ids_BL: the number of each token's document; None: a row is one
+      document.
+    apart: the distance of the tokens that the convolution sees (its dilation).
+
+  Returns:
+    y, float32 [B, L, H, K].
   """
   w_WHK = w_WHK.astype(jnp.float32)
   W = len(w_WHK)
   M = all_BMHK.shape[1]
   total = 0
   for i, (inputs, gap) in enumerate(_inputs_of_weights(W, M, apart)):
-    # The slice for this weight is as long as the result: its l-th input is what
-    # the l-th new token sees `gap` places before itself.
+    # The slice for this weight has one input for each new token: the one that
+    # the token sees `gap` places before itself.
     inputs_BLHK = all_BMHK[:, inputs].astype(jnp.float32)
     total += mask_other_documents(inputs_BLHK * w_WHK[i][None, None],
                                   segment_ids_BL, gap)
@@ -329,18 +359,22 @@ def start_of_document(ids_BL: jax.Array) -> jax.Array:
 def mask_other_documents(x_BLHK: jax.Array,
                          segment_ids_BL: Optional[jax.Array], gap: int
                          ) -> jax.Array:
-  """Returns x, and 0 where the token `gap` places before is of another document
-  or before the row.
+  """Replaces x by 0 at each token l for which the token l - gap belongs to
+  another document or would stand before the row.
 
   Args:
     x_BLHK: an array [batch, length, ...].
-    segment_ids_BL: the number of each token's document; None: x is returned.
-    gap: how many places before a token the other one stands.
+    segment_ids_BL: the number of each token's document; None: a row is one
+      document, and x is returned.
+    gap: the distance of the two tokens.
+
+  Returns:
+    The masked x, of its shape.
   """
   if segment_ids_BL is None or not gap:
     return x_BLHK
-  # The first `gap` tokens have no such token: False is put in their places,
-  # which are at most the whole row.
+  # Compare each token's document with that of the token `gap` before it. The
+  # first `gap` tokens (or the whole row, if it is shorter) have no such token.
   length = x_BLHK.shape[1]
   same_BL = jnp.pad(segment_ids_BL[:, gap:] == segment_ids_BL[:, :-gap],
                     ((0, 0), (min(gap, length), 0)))
@@ -354,20 +388,26 @@ def _filter_inputs_forward(all_BMHK: jax.Array, w_WHK: jax.Array,
   return y_BLHK, (all_BMHK, w_WHK, segment_ids_BL)
 
 
-def _filter_inputs_backward(apart: int, kept: Any, d_y_BLHK: jax.Array):
-  """Returns the gradients of the inputs and the weights.
+def _filter_inputs_backward(apart: int, kept: Any, d_y_BLHK: jax.Array
+                            ) -> tuple[jax.Array, jax.Array, None]:
+  """Computes the gradients of a convolution over tokens (`_filter_inputs`):
 
-  For y_l = sum over i of w_i x_(l - gap of i): dw_i is the sum over l of
-  x_(l - gap) dy_l, and dx_m the sum over i of w_i dy_(m + gap).
+    y_l  = sum over i of w_i * x_(l - gap_i)
+    dw_i = sum over l of x_(l - gap_i) * dy_l
+    dx_m = sum over i of w_i * dy_(m + gap_i)
+
+  The suffixes name axes: B batch, M inputs, L new inputs, H heads, K features,
+  W weights.
 
   Args:
-    apart: how many places apart the tokens are that the convolution sees.
-    kept: the arguments of the forward pass: inputs, weights and documents.
+    apart: the distance of the tokens that the convolution sees (its dilation).
+    kept: what the forward pass kept: the inputs, the weights, and the number of
+      each token's document.
     d_y_BLHK: the gradient dy of the result.
 
   Returns:
-    The gradients of all inputs, those from before included, and of the weights,
-    and None for the documents.
+    The gradients of the inputs, those of earlier tokens included, and of the
+    weights; and None for the documents.
   """
   all_BMHK, w_WHK, segment_ids_BL = kept
   W = len(w_WHK)
@@ -383,8 +423,8 @@ def _filter_inputs_backward(apart: int, kept: Any, d_y_BLHK: jax.Array):
     inputs_BLHK = all_BMHK[:, inputs].astype(jnp.float32)
     d_w.append((inputs_BLHK * d_tap_BLHK).sum((0, 1)))
 
-    # The gradient of the inputs: dy moved forward by reach - gap places, among
-    # zeros. The padding is the same for all i, so that XLA makes one padded
+    # The gradient of the inputs: dy, shifted by reach - gap places among zeros.
+    # The padding must be the same for all i: then XLA makes a single padded
     # array for all of them where there are no documents.
     padded = jnp.pad(d_tap_BLHK, ((0, 0), (reach, reach), *no_padding))
     shifted_BMHK = padded[:, gap:][:, :M]
@@ -424,16 +464,25 @@ def _convolve_with_silu_forward(*args: Any):
 
 
 def _convolve_with_silu_backward(apart: int, kept: Any, d_BLHK: jax.Array):
-  """Returns the gradients of the inputs, the weights and the bias in
-  silu(conv(x) + bias), and None for the documents.
+  """Computes the gradients of silu(conv(x) + bias), a convolution over tokens
+  with an activation. The convolution is computed again, so that its result need
+  not be kept for the backward pass.
+
+  The suffixes name axes: B batch, L new inputs, M all inputs, H heads, K
+  features, W weights.
 
   Args:
-    apart: how many places apart the tokens are that the convolution sees.
-    kept: the inputs, weights, bias and documents.
+    apart: the distance of the tokens that the convolution sees (its dilation).
+    kept: what the forward pass kept: the inputs, the weights, the bias and the
+      number of each token's document.
     d_BLHK: the gradient of the result.
+
+  Returns:
+    The gradients of the inputs, the weights and the bias (None without one),
+    and None for the documents.
   """
   all_BMHK, w_WHK, bias_HK, segment_ids_BL = kept
-  # y is computed again, and its gradient goes on through the convolution.
+  # Through the activation, and then through the convolution.
   _, silu_backward = jax.vjp(jax.nn.silu, _convolve_with_bias(*kept, apart))
   d_y_BLHK, = silu_backward(d_BLHK)
   d_all_BMHK, d_w_WHK, _ = _filter_inputs_backward(

@@ -65,16 +65,20 @@ class Layer(nn.Module):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    """Returns the queries, keys, values, decays and rates of the recurrence, as
-    if a row were one document; `reset_at_documents` cuts it afterwards.
+    """Makes the queries, keys, values, decays and rates that the layer's linear
+    recurrence reads. Each kind of recurrence defines this method.
+
+    A row of the batch is treated as one document. The caller makes the state
+    begin anew with each document afterwards.
+
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, K
+    features of a key, H heads of values, U features of a value.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      q_BLJK: queries after their convolution, [batch, length, heads of keys J,
-        features of a key K].
-      k_BLJK: keys after their convolution, as queries.
-      v_BLHU: values after their convolution, [batch, length, heads of values H,
-        features of a value U].
+      x_BLD: the layer's input.
+      q_BLJK: queries after their convolution.
+      k_BLJK: keys after their convolution.
+      v_BLHU: values after their convolution.
       ctx: the context of the layer.
     """
     raise NotImplementedError(f'{type(self).__name__} has no inputs')
@@ -90,18 +94,24 @@ class Layer(nn.Module):
 
   def normalise_and_gate(self, o_BLHU: jax.Array, x_BLD: jax.Array,
                          v_BLHU: jax.Array, ctx: Context) -> jax.Array:
-    """Returns RMSNorm(o) * gate(x), the input of the output's product,
-    [B, L, H, U].
+    """Normalises the results of the recurrence and multiplies them by a gate,
+    RMSNorm(o) * gate(x). The layer's output is a product of the result.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, U features of
+    a head.
 
     Args:
-      o_BLHU: the results of the recurrence, [batch, length, heads H, features
-        of a value U].
-      x_BLD: the layer's input, [batch, length, d_model].
-      v_BLHU: the values, which some recurrences add to o; not read here.
+      o_BLHU: the results of the recurrence.
+      x_BLD: the layer's input, of which the gate is made.
+      v_BLHU: the values. They are not read here, but in subclasses that add
+        them to o.
       ctx: the context of the layer.
+
+    Returns:
+      The gated results, [B, L, H, U].
     """
     del v_BLHU
-    # The norm is the model's, by an epsilon of the mixer's own if it has one.
+    # The epsilon of the norm is the model's, unless this kind of layer has one.
     config = self.config
     norm_eps = getattr(self.sizes, 'norm_eps', config.norm_eps)
     norm_config = dataclasses.replace(config, norm_eps=norm_eps)
@@ -125,22 +135,27 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    """Returns the output of the layer: queries, keys and values from products
-    and short convolutions, a recurrence over them, and a norm, a gate and a
-    product.
+    """Applies the layer: it makes queries, keys and values by products and
+    short convolutions, runs a linear recurrence over them, and applies a norm,
+    a gate and a last product to what the recurrence returns.
+
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, K
+    features of a key, H heads of values, U features of a value, W the last
+    inputs of a convolution.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
+      x_BLD: the layer's input.
       ctx: the context of the call: positions, documents, padding.
       cache: what the layer keeps of earlier tokens; None: there is none.
 
     Returns:
       The output [B, L, D], the cache after these tokens (None where there was
-      none), and a report for the panel of figures, which is empty.
+      none), and an empty report.
     """
     config, sizes, steps = self.config, self.sizes, self.sizes.householders
     mixer.check_context_of_recurrence(config.mixer, ctx)
-    # Padding matters only where a state goes on after it.
+    # Padding stands at the end of a row, so it matters only to the state that a
+    # cache keeps.
     valid_BL = None if cache is None else ctx.valid_BL
 
     # Queries, keys and values, and the last inputs of their convolutions. A
@@ -184,20 +199,23 @@ class Layer(nn.Module):
       self, name: str, x_BLD: jax.Array, shape: tuple[int, ...], ctx: Context,
       valid_BL: Optional[jax.Array], before_BWHK: Optional[jax.Array]
       ) -> tuple[jax.Array, Optional[jax.Array]]:
-    """Returns queries, keys or values: a product with the input and, if the
-    recurrence has convolutions, silu(conv(.)) of it.
+    """Makes queries, keys or values of the layer's input by a product and, if
+    the layer has convolutions, a short convolution over tokens and a SiLU.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features of
+    a head, W the last inputs of the convolution.
 
     Args:
       name: 'query', 'key' or 'value', the name of the weight.
-      x_BLD: the layer's input, [batch, length, d_model].
-      shape: the numbers of heads and of the features of a head.
+      x_BLD: the layer's input.
+      shape: (number of heads, features of a head).
       ctx: the context of the layer.
-      valid_BL: 0 on padding; None: there is none.
+      valid_BL: 0 on padding; None: there is no padding.
       before_BWHK: the convolution's inputs of the tokens before; None: zeros.
 
     Returns:
-      [B, L, heads, features], and the inputs of the convolution that the next
-      tokens see; None: there is no convolution.
+      The result, [B, L, H, K]; and the last inputs of the convolution, which
+      the next tokens need, or None without a convolution.
     """
     axes = VALUE_AXES if name == 'value' else self.key_axes
     x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
@@ -212,40 +230,50 @@ class Layer(nn.Module):
   def project(self, name: str, x_BLD: jax.Array,
               axes: tuple[str | None, str | None], shape: tuple[int, ...],
               ctx: Context) -> jax.Array:
-    """Returns the product of the input with a weight that this method declares,
-    [B, L, heads, features].
+    """Multiplies the layer's input by a weight, which is declared here.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features of
+    a head.
 
     Args:
       name: the name of the weight.
-      x_BLD: the layer's input, [batch, length, d_model].
-      axes: the logical axes of the heads and of their features. Features
-        without an axis (None) are as many in a wider model.
-      shape: the numbers of heads and of the features of a head.
+      x_BLD: the layer's input.
+      axes: the logical axes of the heads and of their features, by which the
+        weight is split over devices. None for the features says that their
+        number does not grow with the width of the model.
+      shape: (number of heads, features of a head).
       ctx: the context of the layer.
+
+    Returns:
+      The product, [B, L, H, K].
     """
     config, has_fixed_size = self.config, axes[1] is None
     y_BLHK = layers.dense(
         self, name, 'BLD,DHK->BLHK', x_BLD, shape=(config.d_model, *shape),
         axes=('embed', *axes), output=has_fixed_size, with_bias=False,
         deterministic=ctx.deterministic)
-    # Outputs that do not grow with the width are to muP what logits are: they
-    # are divided by how many times as wide the model is as its base model.
+    # To muP, outputs whose number does not grow with the width are like logits.
+    # They are divided by `widening`, the ratio of the model's width to that of
+    # its base model, which is 1 without muP.
     if has_fixed_size:
       y_BLHK /= config.widening
     return sharding.constrain(y_BLHK, 'batch', 'length', *axes)
 
   def project_to_heads(self, name: str, x_BLD: jax.Array, each: int = 1
                        ) -> jax.Array:
-    """Returns W x, with a number for each head of values.
+    """Makes one or more numbers for each head of values, such as a decay, as
+    the product W x. The weight W is declared here.
 
-    The number of heads may be the same in a wider model. So muP treats these
-    numbers as logits: they are divided by how many times as wide the model is
-    as its base model.
+    A wider model may have the same number of heads. So muP treats these numbers
+    as logits: they are divided by `widening`, the ratio of the model's width to
+    that of its base model, which is 1 without muP.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads.
 
     Args:
-      name: the name of the weight W, which this method declares.
-      x_BLD: the layer's input, [batch, length, d_model].
-      each: how many numbers a head has, which stand side by side.
+      name: the name of the weight.
+      x_BLD: the layer's input.
+      each: how many numbers a head gets. They are neighbours in the result.
 
     Returns:
       float32 [B, L, H * each].
@@ -261,15 +289,21 @@ class Layer(nn.Module):
   def project_low_rank(
       self, name: str, x_BLD: jax.Array, features: int, rank: int = 0,
       through: Callable[[jax.Array], jax.Array] = lambda y: y) -> jax.Array:
-    """Returns through(x W_down) W_up, a product of low rank, for each head of
-    values: float32 [B, L, heads, features].
+    """Makes numbers for each head of values by a product of low rank,
+    through(x W_down) W_up. Both weights are declared here.
+
+    The suffixes name axes: B batch, L length, D d_model, U features between the
+    two products (the rank), H heads, K numbers of a head.
 
     Args:
-      name: what the names of the weights begin with; this method declares them.
-      x_BLD: the layer's input, [batch, length, d_model].
-      features: how many numbers each head has.
-      rank: the features between the two products; 0: those of the settings.
-      through: the function that is applied between them.
+      name: the weights are called `name`_down and `name`_up.
+      x_BLD: the layer's input.
+      features: K, how many numbers a head gets.
+      rank: U; 0: the rank of the layer's settings.
+      through: the function that is applied between the products.
+
+    Returns:
+      float32 [B, L, H, K].
     """
     config, sizes = self.config, self.sizes
     rank = rank or sizes.rank
@@ -279,7 +313,7 @@ class Layer(nn.Module):
     up_UHK = layers.weight(self, f'{name}_up', shape=(
         rank, sizes.value_heads, features), axes=axes)
     # The rank does not grow with the width, so muP divides the first product by
-    # how many times as wide the model is as its base model, as it does logits.
+    # `widening`, as it does logits.
     y_BLU = layers.einsum('BLD,DU->BLU', x_BLD, down_DU,
                           dtype=config.compute_dtype)
     y_BLHK = layers.einsum('BLU,UHK->BLHK', through(y_BLU / config.widening),
@@ -294,19 +328,22 @@ class Layer(nn.Module):
     return 2 * rate_BLH if self.sizes.negative else rate_BLH
 
   def softplus_decay(self, x_BLHK: jax.Array, least: float) -> jax.Array:
-    """Returns the logarithms of decays, -exp(A) softplus(x + bias), in float32.
+    """Computes the logarithms of decays, -exp(A) softplus(x + bias), as Mamba-2
+    does. A and the bias are parameters, which are declared here.
+
+    The suffixes name axes: B batch, L length, H heads, K features of a head.
 
     Args:
-      x_BLHK: numbers of each head, [B, L, H], or of each feature of a head,
-        [B, L, H, K].
-      least: the least initial exp(A). Each head has an A, whose exponential is
-        drawn uniformly between `least` and 16.
+      x_BLHK: the numbers x, one for each head, [B, L, H], or one for each
+        feature of a head, [B, L, H, K].
+      least: the least initial value of exp(A). It is drawn uniformly between
+        `least` and 16 for each head.
 
     Returns:
-      Negative numbers of the shape of x.
+      Negative numbers, float32, of the shape of x.
     """
+    # There is one A for each head, and a bias for each number of a token.
     shape = x_BLHK.shape[2:]
-    # A is of a head, and the bias of a head or of each of its features, as x.
     scale_H = declare(self, 'decay_scale', init=log_uniform_initializer(least),
                       shape=shape[:1],
                       role=Role(('heads',))).astype(jnp.float32)
@@ -318,42 +355,57 @@ class Layer(nn.Module):
 
 
 def steps_to_places(n: int, x_BLH: jax.Array) -> jax.Array:
-  """Moves the n steps of each token from the heads to the length, so that they
-  follow one another as n tokens would: [B, L, H n, ...] -> [B, L n, H, ...].
+  """Moves the n steps that a recurrence takes for each token from the axis of
+  heads to that of the length, where they follow one another as n tokens would.
+
+  The suffixes name axes: B batch, L length, H heads, n steps of a token.
 
   Args:
     n: how many steps of the recurrence a token has.
-    x_BLH: an array in which the steps of a head stand side by side.
+    x_BLH: an array [B, L, H * n, ...], in which the steps of a head are
+      neighbours.
+
+  Returns:
+    The same numbers as [B, L * n, H, ...].
   """
   if n == 1:
     return x_BLH
-  # [B, L, H, n, ...] -> [B, L, n, H, ...] -> [B, L n, H, ...].
   B, L, _, *feature_shape = x_BLH.shape
-  x_BLH = jnp.swapaxes(x_BLH.reshape(B, L, -1, n, *feature_shape), 2, 3)
-  return x_BLH.reshape(B, L * n, -1, *feature_shape)
+  x_BLHn = x_BLH.reshape(B, L, -1, n, *feature_shape)
+  x_BLnH = jnp.swapaxes(x_BLHn, 2, 3)
+  return x_BLnH.reshape(B, L * n, -1, *feature_shape)
 
 
 def reset_at_documents(
     x: recurrence.Inputs, ids_BL: Optional[jax.Array],
     valid_BL: Optional[jax.Array]) -> recurrence.Inputs:
-  """Returns the inputs of a recurrence whose state begins anew with each
-  document, and is left as it is by padding.
+  """Changes the inputs of a linear recurrence so that its state begins at zero
+  with each document, and so that padding leaves the state as it is.
+
+  The suffixes name axes: B batch, L length, H heads of values, J heads of keys,
+  K features of a key, U features of a value.
 
   Args:
-    x: the inputs of the recurrence of a row, as if it were one document.
-    ids_BL: the number of each token's document, [batch or 1, length]; None: a
-      row is one document.
-    valid_BL: 0 on padding, [batch, length]; None: there is none.
+    x: the inputs (queries, keys, values, decays and rates) of rows, as if a row
+      were one document.
+    ids_BL: the number of each token's document, [B or 1, L]; None: a row is one
+      document.
+    valid_BL: 0 on padding, [B, L]; None: there is no padding.
+
+  Returns:
+    The changed inputs.
   """
   log_decay_BLHK = x.log_decay_BLHK
 
-  # On padding the decay is 1, and nothing is written: the rate that multiplies
-  # what is written is 0, or where there is no rate, the key.
+  # On padding the decay becomes 1, and nothing is written to the state: the
+  # rate, which multiplies what is written, becomes 0. Without a rate, the key
+  # does.
   if valid_BL is not None:
     is_valid_BL1 = valid_BL[..., None] != 0
     if log_decay_BLHK is not None:
       log_decay_BLHK = jnp.where(is_valid_BL1[..., None], log_decay_BLHK, 0)
-    # Keys and rates have a place for each step of a token, decays have not.
+    # A token may take several steps of the recurrence. Keys and rates have an
+    # entry for each step, decays one for each token.
     if x.steps > 1:
       is_valid_BL1 = jnp.repeat(is_valid_BL1, x.steps, 1)
     if x.rate_BLH is None:
@@ -361,7 +413,7 @@ def reset_at_documents(
     else:
       x = x._replace(rate_BLH=jnp.where(is_valid_BL1, x.rate_BLH, 0))
 
-  # The first token of a document decays the state before it to zero.
+  # At the first token of a document the state decays to zero: exp(-inf) = 0.
   if ids_BL is not None:
     if log_decay_BLHK is None:
       log_decay_BLHK = jnp.zeros((*x.q_BLJK.shape[:2], x.v_BLHU.shape[2], 1))
@@ -397,12 +449,15 @@ class Recurrence(mixer.Mixer):
     self.module = module
 
   def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> Any:
-    """Returns the cache of a layer for rows that have no token yet: the state
-    of its recurrence and the last inputs of its convolutions, all 0.
+    """Returns an empty cache for a layer of linear recurrence: the state of the
+    recurrence and the last inputs of its convolutions, all 0.
+
+    The suffixes name axes: B batch, H heads of values, J heads of keys, K
+    features of a key, U features of a value, W last inputs of a convolution.
 
     Args:
       config: the config of the layer.
-      shape: [..., batch, tokens]. The cache does not grow with the tokens.
+      shape: (..., rows, tokens). The cache does not grow with the tokens.
     """
     sizes, rows = config.part(self.module.settings), shape[:-1]
     state_BHKU = jnp.zeros(
@@ -410,18 +465,19 @@ class Recurrence(mixer.Mixer):
     if not sizes.conv:
       return State(state_BHKU=state_BHKU)
 
-    def before(heads: int, features: int) -> jax.Array:
-      """Returns the inputs that a convolution looks back on."""
-      last = *rows, sizes.conv - 1, heads, features
-      return jnp.zeros(last, config.compute_dtype)
+    def empty_inputs(heads: int, features: int) -> jax.Array:
+      """Returns the inputs that a convolution over `conv` tokens keeps."""
+      last_inputs = *rows, sizes.conv - 1, heads, features
+      return jnp.zeros(last_inputs, config.compute_dtype)
 
-    # A token has a key and a value for each of its steps, and one query.
+    # A token may take several steps of the recurrence. It has a key and a value
+    # for each of them, but one query.
     steps = sizes.householders
     return State(
         state_BHKU=state_BHKU,
-        query_BWJK=before(sizes.key_heads, sizes.key_dim),
-        key_BWJK=before(sizes.key_heads * steps, sizes.key_dim),
-        value_BWHU=before(sizes.value_heads * steps, sizes.value_dim))
+        query_BWJK=empty_inputs(sizes.key_heads, sizes.key_dim),
+        key_BWJK=empty_inputs(sizes.key_heads * steps, sizes.key_dim),
+        value_BWHU=empty_inputs(sizes.value_heads * steps, sizes.value_dim))
 
   def fields_to_divide(self, config: ModelConfig) -> mixer.AxesAndFields:
     names = {field.name for field in dataclasses.fields(self.module.settings)}

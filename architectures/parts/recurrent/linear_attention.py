@@ -96,24 +96,28 @@ class DeltaNet(layer.Layer):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    """Returns the inputs of the gated delta rule, whose state S has a row for
-    each feature of a key:
+    """Makes the inputs of the gated delta rule, a recurrence over tokens t with
+    a state S, decays a and rates b (Gated DeltaNet):
 
       S_t = a_t (I - b_t k_t k_t^T) S_t-1 + b_t k_t v_t^T,   o_t = S_t^T q_t
 
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, K
+    features of a key, H heads of values, U features of a value.
+
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      q_BLJK: the queries, [batch, length, heads of keys J, features K].
-      k_BLJK: the keys, as queries.
-      v_BLHU: the values, [batch, length, heads of values H, features U].
+      x_BLD: the layer's input, of which decays and rates are made.
+      q_BLJK: the queries.
+      k_BLJK: the keys.
+      v_BLHU: the values.
       ctx: the context of the layer; not read here.
 
     Returns:
       Queries, keys and values, the logarithm of the decay a, and the rate b.
     """
-    # Keys, values and rates have n of each for a token, which become n places
-    # of the row. Keys have the length 1, and queries 1 / sqrt(K), by the K of
-    # muP's base model.
+    # A token may take n steps of the recurrence (n "householders"). Then it has
+    # n keys, values and rates, which are moved one after another in the row.
+    # Keys are scaled to the length 1, and queries to 1 / sqrt(K), where K is
+    # that of muP's base model.
     del ctx
     log_decay_BLHK = self.log_decay(x_BLD)
     move_steps_to_length = functools.partial(
@@ -196,31 +200,36 @@ class GDN2(KDA):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    """Returns the inputs of Gated DeltaNet 2, where gates b and w of a token
-    say what is erased and what is written of each feature:
+    """Makes the inputs of Gated DeltaNet 2, a recurrence over tokens t with a
+    state S and decays a. Its gates b and w say, feature by feature, what is
+    erased from the state and what is written to it:
 
       b, w = sigmoid(W_b x), sigmoid(W_w x)
       S_t  = (I - k_t (b_t * k_t)^T) Diag(a_t) S_t-1 + k_t (w_t * v_t)^T
 
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, K
+    features of a key, H heads of values, U features of a value.
+
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      q_BLJK: the queries, [batch, length, heads of keys J, features K].
-      k_BLJK: the keys, as queries.
-      v_BLHU: the values, [batch, length, heads of values H, features U].
+      x_BLD: the layer's input, of which decays and gates are made.
+      q_BLJK: the queries.
+      k_BLJK: the keys.
+      v_BLHU: the values.
       ctx: the context of the layer.
 
     Returns:
-      Queries, keys, gated values, the logarithm of the decay a, and b * k.
+      Queries, keys, gated values w * v, the logarithm of the decay a, and b * k
+      (`erase_BLJK`), by which the state is read for erasing.
     """
-    # The gates b, of a key's features, and w, of a value's.
+    # The gates b, over the features of a key, and w, over those of a value.
     sizes = self.sizes
     erase_BLJK = jax.nn.sigmoid(self.project('erase', x_BLD, self.key_axes, (
         sizes.key_heads, sizes.key_dim), ctx).astype(jnp.float32))
     write_BLHU = jax.nn.sigmoid(self.project('write', x_BLD, layer.VALUE_AXES, (
         sizes.value_heads, sizes.value_dim), ctx).astype(jnp.float32))
 
-    # The state is read for erasing by b * k, and k writes w * v. `negative` is
-    # a bool: with it b is doubled.
+    # With the setting `negative`, a bool, b is doubled: 1 + True is 2. Then
+    # more than all may be erased, which flips the sign of a part of the state.
     k_BLJK = features.normalize_length(k_BLJK)
     return recurrence.Inputs(
         features.normalize_length(q_BLJK, self.base_key_dim ** -0.5), k_BLJK,
@@ -297,24 +306,27 @@ class GLA(layer.Layer):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    """Returns the inputs of gated linear attention, with a decay a of each
-    feature of a key, and no delta rule:
+    """Makes the inputs of gated linear attention (GLA), a recurrence over
+    tokens t with a state S and a decay a for each feature of a key:
 
       log a = logsigmoid(W_up W_down x + bias) / temperature
       S_t   = Diag(a_t) S_t-1 + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
 
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, K
+    features of a key, H heads of values, U features of a value.
+
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      q_BLJK: the queries, [batch, length, heads of keys J, features K].
-      k_BLJK: the keys, as queries.
-      v_BLHU: the values, [batch, length, heads of values H, features U].
+      x_BLD: the layer's input, of which decays are made.
+      q_BLJK: the queries.
+      k_BLJK: the keys.
+      v_BLHU: the values.
       ctx: the context of the layer; not read here.
 
     Returns:
       Scaled queries, keys and values, and the logarithm of the decay.
     """
     del ctx
-    # The decay of each feature of a key; the temperature brings it near to 1.
+    # The decays. Dividing by the temperature brings them near to 1.
     sizes = self.sizes
     bias_HK = layers.bias(self, 'decay_bias',
                           shape=(sizes.heads, sizes.key_dim),
@@ -322,7 +334,8 @@ class GLA(layer.Layer):
     z_BLHK = layers.add_bias(
         self.project_low_rank('decay', x_BLD, sizes.key_dim), bias_HK)
     log_decay_BLHK = jax.nn.log_sigmoid(z_BLHK) / sizes.temperature
-    # This is 1 / sqrt(K), and falls as 1 / K with muP's wider heads.
+    # The scale is 1 / sqrt(K). Under muP it falls as 1 / K where heads are
+    # wider than in the base model.
     scale = jnp.asarray(self.base_key_dim ** 0.5 / sizes.key_dim, q_BLJK.dtype)
     return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU,
                              log_decay_BLHK=log_decay_BLHK)
@@ -361,17 +374,20 @@ class RetNet(layer.Layer):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    """Returns the inputs of RetNet's retention, with a decay of each head h =
-    0, 1, ... that never changes:
+    """Makes the inputs of RetNet's retention, a recurrence over tokens t with a
+    state S and a constant decay a for each head h = 0, 1, ...:
 
       a   = 1 - 2^(-5 - h)
       S_t = a S_t-1 + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
 
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, K
+    features of a key, H heads of values, U features of a value.
+
     Args:
-      x_BLD: the layer's input; not read here.
-      q_BLJK: the queries, [batch, length, heads of keys J, features K].
-      k_BLJK: the keys, as queries.
-      v_BLHU: the values, [batch, length, heads of values H, features U].
+      x_BLD: the layer's input; not read here, as the decays are constant.
+      q_BLJK: the queries.
+      k_BLJK: the keys.
+      v_BLHU: the values.
       ctx: the context of the layer, with the positions that queries and keys
         are rotated by.
 
@@ -386,11 +402,11 @@ class RetNet(layer.Layer):
       rope_config = config_of_rotated_heads(config)
       q_BLJK = rotate(q_BLJK, ctx.positions_BL, rope_config, ctx.length)
       k_BLJK = rotate(k_BLJK, ctx.positions_BL, rope_config, ctx.length)
-    # This is 1 / sqrt(K), and falls as 1 / K with muP's wider heads.
+    # The scale is 1 / sqrt(K). Under muP it falls as 1 / K where heads are
+    # wider than in the base model.
     scale = jnp.asarray(self.base_key_dim ** 0.5 / sizes.key_dim, q_BLJK.dtype)
 
-    # Head h decays by 1 - 2^(-5 - h) a token; log1p keeps the digits of a decay
-    # near 1.
+    # The decays, as logarithms. log1p is exact for decays near 1.
     log_decay_H = np.log1p(-2.0 ** (-5 - np.arange(sizes.heads)))
     log_decay_BLH1 = jnp.broadcast_to(
         jnp.asarray(log_decay_H, jnp.float32)[None, None, :, None],
@@ -410,14 +426,16 @@ class Retention(layer.Recurrence):
   positional = True
 
   def check(self, config: ModelConfig, stack: str) -> None:
-    """Raises RequestError for a config whose layer of retention cannot be
-    built: one with a position encoding that has a bias on scores, which
-    retention does not have, or that rotates a key by a length of the row that
-    may still grow.
+    """Checks that a model can have layers of retention (RetNet).
 
     Args:
       config: the config of the model.
-      stack: the stack of the layer, 'encoder' or 'decoder'.
+      stack: the kind of stack: 'encoder', 'decoder' or 'encoder-decoder'.
+
+    Raises:
+      RequestError: if the position encoding adds a bias to attention's scores,
+        which retention does not have; or if it rotates a key by the length of
+        the row, which may grow after the key has entered the state.
     """
     super().check(config, stack)
     require(not positions.position_of(config).has_bias,

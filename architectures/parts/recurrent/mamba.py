@@ -141,32 +141,36 @@ class Mamba(nn.Module):
 
   def _selection(self, x_BLI: jax.Array
                  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the numbers by which x selects what the state takes in and what
-    is read of it (section 3.2 of the paper).
+    """Makes the numbers by which a token selects what the state of Mamba takes
+    in and what is read of it (section 3.2 of the paper): the step dt and the
+    vectors B and C.
+
+    The suffixes name axes: B batch, L length, I features, N entries of a
+    feature's state, R rank of the product that makes dt.
 
     Args:
-      x_BLI: the input of the state space model, [batch, length, I features].
+      x_BLI: the input of the state space model.
 
     Returns:
       dt, the step of each feature, float32 [B, L, I]; and B and C, by which the
-      N entries of the states are written and read, [B, L, N] each.
+      states are written and read, [B, L, N] each.
     """
     config, sizes = self.config, self.config.part(MambaConfig)
     inner = x_BLI.shape[-1]
     down_axes, up_axes = ('mlp', 'latent'), ('latent', 'mlp')
 
-    def narrow(name: str, size: int) -> jax.Array:
-      """Returns a product of x with few outputs."""
+    def project_down(name: str, size: int) -> jax.Array:
+      """Returns a product of x with a weight that has few outputs."""
       w_IN = layers.weight(self, name, shape=(inner, size), axes=down_axes)
       return layers.einsum(
           'BLI,IN->BLN', x_BLI, w=w_IN, dtype=config.compute_dtype,
           axes=down_axes)
 
-    # Three products with few outputs. That of dt goes up again to all features,
-    # a product of rank R.
-    step_BLR = narrow('step_down', sizes.rank)
-    b_BLN = narrow('key', sizes.state)
-    c_BLN = narrow('query', sizes.state)
+    # Three products with few outputs. A second product takes that of dt up to
+    # all features again.
+    step_BLR = project_down('step_down', sizes.rank)
+    b_BLN = project_down('key', sizes.state)
+    c_BLN = project_down('query', sizes.state)
     w_RI = layers.weight(self, 'step_up', shape=(sizes.rank, inner),
                          axes=up_axes)
     step_BLI = layers.einsum(
@@ -174,7 +178,7 @@ class Mamba(nn.Module):
         axes=up_axes)
     step_BLI = step_BLI.astype(jnp.float32)
 
-    # The softplus makes the step positive.
+    # A softplus makes the step positive.
     bias_I = self._declare_by_feature('step_bias', layer.step_bias)
     dt_BLI = jax.nn.softplus(step_BLI + bias_I[None, None])
     return dt_BLI, b_BLN, c_BLN
@@ -223,14 +227,20 @@ def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
 
   @jax.checkpoint
   def piece(state_BIN: jax.Array, here: tuple[jax.Array, ...]):
-    """Returns the state after a piece, and what is read at its places. The
-    backward pass computes the piece again, since the states [B, P, I, N] of all
-    pieces would be too much to keep.
+    """Runs the recurrence over one piece of a row (P tokens) by a parallel
+    scan. The backward pass computes the piece again, because the states
+    [B, P, I, N] of all pieces would take too much memory.
+
+    The suffixes name axes: B batch, P tokens of the piece, I features, N
+    entries of a feature's state.
 
     Args:
-      state_BIN: the state before the piece, [batch, features, numbers of a
-        state].
-      here: dt, x, B, C and kept of the piece's P places.
+      state_BIN: the state before the piece.
+      here: the piece's dt, dt * x, B and C, and `kept`, the factor of the state
+        before a token.
+
+    Returns:
+      The state after the piece, and what each token reads, [B, P, I].
     """
     dt_BPI, x_BPI, b_BPN, c_BPN, kept_BP = here
     # h_t = decay_t * h_t-1 + added_t, as if the state before were zero.
@@ -239,8 +249,8 @@ def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
     added_BPIN = x_BPI[..., None] * b_BPN[:, :, None]
     decay_BPIN, h_BPIN = jax.lax.associative_scan(
         _compose_steps, (decay_BPIN, added_BPIN), axis=1)
-    # The decay is now the product from the piece's begin up to each place: by
-    # it the state before the piece has decayed.
+    # The scan has multiplied the decays from the start of the piece up to each
+    # token. The state before the piece has decayed by as much.
     h_BPIN += decay_BPIN * state_BIN[:, None]
     return h_BPIN[:, -1], jnp.einsum('BPIN,BPN->BPI', h_BPIN, c_BPN)
 
@@ -256,16 +266,19 @@ def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
 def _compose_steps(first: tuple[jax.Array, jax.Array],
                    then: tuple[jax.Array, jax.Array]
                    ) -> tuple[jax.Array, jax.Array]:
-  """Returns two steps h -> decay * h + added, one after the other, as one:
+  """Composes two steps of a recurrence, h -> decay * h + added, into one:
 
     d' (d h + a) + a' = (d' d) h + (d' a + a')
 
-  A parallel scan may group the steps of a row as it likes, since this is
-  associative.
+  The composition is associative, so a parallel scan may group the steps of a
+  row in any way.
 
   Args:
     first: the decay d and the summand a of the earlier step.
-    then: those of the later step, d' and a'.
+    then: the decay d' and the summand a' of the later step.
+
+  Returns:
+    The decay and the summand of both steps together.
   """
   decay, added = first
   then_decay, then_added = then

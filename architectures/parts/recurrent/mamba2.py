@@ -108,16 +108,19 @@ class Mamba2(layer.Layer):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    """Returns the inputs of Mamba-2's recurrence, whose state h of a head
-    decays by exp(dt A) and takes in dt x:
+    """Makes the inputs of Mamba-2's recurrence over tokens t. The state h of a
+    head decays by exp(dt A) and takes in dt x:
 
       h_t = exp(dt_t A) h_t-1 + dt_t x_t B_t^T,   o_t = h_t C_t
 
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, K
+    features of a key, H heads of values, U features of a value.
+
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
-      q_BLJK: C, [batch, length, heads of keys J, features K].
-      k_BLJK: B, as C.
-      v_BLHU: x, [batch, length, heads of values H, features U].
+      x_BLD: the layer's input, of which the step dt is made.
+      q_BLJK: C in the equation.
+      k_BLJK: B in the equation.
+      v_BLHU: x in the equation.
       ctx: the context of the layer; not read here.
 
     Returns:
@@ -126,10 +129,13 @@ class Mamba2(layer.Layer):
     """
     del ctx
     sizes = self.sizes
+    # The step dt of each head, within bounds; a most_step of 0 is no bound.
     dt_BLH = jnp.clip(
         self.step(x_BLD), sizes.least_step, sizes.most_step or None)
     scale_H = self.declare_by_head(
         'decay_scale', layer.log_uniform_initializer(1.0))
+    # What the state takes in, and the logarithm of its decay, with the negative
+    # A = -exp(scale) of each head.
     written_BLHU = features.scale_vectors(v_BLHU.astype(jnp.float32), dt_BLH)
     log_decay_BLH = -jnp.exp(scale_H)[None, None] * dt_BLH
     return recurrence.Inputs(
@@ -138,17 +144,23 @@ class Mamba2(layer.Layer):
 
   def normalise_and_gate(self, o_BLHU: jax.Array, x_BLD: jax.Array,
                          v_BLHU: jax.Array, ctx: Context) -> jax.Array:
-    """Returns RMSNorm((o + D x) silu(W_z u)), [B, L, H, U].
+    """Adds a skip connection to the results o of the recurrence, multiplies
+    them by a gate and normalises them: RMSNorm((o + D x) silu(W_z u)).
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, U features of
+    a head.
 
     Args:
-      o_BLHU: the results of the recurrence, [batch, length, heads H, features
-        of a head U].
-      x_BLD: the layer's input, u in the equations.
-      v_BLHU: the values, x in the equations, which skip the recurrence by D.
+      o_BLHU: the results of the recurrence.
+      x_BLD: the layer's input, u in the equation.
+      v_BLHU: the values, x in the equation.
       ctx: the context of the layer.
+
+    Returns:
+      The normalised results, [B, L, H, U].
     """
     sizes, shape = self.sizes, v_BLHU.shape[2:]
-    # The skip D x, and the gate, which multiplies before the norm.
+    # The skip connection D x with a number D for each head, and the gate.
     skip_H = self.declare_by_head('skip', nn.initializers.ones)
     o_BLHU += skip_H[None, None, :, None] * v_BLHU.astype(jnp.float32)
     gate_BLHU = self.project(
@@ -156,8 +168,8 @@ class Mamba2(layer.Layer):
     scale_HU = declare(
         self, 'out_norm_scale', init=nn.initializers.ones, shape=shape,
         role=Role(('heads', 'head')))
-    # The norm is over the heads of a group, or over all as one group. It is
-    # computed again in the backward pass, which spares keeping its inputs.
+    # The norm is over the heads of a group, or over all heads as one group. The
+    # backward pass computes it again, so that its inputs need not be kept.
     groups = sizes.groups if sizes.norm_over == 'group' else 1
     norm = functools.partial(
         gated_norm, groups=groups, eps=self.config.norm_eps)
@@ -178,15 +190,21 @@ class Mamba2(layer.Layer):
 
 def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
                groups: int, eps: float) -> jax.Array:
-  """Returns scale * RMSNorm(y silu(z)), float32 [B, L, H, U], over all features
-  of the heads of each group.
+  """Multiplies the results of heads by a gate and normalises them, scale *
+  RMSNorm(y silu(z)). The norm is over all features of a group of heads.
+
+  The suffixes name axes: B batch, L length, H heads, U features of a head, J
+  groups of heads, F features of a group.
 
   Args:
-    y_BLHU: the results of the heads, [batch, length, heads H, features U].
-    z_BLHU: the gate before its SiLU.
+    y_BLHU: the results y of the heads.
+    z_BLHU: the gate z before its SiLU.
     scale_HU: the scale of the norm.
-    groups: J, how many groups of H / J heads there are.
+    groups: J. Neighbouring heads form a group.
     eps: the epsilon of the norm.
+
+  Returns:
+    float32 [B, L, H, U].
   """
   B, L, H, U = y_BLHU.shape
   y_BLHU = y_BLHU * jax.nn.silu(z_BLHU.astype(jnp.float32))

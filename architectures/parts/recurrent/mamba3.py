@@ -147,29 +147,33 @@ class Mamba3(mamba2.Mamba2):
   def _angles(self, x_BLD: jax.Array, dt_BLH: jax.Array,
               valid_BL: Optional[jax.Array], before_B1HA: jax.Array
               ) -> jax.Array:
-    """Returns the angles by which queries and keys are rotated,
+    """Computes the angles r by which Mamba-3 rotates queries and keys. They add
+    up over the tokens t:
 
       r_t = r_t-1 + dt_t pi tanh(W_r u_t)
 
-    Sums are taken modulo 2 pi, so that they keep their digits in a long row.
+    The sums are taken modulo 2 pi, so that they stay precise in long rows.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, A angles of a
+    head.
 
     Args:
-      x_BLD: the layer's input u, [batch, length, d_model].
+      x_BLD: the layer's input u.
       dt_BLH: the step dt of each head.
       valid_BL: 0 on padding, which leaves the angles as they are; None: there
-        is none.
-      before_B1HA: the angles of the token before the first.
+        is no padding.
+      before_B1HA: the angles of the token before the first one.
 
     Returns:
-      A angles of each head, float32 [B, L, H, A].
+      The angles, float32 [B, L, H, A].
     """
     config, A = self.config, self.sizes.angles
     if not A:
       return jnp.zeros((*dt_BLH.shape, 0))
 
-    # How far each token turns: at most pi dt. Heads differ by dt alone. The
-    # number of angles does not grow with the width, so muP treats them as
-    # logits.
+    # How far each token turns the angles: at most pi dt. Heads differ only in
+    # dt. The number of angles does not grow with the width of the model, so muP
+    # divides them by the widening, as it does logits.
     w_DA = layers.weight(
         self, 'angle', shape=(config.d_model, A), axes=('embed', None),
         output=True)
@@ -180,23 +184,27 @@ class Mamba3(mamba2.Mamba2):
     if valid_BL is not None:
       turn_BLHA = jnp.where(valid_BL[..., None, None] != 0, turn_BLHA, 0)
 
-    # The sums up to each token. The first entry is the angle from before.
+    # Add up the turns, from the angles before the first token on. These stand
+    # first in the sums and are dropped.
     all_turns = jnp.concatenate([before_B1HA, turn_BLHA], 1)
     return layers.count_flops_by_result(_sum_turns, 0)(all_turns)[:, 1:]
 
   def _project_and_rotate(self, name: str, x_BLD: jax.Array,
                           angle_BLHA: jax.Array, ctx: Context) -> jax.Array:
-    """Returns the keys B or the queries C of each head, RMSNorm(W u) + bias,
-    with their first 2 A features rotated.
+    """Makes Mamba-3's keys or queries, RMSNorm(W u) + bias, and rotates their
+    first 2 A features by A angles.
+
+    The suffixes name axes: B batch, L length, D d_model, J groups of heads, H
+    heads, K features of a key, A angles of a head.
 
     Args:
-      name: 'key' for B, or 'query' for C.
-      x_BLD: the layer's input u, [batch, length, d_model].
-      angle_BLHA: the A angles of each head.
+      name: 'key' (B in the paper) or 'query' (C in the paper).
+      x_BLD: the layer's input u.
+      angle_BLHA: the angles.
       ctx: the context of the layer.
 
     Returns:
-      float32 [B, L, H, K], with K the features of the state.
+      float32 [B, L, H, K].
     """
     sizes, A = self.sizes, angle_BLHA.shape[-1]
     norm = features.RMSNorm(self.config, name=f'{name}_norm')
@@ -205,7 +213,7 @@ class Mamba3(mamba2.Mamba2):
         ctx=ctx)
     x_BLJK = norm(x_BLJK)
 
-    # The heads of a group share the product, and each has a bias of its own.
+    # The heads of a group share the product. Each head has its own bias.
     bias_HK = declare(
         self, f'{name}_bias', init=nn.initializers.ones,
         shape=(sizes.heads, sizes.state), role=Role(('heads', None)))
@@ -229,7 +237,11 @@ def _sum_turns(turn_BLHA: jax.Array) -> jax.Array:
 
 
 def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns the state of rows before their first token, all zeros.
+  """Returns an empty cache for a Mamba-3 layer, which is its state before the
+  first token: all zeros.
+
+  The suffixes name axes: B rows of the batch, H heads, K features of a key, U
+  features of a value, A angles; the 1 is the last token.
 
   Args:
     config: the config of the layer.

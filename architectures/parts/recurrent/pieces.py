@@ -60,14 +60,14 @@ class Inputs(NamedTuple):
 
 
 def cut_row_into_pieces(places: int, x_BL: jax.Array) -> jax.Array:
-  """Cuts rows into pieces of equal length, in float32.
+  """Cuts rows into pieces of equal length for a chunked recurrence, in float32.
 
-  The last piece is filled up with zeros: a place of zeros writes nothing to the
-  state, and its decay is 1.
+  The last piece is filled up with zeros. They do no harm: a place of zeros
+  writes nothing to the state, and the logarithm 0 is a decay of 1.
 
   Args:
-    places: the number of places of a piece, P.
-    x_BL: the rows, [B, L, ...].
+    places: P, how many places (steps of the recurrence) a piece has.
+    x_BL: the rows, [B rows, L places, ...].
 
   Returns:
     The pieces, [pieces, B, P, ...].
@@ -89,21 +89,21 @@ def cut_heads_into_pieces(places: int, x_BLH: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def map_pieces_in_groups(function: Callable[[Any], Any], most: int, x: Any
                          ) -> Any:
-  """Applies a function to all pieces, at most `most` of them at a time, so that
-  its intermediates take little memory; the backward pass computes them again.
+  """Applies a function to all pieces of rows, a group of pieces at a time. So
+  the function's intermediate results take little memory. The backward pass
+  computes them again.
 
-  A group is cut out of the arrays, and goes to the function as [B x pieces,
-  ...], which is how XLA keeps it in memory. If jax.lax.map stacks groups of the
-  first axis instead, XLA moves that axis in a kernel together with what comes
-  before it, and libtpu (0.0.50 and 0.0.52) aborts: "Cannot find a valid
-  window".
+  This is not jax.lax.map over groups, because with it libtpu (0.0.50 and
+  0.0.52) aborts with "Cannot find a valid window". Instead, each group is cut
+  out of the arrays and given to the function as [B * pieces, ...], which is how
+  XLA keeps it in memory.
 
   Args:
     function: a function of arrays [B, ...], whose rows do not depend on each
       other.
-    most: the most pieces of a group. All groups are equally large, so that the
-      last one may begin with some pieces of the group before it.
-    x: its argument, arrays [pieces, B, ...].
+    most: how many pieces a group has at most. All groups have the same size, so
+      the last one may begin with some pieces of the group before it.
+    x: the function's argument, arrays [pieces, B rows, ...].
 
   Returns:
     The function's result for all pieces, arrays [pieces, B, ...].
@@ -112,21 +112,33 @@ def map_pieces_in_groups(function: Callable[[Any], Any], most: int, x: Any
 
 
 def _map_groups(function: Callable[[Any], Any], most: int, x: Any) -> Any:
-  """Applies a function of pieces, [pieces, B, ...], to groups of at most `most`
-  of them, one group after another; returns its result for all pieces."""
+  """Applies a function to groups of pieces, one group after another.
+
+  Args:
+    function: a function of arrays [pieces, B rows, ...], in which pieces do not
+      depend on each other.
+    most: how many pieces a group has at most.
+    x: the function's argument for all pieces.
+
+  Returns:
+    The function's result for all pieces.
+  """
+  # All groups have the same size, as few as possible.
   num_pieces = jax.tree.leaves(x)[0].shape[0]
   num_groups = -(-num_pieces // most)
   if num_groups == 1:
     return function(x)
   size = -(-num_pieces // num_groups)
 
-  # Where the last group would reach past the end, both of these move its begin
-  # back, so that it ends with the last piece.
+  # If the last group would reach past the end, dynamic slices begin earlier, so
+  # that they end with the last piece. Reading and writing must both do so.
   def read_group(i: jax.Array | int) -> Any:
+    """Returns the argument for group i."""
     return jax.tree.map(
         lambda y: jax.lax.dynamic_slice_in_dim(y, i * size, size), x)
 
   def write_group(i: jax.Array, results: Any) -> Any:
+    """Returns the results with those of group i written into them."""
     return jax.tree.map(
         lambda y, group: jax.lax.dynamic_update_slice_in_dim(
             y, group, i * size, 0), results, function(read_group(i)))
@@ -138,18 +150,22 @@ def _map_groups(function: Callable[[Any], Any], most: int, x: Any) -> Any:
 
 
 def _apply_to_rows(function: Callable[[Any], Any], x: Any) -> Any:
-  """Applies a function of [B x pieces, ...] to arrays [pieces, B, ...]."""
+  """Applies a function of rows, arrays [B * pieces, ...], to the pieces of
+  rows, arrays [pieces, B, ...], and returns its result as such arrays."""
   num_pieces, B = jax.tree.leaves(x)[0].shape[:2]
 
-  def merge(y: jax.Array) -> jax.Array:
+  def merge_pieces_into_rows(y: jax.Array) -> jax.Array:
+    """[pieces, B, ...] -> [B, pieces, ...] -> [B * pieces, ...]."""
     by_row = jnp.swapaxes(y, 0, 1)
     return by_row.reshape(B * num_pieces, *y.shape[2:])
 
-  def split(y: jax.Array) -> jax.Array:
+  def split_rows_into_pieces(y: jax.Array) -> jax.Array:
+    """[B * pieces, ...] -> [B, pieces, ...] -> [pieces, B, ...]."""
     by_row = y.reshape(B, num_pieces, *y.shape[1:])
     return jnp.swapaxes(by_row, 0, 1)
 
-  return jax.tree.map(split, function(jax.tree.map(merge, x)))
+  result = function(jax.tree.map(merge_pieces_into_rows, x))
+  return jax.tree.map(split_rows_into_pieces, result)
 
 
 def _map_pieces_forward(function: Callable[[Any], Any], most: int, x: Any):
@@ -158,19 +174,24 @@ def _map_pieces_forward(function: Callable[[Any], Any], most: int, x: Any):
 
 
 def _map_pieces_backward(function: Callable[[Any], Any], most: int, x: Any,
-                         d_result: Any):
-  """Returns the gradient of the argument, likewise a group at a time: each
-  group is computed again, and its gradient taken.
+                         d_result: Any) -> Any:
+  """Computes the gradient of `map_pieces_in_groups`, which applied a function
+  to the pieces of rows, a group of pieces at a time. The gradient is computed
+  in the same groups, each of which goes through the function again.
 
   Args:
-    function: the function of arrays [B, ...] that was applied.
-    most: the most pieces of a group.
-    x: the argument, arrays [pieces, B, ...].
-    d_result: the gradient of the result, likewise.
+    function: the function of arrays [B rows, ...] that was applied.
+    most: how many pieces a group has at most.
+    x: the function's argument, arrays [pieces, B, ...].
+    d_result: the gradient of its result, arrays [pieces, B, ...].
+
+  Returns:
+    The gradient of x.
   """
   apply = functools.partial(_apply_to_rows, function)
 
-  def gradient_of_group(x_and_gradient: Any):
+  def gradient_of_group(x_and_gradient: Any) -> Any:
+    """Returns the gradient of x for a group."""
     x_of_group, d_of_group = x_and_gradient
     _, backward = jax.vjp(apply, x_of_group)
     return backward(d_of_group)
@@ -182,15 +203,19 @@ map_pieces_in_groups.defvjp(_map_pieces_forward, _map_pieces_backward)
 
 
 def decays_within_piece(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the products of the decays between the places of a piece.
+  """Computes how far a recurrence's state decays between any two places (steps)
+  of a piece of P places.
 
   Args:
     log_decay: the logarithm of the decay at each place, [..., P].
 
   Returns:
-    The decay after place j up to place i, [..., i, j], 0 where j is later; and
-    the decay of the piece up to i, [..., i].
+    The product of the decays after place j up to place i, [..., i, j], which is
+    0 where j is later than i; and the product of the decays from the start of
+    the piece up to place i, [..., i].
   """
+  # Logarithms are added up, and not decays multiplied. An infinite one is
+  # replaced by a number whose exponential is 0 as well.
   sums = layers.count_flops_by_result(_sums_between_places, 0)
   between, upto = sums(jnp.maximum(log_decay, LOG_OF_ZERO))
   decay_between = jnp.where(_lower_triangle(log_decay), jnp.exp(between), 0)
@@ -305,13 +330,19 @@ ROWS_OF_BAND = 32  # rows that `invert_by_substitution` solves for at a time
 
 
 def invert_unit_triangular(a_PP: jax.Array) -> jax.Array:
-  """Returns (I + A)^-1, [..., P, P].
+  """Inverts matrices I + A, where A is strictly lower triangular. The platform
+  decides how: by substitution on CPU, by blocks on TPU, else by XLA's solver.
 
-  The product (I - A)(I + A^2)(I + A^4)..., which ends as A is nilpotent, is one
-  of powers that cancel: of 64 keys alike with a rate near 2 no digit is left.
+  The well-known product (I - A)(I + A^2)(I + A^4)... is not used, because its
+  terms are large and cancel: with 64 equal keys and a rate near 2, the delta
+  rule's matrix loses all digits.
 
   Args:
-    a_PP: [..., P, P]; what lies on the diagonal or above it is not read.
+    a_PP: the matrices A, [..., P, P]. Numbers on the diagonal or above it are
+      not read.
+
+  Returns:
+    (I + A)^-1, [..., P, P].
   """
   return jax.lax.platform_dependent(
       a_PP, cpu=invert_by_substitution, tpu=invert_by_blocks,
@@ -319,34 +350,44 @@ def invert_unit_triangular(a_PP: jax.Array) -> jax.Array:
 
 
 def invert_by_substitution(a_PP: jax.Array) -> jax.Array:
-  """Returns (I + A)^-1 on CPU: forward substitution, for all matrices at once.
+  """Inverts matrices I + A on CPU by forward substitution, all matrices at
+  once. A is strictly lower triangular.
 
-  The rows are solved for in bands. Those before a band are taken away by a
-  product, and those of the band one after another. XLA calls LAPACK for one
-  matrix at a time, whose own threads wait for each other: on two cores, with
-  256 matrices of 32 rows, a layer of Gated DeltaNet took 1.4 times as long.
+  The rows of the inverse are computed in bands. In a band, the rows of earlier
+  bands are subtracted by one product, and the rows of the band itself one after
+  another. XLA's own solver calls LAPACK for one matrix at a time, which is
+  slower: on two cores, with 256 matrices of 32 rows, a layer of Gated DeltaNet
+  took 1.4 times as long.
 
   Args:
-    a_PP: [..., P, P]; what lies on the diagonal or above it is not read.
+    a_PP: the matrices A, [..., P, P]. Numbers on the diagonal or above it are
+      not read.
+
+  Returns:
+    (I + A)^-1, [..., P, P].
   """
+  # Clear what must not be read.
   *lead, P, _ = a_PP.shape
   below_diagonal = jnp.tri(P, k=-1, dtype=bool)
   below_diagonal = below_diagonal.reshape(*(1 for _ in lead), P, P)
   a_PP = jnp.where(below_diagonal, a_PP, 0)
 
-  inverse = a_PP[..., :0, :0]  # of the rows before the band
+  inverse = a_PP[..., :0, :0]  # the rows before the band: none yet
   for start in range(0, P, ROWS_OF_BAND):
     block = a_PP[..., start:start + ROWS_OF_BAND, start:start + ROWS_OF_BAND]
     size = block.shape[-1]
 
-    # The rows before the band are taken away from those of the band.
+    # Subtract the rows before the band.
     before_band = a_PP[..., start:start + size, :start]
     eye = jnp.broadcast_to(jnp.eye(size, dtype=block.dtype), block.shape)
     rows = jnp.concatenate([-(before_band @ inverse), eye], -1)
 
-    # Each row of the band is taken away from those after it.
+    # Subtract each row of the band from the rows after it. The rows up to i
+    # stay as they are, since A is 0 there.
     for i in range(size - 1):
       rows -= block[..., :, i:i + 1] * rows[..., i:i + 1, :]
+
+    # Append the band: the rows before it get zeros in its columns.
     no_padding = [(0, 0)] * len(lead)
     inverse = jnp.pad(inverse, (*no_padding, (0, 0), (0, size)))
     inverse = jnp.concatenate([inverse, rows], -2)
@@ -354,32 +395,38 @@ def invert_by_substitution(a_PP: jax.Array) -> jax.Array:
 
 
 def invert_by_blocks(a_PP: jax.Array) -> jax.Array:
-  """Returns (I + A)^-1 on TPU: blocks of 1, 2, 4, ... places join in twos,
+  """Inverts matrices I + A on TPU, where A is strictly lower triangular. From
+  diagonal blocks of size 1, 2, 4, ... on, each two neighbouring blocks join:
 
-    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]],
+    [[M, 0], [B, N]]^-1 = [[M^-1, 0], [-N^-1 B M^-1, N^-1]]
 
-  for all of them at once, in products of whole matrices. XLA's own solution has
-  the leading axes in the lanes of a register, 128 of them: with two rows on a
-  chip, [64, 2, 32, 64, 64] took 4 GiB where its numbers are 64 MiB. At the
-  precision that TPUs have by default, the products would keep 8 bits.
+  All blocks of a size join at once, by products of whole matrices. XLA's own
+  solver is not used, because it pads the leading axes to the 128 lanes of a
+  register: [64, 2, 32, 64, 64] took 4 GiB, and its numbers are 64 MiB.
 
   Args:
-    a_PP: [..., P, P]; what lies on the diagonal or above it is not read.
+    a_PP: the matrices A, [..., P, P]. Numbers on the diagonal or above it are
+      not read.
+
+  Returns:
+    (I + A)^-1, [..., P, P].
   """
   P = a_PP.shape[-1]
   lead = (1,) * (a_PP.ndim - 2)
   eye_PP = jnp.eye(P, dtype=a_PP.dtype).reshape(*lead, P, P)
   inverse_PP = jnp.broadcast_to(eye_PP, a_PP.shape)
+  # At their default precision, TPUs would keep 8 bits of the products.
   matmul = functools.partial(jnp.matmul, precision='highest')
   size = 1
   while size < P:
-    # B of each two blocks that join: its rows are of the later, odd one.
+    # Take the block B of each two blocks that join. Its columns belong to the
+    # earlier block, which has an even number, and its rows to the next block.
     block_P = np.arange(P) // size
     is_next_PP = block_P[:, None] == block_P + 1
     is_between_PP = is_next_PP & (block_P % 2 == 0)
     b_PP = jnp.where(is_between_PP.reshape(*lead, P, P), a_PP, 0)
 
-    # The inverse of single places is I, so that nothing is multiplied yet.
+    # Blocks of size 1 have the inverse 1, so nothing is multiplied yet.
     if size == 1:
       inverse_PP -= b_PP
     else:

@@ -122,13 +122,16 @@ def run_recurrence(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
 
 
 def _spread_over_steps(step: int, steps: int, x_BL: jax.Array) -> jax.Array:
-  """Returns what tokens have in one of their steps, and 0 in the others:
-  [B, L, ...] -> [B, L x steps, ...].
+  """Gives numbers of tokens to one step of each token, where a recurrence takes
+  several steps for each token. The other steps get zeros.
 
   Args:
-    step: the step that has it.
-    steps: the number of steps of a token.
-    x_BL: what the tokens have.
+    step: which step of a token gets the numbers.
+    steps: how many steps a token has.
+    x_BL: the numbers, [B rows, L tokens, ...].
+
+  Returns:
+    An array [B, L * steps, ...].
   """
   B, L, *rest = x_BL.shape
   no_padding = [(0, 0)] * len(rest)
@@ -151,28 +154,37 @@ def has_decay_per_feature(log_decay: jax.Array) -> bool:
 
 def _take_step(i: int, x: Inputs, state_BHKU: jax.Array
                ) -> tuple[jax.Array, jax.Array]:
-  """Computes place i alone, by the definition of the recurrence.
+  """Computes a single step of a linear recurrence by its definition, with a
+  state S, decays a, rates b, queries q, keys k and values v:
+
+    S' = a S,   d = v  or, by the delta rule,  d = b (v - S'^T k)
+    S  = S' + k d^T,   o = S^T q
+
+  The suffixes name axes: B batch, H heads of values, J heads of keys, K
+  features of a key, U features of a value.
 
   Args:
-    i: the place.
-    x: the inputs of all places.
-    state_BHKU: the state before the place.
+    i: the index of the step in the row.
+    x: the inputs of all steps.
+    state_BHKU: the state before the step.
 
   Returns:
-    What is read at the place, [B, 1, H, U], and the state after it.
+    o, which is what the step reads, [B, 1, H, U]; and the state after it.
   """
   q_BJK, k_BJK, v_BHU, log_decay_BHK, rate_BH, erase_BJK = jax.tree.map(
       lambda x: x[:, i].astype(jnp.float32), x)
   H = v_BHU.shape[1]
 
   def for_value_heads(x_BJK: jax.Array) -> jax.Array:
+    """Repeats heads of keys for the heads of values that share them."""
     return jnp.repeat(x_BJK, H // x_BJK.shape[1], 1)
 
   q_BHK = for_value_heads(q_BJK)
   k_BHK = for_value_heads(k_BJK)
   state_BHKU = jnp.exp(log_decay_BHK)[..., None] * state_BHKU
   with layers.count_flops_as_useful_part(1, 1):
-    # The state is given the value, or what corrects the value that is there.
+    # With a rate (the delta rule), what is written corrects the value that the
+    # key finds in the state. With `erase`, another vector reads that value.
     if rate_BH is not None:
       old_BHU = jnp.einsum('BHK,BHKU->BHU', k_BHK, state_BHKU)
       v_BHU = rate_BH[..., None] * (v_BHU - old_BHU)
@@ -208,20 +220,24 @@ class _PieceEffects(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run_in_pieces(places: int, steps: int, x: Inputs, state_BHKU: jax.Array
                    ) -> tuple[jax.Array, jax.Array]:
-  """Runs a recurrence in pieces: with the delta rule, or with a decay for each
-  feature.
+  """Runs a linear recurrence in pieces (chunks) of a row. It may have the delta
+  rule, or a decay for each feature of a key.
 
-  For the gradient it keeps the inputs and the state before each piece, and the
-  backward pass computes the rest again.
+  The gradient is defined below. Only the inputs and the state before each piece
+  are kept for it; the backward pass computes the rest again.
+
+  The suffixes name axes: B batch, L places of a row, H heads of values, K
+  features of a key, U features of a value. A place is a step of the recurrence.
 
   Args:
-    places: the number of places of a piece.
+    places: how many places a piece has.
     steps: how many places belong to one token.
-    x: the inputs.
+    x: the queries, keys, values, decays and rates.
     state_BHKU: the state before the first place.
 
   Returns:
-    What is read at each place, float32 [B, L, H, U], and the last state.
+    What is read at each place, float32 [B, L, H, U], and the state after the
+    last.
   """
   results, _ = _run_in_pieces_forward(places, steps=steps, x=x,
                                       state_BHKU=state_BHKU)
@@ -229,17 +245,26 @@ def _run_in_pieces(places: int, steps: int, x: Inputs, state_BHKU: jax.Array
 
 
 def _run_in_pieces_forward(places: int, steps: int, x: Inputs,
-                           state_BHKU: jax.Array):
-  """Returns the results of `_run_in_pieces`, and the inputs and the state
-  before each piece, [pieces, B, H, K, U], for the backward pass.
+                           state_BHKU: jax.Array) -> tuple[tuple, tuple]:
+  """Runs a linear recurrence in pieces (chunks) of a row: the forward pass of
+  `_run_in_pieces`.
+
+  The suffixes name axes: B batch, H heads of values, P and Q places of a piece
+  (a place is a step of the recurrence), K features of a key, U features of a
+  value.
 
   Args:
-    places: the number of places of a piece.
+    places: P, how many places a piece has.
     steps: how many places belong to one token.
     x: the queries, keys, values, decays and rates of rows.
-    state_BHKU: the state before the first place, [batch, heads of values,
-      features of a key, features of a value].
+    state_BHKU: the state before the first place.
+
+  Returns:
+    The results: what is read at each place, and the state after the last. And
+    what the backward pass needs: the inputs, and the state before each piece,
+    [pieces, B, H, K, U].
   """
+  # The effect of each piece on the state is computed for all pieces at once.
   cut = _cut_inputs(places, x)
   effects = _effects_of_pieces(cut, _meet_places(steps, cut))
 
@@ -251,14 +276,16 @@ def _run_in_pieces_forward(places: int, steps: int, x: Inputs,
     after_BHKU = decay_BHK1 * state_BHKU + _transpose(k_BHPK) @ write_BHPU
     return after_BHKU, (write_BHPU, state_BHKU)
 
-  # The states between the pieces, and what each place writes.
+  # Go through the pieces in order, for the states between them and what each
+  # place writes.
   with layers.count_flops_as_useful_part(1, 1):
     last_BHKU, (write, states) = jax.lax.scan(
         add_piece, state_BHKU,
         (effects.k_BHPK, effects.decay_BHK1, effects.write_BHPU,
          effects.read_BHPK))
 
-  # Each place reads the state before its piece, and places of the piece.
+  # Each place reads the state before its piece, and what the places of its
+  # piece have written before it.
   with layers.count_flops_as_useful_part(1, steps):
     o_BHPU = effects.q_BHPK @ states
   with layers.count_flops_as_useful_part(places + steps, 2 * places * steps):
@@ -423,20 +450,25 @@ def _repeat_for_value_heads(H: int, x: jax.Array) -> jax.Array:
 
 def _sum_over_value_heads(x: jax.Array, factors: jax.Array, y: jax.Array
                           ) -> jax.Array:
-  """Returns `factors * y` summed over the heads of values that one head of keys
-  serves. On CPU the plain sum takes 20 times as long as an einsum
-  (features.py).
+  """Sums `factors * y` over the R heads of values that share a head of keys.
+
+  The sums are einsums, because on CPU a plain product and sum takes 20 times as
+  long.
 
   Args:
-    x: an array with heads of keys, [pieces, B, J, P, K].
-    factors: an array with heads of values, [pieces, B, H, P, K or 1].
-    y: an array with heads of values, [pieces, B, H, P, K].
+    x: an array with the heads of keys, [pieces, B, J, P, K], whose shape the
+      result is to have.
+    factors: [pieces, B, H, P, K], or one factor for all features,
+      [pieces, B, H, P, 1], with H = J R heads of values.
+    y: [pieces, B, H, P, K].
 
   Returns:
-    An array of the shape of x.
+    The sums, [pieces, B, J, P, K].
   """
   if x.shape[2] == y.shape[2]:
     return factors * y
+  # The heads that share a head of keys get an axis of their own:
+  # [pieces, B, J, R, P, ...].
   factors = factors.reshape(*x.shape[:3], -1, *factors.shape[3:])
   y = y.reshape(*x.shape[:3], -1, *y.shape[3:])
   if factors.shape[-1] == 1:
@@ -457,16 +489,21 @@ def _join_pieces(x: jax.Array, length: int) -> jax.Array:
 
 
 def _effects_of_pieces(x: Inputs, pairs: _Pairs) -> _PieceEffects:
-  """Returns the effect of each piece on the state before it.
+  """Computes how each piece (chunk of a row) changes the state before it, as
+  far as this does not depend on that state.
 
-  With the delta rule, what the places write solves a triangular system (the UT
-  transform, see the top of this file), whose inverse is applied to the values
-  and to what reads the state.
+  With the delta rule, what the places (steps) of a piece write is the solution
+  of a triangular system, the UT transform (Yang et al. 2024, arXiv 2406.06484).
+  Its inverse is applied to the values and to the keys that read the state.
+
+  The suffixes name axes: B batch, H heads of values, P and Q places of a piece,
+  K features of a key, U features of a value; all after an axis of pieces.
 
   Args:
     x: the inputs, cut into pieces.
-    pairs: how the places of each piece meet.
+    pairs: the weights and decays between the places of each piece.
   """
+  # Queries and keys, by the decays from the start of the piece and to its end.
   q, k, v, _, rate, erase = x
   H = v.shape[2]
   P = k.shape[-2]
@@ -478,7 +515,7 @@ def _effects_of_pieces(x: Inputs, pairs: _Pairs) -> _PieceEffects:
   if not x.has_delta_rule:
     return effects
 
-  # A rate multiplies the rows of the system and what it is solved for.
+  # Invert the system. A rate multiplies its rows, and what it is solved for.
   if rate is None:
     solve = inverse = _invert_system(pairs.key_weights_BHPQ)
   else:
@@ -495,14 +532,20 @@ def _effects_of_pieces(x: Inputs, pairs: _Pairs) -> _PieceEffects:
 
 
 def _meet_places(steps: int, x: Inputs) -> _Pairs:
-  """Returns how the places of each piece meet.
+  """Computes the weights by which the places (steps) of each piece of a row
+  read what earlier places of the piece wrote, and the decays between them.
 
   Args:
     steps: how many places belong to one token.
     x: the inputs, cut into pieces.
+
+  Returns:
+    The weights and the decays of all pieces.
   """
   if not has_decay_per_feature(x.log_decay_BLHK):
     return _meet_with_decay_per_head(steps, x)
+  # With a decay for each feature this takes much memory, so that large inputs
+  # are computed a few pieces at a time.
   num_pieces = x.k_BLJK.shape[0]
   places = x.k_BLJK.shape[-2]
   pieces_at_once = num_pieces
@@ -513,18 +556,22 @@ def _meet_places(steps: int, x: Inputs) -> _Pairs:
 
 
 def _meet_with_decay_per_head(steps: int, x: Inputs) -> _Pairs:
-  """Returns how the places of each piece meet where a head has one decay, by
-  the delta rule: `_run_additive` computes what has none.
+  """Computes the weights and decays between the places (steps) of each piece of
+  a row, for the delta rule with one decay for each head.
+
+  The suffixes name axes: B batch, H heads of values, P and Q places of a piece,
+  K = 1 decay; all after an axis of pieces.
 
   Args:
     steps: how many places belong to one token.
-    x: the inputs, cut into pieces, [pieces, batch, heads, P places, ...].
+    x: the inputs, cut into pieces, [pieces, batch, heads, P, ...].
 
   Returns:
-    For each pair of places i and j <= i of a piece the weight q_i k_j times the
-    decay from j to i, by which i reads what j writes; the weight by which the
-    delta rule corrects what j writes; and the decays of the piece up to each
-    place and after it.
+    For each pair of places i and j <= i of a piece: the weight q_i k_j times
+    the decay from j to i, by which i reads what j writes; and the weight by
+    which the delta rule corrects, at i, what j wrote. And the decays from the
+    start of the piece up to each place (`first`), and from each place to the
+    end of the piece (`after`).
   """
   q, k, v, log_decay = x[:4]
   H = v.shape[2]
@@ -542,20 +589,30 @@ def _meet_with_decay_per_head(steps: int, x: Inputs) -> _Pairs:
 
 
 def _meet_with_decay_per_feature(steps: int, x: Inputs) -> _Pairs:
-  """Returns how the places of a piece meet where each feature has a decay of
-  its own.
+  """Computes the weights and decays between the places (steps) of a piece of a
+  row, where each feature of a key has its own decay.
+
+  The suffixes name axes: B batch, J heads of keys, H heads of values, P and Q
+  places of a piece, K features of a key, U features of a value.
 
   Args:
     steps: how many places belong to one token.
     x: the inputs of a piece, [B, heads, P, ...].
+
+  Returns:
+    For each pair of places i and j <= i the weights by which i reads and
+    corrects what j writes (the latter is None without the delta rule); and the
+    decays from the start of the piece up to each place, and from it to the end.
   """
   q_BJPK, k_BJPK, v_BHPU, log_decay_BHPK = x[:4]
   H = v_BHPU.shape[1]
 
   def for_value_heads(y_BJ: jax.Array) -> jax.Array:
+    """Repeats heads of keys for the heads of values that share them."""
     return jnp.repeat(y_BJ, H // y_BJ.shape[1], 1)
 
-  # The vectors of each place that meet the keys of the places before it.
+  # Multiply the queries and, for the delta rule, the vectors that read the
+  # state for its correction, with the keys of all earlier places.
   q_BHPK = for_value_heads(q_BJPK)
   k_BHPK = for_value_heads(k_BJPK)
   rows = [q_BHPK]
@@ -604,40 +661,55 @@ def _invert_system(a_BHPQ: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run_additive(places: int, x: Inputs, state_BHKU: jax.Array
                   ) -> tuple[jax.Array, jax.Array]:
-  """Runs a recurrence without a delta rule and with one decay of a head, in
-  pieces.
+  """Runs a linear recurrence that only adds to its state, S_t = a_t S_t-1 +
+  k_t v_t^T, with one decay a for each head (as Mamba-2 and RetNet), in pieces
+  (chunks) of a row.
 
-  For the gradient it keeps the inputs and the state before each piece.
+  The gradient is defined below. Only the inputs and the state before each piece
+  are kept for it.
+
+  The suffixes name axes: B batch, L places of a row, H heads of values, K
+  features of a key, U features of a value.
 
   Args:
-    places: the number of places of a piece.
-    x: the inputs.
+    places: how many places (steps of the recurrence) a piece has.
+    x: the queries, keys, values and decays.
     state_BHKU: the state before the first place.
 
   Returns:
-    What is read at each place, float32 [B, L, H, U], and the last state.
+    What is read at each place, float32 [B, L, H, U], and the state after the
+    last.
   """
   results, _ = _run_additive_forward(places, x, state_BHKU)
   return results
 
 
-def _run_additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
-  """Returns the results of `_run_additive`, and the inputs and the state before
-  each piece, [pieces, B, J, K, R, U], for the backward pass.
+def _run_additive_forward(places: int, x: Inputs, state_BHKU: jax.Array
+                          ) -> tuple[tuple, tuple]:
+  """Runs a linear recurrence S_t = a_t S_t-1 + k_t v_t^T, o_t = S_t^T q_t in
+  pieces (chunks) of a row: the forward pass of `_run_additive`.
 
-  In the einsums n are the pieces, p and m the places of a piece, j the heads of
-  keys, r the heads of values of each, k and u the features of keys and values.
+  In the einsums n are the pieces, b the batch, p and m the places (steps) of a
+  piece, j the heads of keys, r the heads of values that share one, k and u the
+  features of keys and values. Suffixes name the same axes in capitals, and H
+  all heads of values.
 
   Args:
-    places: the number of places of a piece.
+    places: how many places a piece has.
     x: the queries, keys, values and decays of rows.
-    state_BHKU: the state before the first place, [batch, heads of values,
-      features of a key, features of a value].
+    state_BHKU: the state before the first place.
+
+  Returns:
+    The results: what is read at each place, [B, L, H, U], and the state after
+    the last. And what the backward pass needs: the inputs, and the state before
+    each piece, [pieces, B, J, K, R, U].
   """
+  # The decays between two places of a piece, from the start of the piece up to
+  # a place, and from a place to the end of the piece.
   q, k, v, log_decay = _cut_inputs_by_key_head(places, x)
   between, upto, after = _decays_of_heads(log_decay)
 
-  # Each place reads the places of its piece up to itself.
+  # Each place reads what its piece has written up to itself.
   with layers.count_flops_as_useful_part(places + 1, 2 * places):
     weights = between * _products_of_keys(q, k)[:, :, :, None]
     o = jnp.einsum('nbjrpm,nbmjru->nbpjru', weights, v)
@@ -721,13 +793,19 @@ _run_additive.defvjp(_run_additive_forward, _run_additive_backward)
 def _cut_inputs_by_key_head(places: int, x: Inputs
                             ) -> tuple[jax.Array, jax.Array, jax.Array,
                                        jax.Array]:
-  """Returns the inputs of each piece, with heads of values beside the head of
-  keys that they share: q and k, [pieces, B, P, J, K], v, [pieces, B, P, J, R,
-  U], and the logarithms of the decays, [pieces, B, P, J, R].
+  """Cuts the inputs of a recurrence into pieces (chunks) of a row, and groups
+  the heads of values by the head of keys that they share.
+
+  The letters name axes: B batch, P places (steps) of a piece, J heads of keys,
+  R heads of values that share one, K features of a key, U features of a value.
 
   Args:
-    places: P, the number of places of a piece.
+    places: P.
     x: the queries, keys, values and decays of rows.
+
+  Returns:
+    Queries and keys, [pieces, B, P, J, K] each; values, [pieces, B, P, J, R,
+    U]; and the logarithms of the decays, [pieces, B, P, J, R].
   """
   cut = functools.partial(pieces.cut_row_into_pieces, places)
   k = cut(x.k_BLJK)

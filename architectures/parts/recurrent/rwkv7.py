@@ -177,19 +177,22 @@ class RWKV7(layer.Layer):
       self, x_BLD: jax.Array, ctx: Context, cache: Optional[State],
       valid_BL: Optional[jax.Array]
       ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Mixes each token's input with that of the token before (token shift), by
-    other shares for each thing that is made of it:
+    """Mixes each token's input with that of the token before it (RWKV's token
+    shift). Each use s of the input, such as to make queries or keys, has
+    learned shares m_s of its own:
 
       x_s,l = m_s x_(l-1) + (1 - m_s) x_l       for each s of SHIFTED
 
+    The suffixes name axes: B batch, L length, S uses, D d_model.
+
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
+      x_BLD: the layer's input.
       ctx: the context of the layer.
       cache: the layer's cache, which has the last input; None: there is none.
-      valid_BL: 0 on padding; None: there is none.
+      valid_BL: 0 on padding; None: there is no padding.
 
     Returns:
-      {name of SHIFTED: mixed input [B, L, D]}, and the input of the last token
+      {name of the use: mixed input [B, L, D]}, and the input of the last token
       that is no padding, [B, 1, D].
     """
     D, S = x_BLD.shape[2], len(SHIFTED)
@@ -198,13 +201,13 @@ class RWKV7(layer.Layer):
     repeat_for_each_use = lambda x: jnp.broadcast_to(
         x[:, :, None], (*x.shape[:2], S, D))
 
-    # The mixing is a convolution over two tokens, which knows documents and
-    # caches. Its "heads" are the S uses, all of the same input.
+    # Mixing is a convolution over two tokens. `convolve` takes care of
+    # documents and caches; its "heads" are the S uses of the same input.
     x_BLSD, last_B1SD = features.convolve(
         repeat_for_each_use(x_BLD), jnp.stack([share_SD, 1 - share_SD]),
         before_BWHK=cache and repeat_for_each_use(cache.input_B1D),
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
-    # The last inputs are alike for all uses.
+    # The last input is the same for all uses.
     return {name: x_BLSD[:, :, i] for i, name in enumerate(SHIFTED)}, (
         last_B1SD[:, :, 0])
 
@@ -248,16 +251,21 @@ def initial_shares_of_shift(key: jax.Array, shape: tuple[int, ...],
 def _initializer_by_feature(
     value: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> Callable[..., jax.Array]:
-  """Returns an initializer of an array [H, K], a number for each feature of
-  each head, that is computed by the feature's place and not drawn.
+  """Makes an initialiser for a parameter [H heads, K features], whose initial
+  values follow from the index of the feature and are not random (RWKV-7).
 
   Args:
     value: a function (place_HK, zigzag_K) -> initial values [H, K]. place_HK
-      rises from 0 to 1 over the features of all heads; zigzag_K is x |x| for x
-      that rises from -1 to 1 over the features of one head.
+      rises from 0 to 1 over the features of all heads. zigzag_K is x |x|, where
+      x rises from -1 to 1 over the features of one head.
+
+  Returns:
+    The initialiser, a function of (random key, shape, dtype).
   """
-  def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-    del key
+  def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
+           ) -> jax.Array:
+    """Returns the initial values."""
+    del key  # nothing is drawn
     place_HK = np.linspace(0, 1, int(np.prod(shape))).reshape(shape)
     x_K = np.linspace(-1, 1, shape[1])
     return jnp.asarray(value(place_HK, x_K * abs(x_K)), dtype)

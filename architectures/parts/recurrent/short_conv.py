@@ -51,19 +51,23 @@ class ShortConv(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    """Returns the gated short convolution of the layer's input u:
+    """Applies a gated short convolution over tokens to the layer's input u
+    (LFM2):
 
       B, C, x = W_B u, W_C u, W_x u
       y       = W_out (C * conv(B * x))
 
+    The suffixes name axes: B batch, L length, D d_model, U = 3 for B, C and x,
+    I inner features, W the last inputs of the convolution.
+
     Args:
-      x_BLD: u, [batch, length, d_model].
+      x_BLD: the layer's input u.
       ctx: the context of the call: positions, documents, padding.
       cache: what the layer keeps of earlier tokens; None: there is none.
 
     Returns:
       The output [B, L, D], the cache after these tokens (None where there was
-      none), and a report for the panel of figures, which is empty.
+      none), and an empty report.
     """
     mixer.check_context_of_recurrence('short_conv', ctx)
     D, kernel = self.config.d_model, self.config.part(ShortConvConfig).kernel
@@ -71,9 +75,9 @@ class ShortConv(nn.Module):
         with_bias=self.config.part(ShortConvConfig).bias,
         deterministic=ctx.deterministic)
 
-    # The gates B and C and the input x of the convolution, by one product.
-    # Their weights are one array [D, 3, I], and optimisers that work on
-    # matrices take the three one by one: axis 1 is one of batches.
+    # One product makes B, C and x. Its weight is an array [D, 3, I]; axis 1 is
+    # declared a batch axis, so that optimisers which work on matrices treat the
+    # three matrices one by one.
     bcx_BLUI = layers.dense(self, 'in', 'BLD,DUI->BLUI', x_BLD, shape=(D, 3, D),
                             axes=('embed', None, 'mlp'), batch_axes=(1,),
                             **options)

@@ -12,12 +12,12 @@ import pytest
 
 import architectures
 from architectures.parts import flat, sharding, skeletons
-from architectures.parts.attention import kernels
+from architectures.parts.attention import kernels, steps
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.attention.multi_head import CrossAttention
 from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.cache import Cache
-from architectures.parts.context import Memory
+from architectures.parts.context import Context, Memory
 from architectures.parts.positions import RopeConfig
 from common.errors import RequestError
 from tests.architectures.parts_test import (
@@ -53,6 +53,10 @@ FIELDS = [*(dict(qk_norm=True, qk_norm_over=over, norm=norm)
             for over in flat.FIELDS['qk_norm_over'].rule.choices
             for norm in ('rmsnorm', 'layernorm')),
           *(dict(attention_gate=gate) for gate in GATES),
+          dict(attention_exclusive='learned', context_norm=True),
+          dict(attention_exclusive='all', attention_gate='headwise',
+               context_norm=True),
+          dict(learned_log_scale=True), dict(forget_gate=True),
           dict(attention_out_bias=False), dict(attention_conv=3)]
 
 
@@ -78,9 +82,23 @@ def test_a_layer_is_its_definition(fields, cross):
         fields.qk_norm and name != 'value') else y_BLHK
 
   seen = memory if cross else x
-  o = numpy_attention.heads(heads('query', x), heads('key', seen),
-                            heads('value', seen), c.score_scale,
-                            causal=not cross)
+  q, v = heads('query', x), heads('value', seen)
+  if fields.learned_log_scale:
+    q = q * (p['log_scale'] * np.log(1 + np.arange(6))[:, None]
+             + p['log_scale_bias'])[..., None]
+  bias = np.zeros((2, 4, 6, 6))
+  for b, h, i, j in np.argwhere(bias == 0) if fields.forget_gate else ():
+    z = at[b, j + 1:i + 1] @ p['forget_gate'][:, h] + p['forget_gate_bias'][h]
+    bias[b, h, i, j] = -np.log(1 + np.exp(-z)).sum()  # of what stands between
+  o = numpy_attention.heads(q, heads('key', seen), v, c.score_scale,
+                            causal=not cross, bias_BHLM=bias)
+  if fields.attention_exclusive != 'none':
+    v = np.repeat(v, 2, axis=2)
+    share = np.tanh(p['exclusive'])[:, None] if 'exclusive' in p else 1.0
+    o = o - share * (o * v).sum(-1, keepdims=True) * v / (
+        v ** 2).sum(-1, keepdims=True)
+  if fields.context_norm:
+    o = o / np.sqrt((o ** 2).mean(-1, keepdims=True) + c.norm_eps)
   if 'output_gate' in p:
     z = numpy_attention.project(p, 'output_gate', at)
     assert z.shape == (2, 6, 4) + (8,) * (c.attention_gate == 'elementwise')
@@ -88,6 +106,19 @@ def test_a_layer_is_its_definition(fields, cross):
   got = module.apply({'params': params}, x, ctx, None)[0]
   np.testing.assert_allclose(got, numpy_attention.out(p, o), rtol=1e-4,
                              atol=1e-4)
+
+
+def test_keys_have_features_of_the_token_before_in_its_document():
+  c = resolved(position='rope', rope=dict(fraction=0.5), key_offset=True)
+  k = normal(0, 1, 7, 2, 8)
+  ids, positions = [1, 1, 1, 2, 2, 2, 2], [0, 1, 2, 0, 1, 2, 3]
+  ctx = Context(jnp.array([positions]), jnp.array([ids]))
+  want = np.array(k)
+  for i in (1, 2, 4, 5, 6):
+    want[:, i, :, 4:] = k[:, i - 1, :, 4:]
+  np.testing.assert_array_equal(steps.offset_keys(c, k, ctx, None)[0], want)
+  with pytest.raises(RequestError, match='key_offset is set: it needs'):
+    resolved(position='rope', key_offset=True)
 
 
 def test_a_token_mixes_the_bias_of_its_scores_from_profiles_by_distance():
@@ -223,7 +254,10 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('fields', [
-    dict(attention_conv=3), dict(branch_conv=3)], ids=lambda x: [*x][0])
+    dict(attention_conv=3), dict(branch_conv=3), dict(
+        key_offset=True, rope=dict(fraction=0.5), learned_log_scale=True,
+        forget_gate=True, attention_sinks=True,
+        attention_exclusive='learned')], ids=lambda x: [*x][0])
 def test_convolutions_decode_as_the_forward_pass(fields):
   module, params = models.make_model('llama', num_kv_heads=2, **fields)
   tokens = np.asarray(models.random_tokens(2, 8))

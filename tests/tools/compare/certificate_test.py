@@ -1,6 +1,7 @@
 """Certificates of fair comparison: each of many unfair pairs is named, or is
 refused where its losses are of different text, and a fair one names nothing."""
 
+import argparse
 import json
 import shutil
 
@@ -189,11 +190,22 @@ def test_a_fair_pair_names_nothing(changes, facts, tmp_path, monkeypatch):
   assert not certificate.name_differences({'variant': unlike})
 
 
+def _exit_code(words):
+  """Returns the exit code of the judge with these arguments."""
+  parser = argparse.ArgumentParser()
+  judge.add_arguments(parser)
+  return judge.main(parser.parse_args(words))
+
+
 def test_the_judge_says_what_is_asked_and_what_is_not_alike(tmp_path,
                                                             monkeypatch):
   _write(tmp_path, monkeypatch, {}, {'optim.warmup_steps': 150}, num_seeds=3)
   sides = tmp_path / 'base', tmp_path / 'variant'
   answer = judge.judge_variant(*sides)
+  asked = [*map(str, sides)]
+  assert _exit_code(asked) == judge.EXIT_CODE_BETTER_BUT_UNLIKE
+  assert _exit_code([
+      *asked, '--about=model.ffn,optim.warmup_steps']) == 0
   warmup = 'optim.warmup_steps 100 -> 150'
   assert (answer['verdict'], answer['about'], answer['unlike']) == (
       'better', ['model.ffn'], {'recipe': warmup})
@@ -214,7 +226,7 @@ def test_the_judge_says_what_is_asked_and_what_is_not_alike(tmp_path,
 
 
 def test_a_recipe_alone_is_the_question_and_code_where_it_is_said():
-  sides = [certificate.Certificate(recipe={'optim.lr': lr}, tokens=tokens)
+  sides = [dict(recipe={'optim.lr': lr}, tokens=tokens)
            for lr, tokens in ((1e-3, 100.0), (2e-3, 200.0))]
   unlike = certificate.compare_certificates(*sides)
   assert unlike.asked == ('optim.lr',)
@@ -222,8 +234,7 @@ def test_a_recipe_alone_is_the_question_and_code_where_it_is_said():
   for alone, name in ((dict(code={'code': 'a'}), 'code'),
                       (dict(first_weights={'init_from': 'a'}),
                        'first_weights')):
-    sides = [certificate.Certificate(**alone), certificate.Certificate(
-        **{name: dict.fromkeys(alone[name], 'b')})]
+    sides = [alone, {name: dict.fromkeys(alone[name], 'b')}]
     assert [*certificate.compare_certificates(*sides).named] == [name]
     assert certificate.compare_certificates(*sides, (name,)) == (
         (name,), {}, ())

@@ -42,8 +42,9 @@ def _write_csv(file, rows):
 def _write_nanogpt(folder, entry, losses):
   """As its print0: below the source, whose own print holds no number."""
   lines = [f"print(f'step:{{step}}/{STEPS[-1]} val_loss:{{val_loss:.5f}}')"]
+  time = {'base': '9.1s'}.get(entry, '18200ms')
   for run in losses:  # one after the other in one file
-    lines += [f'step:{step}/{STEPS[-1]} val_loss:{loss:.5f} train_time:9.1s '
+    lines += [f'step:{step}/{STEPS[-1]} val_loss:{loss:.5f} train_time:{time} '
               'step_avg:157.01ms' for step, loss in zip(STEPS, run)]
   (folder / f'{entry}.txt').write_text('\n'.join(lines))
 
@@ -68,7 +69,9 @@ def _write_trainer(folder, entry, losses):
                   {'eval_loss': float(loss), 'epoch': 0.1, 'step': step}]
       checkpoint = folder / entry / f'seed-{seed}' / f'checkpoint-{step}'
       checkpoint.mkdir(parents=True)
-      state = callback.TrainerState(log_history=history, global_step=step)
+      state = callback.TrainerState(
+          log_history=history, global_step=step,
+          total_flos=step * 1e10 * (1 + (entry == 'better')))
       state.save_to_json(str(checkpoint / 'trainer_state.json'))
 
 
@@ -121,12 +124,14 @@ def _write_plain(folder, entry, losses):
   _write_csv(folder / f'{entry}.csv', rows)
 
 
-@pytest.mark.parametrize('write, has_seeds', [
-    (_write_nanogpt, False), (_write_printed, False), (_write_trainer, True),
-    (_write_events, True), (_write_wandb_chart, True), (_write_history, True),
-    (_write_plain, True)])
+@pytest.mark.parametrize('write, has_seeds, unlike', [
+    (_write_nanogpt, False, {'seconds': '9.1 -> 18.2, +100.0%'}),
+    (_write_printed, False, {}),
+    (_write_trainer, True, {'flops': '3e+12 -> 6e+12, +100.0%'}),
+    (_write_events, True, {}), (_write_wandb_chart, True, {}),
+    (_write_history, True, {}), (_write_plain, True, {})])
 def test_each_format_gives_scipys_test_of_the_same_runs(
-    tmp_path, capsys, write, has_seeds):
+    tmp_path, capsys, write, has_seeds, unlike):
   sources = []
   for entry, losses in ENTRIES.items():
     write(tmp_path, entry, losses)
@@ -142,6 +147,8 @@ def test_each_format_gives_scipys_test_of_the_same_runs(
       ((better - base).mean(), test.pvalue, interval.low, interval.high),
       rel=1e-3)
   assert (row['runs'], row['step'], row['verdict']) == (4, 300, 'better')
+  # What the program itself writes of the run.
+  assert row['unlike'] == unlike
 
 
 def test_samples_of_lm_eval_are_paired_item_by_item(tmp_path, capsys):
@@ -209,6 +216,28 @@ def test_noise_of_all_entries_and_holm_over_all_of_them(tmp_path, capsys):
       statistics.correct_p_values(p_values))
 
 
+def test_what_the_logs_tell_that_runs_were_given_is_named(tmp_path, capsys):
+  """By columns, at the step that is read; SAME is as the base has it."""
+  rows = [['entry', 'seed', 'step', 'loss', 'tokens', 'params', 'code',
+           'recipe', 'devices']]
+  for seed in range(3):
+    for step in (1, 2):
+      rows += [['a', seed, step, 3 - step, 500 * step, 70, 'v1', 'adam', ''],
+               ['b', seed, step, 2.9 - step + seed / 100, 600 * step, 70, 'v2',
+                'muon', 'H100'],
+               ['c', seed, step, 3 - step, '', 'same', 'same', 'same', '']]
+  _write_csv(tmp_path / 'runs.csv', rows)
+  answer = _judge(capsys, tmp_path / 'runs.csv', '--entries=a@1,b@1,c@1')
+  assert [row['unlike'] for row in answer['comparisons']] == [
+      {'tokens': '500 -> 600, +20.0%', 'recipe': 'adam -> muon',
+       'code': 'v1 -> v2', 'devices': 'known of one side alone'},
+      {'tokens': 'known of one side alone'}]
+  assert 'not alike in code: b (v1 -> v2)' in answer['summary']
+  assert 'do not tell of any entry: model, multiplied' in answer['summary']
+  asked = _judge(capsys, tmp_path / 'runs.csv', '--about=recipe,tokens')
+  assert [*asked['comparisons'][0]['unlike']] == ['code', 'devices']
+
+
 def test_a_table_of_means_and_the_runs_that_are_left_out(tmp_path, capsys):
   _write_csv(tmp_path / 'means.csv', [
       ['model', 'mean', 'n', 'std'], ['a', 3.0, 5, 0.01], ['b', 2.98, 4, 0.02]])
@@ -258,6 +287,7 @@ def test_looks_at_every_step_are_counted_by_their_correlation(monkeypatch):
     looks = statistics.p_values_of_looks(losses_RL, target=0.0,
                                          known_deviation=2 ** 0.5)
     num_false += [min(looks.p) <= 0.05, min(looks.p_counted) <= 0.05]
+    assert (looks.p_counted >= looks.p).all()  # of few draws, too
   assert num_false[0] > 60 and num_false[1] < 32
 
   same = np.repeat(random.normal(-0.5, 1, size=(8, 1)), 20, axis=1)

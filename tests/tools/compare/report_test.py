@@ -594,7 +594,7 @@ def test_what_was_planned_and_done_is_told(study, tmp_path):
       'an effect of 0.05 nats a token on loss', study[0].frozen.hash):
     assert words in methods, words
   results = study_folder.results(study_folder.plan())
-  results['as_planned'] = dict(same=False, differences=['2 runs are missing'])
+  results['as_planned'] = dict(differences=['2 runs are missing'])
   page = report.render_page(_study(tmp_path, results), [])
   assert '2 runs are missing' in page
   assert 'What ran is what was planned' not in page

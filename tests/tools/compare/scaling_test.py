@@ -28,8 +28,9 @@ def ladder(law, noise=0.0, seed=0, sizes=4, lengths=4):
 
 @pytest.fixture
 def quick(monkeypatch):
-  """Fewer starts: these ladders are smooth."""
+  """Fewer starts, since these ladders are smooth; and fewer draws."""
   monkeypatch.setattr(scaling, 'NUM_POLISHED_STARTS', 3)
+  monkeypatch.setattr(scaling, 'NUM_DRAWS', 40)
 
 
 def test_constants_are_found(quick):
@@ -79,14 +80,15 @@ def test_residuals_are_drawn_as_wide_as_the_noise(monkeypatch):
   two ladders get the residuals of the same runs, with another seed others."""
   monkeypatch.setattr(scaling, '_minimise_from_starts',
                       lambda starts, x, y, z: z)
+  monkeypatch.setattr(scaling, 'NUM_DRAWS', 2000)
   params, tokens, _ = ladder(STEEP)
   fitted = np.log(STEEP.loss(params, tokens))
   r = np.random.default_rng(0).normal(0, 0.01, len(fitted))
   r -= r.mean()
 
   def drawn(residuals, seed=0):
-    return np.array(scaling.bootstrap_laws(
-        STEEP, params, tokens, np.exp(fitted + residuals), 2000, seed)) - fitted
+    runs = scaling.Runs(params, tokens, np.exp(fitted + residuals), tokens)
+    return np.array(scaling.bootstrap_laws(STEEP, runs, seed)) - fitted
 
   first = drawn(r)
   assert first.var() == pytest.approx((r ** 2).sum() / (len(r) - 5), rel=0.02)
@@ -143,7 +145,7 @@ def test_a_folder_of_sizes_and_lengths_is_fitted(tmp_path, capsys, quick):
   sweep_folder.write(tmp_path, [
       _point(f'p{i}', {'model.d_model': 64 + i}, n, d, [loss])
       for i, (n, d, loss) in enumerate(zip(*ladder(STEEP, noise=1e-4)))])
-  assert _main(tmp_path, '--budgets=1e15,1e19', '--draws=40', '--json') == 0
+  assert _main(tmp_path, '--budgets=1e15,1e19', '--json') == 0
   fitted = json.loads(capsys.readouterr().out)
   for name in ('E', 'a', 'b'):
     x = fitted['constants'][name]
@@ -172,7 +174,7 @@ def test_what_is_no_ladder_is_refused(tmp_path):
           'differ in optim.lr', base, sweep_folder.point(
               'fast', {'optim.lr': 3e-3}))
   sweep_folder.write(tmp_path / 'one', [base])
-  for words, flag in (('1 different pairs', '--draws=40'),
+  for words, flag in (('1 different pairs', '--budgets='),
                       ('--budgets', '--budgets=much'),
                       ('is no config', '--by=model.depth'),
                       ("'learned' at every point", '--by=model.position')):
@@ -212,7 +214,7 @@ def test_exponents_of_two_variants_are_compared(paired, monkeypatch):
   fitted = scaling.fit_by_field(
       types.SimpleNamespace(name='it', points=points if paired else points[:-1],
                             base_config={'model.position': 'learned'}),
-      field='model.position', count='params', budgets=[1e15], draws=400)
+      field='model.position', count='params', budgets=[1e15])
   assert list(fitted['variants']) == ['learned', 'rope']
   for value, exponent in (('learned', STEEP.a), ('rope', other.a)):
     law = fitted['variants'][value]

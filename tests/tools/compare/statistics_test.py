@@ -337,7 +337,9 @@ def test_power_law_is_scipys_least_squares_or_none():
                      p0=(1.5, 0.5, 0.25), xtol=1e-14, ftol=1e-14)
   np.testing.assert_allclose(law.loss(COMPUTE),
                              fit[0] + fit[1] * x ** -fit[2], atol=1e-5)
-  assert statistics.fit_power_law(COMPUTE[:5], np.arange(5.0, 0, -1)) is None
+  few, losses = COMPUTE[:6], np.arange(6.0, 0, -1)
+  assert statistics.fit_power_law(few, losses) is not None
+  assert statistics.fit_power_law(few[:5], losses[:5]) is None
   assert statistics.fit_power_law(COMPUTE, np.linspace(1, 2, 20)) is None
   assert statistics.fit_power_law(COMPUTE, np.full(20, np.nan)) is None
 
@@ -467,6 +469,17 @@ def test_equivalence_is_shown_as_often_as_is_announced(sds):
   assert statistics.power_to_find(0.03, sd, sds, KNOWN, 5, 0.02,
                                   within=True) == (
       pytest.approx(np.mean(shown), abs=0.02))
+
+
+def test_an_estimated_deviation_is_apart_from_the_noise_and_the_test():
+  """Of sizes that share all noise: each of three draws is by itself."""
+  rng = np.random.default_rng(0)
+  z = rng.normal(size=400_000) / np.sqrt(5)
+  seen, true = np.sqrt(rng.chisquare(4, (2, 400_000)) / 4)
+  expected = (z + stats.t.isf(0.025, 4) * seen / np.sqrt(5)) / true
+  least = statistics.simulate_least_effects(1.0, [1.0, 1.0], 4, 5, 0.05)
+  np.testing.assert_allclose(*(np.quantile(x, (0.2, 0.5, 0.8, 0.95))
+                               for x in (least, expected)), rtol=0.03)
 
 
 def _drawn(sds, seeds, level, effect, rate, limit, studies=20_000):

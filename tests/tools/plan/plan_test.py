@@ -193,6 +193,13 @@ def test_a_search_ranks_what_fits(no_compiler):
     search.search_plans(config, nothing, 1)
 
 
+def test_a_batch_is_cut_as_every_size_of_a_ramp_allows():
+  for ramp, parts in (('', [1, 2]), ('10:8', [1])):
+    config = small(gpt.get_config())
+    config.data.batch_ramp = ramp
+    assert search._possible_accumulations(run_on_cpu(config, 'dp')) == parts
+
+
 def test_bytes_between_hosts_count_in_a_search():
   for mesh, gathers in ((dict(data=2, fsdp=4), False), (dict(data=8), False),
                         (dict(data=1, fsdp=8), True)):

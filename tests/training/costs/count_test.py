@@ -3,7 +3,7 @@
 import json
 
 from architectures.parts.moe.routing import MoEConfig
-from configs import bert, gpt, mixtral, t5
+from configs import bert, gpt, llama, mixtral, t5
 import pytest
 
 from tests.helpers import forked
@@ -31,6 +31,33 @@ def test_every_size_is_near_its_published_figure(monkeypatch):
   far = {r['size']: r['difference'] for r in rows
          if r['difference'] is not None and abs(r['difference']) > 0.02}
   assert far == pytest.approx(EXPLAINED, abs=1e-4)
+
+
+def test_what_a_publication_leaves_out_is_in_no_figure(tmp_path, monkeypatch):
+  monkeypatch.setattr(totals.flops, 'training_flops_of_row', lambda *_: {})
+  monkeypatch.setattr(count.configs, 'FOLDER', tmp_path)
+  (tmp_path / 'bert.py').touch()
+  base, large = (row for row in count.count_all_sizes() if row['size'] in (
+      'bert:base', 'bert:large'))
+  for row in (base, large):
+    assert row['parameters'] == row['active_parameters'] == row['published']
+
+
+@pytest.mark.parametrize('module, size, tokens, warmup, decay, rate', [
+    # Brown et al. 2020, table 2.1 and appendix B; Devlin et al. 2019, appendix
+    # A.2; Touvron et al. 2023, table 2; Raffel et al. 2020, section 3.1.
+    (gpt, 'gpt3-175b', 3.2e6, 375e6, 260e9, 0.6e-4),
+    (bert, 'large', 256 * 512, 1e4 * 256 * 512, 0, 1e-4),
+    (llama, '65b', 4e6, 2000 * 4e6, 0, 1.5e-4),
+    (t5, '11b', 128 * 512, 1e4 * 128 * 512, 0, 0.01)])
+def test_a_published_size_is_trained_as_its_paper_says(
+    module, size, tokens, warmup, decay, rate):
+  config = module.get_config(size)
+  step = config.data.batch_size * config.data.length
+  optim = config.optim
+  assert optim.lr == rate
+  assert (step, step * optim.warmup_steps, step * optim.decay_steps) == (
+      pytest.approx((tokens, warmup, decay), rel=0.05))
 
 
 @pytest.mark.parametrize('fields, active', [

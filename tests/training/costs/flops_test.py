@@ -230,8 +230,10 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
   assert per_token * L * config.data.batch_size == pytest.approx(multiplied,
                                                                  rel=0.02)
   assert per_token == totals.count_costs(config)['flops_per_token']['training']
-  config.mesh.context = 2  # rows that are split are read whole
-  assert objective.num_unread_places(config, L) == 0
+  for name, value in (('data.mask_rate', 1.0), ('mesh.context', 2)):
+    whole = config.copy_and_resolve_references()  # such rows are read whole
+    whole.update_from_flattened_dict({name: value})
+    assert objective.num_unread_places(whole, L) == 0
 
 
 def test_below_what_is_trained_there_is_no_backward_pass():

@@ -125,6 +125,10 @@ def test_a_pipeline_that_frames_texts_has_cls_and_sep(kind, tmp_path):
   assert ours.special_ids == dict(
       bos=0, eos=2, pad=1, cls=0, sep=2, mask=ours.vocab_size - 1)
   assert ours.separator_id == 2
+  # What the files name goes before what is seen of the pipeline.
+  (tmp_path / 'tokenizer_config.json').write_text('{"cls_token": "<pad>"}')
+  named = tokenizers.load(str(tmp_path))
+  assert named.special_ids == ours.special_ids | dict(cls=1)
 
 
 @pytest.mark.parametrize('single, pair', [

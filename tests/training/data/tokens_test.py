@@ -141,6 +141,9 @@ def test_every_token_stands_where_the_text_has_it(corpus, shards):
       assert again.num_documents_of_folder == len(texts)
       assert again.num_tokens == len(stream) - 1
       assert again.num_bytes == sum(map(len, kept))
+      documents = tokens.Documents(again)
+      for [(_, ids)], text in zip(documents, kept, strict=True):
+        assert bytes(ids.tolist()) == text.encode()
       for first in range(0, len(stream), 1111):
         row = np.full(1112, EOS, np.int32)
         again.fill(row, first)

@@ -77,13 +77,15 @@ def test_each_answer_is_that_of_its_text_alone(system, objective):
   moe = dict(moe=dict(
       num_experts=4, d_ff=24, dispatch='sorted', capacity_factor=0.5,
       eval_capacity_factor=0.5)) if system == 'mixtral' else {}
+  # In one layer, a token after the prefix sees the same with and without it.
   evaluation = evaluations.make_evaluation(evaluations.make_config(
-      system, objective, **SMALL, **moe))
+      system, objective, **SMALL | dict(num_layers=2), **moe))
   questions = _questions()
   answers = _answers(evaluation, questions)
   if system == 'mixtral':  # whose own forward pass drops tokens
     evaluation = evaluations.make_evaluation(evaluations.make_config(
-        system, objective, **SMALL, moe=dict(num_experts=4, d_ff=24)))
+        system, objective, **SMALL | dict(num_layers=2),
+        moe=dict(num_experts=4, d_ff=24)))
   for answer, (log_p, greedy) in zip(answers, _alone(
       evaluation, questions, objective == 'prefix'), strict=True):
     np.testing.assert_allclose(answer.log_probs, log_p, atol=2e-5)
@@ -255,6 +257,28 @@ def test_a_text_begins_as_in_the_training_of_the_weights(tmp_path, monkeypatch):
   monkeypatch.setitem(asked._tokenizer.id_of_added_text, '[PAD]', 400)
   with pytest.raises(RequestError, match=r"'a\[PAD\]' has the id 400, which"):
     asked.tok_encode('a[PAD]')
+
+
+@needs_lm_eval
+def test_a_long_context_counts_as_far_as_it_fits_and_each_batch_is_drawn(
+    tmp_path):
+  from training.evals import harness
+  evaluation = evaluations.make_evaluation(evaluations.make_config(
+      'gpt', 'causal', **SMALL), tmp_path)
+  asked = harness.Model(evaluation)
+  questions = _questions(most=40)
+  requests = []
+  for tokens, num_scored in questions:
+    num_scored = min(num_scored, SMALL['max_len'])
+    requests.append((('', 'it'), tokens[:-num_scored], tokens[-num_scored:]))
+  fitting = [Continuation(np.append(before, scored)[-SMALL['max_len'] - 1:],
+                          len(scored)) for _, before, scored in requests]
+  for answer, (log_p, greedy) in zip(asked._loglikelihood_tokens(requests),
+                                     _alone(evaluation, fitting, False)):
+    assert answer == (pytest.approx(log_p.sum(), abs=1e-4), greedy.all())
+  drawn = types.SimpleNamespace(args=('a', dict(
+      until=[], max_gen_toks=8, do_sample=True, temperature=1.0)))
+  assert asked.generate_until([drawn]) != asked.generate_until([drawn])
 
 
 @needs_lm_eval

@@ -156,11 +156,16 @@ def test_a_run_begins_with_the_parameters_of_a_mixture(
     imported, tmp_path, capsys, monkeypatch):
   workdir, mesh = epath.Path(tmp_path), evaluations.one_device_mesh()
   monkeypatch.setattr(runs.devices, 'make_mesh', lambda *_, **__: mesh)
+  load = convert._load_from_workdir
+  monkeypatch.setattr(convert, '_load_from_workdir',
+                      lambda *args: (*load(*args)[:3], 7))  # its step
   convert.upcycle(imported, workdir, moe=['num_experts=4', 'every=2'],
                   step=None, seed=0)
   assert 'to go on: python train.py' in capsys.readouterr().out
   assert hf_generation.load_generation(
       workdir) == hf_generation.load_generation(imported)
+  assert hf_generation.is_published(imported, 0)
+  assert not hf_generation.is_published(workdir, 0)  # as it was trained
   config, _, params, _ = convert._load_from_workdir(workdir, None)
   assert config.model.pattern == 'dense,moe'
   run = runs.build(config, architectures.resolve(config.model))

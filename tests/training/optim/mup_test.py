@@ -65,6 +65,8 @@ def test_a_wider_model_is_born_as_table_8_has_it():
 # Every part of a decoder that has parameters of its own.
 PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
              attention_gate='headwise', value_residual=True,
+             attention_exclusive='learned', learned_log_scale=True,
+             forget_gate=True,
              value_embedding=True, attention_conv=3, branch_conv=3,
              position='relative', attention_bias=True, ffn_bias=True)
 

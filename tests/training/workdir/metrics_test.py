@@ -4,13 +4,14 @@ import json
 import sys
 from unittest import mock
 
+from etils import epath
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from common.errors import RequestError
 from configs import base
-from training.workdir import metrics
+from training.workdir import metrics, storage
 
 
 def log_config(**fields):
@@ -43,6 +44,18 @@ def test_what_is_written_is_uploaded_once_a_minute():
   assert pushed == [0, 0, 1, 1, 2]
   writer.close()
   assert uploads.push.call_count == 3
+
+
+def test_a_bucket_has_all_figures_once_they_are_flushed(tmp_path, monkeypatch):
+  monkeypatch.setattr(storage, 'is_in_bucket', lambda path: True)
+  monkeypatch.setattr(storage, 'checked_path', epath.Path)
+  for start, step in ((0, 10), (10, 20)):
+    writers = metrics.open_writers(tmp_path, log_config(), resumed_step=start)
+    for writer in writers:
+      writer.write(step, 'train', {'loss': 1.0})
+    for writer in writers:
+      writer.flush()
+    assert [row['step'] for row in rows(tmp_path)] == [10, 20][:step // 10]
 
 
 def test_a_line_is_an_object_that_any_json_reader_takes(tmp_path):
@@ -92,9 +105,10 @@ def test_a_step_that_does_not_rise_is_named(tmp_path):
   jsonl(tmp_path, [10, 20, 30])
   whole = file.read_text()
   assert len(metrics.read_metrics(file)) == 3
-  for step in (1, 10):
+  for step, words in ((1, 'step is 1, and'), (10, 'step is 10, and'),
+                      ('', 'is no JSON')):
     file.write_text(whole.replace('"step": 20', f'"step": {step}'))
-    with pytest.raises(RequestError, match=f'line 2, .* step is {step}, and'):
+    with pytest.raises(RequestError, match=f'line 2, .*{words}'):
       metrics.read_metrics(file)
 
 

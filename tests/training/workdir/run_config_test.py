@@ -112,6 +112,9 @@ def test_what_was_saved_is_no_change_whatever_is_learned(system, tmp_path):
     run_config.save_config(workdir, config, derived, model=model)
     assert not run_config.list_changes(workdir, config,
                                        derived), config.objective
+    loaded = runs.load_run_config(workdir)  # without what it was derived from
+    for name, value in derived.items():
+      assert name.startswith('model.') or loaded[name] == value
   config.optim.lr *= 2
   change, = run_config.list_changes(workdir, config, derived)
   assert change.name == 'optim.lr'
@@ -145,13 +148,16 @@ def test_a_derived_value_that_is_damaged_is_refused(
     run_config.list_changes(epath.Path(tmp_path), base.base(), DERIVED)
 
 
-def test_a_config_of_wrong_types_is_refused(tmp_path):
+@pytest.mark.parametrize('name, value', [
+    ('decay_mask', 'all'), ('lr', True), ('warmup_steps', 1.0),
+    ('name', 3)])
+def test_a_config_of_wrong_types_is_refused(name, value, tmp_path):
   run_config.save_config(tmp_path, base.base(), {'model.max_len': 256})
   file = tmp_path / 'config.json'
   tree = json.loads(file.read_text())
-  tree['optim']['decay_mask'] = 'all'
+  tree['optim'][name] = value
   file.write_text(json.dumps(tree))
-  with pytest.raises(RequestError, match='is damaged: optim.decay_mask is'):
+  with pytest.raises(RequestError, match=f'is damaged: optim.{name} is'):
     run_config.load_config(tmp_path)
 
 
