@@ -71,20 +71,21 @@ def _class_of_page(file: str) -> type[Any]:
 def system(arch: str) -> type[Any]:
   """Returns the Flax class of an architecture by its name, such as 'llama'.
 
-  Each architecture is a module of this folder. Only the one that is asked for
-  is imported, unless the name is not that of its file.
+  Each architecture is a module of this folder. To start fast, only the module
+  of that name is imported. All are imported if no file has the name.
 
   Args:
     arch: the name, which is model.arch in a config.
 
   Raises:
-    RequestError: where there is no such architecture.
+    RequestError: if there is no such architecture.
   """
+  # A file may hold an architecture of another name, which its ARCH says.
   if arch in _page_files():
     cls = _class_of_page(arch)
     if getattr(cls, 'ARCH', arch) == arch:
       return cls
-  # The name is not that of a file: `systems` imports all modules of the folder.
+  # The name is not that of a file, so all files are searched.
   check_choice('model.arch', value=arch, choices=systems())
   return systems()[arch]
 
@@ -139,10 +140,16 @@ def files(stack: str = '') -> list[str]:
 
 
 def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
-  """Returns the frozen, validated config of `config.model`.
+  """Makes the frozen config of a model, with all derived fields filled in, and
+  checks it.
+
+  Args:
+    model: the fields of config.model as nested dicts, or such a config, which
+      is only checked.
 
   Raises:
-    RequestError: a sentence with the field, its value and the choices.
+    RequestError: for a wrong field. The message has its name, its value and the
+      choices.
   """
   config = model
   if not isinstance(config, ModelConfig):
@@ -179,20 +186,24 @@ def stack(model: ModelConfig | Mapping[str, Any]) -> str:
 
 @check_argument_types
 def init_cache(model: ModelConfig | Mapping[str, Any], batch: PositiveSize,
-               length: PositiveSize):
-  """Returns an empty generation cache of a model: keys and values, and the
-  states of recurrences.
+               length: PositiveSize) -> Any:
+  """Makes an empty cache for generating text with a model. It holds the keys
+  and values of attention and the states of recurrences, for each layer.
 
   Args:
-    model: the config of the model, made or as nested dicts.
+    model: the config of the model, resolved or as nested dicts.
     batch: the number of rows.
-    length: the number of tokens that each row has room for.
+    length: for how many tokens each row has room.
+
+  Returns:
+    The cache, a tree of arrays.
 
   Raises:
     RequestError: for an encoder, which writes no text.
   """
   config = resolve(model)
-  if stack(config) == 'encoder':
+  kind_of_stack = stack(config)
+  if kind_of_stack == 'encoder':
     writers = _archs_of_skeleton('decoder')
     writers += _archs_of_skeleton('encoder-decoder')
     raise RequestError(

@@ -44,30 +44,36 @@ class TwoTasks(hf.HuggingFace):
   system: str
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
-    # The classes without the second task.
+    # BERT is trained on two tasks: masked words, and whether one sentence
+    # follows another. These classes of transformers lack the second.
     one_task_classes = {f'{self.system}ForMaskedLM', f'{self.system}Model'}
     classes = reader.read_list('architectures')
     return dict(next_sentence=one_task_classes.isdisjoint(classes))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
     config_json: dict[str, Any] = dict(
         tie_word_embeddings=config.tie_embeddings)
@@ -102,15 +108,15 @@ def embedding_rows(name: str) -> tuple[hf.Row, ...]:
 
 
 def encoder_rows(name: str) -> tuple[hf.Row, ...]:
-  """Returns the rows that map BERT's embedding and layers to the tensors of a
-  Hugging Face file.
+  """Returns the table by which the parameters of BERT's embedding and layers
+  are converted to tensors of a Hugging Face file, and back.
 
   Args:
-    name: the beginning of the names of these tensors, such as 'bert'.
+    name: what the names of these tensors begin with, such as 'bert'.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor there ({n} is the number of the layer).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor. {n} in a name is the number of the layer.
   """
   attention = hf.attention_rows(
       'self.query', 'self.key', 'self.value', 'output.dense')

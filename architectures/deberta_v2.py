@@ -89,26 +89,28 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('DebertaV2', sequence='classifier')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
-    # Fields whose value in v3 is not transformers' default.
-    for name, (default, known) in DEFAULT_AND_V3_VALUE.items():
-      value = reader(name, default)
-      require(value == known, f'config.json has {name} {value!r}: only '
-              f'{known!r} is known here')
+    # These fields must have the value of DeBERTa-v3. It must be in the file,
+    # because transformers' default, which a missing field has, is another.
+    for name, (hf_default, v3_value) in DEFAULT_AND_V3_VALUE.items():
+      value = reader(name, hf_default)
+      require(value == v3_value, f'config.json has {name} {value!r}: only '
+              f'{v3_value!r} is known here')
 
-    # The terms of a score, a list or one string; and the widths.
+    # The terms of a score, which files have as a list or as 'c2p|p2c'.
     terms = reader.read_list('pos_att_type')
     if not terms:
       terms = reader('pos_att_type', '').split('|')
@@ -116,13 +118,15 @@ class HF(hf.HuggingFace):
     require(normalized_terms == SCORE_TERMS,
             f'config.json has pos_att_type {terms}: only both '
             f'of {sorted(SCORE_TERMS)} are known here')
+
+    # Sizes that transformers can set apart, and our model cannot.
     width = fields['d_model']
     reader.require_values(conv_kernel_size=0, embedding_size=width,
                           attention_head_size=width // fields['num_heads'],
                           pooler_hidden_size=width)
 
-    # The distances between tokens: -1 says that there are no buckets, or that
-    # the largest distance is the length of the model.
+    # The buckets of distances between tokens. In the file, -1 says that there
+    # are none, or that the largest distance is the length of the model.
     buckets = int(reader('position_buckets', -1.0))
     require(buckets >= 4, f'config.json has position_buckets {buckets}: only '
             'distances in buckets are known here, 4 or more on each side')
@@ -132,12 +136,18 @@ class HF(hf.HuggingFace):
     return dict(disentangled=dict(buckets=buckets, max_distance=max_distance))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
+    # The values of DeBERTa-v3 are written out, as transformers' defaults are
+    # others.
     distances = config.part(DisentangledConfig)
     v3_values = {}
     for name, (_, value) in DEFAULT_AND_V3_VALUE.items():

@@ -31,17 +31,18 @@ class DeepSeekV2(Decoder):
 
 
 def read_dense_layers(reader: hf.Reader, fields: dict, dense: int) -> dict:
-  """Reads how many of the first layers have a dense feed-forward network in
-  place of experts.
+  """Reads from a Hugging Face config.json how many of the first layers have a
+  dense feed-forward network in place of experts.
 
   Args:
-    reader: the reader of the Hugging Face config.json.
+    reader: the fields of the config.json.
     fields: the fields of our config.model that were looked up before.
-    dense: their number where the config.json does not say.
+    dense: the number of such layers if the config.json does not say it.
 
   Returns:
-    The fields `prefix`, the names of these layers' kinds, and `kinds`, what the
-    kind 'dense' is; '' and {} where there are none.
+    Two fields of config.model: `prefix`, the kind of each of these layers, such
+    as 'dense,dense'; and `kinds`, how a layer of the kind 'dense' differs from
+    the others. They are '' and {} if there are no such layers.
   """
   num_dense = reader.read_count('first_k_dense_replace', dense)
   require(num_dense < fields['num_layers'],
@@ -64,24 +65,25 @@ def write_dense_layers(config: ModelConfig) -> dict:
 
 def read_shared_fields(reader: hf.Reader, fields: dict, *, dense: int,
                        q_rank: int, interleaved: bool = True) -> dict:
-  """Reads what the Hugging Face config.json of DeepSeek-V2 and that of V3 have
-  in common: the dense layers, latent attention and rotary positions.
+  """Translates what the Hugging Face files config.json of DeepSeek-V2 and V3
+  have in common: dense layers, latent attention and rotary positions.
 
   Args:
-    reader: the reader of the config.json.
+    reader: the fields of the config.json.
     fields: the fields of our config.model that were looked up before.
-    dense: the default of how many layers at the start are dense.
-    q_rank: the default of q_lora_rank, whose null says that there is none.
-    interleaved: whether rotary positions turn pairs of neighbouring features.
+    dense: how many layers at the start are dense if the file does not say it.
+    q_rank: the default of q_lora_rank, the rank of the queries' products.
+    interleaved: whether rotary positions rotate pairs of neighbouring features.
 
   Returns:
-    Further fields of config.model, with a dict for each group.
+    Further fields of config.model. Groups, such as rope, are dicts.
   """
+  # Sizes that follow from others, or that transformers alone could set apart.
   reader.require_values(num_key_value_heads=fields['num_heads'],
                         moe_layer_freq=1)
-  # These are always the size of what is rotated.
   reader.ignore_fields('head_dim', 'qk_head_dim')
-  # A null is no missing field here: it says that queries have no low rank.
+  # A null differs from a missing field here: it says that queries have no low
+  # rank.
   rank = 0
   if not reader.is_null('q_lora_rank'):
     rank = reader('q_lora_rank', q_rank)
@@ -153,33 +155,35 @@ class HF(llama.Family):
   heads = hf.task_heads('DeepseekV2', only=('sequence',))
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that map our parameters to the tensors of a Hugging Face
-    file.
+    """Returns the table by which our parameters are converted to the tensors of
+    a Hugging Face file, and back.
 
     Args:
       config: our config of the model.
 
     Returns:
-      Rows of four strings: the path and the axes of a parameter of ours, such
-      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
-      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
-      layer. Rows whose parameter the model does not have are passed over.
+      Rows of four strings: the path and the axes of our parameter, and the name
+      and the axes of its tensor. Letters name axes, such as D d_model, H heads
+      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
+      axes, of which the first is our H and K joined. {n} in a name is the
+      number of the layer. Rows of parameters that the model lacks are skipped.
     """
     return rows_of_deepseek(config)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     groups, chosen = reader('n_group', 1), reader('topk_group', 1)
     method = reader('topk_method', ALL_EXPERTS)
@@ -192,11 +196,15 @@ class HF(llama.Family):
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
     moe = config.part(MoEConfig)
     method = ALL_EXPERTS

@@ -24,12 +24,12 @@ class DeepSeekV32(Decoder):
 
 
 def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
-  """Reads what the Hugging Face config.json of DeepSeek-V3.2 and that of GLM-5
-  have in common: those of DeepSeek-V2 with an indexer in each layer, which
-  selects the tokens that a query attends to.
+  """Translates what the Hugging Face files config.json of DeepSeek-V3.2 and
+  GLM-5 have in common: the fields of DeepSeek-V3, and those of the indexer of
+  each layer, which selects the tokens that a query attends to.
 
   Args:
-    reader: the reader of the config.json.
+    reader: the fields of the config.json.
     fields: the fields of our config.model that were looked up before.
     q_rank: the default of q_lora_rank, the rank of the queries' products.
 
@@ -37,10 +37,10 @@ def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
     Further fields of config.model.
 
   Raises:
-    RequestError: for a file whose layers have no indexer, or another order than
-      dense layers first and experts after them.
+    RequestError: if layers have no indexer, or if the order of the layers is
+      not dense layers first and layers with experts after them.
   """
-  # The parts of older DeepSeek models. By default, three layers are dense.
+  # What older DeepSeek models have. By default, three layers are dense.
   deepseek_v3.note_multi_token_prediction(reader)
   hf.check_gates(fields)
   model_fields = deepseek_v2.read_shared_fields(reader, fields=fields, dense=3,
@@ -48,7 +48,7 @@ def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
   require(model_fields['latent']['q_rank'],
           'config.json has q_lora_rank null, of '
           'which transformers makes no indexer')
-  # The types of the layers, where they are listed, must say the same again.
+  # If the file also lists the types of the layers, they must agree.
   num_layers = fields['num_layers']
   num_dense = model_fields['prefix'].count('dense')
   reader.require_values(
@@ -76,43 +76,49 @@ class HF(deepseek_v3.HF):
   heads = {}
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that map our parameters to the tensors of a Hugging Face
-    file.
+    """Returns the table by which our parameters are converted to the tensors of
+    a Hugging Face file, and back.
 
     Args:
       config: our config of the model.
 
     Returns:
-      Rows of four strings: the path and the axes of a parameter of ours, such
-      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
-      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
-      layer. Rows whose parameter the model does not have are passed over.
+      Rows of four strings: the path and the axes of our parameter, and the name
+      and the axes of its tensor. Letters name axes, such as D d_model, H heads
+      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
+      axes, of which the first is our H and K joined. {n} in a name is the
+      number of the layer. Rows of parameters that the model lacks are skipped.
     """
     return (*super().rows_of_model(config), *llama.layer_rows(*INDEXER_ROWS))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     reader.require_values(rope_interleave=True, indexer_rope_interleave=False)
     return read_shared_fields(reader, fields=fields, q_rank=1536)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
     return deepseek_v2.write_shared_fields(config) | dict(
         num_nextn_predict_layers=0)

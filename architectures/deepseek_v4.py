@@ -47,19 +47,21 @@ SCALING_OF_ROPE_TYPE = {'default': 'none', 'yarn': 'yarn'}
 
 def pattern_of_layers(mixers: list[str], hashed: list[bool], **rope: Any
                       ) -> dict:
-  """Returns the fields of config.model that say what each layer is: its kind of
-  attention, and how experts are chosen.
+  """Returns the fields of config.model that say, for each layer, which kind of
+  attention it has and how it chooses experts.
 
   Args:
-    mixers: the attention of each layer: 'swa' (a sliding window), 'csa' or
-      'hca' (compressed keys; the module's docstring has both).
-    hashed: for each layer, whether a fixed table has the experts of each token;
-      else a router scores them.
-    **rope: the fields of the rotary positions of the layers of swa.
+    mixers: the attention of each layer: 'swa' (a sliding window), or 'csa' or
+      'hca' (the window, and earlier tokens compressed).
+    hashed: for each layer, whether a fixed table says which experts a token
+      goes to. If not, a router scores the experts.
+    **rope: fields of the rotary positions of the layers with 'swa', which
+      replace the defaults.
 
   Returns:
-    The order of the layers (`prefix`, `pattern`, `suffix`), and `kinds`, the
-    fields of each kind of layer by its name.
+    The order of the layers (`prefix`, `pattern`, `suffix`, lists of names of
+    kinds), and `kinds`, {name of a kind of layer: the fields of config.model
+    that it overrides}.
   """
   swa_rope = dict(theta=10000.0, scaling='none') | rope
   kind_names, kinds = [], {}
@@ -98,18 +100,21 @@ COMPRESSED_ENTRY_ROWS = (
 
 
 def _branch_rows(our_name: str, hf_name: str) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the norm and the
-  hyper-connections before one branch of a layer: the matrices by which it reads
-  and writes the residual streams.
+  """Returns the table by which the norm and the hyper-connections before one
+  branch of a layer are converted to tensors of a Hugging Face file, and back.
+  Hyper-connections are the matrices by which a branch reads and writes several
+  residual streams.
 
   Args:
     our_name: our name of the branch, 'attention' or 'ffn'.
     hf_name: the name of the branch in transformers.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
-    of which the first is ours of H and K as one (see tensor_map.py).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor. Letters name axes, such as D d_model, H heads
+    and K features of a head; {n} in a name is the number of the layer. 'DHK'
+    and 'HK D' say that the tensor has two axes, of which the first is our H and
+    K joined.
   """
   return (
       (f'{our_name}_norm/scale', 'D', f'{hf_name}_norm.weight', 'D'),
@@ -181,18 +186,19 @@ class HF(hf.HuggingFace):
   integers = r'.*\.tid2eid'
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     deepseek_v3.note_multi_token_prediction(reader)
     hf.check_gates(fields)
@@ -229,15 +235,17 @@ class HF(hf.HuggingFace):
         rope=rope, compressed=compressed)
 
   def _read_mixers(self, reader: hf.Reader, num_layers: int) -> list[str]:
-    """Reads the kind of attention of each layer: from layer_types of a Hugging
-    Face config.json, or from compress_ratios, which the published files have.
+    """Reads the kind of attention of each layer from a Hugging Face
+    config.json. transformers writes it as layer_types, and the published files
+    have compress_ratios.
 
     Args:
-      reader: the reader of the config.json.
+      reader: the fields of the config.json.
       num_layers: the number of layers.
 
     Returns:
-      For each layer 'swa', 'csa' or 'hca'.
+      For each layer 'swa' (a sliding window), or 'csa' or 'hca' (the window,
+      and earlier tokens compressed).
     """
     ratios = reader.read_list('compress_ratios')[:num_layers]
     types = layer_types.read_entry_of_each_layer(reader, field='layer_types',
@@ -245,7 +253,9 @@ class HF(hf.HuggingFace):
                                                  words=MIXER_OF_LAYER_TYPE)
     if types:
       return [MIXER_OF_LAYER_TYPE[layer_type] for layer_type in types]
-    choices = list(MIXER_OF_COMPRESS_RATIO)  # a ratio may be no key: a list
+    # A ratio in the file may be of any type, such as a list, which cannot be
+    # looked up in a dict. So it is compared with the keys one by one.
+    choices = list(MIXER_OF_COMPRESS_RATIO)
     is_known = (len(ratios) == num_layers
                 and all(ratio in choices for ratio in ratios))
     require(is_known, 'config.json has no layer_types and compress_ratios '
@@ -254,13 +264,17 @@ class HF(hf.HuggingFace):
     return [MIXER_OF_COMPRESS_RATIO[ratio] for ratio in ratios]
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
-    # The type of each layer, and how its experts are chosen.
+    # The type of each layer's attention, and how its experts are chosen.
     types, networks = [], []
     for layer in config.layers(config.num_layers):
       types.append(hf.find_hf_word(MIXER_OF_LAYER_TYPE, value=layer.mixer,
@@ -270,13 +284,15 @@ class HF(hf.HuggingFace):
       else:
         networks.append(ROUTED_EXPERTS)
 
-    # Positions: both objects must be there, though no layer may read one.
+    # The rotary positions of each type of attention. transformers needs all of
+    # them, even of a type that no layer has, which gets those of another.
     ropes = rope_fields.write_rope_of_layer_kinds(
         config, names=ROPE_SECTION_OF_MIXER, whole_heads=False,
         temperature=False, words=SCALING_OF_ROPE_TYPE)
     any_rope = next(iter(ropes.values()))
     ropes = dict.fromkeys(ROPE_SECTION_OF_MIXER.values(), any_rope) | ropes
 
+    # How many tokens are compressed to one key, by the type of attention.
     sizes = config.part(CompressedConfig)
     rates = {LAYER_TYPE_OF_MIXER['csa']: sizes.csa_rate,
              LAYER_TYPE_OF_MIXER['hca']: sizes.hca_rate}

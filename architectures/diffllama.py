@@ -57,18 +57,19 @@ class HF(llama.HF):
   heads = hf.task_heads('DiffLlama', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     layer_types.check_number_of_layers('num_hidden_layers',
                                        fields['num_layers'])

@@ -100,9 +100,11 @@ def decoder_rows(norm: str = 'offset') -> tuple[hf.Row, ...]:
     norm: the name of our parameter of a norm, 'offset' where it is w - 1.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
-    of which the first is ours of H and K as one (see tensor_map.py).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor. Letters name axes, such as D d_model, H heads
+    and K features of a head; {n} in a name is the number of the layer. 'DHK'
+    and 'HK D' say that the tensor has two axes, of which the first is our H and
+    K joined.
   """
   hf_name_of_norm = {'attention_norm': 'input_layernorm',
                      'attention_out_norm': 'post_attention_layernorm',
@@ -132,18 +134,19 @@ class HF(llama.Family):
       'Gemma2', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     # Three dicts are joined that have no field in common: the window and the
     # order of the layers, the scales, and LLaMA's rotary positions (super).
@@ -155,11 +158,15 @@ class HF(llama.Family):
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
     # Three dicts are joined that have no field in common: the scales, the type
     # of each layer, and LLaMA's rotary positions (super).

@@ -35,9 +35,11 @@ def layer_rows(layer: str, attention: str) -> tuple[hf.Row, ...]:
     attention: the name of the module of attention in a layer.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
-    of which the first is ours of H and K as one (see tensor_map.py).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor. Letters name axes, such as D d_model, H heads
+    and K features of a head; {n} in a name is the number of the layer. 'DHK'
+    and 'HK D' say that the tensor has two axes, of which the first is our H and
+    K joined.
   """
   return hf.prefix_rows(
       'decoder/layers', layer,
@@ -68,18 +70,19 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('GPTNeoX')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     rope = rope_fields.read_rope(reader, theta=('rotary_emb_base', 10000.0),
                                  fraction=('rotary_pct', 0.25))
@@ -92,11 +95,15 @@ class HF(hf.HuggingFace):
     return dict(rope=rope, block=block)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
     rope = rope_fields.write_rope(config, whole_heads=False)
     return dict(rope_parameters=rope,

@@ -144,17 +144,18 @@ class HF(hf.HuggingFace):
   ignored = llama.Family.ignored
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that map our parameters to the tensors of a Hugging Face
-    file.
+    """Returns the table by which our parameters are converted to the tensors of
+    a Hugging Face file, and back.
 
     Args:
       config: our config of the model.
 
     Returns:
-      Rows of four strings: the path and the axes of a parameter of ours, such
-      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
-      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
-      layer. Rows whose parameter the model does not have are passed over.
+      Rows of four strings: the path and the axes of our parameter, and the name
+      and the axes of its tensor. Letters name axes, such as D d_model, H heads
+      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
+      axes, of which the first is our H and K joined. {n} in a name is the
+      number of the layer. Rows of parameters that the model lacks are skipped.
     """
     queries = deepseek_v2.QUERY_ROWS
     if config.part(LatentConfig).q_rank:
@@ -165,18 +166,19 @@ class HF(hf.HuggingFace):
         *EXPERT_ROWS, *DELTA_ATTENTION_ROWS)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     num_layers = fields['num_layers']
     reader.require_values(num_key_value_heads=fields['num_heads'])
@@ -213,11 +215,15 @@ class HF(hf.HuggingFace):
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
     # The network and the mixer of each layer, numbered from 1.
     networks, full_layers, linear_layers = [], [], []
@@ -239,7 +245,8 @@ class HF(hf.HuggingFace):
             short_conv_kernel_size=kda.conv),
         mla_use_nope=True, moe_router_activation_func='sigmoid',
         moe_layer_freq=1, use_grouped_topk=True, num_nextn_predict_layers=0,
-        # Left out, they are those of the published vocabulary.
+        # Nulls. Left out, transformers takes the ids of special tokens from
+        # the published vocabulary, which may lie outside of ours.
         **dict.fromkeys(phi3.TOKEN_ID_FIELDS))
 
   def check(self, config: ModelConfig) -> None:

@@ -32,16 +32,14 @@ class LFM2(Decoder):
 
 
 def _read_hidden_units(reader: hf.Reader) -> int:
-  """Returns the number of hidden units of LFM2's feed-forward networks, which
-  follows from four fields of a Hugging Face config.json.
-
-  The rule is that of transformers' Lfm2MLP.
+  """Computes the number of hidden units of LFM2's feed-forward networks from
+  four fields of a Hugging Face config.json, as transformers' Lfm2MLP does.
 
   Args:
-    reader: the reader of the config.json.
+    reader: the fields of the config.json: `reader(name, default)` returns one.
 
   Raises:
-    RequestError: for fields by which there would be none.
+    RequestError: if the fields give no hidden units.
   """
   width = reader('block_ff_dim', reader('intermediate_size', 12288))
   factor = reader('block_ffn_dim_multiplier', 1.0)
@@ -65,9 +63,11 @@ def decoder_rows(name_of_out_product: str = 'out_proj', norm: str = 'layernorm'
     norm: the end of the names there of the norms of queries and keys.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
-    of which the first is ours of H and K as one (see tensor_map.py).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor. Letters name axes, such as D d_model, H heads
+    and K features of a head; {n} in a name is the number of the layer. 'DHK'
+    and 'HK D' say that the tensor has two axes, of which the first is our H and
+    K joined.
   """
   # The layers that attend.
   attention = hf.prefix_rows(
@@ -115,25 +115,27 @@ class HF(llama.Family):
           'short_conv.bias': ('conv_bias', False)}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
     types = layer_types.read_entry_of_each_layer(reader, field='layer_types',
                                                  layers=num_layers,
                                                  words=KIND_OF_LAYER_TYPE)
-    # Where they are not listed, the layers of attention may be numbered.
+    # Without a list of types, the file may list the numbers of the layers with
+    # attention. Without either, all layers have attention.
     full_layers = range(num_layers)
     if reader.has('full_attn_idxs'):
       full_layers = reader.read_list('full_attn_idxs')
@@ -148,22 +150,30 @@ class HF(llama.Family):
         d_ff=_read_hidden_units(reader), rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
+    # The type of each layer.
     types = []
     for layer in config.layers(config.num_layers):
       if layer.mixer == 'short_conv':
         types.append(SHORT_CONVOLUTION)
       else:
         types.append(layer_types.FULL_ATTENTION)
+    # The width of the networks is written as it is, to be taken unchanged.
     return dict(
         layer_types=types, intermediate_size=config.d_ff,
         block_auto_adjust_ff_dim=False,
         rope_parameters=rope_fields.write_rope(config),
+        # Nulls. Left out, transformers takes the ids of special tokens from
+        # the published vocabulary, which may lie outside of ours.
         **dict.fromkeys(phi3.TOKEN_ID_FIELDS))
 
   def check(self, config: ModelConfig) -> None:

@@ -75,18 +75,19 @@ class HF(lfm2.HF):
   only = dict(rope_scaling=None)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
@@ -107,25 +108,40 @@ class HF(lfm2.HF):
       local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
           reader, (layer_types.SLIDING_ATTENTION, ('rope_theta', 1e6)),
           (layer_types.FULL_ATTENTION, ('rope_theta', 1e6)))
+
+    # The order of the layers, by our names of their kinds, and what each kind
+    # is.
     kind_names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
     model_fields = layer_types.pattern_and_kinds(
         kind_names, _layer_kinds(window, local_rope))
     return model_fields | dict(rope=global_rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
+    # The type of each layer: a convolution, or attention with or without a
+    # sliding window.
     types = []
     for layer in config.layers(config.num_layers):
       if layer.mixer == 'short_conv':
         types.append(SHORT_CONVOLUTION)
       else:
         types.append(layer_types.attention_type(layer))
-    return layer_types.write_attention_types(config) | dict(
-        layer_types=types,
-        rope_parameters=rope_fields.write_rope_of_layer_kinds(config),
-        **dict.fromkeys(phi3.TOKEN_ID_FIELDS))
+    # write_attention_types gives the window. It also gives types, but knows no
+    # convolutions, so ours must replace them.
+    config_json = layer_types.write_attention_types(config)
+    config_json['layer_types'] = types
+    config_json['rope_parameters'] = (
+        rope_fields.write_rope_of_layer_kinds(config))
+    # Nulls. Left out, transformers takes the ids of special tokens from the
+    # published vocabulary, which may lie outside of ours.
+    config_json |= dict.fromkeys(phi3.TOKEN_ID_FIELDS)
+    return config_json

@@ -59,18 +59,19 @@ class HF(llama.Family):
   heads = hf.task_heads('Phi3', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     window = reader('sliding_window', 0)
     attention = 'banded' if window else 'global'
@@ -80,15 +81,21 @@ class HF(llama.Family):
     return dict(rope=rope, attention=attention, sliding_window=window)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
     rope = config.part(RopeConfig)
     parameters = rope_fields.write_rope(config, whole_heads=False,
                                         words=SCALING_OF_ROPE_TYPE)
+    # Nulls for the ids of special tokens. Left out, transformers takes 32,000,
+    # which may lie past the end of our vocabulary.
     config_json = dict(rope_parameters=parameters,
                        sliding_window=config.sliding_window or None,
                        **dict.fromkeys(TOKEN_ID_FIELDS))

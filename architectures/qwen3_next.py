@@ -148,34 +148,36 @@ class HF(llama.Family):
   heads = hf.task_heads('Qwen3Next', tokens='score', span=llama.SPAN_PREFIXES)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that map our parameters to the tensors of a Hugging Face
-    file.
+    """Returns the table by which our parameters are converted to the tensors of
+    a Hugging Face file, and back.
 
     Args:
       config: our config of the model.
 
     Returns:
-      Rows of four strings: the path and the axes of a parameter of ours, such
-      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
-      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
-      layer. Rows whose parameter the model does not have are passed over.
+      Rows of four strings: the path and the axes of our parameter, and the name
+      and the axes of its tensor. Letters name axes, such as D d_model, H heads
+      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
+      axes, of which the first is our H and K joined. {n} in a name is the
+      number of the layer. Rows of parameters that the model lacks are skipped.
     """
     return BASE_ROWS + hf.rows_of_each_block(
         config, layer_prefix='model.layers.{n}', rows_of_layer=_mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     model_fields = layer_types.read_recurrent_layers(
         reader, layers=fields['num_layers'], mixer='deltanet')
@@ -185,11 +187,15 @@ class HF(llama.Family):
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
     config_json = layer_types.write_recurrent_layers(config)
     config_json |= write_experts(config)

@@ -77,18 +77,19 @@ class HF(llama.Family):
   heads = hf.task_heads('SmolLM3', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     num_layers = fields['num_layers']
     has_rope = layer_types.read_layers_with_rope(reader, num_layers)
@@ -110,11 +111,15 @@ class HF(llama.Family):
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
     layers = config.layers(config.num_layers)
     rotated_layers = [layer for layer in layers if layer.position == 'rope']
@@ -126,7 +131,8 @@ class HF(llama.Family):
     config_json = layer_types.write_attention_types(config)
     has_window = layer_types.SLIDING_ATTENTION in config_json['layer_types']
     return config_json | dict(
-        # Left out, they are those of a vocabulary of 128,256.
+        # Nulls. Left out, transformers takes the ids of special tokens from
+        # a vocabulary of 128,256, which may lie outside of ours.
         **dict.fromkeys(phi3.TOKEN_ID_FIELDS),
         rope_parameters=rope,
         no_rope_layers=[int(layer.position == 'rope') for layer in layers],

@@ -39,9 +39,11 @@ def stack_rows(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
     *ffn: the rows of a feed-forward network.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
-    of which the first is ours of H and K as one (see tensor_map.py).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor. Letters name axes, such as D d_model, H heads
+    and K features of a head; {n} in a name is the number of the layer. 'DHK'
+    and 'HK D' say that the tensor has two axes, of which the first is our H and
+    K joined.
   """
   # A block is attention, in the decoder cross-attention, and the network.
   block = f'{stack}.block.{{n}}'
@@ -80,9 +82,11 @@ def _attention_rows(our_name: str, norm: str, hf_name: str
     hf_name: the name of the attention in transformers.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
-    of which the first is ours of H and K as one (see tensor_map.py).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor. Letters name axes, such as D d_model, H heads
+    and K features of a head; {n} in a name is the number of the layer. 'DHK'
+    and 'HK D' say that the tensor has two axes, of which the first is our H and
+    K joined.
   """
   return (
       (f'{our_name}/query', 'DHK', f'{hf_name}.q.weight', 'HK D'),
@@ -163,17 +167,18 @@ class HF(hf.HuggingFace):
              r'relative_attention_bias\.weight',)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that map our parameters to the tensors of a Hugging Face
-    file.
+    """Returns the table by which our parameters are converted to the tensors of
+    a Hugging Face file, and back.
 
     Args:
       config: our config of the model.
 
     Returns:
-      Rows of four strings: the path and the axes of a parameter of ours, such
-      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
-      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
-      layer. Rows whose parameter the model does not have are passed over.
+      Rows of four strings: the path and the axes of our parameter, and the name
+      and the axes of its tensor. Letters name axes, such as D d_model, H heads
+      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
+      axes, of which the first is our H and K joined. {n} in a name is the
+      number of the layer. Rows of parameters that the model lacks are skipped.
     """
     up = 'wi_1' if config.ffn in ('geglu_tanh', 'swiglu') else 'wi'
     return model_rows(*hf.prefix_rows(
@@ -182,18 +187,19 @@ class HF(hf.HuggingFace):
         ('down', 'FD', 'wo.weight', 'D F')))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of our config.model that take more than looking up one
-    field of a Hugging Face config.json.
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
 
     Args:
-      reader: reads that file: `reader(name, default)` returns a field and marks
-        it as read. The import refuses a file with fields that nothing has read
-        and that may matter; `ignore_fields` marks those that do not.
-      fields: the fields of ours that were looked up before, by flat name.
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read. A file
+        is refused if a field that may matter was never read; `ignore_fields`
+        marks fields that do not matter.
+      fields: the fields of config.model that have been looked up.
 
     Returns:
-      Further fields of config.model, with a dict for each group, such as rope.
-      They replace those of `fields`.
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
     """
     check_ffn(reader, fields)
     # transformers ties v1.1 in name, and tells it by the missing scale.
@@ -204,10 +210,14 @@ class HF(hf.HuggingFace):
     return head_fields(fields, tied)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, with
-    the values that say what this model is.
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
 
     Args:
       config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
     """
     return write_usual_fields(config)

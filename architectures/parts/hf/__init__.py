@@ -51,9 +51,11 @@ class TaskHead:
         tensors may have another prefix.
 
     Returns:
-      Rows of four strings: the path and the axes of a parameter of ours, and
-      the name and the axes of its tensor in a Hugging Face file. 'HK D' are two
-      axes, of which the first is ours of H and K as one (see tensor_map.py).
+      Rows of four strings: the path and the axes of our parameter, and the name
+      and the axes of its tensor. Letters name axes, such as D d_model, H heads
+      and K features of a head; {n} in a name is the number of the layer. 'DHK'
+      and 'HK D' say that the tensor has two axes, of which the first is our H
+      and K joined.
     """
     usual_prefix, prefix_with_head = self.prefix
     rows = []
@@ -326,9 +328,11 @@ def rows_of_each_block(
       begin within it, for the config of its kind.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
-    of which the first is ours of H and K as one (see tensor_map.py).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor. Letters name axes, such as D d_model, H heads
+    and K features of a head; {n} in a name is the number of the layer. 'DHK'
+    and 'HK D' say that the tensor has two axes, of which the first is our H and
+    K joined.
   """
   # Our parameters of layer i of each period are stacked in the folder block_i.
   all_rows: list[Row] = []
@@ -365,9 +369,11 @@ def dense_rows(ours: str, our_axes: str, theirs: str, hf_axes: str
     hf_axes: the axes of its weight, such as 'HK D'.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
-    of which the first is ours of H and K as one (see tensor_map.py).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor. Letters name axes, such as D d_model, H heads
+    and K features of a head; {n} in a name is the number of the layer. 'DHK'
+    and 'HK D' say that the tensor has two axes, of which the first is our H and
+    K joined.
   """
   # The bias has the axes of the output: the dimension of theirs whose letters
   # are the last of ours. A digit in it is the number of matrices that lie there
@@ -401,9 +407,11 @@ def attention_rows(query: str, key: str, value: str, out: str,
       fewer than those of queries, else H.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
-    of which the first is ours of H and K as one (see tensor_map.py).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor. Letters name axes, such as D d_model, H heads
+    and K features of a head; {n} in a name is the number of the layer. 'DHK'
+    and 'HK D' say that the tensor has two axes, of which the first is our H and
+    K joined.
   """
   kv = f'{kv_heads}K'
   return (*dense_rows('query', 'DHK', query, 'HK D'),
