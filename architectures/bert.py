@@ -97,8 +97,8 @@ OPTIONAL_PARTS = {'pooler': r'(bert\.)?pooler\..*',
 
 
 def embedding_rows(name: str) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the embedding, whose
-  tensors are under `name`."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of
+  the embedding, whose tensors are under `name`."""
   return hf.prefix_rows(
       'embed', f'{name}.embeddings',
       ('tokens', 'VD', 'word_embeddings.weight', 'V D'),

@@ -123,8 +123,8 @@ LATENT_QUERY_ROWS = (
 
 
 def rows_of_deepseek(config: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a DeepSeek model, and
-  `more` of each layer."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of a
+  DeepSeek model, and `more` of each layer."""
   query_rows = QUERY_ROWS
   if config.part(LatentConfig).q_rank:
     query_rows = LATENT_QUERY_ROWS

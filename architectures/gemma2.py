@@ -94,7 +94,8 @@ def write_scales(config: ModelConfig) -> dict:
 
 
 def decoder_rows(norm: str = 'offset') -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a Gemma decoder.
+  """Returns table rows that name the Hugging Face tensor of each parameter of a
+  Gemma decoder.
 
   Args:
     norm: the name of our parameter of a norm, 'offset' where it is w - 1.

@@ -27,8 +27,8 @@ FFN_ROWS = (*hf.dense_rows('ffn/up', 'DF', 'mlp.dense_h_to_4h', 'F D'),
 
 
 def layer_rows(layer: str, attention: str) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the layers, which
-  BLOOM has too.
+  """Returns table rows that name the Hugging Face tensor of each parameter of
+  the layers, which BLOOM has too.
 
   Args:
     layer: the prefix of a layer's tensors, with {n} for its number.

@@ -95,8 +95,8 @@ def _write_ffn(config: ModelConfig) -> dict:
 
 
 def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a layer's Mamba-2, or
-  of its attention."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of a
+  layer's Mamba-2, or of its attention."""
   if config.mixer == 'mamba2':
     return hf.prefix_rows('attention', 'mamba', *mamba2.MIXER_ROWS)
   return llama.attention_rows()

@@ -55,7 +55,8 @@ def _read_hidden_units(reader: hf.Reader) -> int:
 
 def decoder_rows(name_of_out_product: str = 'out_proj', norm: str = 'layernorm'
                  ) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of an LFM2 decoder.
+  """Returns table rows that name the Hugging Face tensor of each parameter of
+  an LFM2 decoder.
 
   Args:
     name_of_out_product: the name in transformers of the last product of

@@ -28,8 +28,9 @@ class LLaMA(Decoder):
 
 
 def embedding_and_head_rows(norm: str = 'scale') -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the embedding, the
-  final norm and the head; `norm` is the name of our parameter in the norm."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of
+  the embedding, the final norm and the head; `norm` is the name of our
+  parameter in the norm."""
   return (('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
           (f'decoder/final_norm/{norm}', 'D', 'model.norm.weight', 'D'),
           ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
@@ -42,16 +43,16 @@ def layer_rows(*rows: hf.Row) -> tuple[hf.Row, ...]:
 
 
 def norm_rows(norm: str = 'scale') -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the norms before a
-  layer's attention and its feed-forward network; `norm` is the name of our
-  parameter in them."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of
+  the norms before a layer's attention and its feed-forward network. `norm` is
+  the name of our parameter in them."""
   return ((f'attention_norm/{norm}', 'D', 'input_layernorm.weight', 'D'),
           (f'ffn_norm/{norm}', 'D', 'post_attention_layernorm.weight', 'D'))
 
 
 def head_norm_rows(axis: str = 'K', norm: str = 'scale') -> tuple[hf.Row, ...]:
-  """Returns the rows that map the norms of a layer's queries and keys to the
-  tensors of a Hugging Face file.
+  """Returns table rows that name the Hugging Face tensors of the norms of a
+  layer's queries and keys.
 
   Args:
     axis: the axis of the scale: K where each head has a norm of its own size, U
@@ -71,8 +72,8 @@ def head_norm_rows(axis: str = 'K', norm: str = 'scale') -> tuple[hf.Row, ...]:
 
 
 def attention_rows(*more: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the matrices and
-  biases of a layer's attention, and `more` rows of it."""
+  """Returns table rows that name the Hugging Face tensors of the matrices and
+  biases of a layer's attention, and after them the rows `more`."""
   return hf.prefix_rows('attention', 'self_attn', *hf.attention_rows(
       'q_proj', 'k_proj', 'v_proj', 'o_proj', 'J'), *more)
 
@@ -84,8 +85,8 @@ FFN_ROWS = (*hf.dense_rows('gate', 'DF', 'gate_proj', 'F D'),
 
 def expert_rows(gate: str = 'gate_proj', up: str = 'up_proj',
                 down: str = 'down_proj') -> tuple[hf.Row, ...]:
-  """Returns the rows that map a layer's router and experts to the tensors of a
-  Hugging Face file, which has a tensor for each expert {e}.
+  """Returns table rows that name the Hugging Face tensors of a layer's router
+  and experts. The file has a tensor for each expert {e}.
 
   Args:
     gate: the name of an expert's gate in transformers.

@@ -24,8 +24,8 @@ class Mamba(Decoder):
 
 
 def decoder_rows(*mixer: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a model whose layers
-  are a Mamba or a Mamba-2, with the rows `mixer`."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of a
+  model whose layers are a Mamba or a Mamba-2, with the rows `mixer`."""
   return (('embed/tokens', 'VD', 'backbone.embeddings.weight', 'V D'),
           *hf.prefix_rows(
               'decoder/layers', 'backbone.layers.{n}',

@@ -84,8 +84,8 @@ class NemotronH(Decoder):
 
 
 def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a layer's Mamba-2, or
-  of its attention."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of a
+  layer's Mamba-2, or of its attention."""
   if config.mixer == 'mamba2':
     return hf.prefix_rows('attention', 'mixer', *mamba2.MIXER_ROWS)
   return hf.prefix_rows(

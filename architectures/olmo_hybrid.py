@@ -47,8 +47,8 @@ BASE_ROWS = olmo2.BASE_ROWS + llama.layer_rows(
 
 
 def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a layer's gated
-  DeltaNet, or of its attention."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of a
+  layer's gated DeltaNet, or of its attention."""
   if config.mixer == 'deltanet':
     return DELTANET_ROWS
   return olmo2.ATTENTION_ROWS

@@ -29,8 +29,8 @@ class Qwen35(Decoder):
 
 
 def mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a layer's gated
-  DeltaNet, or of its attention."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of a
+  layer's gated DeltaNet, or of its attention."""
   if config.mixer != 'deltanet':
     return qwen3_next.attention_rows(config)
   return hf.prefix_rows(

@@ -89,8 +89,8 @@ STATE_ROWS = (
 
 
 def attention_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a layer of attention,
-  with those of biases if the model has them."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of a
+  layer of attention, with those of biases if the model has them."""
   rows = []
   for row in ATTENTION_ROWS:
     _, _, tensor_name, _ = row
@@ -100,8 +100,8 @@ def attention_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
 
 
 def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows that map a layer's gated DeltaNet, or its attention, to
-  the tensors of a Hugging Face file.
+  """Returns table rows that name the Hugging Face tensors of a layer's gated
+  DeltaNet, or its attention.
 
   A fused tensor of the DeltaNet goes head of keys by head of keys. For each of
   the J heads it has the query, the key, and the values and the gates of the R
@@ -111,8 +111,8 @@ def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
     config: our config of the layer.
 
   Returns:
-    Rows of four strings: the path and the axes of a parameter of ours, and the
-    name and the axes of its tensor there (see parts/hf/tensor_map.py).
+    Rows of four strings: the path and the axes of our parameter, and the name
+    and the axes of its tensor (parts/hf/tensor_map.py explains the axes).
   """
   if config.mixer != 'deltanet':
     return attention_rows(config)

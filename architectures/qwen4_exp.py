@@ -48,8 +48,9 @@ KIND_OF_LAYER_TYPE = {layer_types.LINEAR_ATTENTION: 'linear',
 
 
 def _stream_rows(our_folder: str, hf_module: str) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the hyper-connections
-  of one branch: the matrices by which it reads and writes the residual streams.
+  """Returns table rows that name the Hugging Face tensor of each parameter of
+  the hyper-connections of one branch: the matrices by which it reads and writes
+  the residual streams.
 
   Args:
     our_folder: the folder of our parameters.
@@ -80,8 +81,8 @@ NGRAM_ROWS = hf.prefix_rows(
 
 
 def _layer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a layer, with those of
-  an indexer and of n-grams, which some layers have."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of a
+  layer, with those of an indexer and of n-grams, which some layers have."""
   indexer_rows = hf.prefix_rows(
       'attention/indexer', 'self_attn.indexer',
       ('query|key', 'DHK|DK', 'index_qk_proj.weight', 'HK+K D'),

@@ -31,8 +31,8 @@ class T5(EncoderDecoder):
 
 
 def stack_rows(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the encoder or the
-  decoder, which Switch has too.
+  """Returns table rows that name the Hugging Face tensor of each parameter of
+  the encoder or the decoder, which Switch has too.
 
   Args:
     stack: 'encoder' or 'decoder', as the names of the tensors have it.
@@ -73,8 +73,8 @@ def stack_rows(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
 
 def _attention_rows(our_name: str, norm: str, hf_name: str
                     ) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of one attention and of
-  the norm before it.
+  """Returns table rows that name the Hugging Face tensor of each parameter of
+  one attention and of the norm before it.
 
   Args:
     our_name: our name of the attention.
@@ -97,8 +97,8 @@ def _attention_rows(our_name: str, norm: str, hf_name: str
 
 
 def model_rows(*ffn: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of both stacks, and of
-  the embedding and the head."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of
+  both stacks, and of the embedding and the head."""
   return (('embed/tokens', 'VD', 'shared.weight', 'V D'),
           ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
           *stack_rows('encoder', *ffn), *stack_rows('decoder', *ffn))

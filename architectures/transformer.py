@@ -38,8 +38,8 @@ class Transformer(EncoderDecoder):
 
 
 def attention_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of one attention, which
-  GShard and OPT have too.
+  """Returns table rows that name the Hugging Face tensor of each parameter of
+  one attention, which GShard and OPT have too.
 
   Args:
     ours: our name of the attention.
@@ -50,8 +50,8 @@ def attention_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
 
 
 def layer_rows(stack: str, *rows: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a stack's layers, each
-  below its prefix."""
+  """Returns table rows that name the Hugging Face tensor of each parameter of a
+  stack's layers, each below its prefix."""
   return hf.prefix_rows(f'{stack}/layers', f'model.{stack}.layers.{{n}}', *rows)
 
 
