@@ -61,32 +61,36 @@ def check_request(config: ml_collections.ConfigDict, workdir: epath.Path,
                   by_hand: Iterable[str] = (), allow_config_change: bool = False
                   ) -> RunRequest:
   """Checks everything that can be wrong in the request for a run before any
-  device is used, and returns the request with all that follows from it.
+  device is used, and completes the request.
 
   Args:
     config: the config of the run.
     workdir: the folder of the run.
-    by_hand: the fields that were set on the command line; see
-      preflight.check_config.
-    allow_config_change: whether a run that has begun may go on with another
-      config.
+    by_hand: the names of the fields that were set on the command line. Such a
+      field is refused if the model does not read it.
+    allow_config_change: whether a run may be resumed with another config.
+
+  Returns:
+    The request with all that follows from it, such as the complete model
+    config.
 
   Raises:
     RequestError: for anything that the run could not honour.
   """
+  # Find faults in the config and in the files that it names. The cheap checks
+  # are first.
   preflight.check_workdir_is_writable(workdir)
-  # Faults that the config and the files that it names show.
   preflight.check_config(config, by_hand)
   pipeline.check_sources(config)
   parameters.check_init_from(config.init_from)
 
-  # The labels, the tokenizer and the sizes of the model follow from the data.
+  # Complete the config: the labels, the tokenizer and the sizes of the model.
   config_with_labels = objectives.fill_in_labels(config)
   tokenizer = tokenizers.load(config_with_labels.data.tokenizer)
   parameters.check_tokenizer_of_weights(config_with_labels, tokenizer)
   model, derived = runs.resolve_model(config_with_labels, tokenizer)
 
-  # A run that has begun goes on with the same config, unless it may change.
+  # A run that is resumed must have the same config, unless it may change.
   changes = run_config.list_changes(workdir, config_with_labels,
                                     derived=derived)
   run_config.refuse_changes(changes, allow_config_change)
@@ -97,11 +101,11 @@ def check_request(config: ml_collections.ConfigDict, workdir: epath.Path,
 
 
 def build_on_devices(request: RunRequest, mesh: Mesh | None = None) -> runs.Run:
-  """Returns the run that a request asks for, on its devices; nothing is
-  computed.
+  """Builds the mesh, the module and the optimiser of a run, and checks that its
+  training state fits into memory. Nothing is computed yet.
 
   Args:
-    request: the request, with the config of the run and its model.
+    request: the checked request, with the config of the run and its model.
     mesh: the mesh of devices; None: that of config.mesh, over all devices.
 
   Raises:
@@ -114,16 +118,18 @@ def build_on_devices(request: RunRequest, mesh: Mesh | None = None) -> runs.Run:
 
 
 def check_data(request: RunRequest, contents: dict[str, str]) -> list[str]:
-  """Returns a line for each source of data that has changed since the run was
-  started.
+  """Checks that the data of a run are the same as when it was started.
 
   Args:
-    request: the request of the run.
-    contents: a hash of what each source holds now, by its name, as
+    request: the checked request for the run.
+    contents: a hash of what each data source holds now, by its name, as
       pipeline.digest_contents returns them.
 
+  Returns:
+    A line for the user about each source that has changed.
+
   Raises:
-    RequestError: where a source has changed, unless that is allowed.
+    RequestError: where a source has changed and that is not allowed.
   """
   starts = run_config.load_starts(request.workdir)
   return provenance.check_data(starts, data=contents,
@@ -197,8 +203,12 @@ def find_starting_point(request: RunRequest, run: runs.Run,
 
 
 def create_first_state(run: runs.Run) -> TrainState:
-  """Returns the training state of a run before its first step, with parameters
-  that are drawn, or are those of init_from; prints which."""
+  """Makes the training state of a run before its first step, and prints where
+  the parameters come from: they are read from init_from, or drawn at random.
+
+  Args:
+    run: the run, built on its devices.
+  """
   config = run.config
   state = parameters.create_state(run, config.init_from)
   if not devices.is_primary_process():
@@ -206,7 +216,7 @@ def create_first_state(run: runs.Run) -> TrainState:
   if config.init_from:
     print(f'starting from the parameters in {config.init_from} (init_from)')
     return state
-  # A parameter may be drawn from another seed than the data.
+  # The parameters may be drawn from another seed than the order of the data.
   seed = f'seed {config.seed}'
   if config.init_seed:
     seed = f'init_seed {config.init_seed} and {seed}'

@@ -85,12 +85,15 @@ _text_that_declared: dict[tuple[str, str], str] = {}
 
 
 def list_config_files(folders: tuple[str, ...], defines: str) -> list[str]:
-  """Returns the files of folders of configs/ that define a function, as `gpt`
-  or `sweeps/small`: their paths in configs/ without the suffix.
+  """Lists the Python files in configs/ that define a certain function, such as
+  get_config.
 
   Args:
-    folders: the folders; '': configs/ itself.
+    folders: the folders in configs/ to look in; '': configs/ itself.
     defines: the name of the function, or of a value.
+
+  Returns:
+    Their paths in configs/ without the suffix, such as `gpt` or `sweeps/small`.
   """
   definition = re.compile(rf'^(def )?{defines}\b', re.MULTILINE)
   names = []
@@ -104,22 +107,26 @@ def list_config_files(folders: tuple[str, ...], defines: str) -> list[str]:
 
 def find_config_file(name: str, asked_in: str, folders: tuple[str, ...] = ('',),
                      defines: str = 'get_config') -> str:
-  """Returns the path of a config, sweep or study that a user names: `name`
-  itself, where it is a path from here, else a file of configs/.
+  """Finds the Python file of a config, a sweep or a study that the user names,
+  either by its path or by its name in configs/.
 
   Args:
-    name: the name as a user writes it.
+    name: the name as the user writes it.
     asked_in: the flag or argument that has the name, for the message.
-    folders: the folders of configs/ in which such files lie.
-    defines: the function that each of them has.
+    folders: the folders in configs/ in which such files lie; '': configs/
+      itself.
+    defines: the function that each of these files defines.
+
+  Returns:
+    The path of the file.
 
   Raises:
-    RequestError: where there is no such file; it has the names nearest to it.
+    RequestError: where there is no such file, with similar names.
   """
   if os.path.isfile(name):  # which is False for a name that is too long
     return name
 
-  # A file is named by its path in configs/ or by its last part.
+  # The name may be a path in configs/ or the last part of one.
   asked_name = name.removeprefix('configs/').removesuffix('.py')
   known_paths = list_config_files(folders, defines)
   stem_of_path = {path: pathlib.Path(path).name for path in known_paths}
@@ -128,7 +135,8 @@ def find_config_file(name: str, asked_in: str, folders: tuple[str, ...] = ('',),
   if len(matches) == 1:
     return str(configs.FOLDER / f'{matches[0]}.py')
 
-  # The files of that name in several folders, or those that are spelt alike.
+  # Suggest files of similar names. If the name fits files in several folders,
+  # these are among them.
   similar_paths = []
   similar_stems = difflib.get_close_matches(
       pathlib.Path(asked_name).name, set(stem_of_path.values()), n=4)
@@ -145,22 +153,23 @@ def find_config_file(name: str, asked_in: str, folders: tuple[str, ...] = ('',),
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
-  """Returns the config that the get_config() of a Python file makes.
+  """Loads a config from a Python file, by calling the get_config() that it
+  defines.
 
   Args:
-    spec: FILE.py:SIZE, where FILE.py is a path, or the name of a file of
-      configs/, such as `gpt`.
+    spec: FILE.py or FILE.py:SIZE. FILE.py is a path, or the name of a file in
+      configs/, such as `gpt`. get_config is called with SIZE if it is given.
 
   Raises:
-    RequestError: where the file is missing, fails, or returns no config; the
-      message gives the file and the line.
+    RequestError: where the file is missing, fails, or returns no config. The
+      message has the file and the line.
   """
   name, colon, size = spec.partition(':')
   file = find_config_file(name, '--config')
   module = run_user_file(file)
   require(hasattr(module, 'get_config'), f'--config {file!r} is no config: it '
           'has no get_config()')
-  # A get_config without a size has its own default.
+  # Without a size, get_config takes its own default.
   if colon:
     config = call_user_function(file, module.get_config, size)
   else:
@@ -189,23 +198,27 @@ def read_python_file(file: str) -> str:
 
 
 def call_user_function(file: str, function: Callable, *args):
-  """Calls a function of a user's file with `args`, and returns what it does.
+  """Calls a function that a user's file defines. If it fails, the error becomes
+  a sentence with the file and the line, without a traceback.
 
   Args:
     file: the path of the file, for the message.
-    function: the function to call, which the file defines.
-    *args: the arguments that it is called with.
+    function: the function to call.
+    *args: its arguments.
+
+  Returns:
+    What the function returns.
 
   Raises:
-    RequestError: where it fails, with the file, the line and the reason.
+    RequestError: where the function fails.
   """
   try:
     return function(*args)
   except RequestError:
     raise  # which is a sentence already
   except (Exception, SystemExit) as error:  # whatever the user's code raises
-    # The last line of the file that was run; there is none where the file
-    # fails before.
+    # Find the last line of the user's file that was run. There may be none, for
+    # instance if the file could not be parsed.
     place = file
     for frame in traceback.extract_tb(error.__traceback__):
       if frame.filename == file:
@@ -217,15 +230,15 @@ def call_user_function(file: str, function: Callable, *args):
 
 
 def check_config(config: Any, subject: str) -> None:
-  """Checks that what a user's function returned is a config: that it has the
-  fields of configs/base.py, each of the type and in the range declared there.
+  """Checks that what a user's function has returned is a config: it must have
+  all fields of configs/base.py, with values of the declared types and ranges.
 
   Args:
     config: the value that the function returned.
     subject: the name of the function, with which a message begins.
 
   Raises:
-    RequestError: where it is none.
+    RequestError: for anything else.
   """
   if not isinstance(config, ml_collections.ConfigDict):
     raise RequestError(
@@ -240,23 +253,25 @@ def check_config(config: Any, subject: str) -> None:
 
 
 def execute_file(file: str, text: str) -> types.ModuleType:
-  """Executes the text of a Python file, and returns the module that it defines.
-  A text that was executed before under this path is not executed again.
+  """Executes a Python file and returns the module that it defines. The same
+  text at the same path is executed only once.
 
   Args:
     file: the path of the file, for messages.
     text: the content of the file.
   """
-  # The module is named by the content, so that a changed file is another
-  # module.
+  # The name of the module has a hash of the content, so that a changed file
+  # becomes another module.
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   name = f'outside_{pathlib.Path(file).stem}_{digest}'
   module = sys.modules.get(name)
   if module is not None and module.__file__ == file:
-    return module  # its classes stay the same ones
+    # Executing it again would make its classes different from before.
+    return module
   module = types.ModuleType(name)
   module.__file__ = file
-  # Dataclasses, and a system's page, are looked up by the name of their module.
+  # Register the module before it is executed: dataclasses look up their module
+  # by its name.
   sys.modules[name] = module
   try:
     exec(compile(text, file, 'exec'), module.__dict__)
@@ -267,8 +282,8 @@ def execute_file(file: str, text: str) -> types.ModuleType:
 
 
 def declare_parts(file: str, text: str, module: types.ModuleType) -> None:
-  """Adds the parts that a file from outside the tree declares, such as NORMS =
-  {'half': Half}, to the tables of the same names in the tree.
+  """Adds the parts of models that a user's file declares, such as NORMS =
+  {'half': Half}, to our own tables of the same names.
 
   Args:
     file: the path of the file.
@@ -276,7 +291,7 @@ def declare_parts(file: str, text: str, module: types.ModuleType) -> None:
     module: the module that `execute_file` returned.
 
   Raises:
-    RequestError: for an entry that the tree, or another file, has already.
+    RequestError: for the name of a part that exists already.
   """
   num_before = len(_text_that_declared)
   for table_name in MODULE_OF_TABLE:

@@ -29,18 +29,18 @@ FIELD_THAT_ENABLES = {
 
 def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
                  ) -> None:
-  """Checks everything that can be wrong in a config and is seen without its
-  data or any device.
+  """Checks everything that can be wrong in a config, as far as it can be seen
+  without reading data or using a device.
 
   Args:
     config: the config of a run.
-    by_hand: the fields that were set on the command line, or by the point of a
-      sweep: one that the model does not read is refused.
+    by_hand: the names of the fields that the user has set, on the command line
+      or in a sweep. Such a field is refused if the model does not read it.
 
   Raises:
     RequestError: for what is wrong.
   """
-  # The fields by themselves, and those of one group.
+  # Check each field by itself, and the fields of each section.
   base.check_config(config.to_dict())
   objectives.check_objective(config)
   _check_enabling_fields(config)
@@ -53,11 +53,12 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
                choices=tokens.HELD_OUT_PARTS)
   metrics.check_writers(config.log)
 
-  # The model, and what depends on it.
+  # Check the model, and what depends on it.
   module = architectures.build(runs.resolve_model_without_tokenizer(config))
   refuse_unread_fields(by_hand, config, model=module.config)
   mup.check_optimizer(module.config, config.optim.name)
-  runs.parameter_shares(module, config.optim)  # refuses a pattern of nothing
+  # This refuses a pattern of optim.freeze that fits no parameter.
+  runs.parameter_shares(module, config.optim)
   _check_row_length(config, module.config)
   _check_objective_fits_model(config.objective, module)
   evals.check_tasks_in_training(config)
@@ -88,14 +89,16 @@ def _check_row_length(config: ml_collections.ConfigDict, model: ModelConfig
 
 
 def _check_best_figure(eval_config: ml_collections.ConfigDict) -> None:
-  """Checks that eval.best names a figure (such as `loss`, or TASK/FIGURE) that
-  the evaluations of the run will have, and of which the best value is known.
+  """Checks that eval.best, by which the best checkpoint of a run is chosen,
+  names a figure that its evaluations will have.
 
   Args:
     eval_config: the fields of config.eval.
 
   Raises:
-    RequestError: where it does not, or eval.best_is is none of its values.
+    RequestError: for a figure that will not be evaluated; and for one of which
+      it is not known whether large or small values are better, unless
+      eval.best_is says it.
   """
   check_choice('eval.best_is', value=eval_config.best_is,
                choices=('', 'least', 'largest'))
@@ -103,14 +106,16 @@ def _check_best_figure(eval_config: ml_collections.ConfigDict) -> None:
   if not best:
     return
 
-  # The figure is one of a task, TASK/FIGURE, or one of the held-out data.
+  # The figure is either that of a task, TASK/FIGURE, or one of the held-out
+  # data, such as `loss`. Find out whether it is evaluated during training.
   figure = best.rpartition('/')[2]
   if '/' in best:
     task = best.partition('/')[0]
     tasks = evals.parse_task_names(eval_config.tasks)
     require(task in tasks, f'eval.best is {best!r}, and eval.tasks has no '
             f'{task!r}: it has {", ".join(tasks) or "none"}')
-    # A task may also be run once, after the last step; patience needs more.
+    # Without an interval, a task is evaluated once, after the last step. That
+    # is enough, unless patience needs a series of evaluations.
     is_evaluated = eval_config.tasks_every_steps or not eval_config.patience
     interval_field = 'tasks_every_steps'
   else:
@@ -121,7 +126,7 @@ def _check_best_figure(eval_config: ml_collections.ConfigDict) -> None:
         f'eval.best is {best!r} and eval.patience {eval_config.patience}, but '
         f'eval.{interval_field} is 0: nothing of it is known while training')
 
-  # Whether the least or the largest value is the best.
+  # It must be known whether the least or the largest value is the best.
   has_usual_best = figure in (*metrics.FIGURES_BEST_WHEN_LEAST,
                               *metrics.FIGURES_BEST_WHEN_LARGEST)
   if not eval_config.best_is and not has_usual_best:
@@ -133,13 +138,16 @@ def _check_best_figure(eval_config: ml_collections.ConfigDict) -> None:
 def refuse_unread_fields(names: Iterable[str],
                          config: ml_collections.ConfigDict,
                          model: ModelConfig) -> None:
-  """Raises RequestError for a field of config.model that a user has set to
-  another value than its default, and that the model does not read.
+  """Refuses a field of config.model that the user has set although the model
+  does not read it: the user believes that it has an effect.
 
   Args:
     names: the dotted names of the fields that the user has set.
     config: the config of the run.
-    model: the resolved config.model of the run.
+    model: the complete model config of the run.
+
+  Raises:
+    RequestError: for such a field, with what would make the model read it.
   """
   # Only fields of the model can be unread.
   model_names = {name for name in names if name.startswith('model.')}
@@ -149,7 +157,8 @@ def refuse_unread_fields(names: Iterable[str],
   for name_in_model, unread in unread_fields.items():
     name = f'model.{name_in_model}'
     is_of_layer_kind = name_in_model.startswith('kinds.')
-    # The fields of a kind of layer are set by setting model.kinds, too.
+    # Fields of a kind of layer (a named set of fields) may also be set by
+    # setting model.kinds as a whole.
     is_set = name in model_names or (
         is_of_layer_kind and 'model.kinds' in model_names)
     if not is_set:
@@ -159,7 +168,7 @@ def refuse_unread_fields(names: Iterable[str],
     if value == default and not is_of_layer_kind:
       continue
 
-    # It is refused, with what would make the model read it.
+    # Refuse it, and say what would make the model read it.
     advice = 'away'
     if not is_of_layer_kind:
       other_fields = ' or '.join(f'model.{other}' for other in unread.others)
@@ -169,14 +178,18 @@ def refuse_unread_fields(names: Iterable[str],
 
 
 def _check_objective_fits_model(name: str, module: nn.Module) -> None:
-  """Raises RequestError where an objective (what is learned, such as `causal`)
-  cannot train a model, because of its stack, its layers or its head.
+  """Checks that an objective (what is learned, such as `causal`) can train a
+  model.
 
   Args:
     name: the name of the objective.
     module: the Flax module of the model.
+
+  Raises:
+    RequestError: where the objective needs other stacks (a decoder, an encoder
+      or both), other layers or another head.
   """
-  # The stack: a decoder, an encoder or both.
+  # Check the stack: a decoder, an encoder or both.
   objective = objectives.OBJECTIVES[name]
   stack = architectures.stack(module.config)
   if stack not in objective.stacks:
@@ -187,7 +200,7 @@ def _check_objective_fits_model(name: str, module: nn.Module) -> None:
     raise RequestError(
         f'objective is {name!r}, which does not fit model.arch '
         f'{module.config.arch} ({stack}): choose from {", ".join(choices)}')
-  # A prefix is read in both directions.
+  # An objective with a prefix needs layers that read it in both directions.
   if objective.prefix and blocks.has_layers_with_state(module.config):
     raise RequestError(
         f'objective is {name!r}, whose first tokens see each other, and some '

@@ -95,15 +95,18 @@ def parameter_roles(module: nn.Module):
 
 def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
                     steps: int) -> optax.GradientTransformation:
-  """Returns the optimiser that config.optim describes, for the parameters of a
-  model.
+  """Builds the optimiser that a run's config describes.
 
   Args:
-    module: the Flax module of the model.
-    optim: config.optim. Some of its fields may be traced;
-      preflight.check_config checks those that are not.
+    module: the Flax module of the model, whose parameters are to be trained.
+    optim: config.optim. Some of its fields may be traced values; the others are
+      checked by preflight.check_config.
     steps: train.steps, over which the learning rate is scheduled.
   """
+  # A Role says what a parameter is used for, and along which axes. The learning
+  # rate of a parameter is multiplied by the factor that muP gives it, and by
+  # its share: 0 where it is frozen, less than 1 in early layers with
+  # layer_decay.
   roles = parameter_roles(module)
   rate_multipliers = mup.learning_rate_factors(
       module.config, optimizer=optim.name, roles=roles)
@@ -114,24 +117,28 @@ def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
 
 
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
-  """Returns the factor of the learning rate for each parameter of `module`, as
-  a tree: 0 for frozen ones, less than 1 for early layers with layer_decay.
-  None: every parameter is trained with the whole rate.
+  """Returns the factor by which the learning rate of each parameter is
+  multiplied, as a tree: 0 for frozen parameters, and less than 1 for those of
+  early layers if optim.layer_decay is less than 1.
 
   Args:
     module: the Flax module of the model.
-    optim: config.optim, the fields of the optimiser, with those that freeze
-      parameters or lower their rate by depth.
+    optim: config.optim, with the fields that freeze parameters or lower their
+      learning rate.
+
+  Returns:
+    The tree; None if every parameter is trained with the whole learning rate.
 
   Raises:
-    RequestError: for rates by depth (layer_decay) of layers that loop.
+    RequestError: for optim.layer_decay in a model that runs its layers in a
+      loop.
   """
   loop = module.config.loop
   if optim.layer_decay != 1 and loop != 'none':
     raise RequestError(f'optim.layer_decay is {optim.layer_decay}, and with '
                        f'model.loop {loop!r} a layer is run at several depths: '
                        'leave it at 1')
-  # With low-rank adapters, the model's own parameters are frozen.
+  # Low-rank adapters are trained alone: the parameters of the model are frozen.
   has_adapters = module.config.lora.rank > 0
   if (optim.freeze or has_adapters
       or optim.layer_decay != 1 or optim.table_rate != 1):
@@ -145,15 +152,16 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
 def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
                    mesh: Mesh, rules: str, optim: ml_collections.ConfigDict
                    ) -> TrainState:
-  """Returns the training state with a jax.ShapeDtypeStruct for each array: its
-  shape, dtype and sharding, without values. A run is planned, initialised and
-  restored with it.
+  """Describes the training state of a run, without making it: a
+  jax.ShapeDtypeStruct for each array, with its shape, dtype and sharding. It
+  serves to plan a run, to initialise its state, and to restore a checkpoint.
 
   Args:
     module: the Flax module of the model.
-    tx: the optimiser, a pair of functions of Optax (init, update).
+    tx: the optimiser, an optax.GradientTransformation.
     mesh: the mesh of devices.
-    rules: mesh.rules, the table that maps logical axes to axes of the mesh.
+    rules: the name of the table that maps the names of parameters' axes to axes
+      of the mesh (mesh.rules).
     optim: config.optim, the fields of the optimiser.
   """
   boxed_params = abstract_params(module)
@@ -163,8 +171,8 @@ def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
       _make_first_state, tx=tx, optim=optim, rate_shares=rate_shares)
   shapes = jax.eval_shape(make_state, params)
 
-  # Each array of the optimiser, and each average, lies where its parameter
-  # lies; the counts are on every device.
+  # The arrays of the optimiser and the moving average (ema) lie where their
+  # parameters lie. The counts are on every device.
   param_shardings = devices.param_shardings(boxed_params, mesh=mesh,
                                             rules=rules)
   replicated = NamedSharding(mesh, PartitionSpec())
@@ -211,15 +219,17 @@ def seed_of_parameters(config: ml_collections.ConfigDict) -> jax.Array:
 def init_state(module: nn.Module, tx: optax.GradientTransformation,
                key: jax.Array, optim: ml_collections.ConfigDict
                ) -> TrainState:
-  """Returns the training state before the first step, with parameters drawn
-  from `key`.
+  """Makes the training state before the first step, with parameters that are
+  drawn at random.
 
   Args:
     module: the Flax module of the model.
-    tx: the optimiser, a pair of functions of Optax (init, update).
-    key: the random key; the state depends on nothing else that is random.
+    tx: the optimiser, an optax.GradientTransformation.
+    key: the random key. Nothing else in the state is random.
     optim: config.optim, the fields of the optimiser.
   """
+  # The shapes of the parameters do not depend on the input, so one token is
+  # enough. unbox removes the names of axes that Flax keeps with each parameter.
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = nn.meta.unbox(module.init(key, tokens)['params'])
   rate_shares = parameter_shares(module, optim)
@@ -229,17 +239,17 @@ def init_state(module: nn.Module, tx: optax.GradientTransformation,
 def _make_first_state(params: Any, tx: optax.GradientTransformation,
                       optim: ml_collections.ConfigDict, rate_shares: Any
                       ) -> TrainState:
-  """Returns the training state before the first step with given parameters.
+  """Makes the training state before the first step, with given parameters.
 
   Args:
     params: the parameters of the model, a tree of arrays.
-    tx: the optimiser, a pair of functions of Optax (init, update).
+    tx: the optimiser, an optax.GradientTransformation.
     optim: config.optim, the fields of the optimiser.
-    rate_shares: the factor of the learning rate for each parameter; see
-      parameter_shares.
+    rate_shares: the factor of each parameter's learning rate, 0 where frozen,
+      as `parameter_shares` returns it.
   """
-  # Each count is an array of its own: a shared one that is donated would be
-  # freed twice.
+  # Each count must be an array of its own. The training step donates the state,
+  # and an array that it has twice would be freed twice.
   step = jnp.zeros((), jnp.int32)
   bad_steps = jnp.zeros((), jnp.int32)
   bad_in_row = jnp.zeros((), jnp.int32)
@@ -448,9 +458,9 @@ def _accumulate_gradients(grad_fn: Callable, params: Any, batch: Any,
 
 def make_eval_step(module: nn.Module, config: ml_collections.ConfigDict
                    ) -> Callable:
-  """Returns the function step(params, batch) -> {figure: Mean} that evaluates a
-  model on a batch, by the plain loss: without label smoothing, z-loss or
-  auxiliary losses.
+  """Returns a function that evaluates a model on a batch: step(params, batch)
+  -> {figure: Mean}. The loss is the plain one, without label smoothing, z-loss
+  and auxiliary losses.
 
   Args:
     module: the Flax module of the model.
@@ -477,20 +487,22 @@ DERIVED_MODEL_FIELDS = ('vocab_size', 'max_len', 'head', 'num_labels')
 def resolve_model(config: ml_collections.ConfigDict,
                   tokenizer: tokenizers.Tokenizer
                   ) -> tuple[ModelConfig, dict[str, Any]]:
-  """Returns the model config of a run, checked and complete, and the values of
-  the fields that were left empty and derived.
+  """Completes and checks the model config of a run. Fields that were left
+  empty, such as the size of the vocabulary, are derived from the tokenizer and
+  the data.
 
   Args:
     config: the config of the run.
-    tokenizer: its tokenizer, which gives the size of the vocabulary.
+    tokenizer: the tokenizer of the run.
 
   Returns:
-    The model config; and a dict from the dotted name of each derived field,
-    such as model.vocab_size, to its value.
+    The complete model config; and {dotted name: value} of the derived fields,
+    such as model.vocab_size.
 
   Raises:
     ValueError: for anything in the config that a run could not honour.
   """
+  # Derive the fields that were left at 0 or ''.
   config = objectives.fill_in_labels(config)
   objective = objectives.find_objective(config)
   model = config.model.to_dict()
@@ -498,14 +510,14 @@ def resolve_model(config: ml_collections.ConfigDict,
   model['vocab_size'] = model['vocab_size'] or least_vocab_size
   _fill_derived_fields(model, config)
 
-  # The sizes that were given must have room for the data.
+  # Sizes that the user has given must be large enough for the data.
   num_labels = objective.num_labels(config)
   require(num_labels in (0, model['num_labels']), f'model.num_labels is '
           f'{model["num_labels"]}, and the data of objective '
           f'{config.objective!r} have {num_labels}: leave it at 0, to be '
           'derived')
   if least_vocab_size == tokenizer.vocab_size:
-    # An imported model may lack the ids that no text gives.
+    # An imported model may lack ids that the tokenizer never writes for a text.
     least_vocab_size = tokenizer.least_vocab_size
   require(model['vocab_size'] >= least_vocab_size, 'model.vocab_size is '
           f'{model["vocab_size"]}, but data.source {config.data.source!r} by '
@@ -531,9 +543,13 @@ def _fill_derived_fields(model: dict[str, Any],
 
 def resolve_model_without_tokenizer(config: ml_collections.ConfigDict
                                     ) -> ModelConfig:
-  """Returns the model config of a run where neither the tokenizer nor the data
-  are read: a vocabulary or a number of labels that is to be derived from them
-  has a usual size; all else is as in the run."""
+  """Completes the model config of a run without reading its tokenizer or data.
+  A vocabulary or a number of labels that would follow from them gets a usual
+  size.
+
+  Args:
+    config: the config of the run.
+  """
   model = config.model.to_dict()
   _fill_derived_fields(model, config)
   model['vocab_size'] = model['vocab_size'] or tokenizers.Bytes.USUAL
@@ -573,19 +589,19 @@ class Run:
   @classmethod
   def build_on_mesh(cls, config: ml_collections.ConfigDict, model: ModelConfig,
               mesh: Mesh) -> 'Run':
-    """Returns the run on a mesh of devices that is known to fit it; `build`
-    checks that it does.
+    """Builds the module and the optimiser of a run for a mesh that is known to
+    fit it. Use `build`, which checks the mesh.
 
     Args:
       config: the config of the run.
-      model: its resolved config.model.
+      model: its complete model config.
       mesh: the mesh of devices.
     """
-    # The model and its optimiser.
+    # `rules` names the table that maps axes of parameters to axes of the mesh.
     rules = config.mesh.rules
     module = architectures.build(model)
     tx = build_optimizer(module, optim=config.optim, steps=config.train.steps)
-    # The shapes and shardings of the state; no array is made.
+    # This only has the shapes and shardings of the state. No array is made.
     abstract = abstract_state(module, tx=tx, mesh=mesh, rules=rules,
                               optim=config.optim)
     return cls(
@@ -651,25 +667,26 @@ class Run:
 
 def build(config: ml_collections.ConfigDict, model: ModelConfig,
           mesh: Mesh | None = None) -> Run:
-  """Returns a run with its mesh, module and optimiser; nothing is computed.
+  """Builds the mesh, the module and the optimiser of a run. Nothing is computed
+  yet.
 
   Args:
     config: the config of the run.
-    model: its resolved model config.
-    mesh: the mesh of devices, for tests and plans; None: that which config.mesh
-      describes, over all devices.
+    model: its complete model config.
+    mesh: the mesh of devices; None: the one that config.mesh describes, over
+      all devices.
 
   Raises:
-    ValueError: where the mesh does not fit the devices, model or batch, or a
-      kernel that the model names does not run on them.
+    ValueError: where the mesh does not fit the devices, the model or the batch,
+      or a kernel that the config names does not run on these devices.
   """
-  # The mesh.
+  # Make the mesh, and check it against the model and the batch.
   if mesh is None:
     shape = devices.resolve_mesh_shape(config.mesh, jax.device_count())
     mesh = devices.make_mesh(shape, slices=config.mesh.slices)
   check_mesh(config, model=model, shape=mesh.shape)
 
-  # The kernels that the model names.
+  # Check the kernels that the config names.
   platform = mesh.devices.flat[0].platform
   kernels.check_attention_kernel(model, platform)
   if model.has_experts:
@@ -679,20 +696,21 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
 
 def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
                shape: Mapping[str, int]) -> None:
-  """Checks that the sizes of a mesh divide those of the model and of its data.
+  """Checks that the sizes of a mesh divide those of the model and of its
+  batches.
 
   Args:
     config: the config of the run.
-    model: its resolved model config.
-    shape: the size of each axis of the mesh, by name.
+    model: its complete model config.
+    shape: {name: size} of the axes of the mesh.
 
   Raises:
     RequestError: where an axis does not divide a dimension of the model, the
       rows of a batch, or the length of a row.
   """
   devices.check_mesh(model, shape)
-  # Each micro-batch has as many rows on each device. With a ramp
-  # (data.batch_ramp), batches have several sizes.
+  # Each device gets the same number of rows of each micro-batch. Batches have
+  # several sizes where they grow (data.batch_ramp).
   num_shards = shape['data'] * shape['fsdp'] * shape['expert']
   num_micro_batches = config.train.grad_accumulation
   ramp = pipeline.read_ramp(config)
@@ -706,7 +724,7 @@ def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
             f'times train.grad_accumulation {num_micro_batches} do not divide: '
             f'choose a multiple of {multiple}')
 
-  # Each device of the context axis has an equal part of every row.
+  # The devices along the context axis get equal parts of each row.
   for name in ('length', 'target_length'):
     length = config.data[name]
     require(length % shape['context'] == 0, f'mesh.context is '
@@ -715,15 +733,20 @@ def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
 
 
 def check_state_fits(state: Any, mesh: Mesh) -> None:
-  """Raises RequestError for a training state that is larger than all memory of
-  a device, or of this machine where its devices are CPUs.
+  """Checks that the training state of a run fits into the memory of its
+  devices.
 
   Args:
-    state: abstract arrays with shardings.
-    mesh: the mesh that they lie on.
+    state: the shapes of the state, with shardings.
+    mesh: the mesh of devices that it lies on.
+
+  Raises:
+    RequestError: for a state that is larger than all memory of a device; if the
+      devices are CPUs, than that of this machine.
   """
   num_bytes = devices.bytes_on_one_device(state)
   device = mesh.local_devices[0]
+  # CPU devices share the memory of the machine.
   if device.platform == 'cpu':
     num_bytes *= len(mesh.local_devices)
   check_bytes_fit(num_bytes, device=device, what='parameters and optimiser',
@@ -732,15 +755,18 @@ def check_state_fits(state: Any, mesh: Mesh) -> None:
 
 def check_bytes_fit(num_bytes: int, device: jax.Device, what: str,
                     more: str = '') -> None:
-  """Raises RequestError for more bytes than all memory of a device has, or of
-  this machine if its devices are CPUs.
+  """Checks that some arrays are not larger than all memory of a device, or of
+  this machine if the device is a CPU.
 
   Args:
-    num_bytes: the number of bytes.
-    device: the device on which they are to be.
-    what: the plural noun for what has the bytes, such as 'parameters', with
-      which the message begins.
+    num_bytes: the number of bytes of the arrays.
+    device: the device that is to hold them.
+    what: the name of the arrays, such as 'parameters', with which the message
+      begins.
     more: further advice, with which the message ends.
+
+  Raises:
+    RequestError: for more bytes than the memory has.
   """
   if device.platform == 'cpu':
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
@@ -755,12 +781,19 @@ def check_bytes_fit(num_bytes: int, device: jax.Device, what: str,
 
 def fit_mesh_to_this_machine(config: ml_collections.ConfigDict
                              ) -> ml_collections.ConfigDict:
-  """Returns a copy of a run's config with which the run can be evaluated on
-  this machine: where the mesh of the config does not fit the devices here, all
-  of them share the rows of a batch (the axis `data`)."""
+  """Adapts the config of a run so that its model can be evaluated on this
+  machine. If the devices here do not fit the config's mesh, all of them share
+  the rows of a batch.
+
+  Args:
+    config: the config of the run.
+
+  Returns:
+    The changed copy of the config.
+  """
   config = config.copy_and_resolve_references()
   _let_kernels_be_chosen(config.model)
-  # An evaluation takes whole batches.
+  # Evaluations have neither micro-batches nor batches that grow.
   config.train.grad_accumulation = 1
   config.data.batch_ramp = ''
   try:
@@ -785,8 +818,8 @@ def load_run_config(workdir: epath.Path) -> ml_collections.ConfigDict:
 
 def load_run_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict
                        ) -> tokenizers.Tokenizer:
-  """Returns the tokenizer of a run; prints a warning where its file no longer
-  holds what it held when the run was trained.
+  """Loads the tokenizer of a run. A warning is printed if it is no longer the
+  one with which the run was trained.
 
   Args:
     workdir: the folder of the run.
@@ -803,11 +836,13 @@ def load_run_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict
 def load_run_model_config(workdir: epath.Path,
                           config: ml_collections.ConfigDict | None = None
                           ) -> ModelConfig:
-  """Returns the resolved model config of a run, without reading its tokenizer.
+  """Returns the complete model config of a run. The values that were derived
+  from its tokenizer and data are read from its folder.
 
   Args:
     workdir: the folder of the run.
-    config: the result of `load_run_config`, where it was read already.
+    config: the config of the run, from `load_run_config`; None: it is read
+      here.
   """
   if config is None:
     config = load_run_config(workdir)
@@ -820,9 +855,9 @@ def load_run_model_config(workdir: epath.Path,
 
 
 def _let_kernels_be_chosen(model: Any) -> None:
-  """Sets the kernels that a run names to `auto`, for a use of the model other
-  than its training: this machine may lack them, or they cannot do what is
-  asked.
+  """Sets the kernels that a config names to `auto`, for using a trained model:
+  this machine may lack them, or they may be for training only. Only `xla`,
+  which every machine has, is kept.
 
   Args:
     model: config.model, or a dict of it, which is changed.

@@ -59,14 +59,19 @@ class RunWriter:
   stop_requested: bool = False
 
   def open_metrics(self, start: int) -> None:
-    """Opens the files of metrics, and drops their rows after step `start`, from
-    which the run goes on."""
+    """Opens the files to which the metrics of the run are written. Their rows
+    after step `start` are dropped, as the run will write them again.
+
+    Args:
+      start: the step from which the run is resumed; 0 for a new run.
+    """
     self._files = metrics.open_writers(
         self.workdir, config=self.config.to_dict(), resumed_step=start,
         primary=devices.is_primary_process())
     self.best = BestEvaluation.begin_or_resume(self.config, self.saved.best)
+    # Find out whether step `start` was evaluated already. Only process 0 has
+    # the rows, so it answers for all processes.
     if start > 0:
-      # Only process 0 has the rows: it answers for all.
       has_row = any(file.has_kept(start, 'eval') for file in self._files[:1])
       answer = checkpoints.broadcast_from_process_0(np.int32(has_row))
       self.has_evaluation = bool(answer)
@@ -120,14 +125,16 @@ class RunWriter:
     self.write_figures(n, split='eval', figures=figures)
 
   def save(self, n: int, state: TrainState, tokens: int) -> None:
-    """Saves a checkpoint of the training state.
+    """Saves a checkpoint of the training state. It also records whether the
+    last step was good and which evaluation was the best.
 
     Args:
-      n: the number of steps that are done.
-      state: the state after them.
+      n: the number of steps done.
+      state: the training state after them.
       tokens: the number of tokens that the run has been trained on.
     """
-    # No checkpoint is without the figures before it.
+    # Write the metrics first: a resumed run expects all rows up to its
+    # checkpoint.
     for file in self._files:
       file.flush()
     best = None
@@ -138,12 +145,18 @@ class RunWriter:
                     good=is_good, best=best)
 
   def describe_lowest_loss(self) -> list[str]:
-    """Returns a line that says at which step the held-out loss was lowest, with
-    advice; [] where it was lowest at the end, or no figures lie on disk."""
+    """Tells the user if the held-out loss has risen since its lowest value, and
+    what to do about it.
+
+    Returns:
+      A list of one line; [] if the last loss is the lowest, or there are no
+      evaluations.
+    """
     path = pathlib.Path(self.workdir) / metrics.METRICS_FILE
     if not path.exists():
       return []
-    # Rows of earlier starts of the run are there, too.
+    # Read the losses from the file, which also has those before the run was
+    # resumed.
     loss_of_step = {}
     for row in metrics.read_metrics(path):
       if row['split'] == 'eval' and row.get('loss') is not None:
@@ -169,8 +182,13 @@ class RunWriter:
       file.close()
 
   def end(self, code: int, n: int) -> None:
-    """Notes that the run ends after step `n`, and sets `sentence` to the
-    reason; `code` is STOPPED, DIVERGED or ENDED_EARLY."""
+    """Records that the run ends, and explains the reason to the user, in
+    `sentence`.
+
+    Args:
+      code: STOPPED, DIVERGED or ENDED_EARLY.
+      n: the step after which the run ends.
+    """
     self.code = code
     newest_step = self.saved.newest
     if code == DIVERGED:
@@ -182,13 +200,14 @@ class RunWriter:
       self.sentence = self._explain_stop(n, newest_step)
 
   def _explain_stop(self, n: int, newest_step: int | None) -> str:
-    """Returns the sentence for a run that a signal stopped after step `n`: from
-    where it goes on, given the step of its newest checkpoint.
+    """Explains to the user that a signal has stopped the run, and from which
+    step it can be resumed.
 
     Args:
-      n: the step after which the run stopped.
+      n: the step after which the run has stopped.
       newest_step: the step of the newest checkpoint; None: there is none.
     """
+    # A run with a label is one of several that train together.
     step = f'step {n}'
     if self.label:
       step = f'step {n} of {self.config.train.steps}'
@@ -202,13 +221,14 @@ class RunWriter:
 
 
 def _explain_divergence(n: int, num_bad: int, newest_step: int | None) -> str:
-  """Returns the sentence for a run that ends because it has diverged.
+  """Explains to the user that a run has ended because it diverged, and what to
+  try.
 
   Args:
-    n: the step after which it ends.
-    num_bad: how many of its last steps were bad: a loss or a gradient was not
-      finite.
-    newest_step: the step of the newest checkpoint that the run has.
+    n: the step after which the run has ended.
+    num_bad: how many of its last steps had a loss or a gradient that was not
+      finite. If 0, the parameters are not finite after the last step.
+    newest_step: the step of the run's newest checkpoint.
   """
   reason = f'the parameters are not finite after the last step, {n}'
   if num_bad:
@@ -221,13 +241,16 @@ def _explain_divergence(n: int, num_bad: int, newest_step: int | None) -> str:
 
 def explain_if_diverged(state: TrainState, config: ml_collections.ConfigDict
                         ) -> str:
-  """Returns the sentence for a run that is to go on from `state` but ended
-  there after too many bad steps, and would do so again with the same config;
-  '' for a run that did not.
+  """Tells whether a run that is to be resumed has already ended because it
+  diverged. With the same config it would end in the same way.
 
   Args:
-    state: the training state, with the number of bad steps in a row.
+    state: the training state of the newest checkpoint. It has the number of bad
+      steps in a row, in which the loss or a gradient was not finite.
     config: the config of the run.
+
+  Returns:
+    A sentence for the user; '' for a run that can be resumed.
   """
   num_bad = int(state.bad_in_row)
   step = int(state.step)
@@ -243,14 +266,16 @@ def explain_if_diverged(state: TrainState, config: ml_collections.ConfigDict
 
 def explain_if_ended_early(config: ml_collections.ConfigDict,
                            record: Mapping[str, Any] | None, step: int) -> str:
-  """Returns the sentence for a run that ended early, since its evaluations were
-  no better any more; '' for a run that goes on.
+  """Tells whether a run that is to be resumed has already ended, because its
+  evaluations did not improve any more (eval.patience).
 
   Args:
     config: the config of the run.
-    record: what BestEvaluation.record returned, in the checkpoint that the run
-      would go on from.
+    record: what BestEvaluation.record returned, from the newest checkpoint.
     step: the step of that checkpoint.
+
+  Returns:
+    A sentence for the user; '' for a run that can be resumed.
   """
   best = BestEvaluation.begin_or_resume(config, record)
   if best is None or not best.is_over:
@@ -283,25 +308,29 @@ class BestEvaluation:
   def begin_or_resume(cls, config: ml_collections.ConfigDict,
                       record: Mapping[str, Any] | None
                       ) -> 'BestEvaluation | None':
-    """Returns the best evaluation of a run so far: that of its record, if the
-    run is resumed, else none yet. None where eval.best is empty.
+    """Begins to keep track of the best evaluation of a run, or resumes it.
 
     Args:
-      config: the config of the run.
-      record: what `record` returned before the run was stopped, if it was.
+      config: the config of the run. eval.best names the figure that decides.
+      record: what `record` returned when the checkpoint was saved from which
+        the run is resumed; None: the run is new.
+
+    Returns:
+      The tracker; None if eval.best is empty.
     """
     figure = config.eval.best
     best_is = config.eval.best_is
     if not figure:
       return None
-    # Accuracies rise and losses fall, unless eval.best_is says otherwise.
+    # Find out whether large or small values are better. eval.best_is says it,
+    # else the name of the figure: the larger an accuracy, the better.
     if best_is:
       largest = best_is == 'largest'
     else:
       name = figure.rpartition('/')[2]
       largest = name in metrics.FIGURES_BEST_WHEN_LARGEST
 
-    # A run goes on from its record, but not where another figure decides now.
+    # Resume from the record, unless another figure decides now.
     patience = config.eval.patience
     if record and (record['figure'], record['largest']) == (figure, largest):
       return cls(**record, patience=patience)
@@ -314,21 +343,23 @@ class BestEvaluation:
     return fields
 
   def add_evaluation(self, n: int, figures: Mapping[str, float]) -> None:
-    """Takes the figures of the evaluation after step `n`, and notes whether it
-    is the best so far; does nothing where eval.best is none of these figures.
+    """Notes whether an evaluation is the best one so far. Nothing is done if
+    eval.best is none of its figures.
 
     Args:
       n: the step after which the run was evaluated.
-      figures: all figures of the evaluation, by name.
+      figures: {name: value} of all figures of the evaluation.
 
     Raises:
-      RequestError: as `check_is_among` does.
+      RequestError: where eval.best names a figure of this task that does not
+        exist.
     """
     self.seen = n
     if not self.check_is_among(figures):
       return
     value = float(figures[self.figure])
-    # Every process decides as process 0 does.
+    # All processes must decide as process 0 does, even if their figures differ
+    # in the last digit.
     is_better = np.int32(self._is_better(value))
     if checkpoints.broadcast_from_process_0(is_better):
       self.step = n
@@ -348,14 +379,16 @@ class BestEvaluation:
     return value < self.value
 
   def check_is_among(self, names: Collection[str]) -> bool:
-    """Returns whether eval.best is one of the figures of an evaluation.
+    """Returns whether the figure that eval.best names is one of those of an
+    evaluation.
 
     Args:
-      names: the names of these figures.
+      names: the names of the figures of the evaluation. A figure of a task is
+        called TASK/FIGURE.
 
     Raises:
-      RequestError: where these are the figures of the task that eval.best
-        names, and it is not among them.
+      RequestError: where the evaluation is of the task that eval.best names,
+        but has no such figure.
     """
     task, is_of_task, _ = self.figure.partition('/')
     choices = list(names)

@@ -14,21 +14,21 @@ TEMPLATES = pathlib.Path(__file__).parent / 'templates'
 
 def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
                      step: int, num_parameters: int) -> None:
-  """Writes the model card (README.md) of a run's checkpoint into a folder,
-  unless there is one, which may have been edited.
+  """Writes a model card, README.md, for a checkpoint of a run that is exported.
+  An existing one is left as it is, as somebody may have edited it.
 
   Args:
-    workdir: the workdir of the run.
+    workdir: the folder of the run.
     config: the config of the run.
-    folder: the folder of the export.
-    step: the step of the checkpoint, whose last evaluation the card reports.
+    folder: the folder of the export, to which the card is written.
+    step: the step of the checkpoint. The card has the last evaluation up to it.
     num_parameters: the number of parameters of the model.
   """
   import jinja2
   if (folder / hub.MODEL_CARD_FILE).exists():
     return
 
-  # The last evaluation up to the checkpoint.
+  # Find the last evaluation up to the checkpoint.
   step_of_losses = None
   losses = {}
   file = workdir / metrics.METRICS_FILE
@@ -38,7 +38,7 @@ def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
         step_of_losses = row['step']
         losses = metrics.scalar_figures(row)
 
-  # The card, made of a template.
+  # Fill in the template of the card.
   templates = jinja2.Environment(
       loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True,
       undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -50,27 +50,32 @@ def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
 
 
 def read_verdicts(workdir: epath.Path) -> list[dict[str, str]]:
-  """Returns the rows of results.csv, the report of a comparison, that give a
-  verdict on the variant that a run trains; []: the run belongs to no
-  comparison, or there is no report yet.
+  """Reads what a comparison of several runs has found about the variant that
+  this run trains: the rows of its report, results.csv, with a verdict.
 
   Args:
-    workdir: the folder of the run. A comparison keeps it three levels below its
-      own folder, in one with the name of a point of the sweep.
+    workdir: the folder of the run. If the run is part of a comparison, it is
+      COMPARISON/.../POINT/..., three levels below the folder of the comparison,
+      where POINT is a setting that the comparison trains.
+
+  Returns:
+    The rows, {column: text}; [] if the run belongs to no comparison, or there
+    is no report yet.
   """
   workdir = pathlib.Path(workdir).absolute()
   comparison = workdir.parents[2]
   name = workdir.parent.name
   if not (comparison / 'sweep.json').exists():
     return []
-  # The variant of the run: a point of a sweep is its own.
+  # Look up the variant that the point belongs to, which is the point itself
+  # unless sweep.json says otherwise.
   variant = name
   for point in storage.read_json(comparison / 'sweep.json')['points']:
     if point['name'] == name:
       variant = point.get('variant', name)
       break
 
-  # The report is that of the sweep, or of the study around it.
+  # The comparison may be part of a study, one folder up, which has the report.
   for folder in (comparison, comparison.parent):
     file = folder / 'report/results.csv'
     if file.exists():

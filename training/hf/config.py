@@ -78,16 +78,19 @@ class Reader:
     self._parts: list[Reader] = []
 
   def __call__(self, name: str, default: Any) -> Any:
-    """Returns the field `name`, or transformers' default for it.
+    """Reads a field of the config.json, and records that it was read.
 
     Args:
-      name: the name of the field in config.json.
-      default: the value that transformers takes where the field is missing,
-        whose type the field must have.
+      name: the name of the field.
+      default: what transformers takes if the field is missing. The field must
+        have the same type.
+
+    Returns:
+      The value of the field, or the default if it is missing or null.
 
     Raises:
-      RequestError: if the field is of another type than the default, or a
-        number below 1 where the default is none.
+      RequestError: if the field has another type than the default, or is below
+        1 where the default is 1 or more.
     """
     self.names_read.add(name)
     value = self._tree.get(name)
@@ -131,8 +134,16 @@ class Reader:
     return part
 
   def require_values(self, **only: Any) -> None:
-    """Raises RequestError for a field that has another value than the one that
-    `only` has for it, which is transformers' default."""
+    """Checks that fields have the only value that is known here, or are
+    missing, and records that they were read.
+
+    Args:
+      **only: the only known value of each field, which is transformers'
+        default.
+
+    Raises:
+      RequestError: for a field with another value.
+    """
     for name, known in only.items():
       self.names_read.add(name)
       value = self._tree.get(name)
@@ -145,12 +156,12 @@ class Reader:
 
   def read_choice(self, name: str, default: str,
                   choices: dict[str, Any]) -> Any:
-    """Returns the value in `choices` by the word that the field `name` holds.
+    """Reads a field that holds a word, and returns our value for this word.
 
     Args:
       name: the name of the field.
-      default: transformers' default, a word too.
-      choices: our value, by each word that is known here.
+      default: the word that transformers takes if the field is missing.
+      choices: {word: our value} of the words that are known here.
 
     Raises:
       RequestError: for another word.
@@ -167,20 +178,24 @@ class Reader:
 
   def refuse_unread_fields(self, known_names: Collection[str] | None
                            ) -> list[str]:
-    """Refuses the fields that nobody has read and that may change the model;
-    returns the names of those that nobody has read and that change nothing.
+    """Checks, once a config.json has been read, that no field was overlooked
+    that may change what the model computes.
 
     Args:
-      known_names: the names that transformers declares or reads; None: that is
-        not recorded, and any may matter.
+      known_names: the fields that transformers knows for this model_type; None:
+        they are not recorded, so any field may matter.
+
+    Returns:
+      The names of fields that were not read and have no effect, as transformers
+      does not know them.
 
     Raises:
-      RequestError: for a known field that was not read and may matter.
+      RequestError: for a field that was not read and may matter.
     """
     unread = []
     refused = []
     for name, value in self._tree.items():
-      # A field that was read, or that never changes what a model computes.
+      # Skip fields that were read, or never change what a model computes.
       has_no_effect = FIELDS_WITHOUT_EFFECT.fullmatch(name)
       if name in self.names_read or has_no_effect or value is None:
         continue
@@ -188,7 +203,7 @@ class Reader:
         refused.append(f'{self._full(name)} {shorten(value)}')
       else:
         unread.append(self._full(name))
-    # The objects in it, such as text_config, have fields of their own.
+    # Check the objects in the file, such as text_config, which have fields too.
     for part in self._parts:
       unread += part.refuse_unread_fields(known_names)
     require(not refused, 'config.json has fields that transformers knows and '
@@ -220,16 +235,17 @@ CHECK_OF_TYPE: dict[type, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _check_type(subject: str, value: Any, default: Any) -> Any:
-  """Returns the value of a field, as a float where its default is one.
+  """Checks that a field of a config.json has the type of transformers' default
+  for it, and returns its value: as a float if the default is one.
 
   Args:
     subject: the field in words, with which a message begins.
     value: the value of the field.
-    default: transformers' default, whose type the value must have; where it is
-      a size above 0, so must be the value.
+    default: transformers' default. If it is an integer above 0, which is a
+      size, the value must be above 0 too.
 
   Raises:
-    RequestError: for a value of another type, or 0 for a size.
+    RequestError: for a value of another type, or a size of 0.
   """
   expected_type = type(default)
   words, is_valid = CHECK_OF_TYPE[expected_type]
@@ -253,38 +269,40 @@ def model_of_config_json(tree: dict[str, Any],
 def read_fields_and_notes(tree: dict[str, Any],
                           files: Collection[str] | None = None
                           ) -> tuple[ml_collections.ConfigDict, list[str]]:
-  """Reads a config.json of Hugging Face.
+  """Reads a model's config.json in the Hugging Face format.
 
   Args:
-    tree: the content of the config.json, as json.load returns it.
-    files: the names of the tensors beside it, which tell some things that it
-      does not; None: they are not known.
+    tree: the content of the file, as json.load returns it.
+    files: the names of the tensors in the weight files beside it, which tell
+      some things that a config.json does not; None: they are not known.
 
   Returns:
-    The fields of config.model, and a sentence for each thing that the file says
-    and an import does not do.
+    The fields of our config.model; and notes, sentences about what the file
+    says and has no effect on an import.
 
   Raises:
-    RequestError: naming what it has that is not known here.
+    RequestError: for anything in the file that may change what the model
+      computes and is not known here.
   """
-  # The reader notes each name that is read, to find those that nobody reads.
+  # The reader records the name of each field that is read. At the end, those
+  # that were not read are found by this.
   reader = Reader(tree)
   _refuse_quantised(reader)
   model = read_model_fields(reader)
   page = architectures.hugging_face(model.arch)
-  # Old files have this field in a decoder, whose module (`page`, of the
-  # system's Hugging Face format) does not ask for it.
+  # `page` says how this architecture is written in the Hugging Face format.
+  # That of a decoder does not ask for is_encoder_decoder, which old files have.
   if 'is_encoder_decoder' not in reader.names_read:
     reader.require_values(is_encoder_decoder=False)
 
-  # The fields that nobody read.
+  # Refuse fields that were not read and may matter, and note the others.
   unread = reader.refuse_unread_fields(known_fields(page.model_type))
   if unread:
     reader.notes.append(
         f'config.json has {", ".join(unread)}, {NOTE_OF_UNREAD_FIELDS} in a '
         f'{reader.model_type}: what the model computes does not depend on it')
 
-  # The names of the tensors tell the rest.
+  # Some fields follow only from the names of the tensors.
   if files is not None:
     model.update(page.read_tensor_names(files))
   _check_model(architectures.resolve(model))
@@ -323,11 +341,14 @@ UNPACKING_CLASS_OF_METHOD = {'fp8': 'FineGrainedFP8Config',
 
 
 def _refuse_quantised(reader: Reader) -> None:
-  """Raises RequestError for a config.json whose weights a quantisation has
-  packed, saying how to unpack them.
+  """Refuses a config.json whose weights are stored in a quantised format, with
+  advice on how to unpack them.
 
   Args:
     reader: the reader of the config.json.
+
+  Raises:
+    RequestError: for quantised weights.
   """
   for name in ('quantization_config', 'compression_config'):
     quantisation = reader(name, {})
@@ -336,7 +357,7 @@ def _refuse_quantised(reader: Reader) -> None:
     method = quantisation.get('quant_method', 'of no name')
     unpacking_class = UNPACKING_CLASS_OF_METHOD.get(str(method))
 
-    # Some formats can be unpacked by transformers.
+    # transformers can unpack some formats.
     remedy = 'Take the folder of the model that was quantised'
     if unpacking_class:
       remedy = (
@@ -350,11 +371,13 @@ def _refuse_quantised(reader: Reader) -> None:
 
 
 def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
-  """Returns the fields of config.model by a config.json, as the page (the
-  module of the system) of its model_type reads it.
+  """Returns the fields of our config.model that a config.json of Hugging Face
+  describes. Its model_type names the architecture, whose page (a module with
+  its names in the Hugging Face format) says how to read it.
 
   Args:
-    reader: the reader of the config.json, which notes the fields that are read.
+    reader: the reader of the config.json, which records the fields that are
+      read.
   """
   arch = reader.read_choice('model_type', '',
                             architectures.arch_of_model_type())
@@ -364,8 +387,9 @@ def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
   reader.ignore_fields(*page.fields_without_effect)
   fields |= _read_head(reader, page)
 
-  # The defaults, what the system always has, what the table has read, and what
-  # the page reads in its own way; a later one goes before an earlier one.
+  # Begin with the defaults. They are overwritten by what the architecture
+  # always has, then by the fields of the page's table, then by what the page
+  # reads in its own way.
   model = ml_collections.ConfigDict(flat.default_tree())
   model.update(architectures.system(arch).PARTS, arch=arch)
   model.update_from_flattened_dict(fields)
@@ -374,7 +398,7 @@ def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
     model.kinds = {}
   model.update(fields_of_page)
 
-  # A page need not read the fields of biases: they must say what it has.
+  # Fields about biases that the page has not read must agree with the model.
   for hf_name, our_name in hf.BIAS_FIELDS.items():
     if hf_name not in reader.names_read:
       reader.require_values(**{hf_name: model[our_name]})
@@ -382,25 +406,29 @@ def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
 
 
 def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
-  """Returns the fields of config.model that a page reads by its table
-  (HuggingFace.fields).
+  """Returns the fields of our config.model that are read by the table of an
+  architecture (HuggingFace.fields).
 
-  An entry of the table is {our field: (their field, its default)}. A third item
-  is there for fields whose values are words: {their word: our value}. 'a|b' are
-  two names for a field.
+  An entry of the table is {our field: (their field, its default)}. If the
+  values are words, it has a third item, {their word: our value}. A field with
+  two names in the Hugging Face format is written 'a|b'; the first one in the
+  file counts.
 
   Args:
-    reader: the config.json, whose names that are read it notes.
-    page: the module of a system that says how Hugging Face names its parts.
+    reader: the reader of the config.json, which records the fields that are
+      read.
+    page: the module that says how the architecture is written in the Hugging
+      Face format.
   """
   fields: dict[str, Any] = {}
   for our_name, (hf_names, default, *choices) in page.fields.items():
-    # A default may follow from the fields that were read before.
+    # A default may be a function of the fields that were read before.
     value = default
     if callable(default):
       value = default(fields)
-    # The first of several names that is there counts: names are read from the
-    # last to the first, each with what was read before as its default.
+    # Read the names from the last to the first, each with the value so far as
+    # its default. So the first name in the file counts, and all of them are
+    # recorded as read.
     for hf_name in reversed(hf_names.split('|')):
       if choices:
         value = reader.read_choice(hf_name, value, choices[0])
@@ -415,16 +443,18 @@ CLASSIFICATION = 'single_label_classification'
 
 
 def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
-  """Returns the fields of config.model that say which head a model has, by the
-  class of transformers that its config.json names.
+  """Returns the fields of our config.model that say which head a model has. A
+  config.json names the class of transformers, such as
+  BertForSequenceClassification, from which this follows.
 
   Args:
-    reader: the reader of the config.json, which notes the fields that are read.
-    page: the module of its system, with the class of transformers by each head.
+    reader: the reader of the config.json, which records the fields that are
+      read.
+    page: the module of the architecture, which has the class for each head.
 
   Returns:
-    `head`, 'lm' where no head of a task is named; and `num_labels` for a head
-    that scores labels.
+    {'head': name}, with 'lm' if the class has no head of a task; and
+    'num_labels' for a head that scores labels.
   """
   class_names = reader.read_list('architectures')
   head = 'lm'
@@ -434,11 +464,12 @@ def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
       break
   if 'num_labels' not in heads.HEADS[head].fields:
     return dict(head=head)
-  # A sequence has one label, or a number; other problems are refused.
+  # A sequence has one class or one number. transformers also has sequences with
+  # several classes, which are refused.
   if head == 'sequence':
     reader.read_choice('problem_type', CLASSIFICATION, {
         REGRESSION: REGRESSION, CLASSIFICATION: CLASSIFICATION})
-  # transformers has two labels where a config.json names none.
+  # Where a config.json names no labels, transformers takes two.
   num_labels = len(reader('id2label', {}))
   if not num_labels:
     num_labels = reader('num_labels', 2)
@@ -446,14 +477,17 @@ def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
 
 
 def read_labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
-  """Returns the names of the labels that the head of a model scores, in their
-  order, by id2label of a config.json; none where it does not say.
+  """Returns the names of the labels that the head of a model scores, from the
+  field id2label of its config.json.
 
   Args:
-    tree: the content of a config.json, as json.load returns it.
+    tree: the content of the config.json, as json.load returns it.
+
+  Returns:
+    The names in their order; () where they are not given, or only LABEL_0, ...
 
   Raises:
-    RequestError: for a table that is none of names by number.
+    RequestError: for an id2label that does not give each number one name.
   """
   table = tree.get('id2label')
   if table is None:
@@ -462,7 +496,7 @@ def read_labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
     raise RequestError(
         f'config.json has id2label {shorten(table)}: it must be an object with '
         'the keys 0, 1, ..., whose values are strings, none of them twice')
-  # JSON has the numbers as texts, in any order.
+  # In JSON the numbers are texts, and may be in any order.
   names = [table[str(i)] for i in range(len(table))]
   return meaningful_labels(tuple(names))
 
@@ -493,66 +527,80 @@ def default_labels(count: int) -> tuple[str, ...]:
 
 def config_json_of_model(config: ModelConfig,
                          labels: Sequence[str] = ()) -> dict[str, Any]:
-  """Returns the config.json of a model, from which the same config is read.
+  """Returns the content of the config.json of a model in the Hugging Face
+  format. Reading it again gives the same model.
 
   Args:
     config: the config of the model.
-    labels: what the outputs of the head of a task stand for; none: LABEL_0, ...
+    labels: the names of the labels that the head of a task scores; (): they are
+      called LABEL_0, LABEL_1, and so on.
 
   Raises:
-    RequestError: naming a field that a config.json cannot say.
+    RequestError: for a field of the model that a config.json cannot express.
   """
   page = architectures.hugging_face(config.arch)
   _check_model(config)
   architecture = page.architecture
   if config.head in page.heads:
     architecture = page.heads[config.head].architecture
-  # The fields that the page's table has, then those that it writes itself.
+  # Write the fields of the page's table, those that the page writes in its own
+  # way, and those of the head.
   tree = dict(model_type=page.model_type, architectures=[architecture])
   tree |= _write_table(config, page)
   tree |= page.write(flat.with_all_parts(config))
   tree |= _write_head(config, labels)
-  # A field for which a config.json has no words is found by reading the result
-  # again, and comparing the two models.
+  # Read the result again and compare the two models. This finds each field that
+  # the config.json does not express.
   check_same_function(config, their_model=model_of_config_json(tree),
                       why=f'a {page.model_type} config.json cannot say that')
   return tree
 
 
 def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
-  """Returns the fields of the config.json of a model that its page writes by
-  its table (HuggingFace.fields): the inverse of `_read_table`.
+  """Returns the fields of a model's config.json that are written by the table
+  of its architecture (HuggingFace.fields). It is the inverse of `_read_table`.
+
+  An entry of the table is {our field: (their field, its default)}. If the
+  values are words, it has a third item, {their word: our value}. A field with
+  two names in the Hugging Face format is written 'a|b'.
 
   Args:
     config: the config of the model.
-    page: the module of its system that says how Hugging Face names its parts.
+    page: the module that says how the architecture is written in the Hugging
+      Face format.
   """
   tree = {}
   for our_name, (hf_names, _, *choices) in page.fields.items():
+    # Leave out a field such as moe.top_k if no layer of the model reads the
+    # fields of this group.
     group = our_name.rpartition('.')[0]
     if group and config.find_part(flat.GROUPS[group]) is None:
-      continue  # No layer reads it, so the default of its readers does.
+      continue
     value = flat.get_field(config, our_name)
     if choices:
       value = hf.find_hf_word(choices[0], value=value, field=our_name)
-    # The last of several names for a field is written.
+    # Of two names, write the last one.
     last_name = hf_names.split('|')[-1]
     tree[last_name] = value
   return tree
 
 
 def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
-  """Returns the fields of the config.json of a model for the head of a task:
-  its dropout, its labels, and whether they are classes or a number.
+  """Returns the fields of a model's config.json that describe the head of a
+  task: its dropout, the names of its labels, and whether it predicts classes or
+  a number.
 
   Args:
     config: the config of the model, with its `head`.
-    labels: the names of the labels, in their order; none: LABEL_0, LABEL_1, ...
+    labels: the names of the labels, in their order; (): LABEL_0, LABEL_1, ...
+
+  Raises:
+    RequestError: for more or fewer labels than the model has.
   """
   if config.head == 'lm':
     return {}
   fields: dict[str, Any] = dict(classifier_dropout=config.head_dropout)
-  # The names of the labels, both ways.
+  # transformers wants the names by number, and the numbers by name.
   if config.num_labels:
     labels = labels or default_labels(config.num_labels)
     require(len(labels) == config.num_labels, f'{len(labels)} labels are of '
@@ -567,12 +615,15 @@ def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
 
 def check_same_function(our_model: ModelConfig, their_model: ModelConfig,
                         why: str) -> None:
-  """Raises RequestError where two models compute different functions.
+  """Checks that two models compute the same function of their parameters.
 
   Args:
     our_model: the config of one model.
     their_model: the config of the other.
     why: the end of the message, which says why they should be the same.
+
+  Raises:
+    RequestError: with each field in which they differ.
   """
   lines = [*describe_differences(our_model, their_model).values()]
   if _capacity_in_evaluation(our_model) != _capacity_in_evaluation(their_model):
@@ -583,22 +634,26 @@ def check_same_function(our_model: ModelConfig, their_model: ModelConfig,
 
 
 def _capacity_in_evaluation(config: ModelConfig) -> tuple | None:
-  """Returns the two numbers that decide which tokens an expert drops in
-  evaluation: the size of a group, and how many tokens of a group an expert
-  takes. Without groups, they are 0 and the share of a batch that it takes.
-  None: no token is dropped.
+  """Returns what decides which tokens the experts of a model drop in
+  evaluation, when more tokens choose an expert than it has room for.
 
   Args:
     config: the config of a model, with experts or without.
+
+  Returns:
+    None: no token is dropped. Else two numbers: the size of a group of tokens,
+    and how many tokens of a group an expert takes. Without groups they are 0
+    and the share of a batch that an expert takes.
   """
   moe = config.find_part(MoEConfig)
   if moe is None or not config.has_experts:
     return None
-  # An expert with room for all tokens drops none; a factor of 0 is no limit.
+  # No token is dropped if an expert has room for all tokens (a share of 1 or
+  # more), or if there is no limit (a factor of 0).
   share = moe.eval_capacity_factor * moe.top_k / moe.num_experts
   if not 0 < share < 1:
     return None
-  # Without groups, the capacity is that of a whole batch.
+  # Without groups, all tokens of a batch share the capacity.
   if not moe.group_size:
     return 0, round(share, 6)
   return moe.group_size, routing.expert_capacity(
@@ -608,16 +663,18 @@ def _capacity_in_evaluation(config: ModelConfig) -> tuple | None:
 
 def describe_differences(our_model: ModelConfig, their_model: ModelConfig
                          ) -> dict[str, str]:
-  """Returns a sentence for each field in which two models compute different
-  functions, by the field's dotted name.
+  """Describes each field in which two models differ and which changes what they
+  compute.
 
   Args:
-    our_model: the config of one model; the sentence says of it that it `is` a
-      value.
-    their_model: the config of the other, of which it says `not`.
+    our_model: the config of one model. A sentence has its value after `is`.
+    their_model: the config of the other, whose value follows `not`.
+
+  Returns:
+    {dotted name of the field: a sentence}.
   """
-  # A field of layers is named once, with the first layer in which it differs.
-  # The number of the layer is told only where layers may be of several kinds.
+  # Describe a field of the layers once, for the first layer in which it
+  # differs. Give the number of the layer only if not all layers are alike.
   lines: dict[str, str] = {}
   has_kinds = bool(our_model.kinds or their_model.kinds)
   layers = _first_layer_of_each_pair_of_kinds(our_model, their_model)
@@ -629,7 +686,7 @@ def describe_differences(our_model: ModelConfig, their_model: ModelConfig
       if value != other and name not in lines:
         lines[name] = f'model.{name}{location} is {value!r}, not {other!r}'
 
-  # Two fields are read outside of the layers too.
+  # These two fields matter outside of the layers, too.
   for name in ('position', 'block'):
     value = getattr(our_model, name)
     other = getattr(their_model, name)
@@ -641,18 +698,19 @@ def describe_differences(our_model: ModelConfig, their_model: ModelConfig
 def _first_layer_of_each_pair_of_kinds(
     our_model: ModelConfig, their_model: ModelConfig
 ) -> dict[int, tuple[ModelConfig, ModelConfig]]:
-  """Returns the configs of the first layer, in both models, at which a pair of
-  kinds of layer meets, by the number of this layer.
+  """Returns the layers that are enough to find all differences between two
+  models: the first layer for each pair of a kind of layer in one model and the
+  kind of the same layer in the other.
 
-  Two layers of the same pair of kinds differ in the same fields, so that these
-  layers tell all differences.
+  A kind of layer is a named set of fields. Two layers with the same pair of
+  kinds differ in the same fields.
 
   Args:
     our_model: the config of one model.
     their_model: the config of the other.
 
   Returns:
-    {the number of the layer: (its config in our model, its config in theirs)}.
+    {number of the layer: (its config in our model, its config in theirs)}.
   """
   num_layers = max(our_model.num_layers, our_model.num_decoder_layers)
   pairs = zip(_kind_of_each_layer(our_model, num_layers),
@@ -683,14 +741,17 @@ def _config_of_kind(config: ModelConfig, name: str) -> ModelConfig:
 
 
 def fields_of_function(config: ModelConfig) -> dict[str, Any]:
-  """Returns the fields, by dotted name, that decide what a model computes whose
-  layers are all alike: all but those of how it is trained or run.
+  """Returns the fields that decide what a layer computes. Fields of how it is
+  trained or run, such as its dropout or its kernel, are left out.
 
   Args:
-    config: the config of a layer, or of a model without kinds of layer.
+    config: the config of a layer, or of a model whose layers are all alike.
+
+  Returns:
+    {dotted name: value}.
   """
-  # A field that nothing reads, or that says where the values come from, does
-  # not change the function.
+  # Leave out fields that the layer does not read, and those that only say which
+  # layer its values come from.
   unused = {*flat.fields_that_are_unread(config),
             *blocks.mixer_of_layers(config).sources}
   fields = {}
@@ -698,8 +759,8 @@ def fields_of_function(config: ModelConfig) -> dict[str, Any]:
     if name in unused:
       continue
     field = flat.FIELDS.get(name)
-    # The rule of a field says what it is about: how one run computes (RUN) and
-    # how a system is trained (RECIPE) do not count.
+    # Each field is declared to be about how one run computes (RUN), how a model
+    # is trained (RECIPE), or the model itself.
     about = field.rule.about if field is not None else ''
     if about not in (declared.RUN, declared.RECIPE):
       fields[name] = value

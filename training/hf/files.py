@@ -31,7 +31,14 @@ class Files:
   files.cut(name, slices), which reads no more than that."""
 
   def __init__(self, source: pathlib.Path | Mapping[str, np.ndarray]):
-    """Finds the tensors of `source`, of which none is read."""
+    """Lists the tensors of a model without reading them.
+
+    Args:
+      source: the folder of the model or one of its files, or the tensors by
+        name.
+    """
+    # _open has the tensors of each file that has been opened, _file_of the file
+    # of each tensor. Tensors that are given are in a file called None.
     self._open: dict[Any, Any] = {}
     self._file_of: dict[str, Any] = {}
     if isinstance(source, Mapping):
@@ -105,13 +112,17 @@ def _open_safetensors(file: pathlib.Path) -> Any:
 
 
 def _open_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
-  """Returns the tensors that a pickle of PyTorch's holds, by name, as arrays.
+  """Reads the tensors of a file that PyTorch has pickled.
 
   Args:
     file: a file of torch.save.
 
+  Returns:
+    {name: array}.
+
   Raises:
-    RequestError: where PyTorch is missing, or the file holds anything else.
+    RequestError: where PyTorch is not installed, or the file holds anything but
+      tensors by name.
   """
   try:
     # PyTorch is an optional package.
@@ -151,18 +162,24 @@ def _as_numpy(tensor: Any) -> np.ndarray:
 
 
 def _open_files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
-  """Returns the weight files at a path, each with the names of its tensors, or
-  None where only the file itself tells them.
+  """Finds the weight files of a model.
 
   Args:
-    path: a folder, or one .safetensors or .bin file.
+    path: the folder of the model, or one .safetensors or .bin file.
+
+  Returns:
+    (file, names of its tensors) for each file. The names are None if there is
+    no index, so that the file must be opened to know them.
+
+  Raises:
+    RequestError: where there are no weights.
   """
   if path.is_file():
     require(path.suffix in ('.safetensors', '.bin'),
             f'{path} is neither .safetensors nor .bin')
     return [(path, None)]
   hub.check_exists(path)
-  # Several files with an index, or one file.
+  # Look for several files with an index, then for one file.
   for name in (SAFE, BIN):
     index = path / f'{name}.index.json'
     if index.is_file():
@@ -175,15 +192,25 @@ def _open_files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
 
 def _files_of_index(index: pathlib.Path
                     ) -> list[tuple[pathlib.Path, list[str]]]:
-  """Returns the weight files that an index of tensors names, each with the
-  names of its tensors."""
+  """Reads the index of a model whose weights are in several files.
+
+  Args:
+    index: the path of the index, a JSON file.
+
+  Returns:
+    (file, names of its tensors) for each file.
+
+  Raises:
+    RequestError: for a damaged index, and for a file that is missing.
+  """
   tree = read_json_object(index)
   weight_map = tree.get('weight_map')
   if not isinstance(weight_map, dict):
     raise RequestError(f"{index} is damaged: it has no 'weight_map'")
   names_of_file: dict[pathlib.Path, list[str]] = {}
   for name, file in weight_map.items():
-    # The index comes with the weights, and must not lead elsewhere.
+    # The index may come from anywhere: it must not name files outside its
+    # folder.
     if not isinstance(file, str) or pathlib.PurePath(file).name != file:
       raise RequestError(
           f'{index} names the file {file!r}: it must lie in that folder')
@@ -204,14 +231,17 @@ def read_json_object(path: pathlib.Path) -> dict:
 
 def split_into_files(sizes: Mapping[str, int], shard_bytes: int
                      ) -> dict[str, list[str]]:
-  """Splits tensors into files of a limited size; returns the names of the
-  tensors in each file, by the name that transformers gives the file.
+  """Distributes tensors over files of a limited size.
 
   Args:
-    sizes: the bytes of each tensor.
-    shard_bytes: no file is larger, unless one tensor is.
+    sizes: the number of bytes of each tensor, by its name.
+    shard_bytes: the limit of a file. A single tensor may exceed it.
+
+  Returns:
+    {name of the file: names of its tensors}, with the names that transformers
+    gives such files.
   """
-  # The tensors of each file, in their order.
+  # Fill one file after another, keeping the order of the tensors.
   groups: list[list[str]] = [[]]
   bytes_of_group = 0
   for name, size in sizes.items():
@@ -221,7 +251,7 @@ def split_into_files(sizes: Mapping[str, int], shard_bytes: int
     groups[-1].append(name)
     bytes_of_group += size
 
-  # The names of the files.
+  # Name the files, as model-00001-of-00002.safetensors if there are several.
   if len(groups) == 1:
     return {SAFE: groups[0]}
   stem, suffix = SAFE.split('.')
@@ -233,17 +263,16 @@ def split_into_files(sizes: Mapping[str, int], shard_bytes: int
 
 def write_files(folder: pathlib.Path, files: Mapping[str, list[str]],
                 make: Callable[[str], np.ndarray]) -> None:
-  """Writes tensors into safetensors files, with an index if there are several.
-  Memory holds one file at a time.
+  """Writes tensors to safetensors files, and an index if there are several
+  files. Only the tensors of one file are in memory at once.
 
   Args:
-    folder: the folder to write them to.
-    files: the names of the tensors in each file, as `split_into_files` returns
-      them.
-    make: a function that returns the tensor of a name.
+    folder: the folder to write to.
+    files: {name of the file: names of its tensors}, from `split_into_files`.
+    make: returns the tensor with a given name.
   """
   from safetensors.numpy import save_file
-  # One file after another: its tensors are made, written and freed.
+  # Make the tensors of a file, write them, and free them before the next file.
   total_bytes = 0
   file_of_tensor = {}
   for file, names in files.items():
@@ -269,13 +298,16 @@ LOADED_BY_TRANSFORMERS = (
 
 def refuse_files_left(folder: pathlib.Path, written: Collection[str],
                       patterns: Iterable[str] = LOADED_BY_TRANSFORMERS) -> None:
-  """Raises RequestError for files in a folder that would stay beside those that
-  are written, and might be loaded with them.
+  """Refuses a folder in which files of another model would stay beside those
+  that are about to be written, and might be loaded with them.
 
   Args:
     folder: the folder to write to, which need not exist.
     written: the names of the files that are written.
-    patterns: patterns of the names that matter.
+    patterns: patterns of the names of files that might be loaded.
+
+  Raises:
+    RequestError: where there are such files.
   """
   other_files: set[str] = set()
   for pattern in patterns:

@@ -41,11 +41,14 @@ class Generation(NamedTuple):
 
 
 def read_generation(folder: pathlib.Path) -> Generation:
-  """Returns the special tokens and the options of generation that a Hugging
-  Face folder holds.
+  """Reads how the model in a Hugging Face folder generates text: its special
+  tokens, from config.json, and its options, from generation_config.json.
+
+  Args:
+    folder: the folder of the model.
 
   Raises:
-    RequestError: if one of its files is no JSON object.
+    RequestError: for a file that is no JSON object.
   """
   tree = hf_config.load_config_json(folder)
   fields = {}
@@ -61,26 +64,27 @@ def read_generation(folder: pathlib.Path) -> Generation:
 
 def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
                       tokenizer: Any) -> Generation:
-  """Returns the special tokens and the options of generation of a run of our
-  own, by the tokenizer that it reads.
+  """Returns how the model of a run generates text, for export to a Hugging Face
+  folder: the special tokens of its config.json, and the options of its
+  generation_config.json.
 
-  In config.json stand the tokenizer's own ids. Text begins after
-  generation_config.json's bos_token_id: that is the id with which every
-  sequence of the run begins, the one between documents.
+  config.json gets the tokenizer's ids. generation_config.json gets those
+  between which this model writes: its bos_token_id is the separator of
+  documents, with which each sequence begins in training.
 
   Args:
     config: the config of the run.
     model: the config of its model.
     tokenizer: the tokenizer of the run, with its `special_ids`.
   """
-  # The ids of the tokenizer, for config.json.
+  # Take the ids of the tokenizer for config.json.
   special_ids = tokenizer.special_ids
   options = None
   ids: dict[str, Any] = {}
   for role in ('bos', 'eos', 'pad'):
     ids[f'{role}_token_id'] = special_ids.get(role)
 
-  # A model that writes ends and begins its texts as in training.
+  # A model that writes text begins and ends it as in training.
   objective = objectives.find_objective(config)
   if objective.writes:
     end_id, *more_ids = objective.ends(config, tokenizer)
@@ -92,8 +96,8 @@ def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
     options = {name: value for name, value in ids.items() if value is not None}
     options['bos_token_id'] = end_id
 
-  # Some ids are fixed by the module of the system's Hugging Face format
-  # (architectures.hugging_face), whatever the tokenizer says.
+  # transformers fixes some ids for an architecture, whatever the tokenizer
+  # says.
   fixed = architectures.hugging_face(model.arch).fixed_token_ids
   fields = {name: value for name, value in ids.items() if name not in fixed}
   return Generation(fields=fields, options=options)
@@ -101,14 +105,14 @@ def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
 
 def save_generation(workdir: epath.Path, generation: Generation | None,
                     trained: bool = False) -> None:
-  """Writes into a new workdir how the model writes whose parameters it begins
-  with.
+  """Records in a new run's folder how the model generates text from whose
+  parameters the run starts.
 
   Args:
-    workdir: the folder of the run that begins.
-    generation: what the folder of the parameters says; None: they come from no
-      folder.
-    trained: whether they were trained in the run that they come from.
+    workdir: the folder of the new run.
+    generation: the special tokens and options of the folder from which the
+      parameters come; None: they come from no folder.
+    trained: whether the parameters were trained in the run that they come from.
   """
   tree: dict[str, Any] = dict(trained=trained)
   if generation is not None:
@@ -157,13 +161,17 @@ def _read_file(workdir: epath.Path) -> dict[str, Any]:
 
 def continue_texts(tokenizer: tokenizers.Tokenizer,
                    generation: Generation | None) -> Talk:
-  """Returns how an imported model continues a text: after its folder's token
-  bos and up to its eos; where the folder names none, after and up to the
-  separator of documents.
+  """Describes how an imported model continues a text. The text begins after the
+  bos token of its folder, and the model writes until the eos token. Where the
+  folder names none, both are the separator of documents.
 
   Args:
     tokenizer: the tokenizer of the model.
-    generation: what the folder says; None: there is no folder.
+    generation: the special tokens and options of the folder; None: there is no
+      folder.
+
+  Returns:
+    A Talk: how to encode the text, and which tokens end what the model writes.
   """
   token_ids = special_token_ids(generation)
   bos_ids = token_ids.get('bos_token_id', [])
@@ -177,20 +185,21 @@ def encode_prompts(texts: Sequence[str], config: ml_collections.ConfigDict,
                    tokenizer: tokenizers.Tokenizer,
                    generation: Generation | None
                    ) -> tuple[Prompts, tuple[int, ...]]:
-  """Encodes texts for a model that is to write on from them.
+  """Encodes texts as prompts, from which a model is to write on.
 
   Args:
-    texts: one or more texts.
+    texts: the texts.
     config: the config of the run.
     tokenizer: the tokenizer of the model.
-    generation: what the folder says from which the weights come; None: they
-      come from no folder.
+    generation: the special tokens and options of the Hugging Face folder from
+      which the weights come; None: they come from no folder.
 
   Returns:
-    The prompts, and the ids of the tokens with which the model ends its text.
+    The prompts; and the ids of the tokens that end what the model writes.
   """
   objective = objectives.find_objective(config)
-  # Published weights go on from a text as their own folder says.
+  # Published weights that were trained on plain text continue it as their
+  # folder says.
   is_from_folder = generation is not None and objective.talks
   if is_from_folder and objective.talk(config, tokenizer).plain:
     talk = continue_texts(tokenizer, generation)
@@ -198,7 +207,7 @@ def encode_prompts(texts: Sequence[str], config: ml_collections.ConfigDict,
     tokens, lengths = pad_prompts(rows)
     return Prompts(tokens=tokens, lengths=lengths), tuple(sorted(talk.ends))
 
-  # Others as their training shows texts to them.
+  # All other models get a prompt that is laid out as in training.
   prompts = objective.prompt(texts, config, tokenizer)
   check_model_has_ids(prompts.tokens, config=config, tokenizer=tokenizer,
                       subject='the prompt')
@@ -206,13 +215,13 @@ def encode_prompts(texts: Sequence[str], config: ml_collections.ConfigDict,
 
 
 def special_token_ids(generation: Generation | None) -> dict[str, list[int]]:
-  """Returns the ids of the special tokens that a folder names, such as
-  {'eos_token_id': [2]}. generation_config.json goes before config.json, as for
-  transformers.
+  """Returns the ids of the special tokens that a Hugging Face folder names,
+  such as {'eos_token_id': [2]}.
 
   Args:
-    generation: the fields of the folder's config.json and the options of its
-      generation_config.json; None: there is no folder, and no id.
+    generation: the fields of the folder's config.json, and the options of its
+      generation_config.json, which take precedence as in transformers; None:
+      there is no folder.
   """
   if generation is None:
     return {}

@@ -50,25 +50,28 @@ KNOWN_INITIALISATIONS = (True, False, None, 'gaussian', 'eva', 'orthogonal',
 
 
 def rows_of_adapters(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
-  """Yields the rows of the matrices A and B of a model's low-rank adapters, as
-  PEFT names their tensors (architectures/parts/hf says what a row is).
+  """Lists the matrices A and B of a model's low-rank adapters, each with the
+  name that its tensor has in a file of PEFT.
 
   Args:
     config: the model with adapters.
 
   Yields:
-    A pair. First the row, four texts: the path of our parameter, the letters of
-    its axes, the name of the tensor in a file of PEFT's, and its axes with a
-    blank between those of its rows and of its columns. Second, whether the
-    weight that it adapts lies in transformers as [inputs, outputs].
+    A pair (row, has_inputs_first). The row is four texts: the path of our
+    parameter, the letters of its axes, the name of PEFT's tensor, and the
+    letters of its axes, with a blank between the axes of its rows and of its
+    columns. has_inputs_first says whether the adapted weight lies as [inputs,
+    outputs] in transformers.
 
   Raises:
-    RequestError: for a product that transformers has together with others.
+    RequestError: for an adapter of a product that transformers computes
+      together with others.
   """
   page = architectures.hugging_face(config.arch)
   for our_path, our_axes, hf_name, hf_axes in page.rows(config):
-    # Matrices with an adapter, but for those of experts (the axis E). A path
-    # such as .../query|key stands for parameters that are one tensor there.
+    # Skip weights without an adapter, and those of experts (the axis E). A path
+    # such as .../query|key names parameters that are one tensor in
+    # transformers.
     names = our_path.rpartition('/')[2].split('|')
     has_adapter = any(layers.has_adapter(config, name) for name in names)
     if 'E' in our_axes or not has_adapter:
@@ -78,14 +81,15 @@ def rows_of_adapters(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
             f'{config.arch!r} in one tensor, of which PEFT has no such '
             'adapter. Export the merged model instead')
 
-    # torch.nn.Linear has a weight as [outputs, inputs], GPT-2 the other way.
+    # Find which axes are inputs: torch.nn.Linear has a weight as [outputs,
+    # inputs], GPT-2 as [inputs, outputs].
     input_axes, output_axes = hf_axes.split()
     has_inputs_first = our_axes == input_axes + output_axes
     if not has_inputs_first:
       input_axes, output_axes = output_axes, input_axes
     hf_module = hf_name.removesuffix('.weight').replace(*page.module, 1)
-    # The adapter adds B A to the weight. Z is the rank, the axis between them.
-    # PEFT's matrices always lie as [outputs, inputs].
+    # The adapter adds B A to the weight. Z is the axis between A and B, whose
+    # size is the rank. PEFT's matrices always lie as [outputs, inputs].
     row_of_a = (our_path + layers.SUFFIX_OF_LORA_A, f'{input_axes}Z',
                 f'{PREFIX}{hf_module}.lora_A.weight', f'Z {input_axes}')
     row_of_b = (our_path + layers.SUFFIX_OF_LORA_B, f'Z{output_axes}',
@@ -96,13 +100,13 @@ def rows_of_adapters(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
 
 def tensors_of_adapters(config: ModelConfig, params: Any
                         ) -> list[tensor_map.Tensor]:
-  """Returns the tensors in a folder of PEFT's for the matrices A and B of a
-  model's adapters.
+  """Lists the tensors that a file of PEFT has for the low-rank adapters of a
+  model.
 
   Args:
     config: the model with adapters.
-    params: all of its parameters, or their shapes: they tell how many layers
-      there are, of which some may have no adapter.
+    params: the parameters of the model, or their shapes. They tell how many
+      layers there are, as not every layer may have an adapter.
   """
   page = architectures.hugging_face(config.arch)
   shapes = {path: x.shape for path, x in paths.flatten_by_path(params).items()}
@@ -231,18 +235,18 @@ def read_adapters(config: ModelConfig, folder: pathlib.Path
 
 
 def _read_description(file: pathlib.Path) -> dict[str, Any]:
-  """Returns the content of an adapter_config.json of PEFT's.
+  """Reads and checks the adapter_config.json of a folder of PEFT.
 
   Args:
     file: the path of the adapter_config.json.
 
   Raises:
-    RequestError: naming what it has and our adapters have not.
+    RequestError: for adapters that do something which ours do not.
   """
   require(file.is_file(), f'{file} is missing: it says what the adapters are')
   tree = hf_files.read_json_object(file)
-  # Fields with one known value. Later versions than the one that we write have
-  # adapters that begin with some tokens.
+  # Check the fields with only one known value. alora_invocation_tokens is of
+  # later versions of PEFT than the one whose format we write.
   known_values = KNOWN_VALUES | dict(alora_invocation_tokens=None)
   for name, known in known_values.items():
     value = tree.get(name, known)
@@ -251,7 +255,8 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
     if value != known and not both_empty and not is_rslora:
       raise RequestError(f'{file} has {name} {shorten(value)}: only {known!r} '
                          'is known here')
-  # Some initialisations change the weights of the model, too.
+  # Some initialisations also change the weights of the model itself, to which A
+  # and B then belong.
   init = tree.get('init_lora_weights')
   word = init.lower() if isinstance(init, str) else init
   if word not in KNOWN_INITIALISATIONS:
@@ -261,7 +266,7 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
         f"belong to other weights than the model's (choose from {choices}): "
         "save them anew by PEFT's save_pretrained with "
         'path_initial_model_for_weight_conversion, or merge them there')
-  # The numbers, in their ranges.
+  # Check that the numbers are in their ranges.
   tree.setdefault('lora_dropout', 0.0)
   for name, (value_of_type, bounds) in DEFAULT_AND_BOUNDS.items():
     check_type(tree.get(name), default=value_of_type,

@@ -41,34 +41,35 @@ FRAME_OF_SYSTEM = {'bert': '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1',
 
 def import_tokenizer(folder: epath.Path, workdir: epath.Path,
                      config: ml_collections.ConfigDict) -> list[str]:
-  """Copies the tokenizer of a Hugging Face folder into the workdir of a run,
-  and sets it in the run's config if it can be read here.
+  """Copies the tokenizer of a Hugging Face folder to the folder of a run, and
+  sets it in the run's config if it can be read here.
 
   Args:
     folder: the folder of the model.
-    workdir: the workdir of the run.
-    config: the config of the run, whose data.tokenizer is set.
+    workdir: the folder of the run.
+    config: the config of the run, whose data.tokenizer is changed.
 
   Returns:
     The names of the files that were copied.
 
   Raises:
-    RequestError: for files of another tokenizer that lie in the workdir.
+    RequestError: where files of another tokenizer lie in the run's folder.
   """
-  if storage.is_in_bucket(folder):  # a run's: its config names the tokenizer
+  # A folder in a bucket is one of our runs, whose config names its tokenizer.
+  if storage.is_in_bucket(folder):
     return []
-  # A tokenizer that cannot be read is refused before anything is written.
+  # Read the tokenizer before anything is written, as that may be refused.
   tokenizer = None
   if tokenizers.find_tokenizer_files(folder):
     tokenizer = tokenizers.load(str(folder))
 
-  # The files are copied, unless the workdir is in a bucket.
+  # Copy the files, unless the run's folder is in a bucket.
   target = folder
   copied = {}
   if not storage.is_in_bucket(workdir):
     target = workdir / 'tokenizer'
     copied = _tokenizer_files_of_folder(folder)
-    # The rest of an import that was killed may be another's tokenizer.
+    # An earlier import that was killed may have left another tokenizer there.
     written = {*copied}
     if tokenizer is not None:
       written.add(PIPELINE)
@@ -76,8 +77,9 @@ def import_tokenizer(folder: epath.Path, workdir: epath.Path,
     _copy_files(copied, target)
     if (isinstance(tokenizer, tokenizers.HuggingFace)
         and PIPELINE not in copied):
-      # transformers made it of the other files, and of the model's config.json,
-      # which is not copied: the run reads it without transformers.
+      # transformers has built this tokenizer from the other files and from the
+      # model's config.json, which is not copied. Save it in the form that can
+      # be read without them.
       tokenizer.save(target / PIPELINE)
       copied[PIPELINE] = target / PIPELINE
   if tokenizers.find_tokenizer_files(target):
@@ -101,17 +103,22 @@ def is_stand_in(tokenizer: str) -> bool:
 
 def _tokenizer_files(workdir: epath.Path, config: ml_collections.ConfigDict,
                      step: int) -> dict[str, epath.Path]:
-  """Returns the files of a run's tokenizer, by their names in an export.
+  """Returns the files of a run's tokenizer that are exported with its model.
 
   Args:
     workdir: the folder of the run.
     config: the config of the run.
     step: the step of the checkpoint that is exported.
+
+  Returns:
+    {name in the export: path}.
   """
   path = pathlib.Path(hub.download_if_on_hub(config.data.tokenizer,
                                              weights=False))
   if is_stand_in(config.data.tokenizer):
-    # An import's own, until training has given the ids another meaning.
+    # The run reads bytes, in place of the tokenizer that its weights came with
+    # and that could not be read here. Export that one, unless training has
+    # since given the ids another meaning.
     if step > 0 or storage.is_in_bucket(workdir):
       return {}
     return _tokenizer_files_of_folder(workdir / 'tokenizer')
@@ -158,8 +165,8 @@ def export_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict,
 def save_tokenizer(tokenizer: tokenizers.Tokenizer,
                    config: ml_collections.ConfigDict,
                    folder: pathlib.Path) -> None:
-  """Writes a tokenizer into a Hugging Face folder: its own files, where they
-  still are what it was loaded from, else what it is in memory.
+  """Writes a tokenizer to a Hugging Face folder. The files that it was loaded
+  from are copied, if they still are the same; else it is saved from memory.
 
   Args:
     tokenizer: the tokenizer of a model.
@@ -185,8 +192,15 @@ def refuse_other_tokenizer(tokenizer: tokenizers.Tokenizer,
 
 def _files_of_tokenizer(tokenizer: tokenizers.Tokenizer
                         ) -> dict[str, pathlib.Path]:
-  """Returns the files that a tokenizer was loaded from; {}: it is of bytes, or
-  its files are gone or hold another one by now."""
+  """Returns the files that a tokenizer was loaded from.
+
+  Args:
+    tokenizer: the tokenizer.
+
+  Returns:
+    {name: path}; {} for a tokenizer of bytes, which has no files, and where the
+    files are gone or hold another tokenizer by now.
+  """
   path = pathlib.Path(tokenizer.name).expanduser()
   if isinstance(tokenizer, tokenizers.Bytes) or not path.exists():
     return {}
@@ -200,26 +214,27 @@ def _files_of_tokenizer(tokenizer: tokenizers.Tokenizer
 def _add_tokenizer_config(tokenizer: tokenizers.Tokenizer,
                           config: ml_collections.ConfigDict,
                           folder: pathlib.Path, copied: set[str]) -> None:
-  """Writes into a Hugging Face folder what transformers needs of a tokenizer
-  and its own files leave out.
+  """Adds to a Hugging Face folder what transformers needs to load a tokenizer
+  and the files of the tokenizer do not have.
 
   Args:
     tokenizer: the tokenizer of the run.
     config: the config of the run.
-    folder: the folder that is written.
+    folder: the folder to write to.
     copied: the names of the tokenizer's files that are there already.
   """
   if PIPELINE not in copied:
     tokenizer.save(folder / PIPELINE)
 
-  # The special tokens around a text, as the architecture puts them.
+  # Add the special tokens that the architecture puts around a text.
   special_tokens = {}
   for role, token_id in tokenizer.special_ids.items():
     special_tokens[role] = tokenizer.piece(token_id)
   frame = FRAME_OF_SYSTEM.get(config.model.arch, '')
   _add_frame(folder / PIPELINE, frame=frame, special_tokens=special_tokens)
 
-  # transformers knows no special token by its spelling alone.
+  # Tell transformers which tokens are special: it does not know by the
+  # spelling.
   if tokenizers.CONFIG_FILE not in copied:
     tree = {'tokenizer_class': 'PreTrainedTokenizerFast'}
     for role, token in special_tokens.items():
@@ -228,7 +243,7 @@ def _add_tokenizer_config(tokenizer: tokenizers.Tokenizer,
     text = json.dumps(tree, indent=2)
     (folder / tokenizers.CONFIG_FILE).write_text(text + '\n')
 
-  # The template by which a conversation becomes a text.
+  # Add the template by which a conversation is turned into text.
   template = objectives.find_objective(config).chat_template(config, tokenizer)
   if template is not None:
     (folder / TEMPLATE).write_text(template)
@@ -236,24 +251,26 @@ def _add_tokenizer_config(tokenizer: tokenizers.Tokenizer,
 
 def _add_frame(file: pathlib.Path, frame: str, special_tokens: dict[str, str]
                ) -> None:
-  """Writes into a tokenizer.json the special tokens that stand around a text.
+  """Adds to a tokenizer.json the special tokens that are put around a text.
 
   Args:
     file: the path of the tokenizer.json, which is changed.
-    frame: the special tokens around a pair of texts $A and $B, such as
-      '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1'; '': none.
-    special_tokens: the special tokens, by 'cls', 'sep', 'eos' and so on.
+    frame: the special tokens around a pair of texts $A and $B, such as '{cls}:0
+      $A:0 {sep}:0 $B:1 {sep}:1', with the number of the text after each colon;
+      '': there are none.
+    special_tokens: the special tokens by their roles: 'cls', 'sep', 'eos', ...
   """
   import tokenizers as library
   pipeline = library.Tokenizer.from_file(str(file))
-  # A tokenizer that frames texts already, or lacks a token, stays as it is.
+  # Leave the file as it is if it already puts tokens around a text, or if the
+  # tokenizer lacks one of these tokens.
   roles = [role for role in ('cls', 'sep', 'eos') if f'{{{role}}}' in frame]
   if not roles or pipeline.post_processor is not None:
     return
   if not special_tokens.keys() >= {*roles}:
     return
 
-  # The frame of one text is that of two, without the second.
+  # For a single text, leave out all that begins with the second one.
   pair = frame.format(**special_tokens)
   tokens_and_ids = []
   for role in roles:

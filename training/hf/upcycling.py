@@ -40,17 +40,18 @@ NEW_PARAMETERS = re.compile(r'/ffn/(router|router_bias|logit_bias|shared/.*)$')
 def upcycle_config(model: ml_collections.ConfigDict, moe: dict,
                    dense: ModelConfig | None = None
                    ) -> ml_collections.ConfigDict:
-  """Returns config.model of the mixture of experts that a dense model becomes.
+  """Returns the config of the mixture of experts into which a dense model is
+  turned. Its experts begin as copies of the dense feed-forward networks.
 
   Args:
     model: config.model of the dense model.
-    moe: what model.moe changes, by field, and `every`: n, where the last of
+    moe: the fields of model.moe to set; and `every` = n if only the last of
       every n layers is to have experts.
-    dense: the config that a run made of `model`, where that leaves fields to be
-      derived.
+    dense: the config with all derived fields that a run has made of `model`;
+      None: it is derived here.
 
   Raises:
-    RequestError: for a model that has experts already, or layers without a
+    RequestError: for a model that already has experts, or has layers without a
       feed-forward network.
   """
   dense = dense or architectures.resolve(model)
@@ -63,8 +64,8 @@ def upcycle_config(model: ml_collections.ConfigDict, moe: dict,
           f'model.ffn is {NO_FFN!r} of some layers: experts begin as copies of '
           "a layer's feed-forward network, which each must have")
 
-  # An expert is as wide as the network that it is copied from: a width (d_ff)
-  # of 0 stands for the model's own.
+  # An expert is as wide as the network that it is copied from, which a width
+  # (d_ff) of 0 stands for.
   moe = dict(moe)
   every = moe.pop('every', 1)
   require(every > 0, f'every is {every}: it must be > 0')
@@ -73,7 +74,7 @@ def upcycle_config(model: ml_collections.ConfigDict, moe: dict,
   arch = ARCH_WITH_EXPERTS.get(model.arch, model.arch)
   model.update(arch=arch, ffn='moe')
 
-  # The last of every few layers has experts.
+  # Give experts to the last of every `every` layers.
   layers_with_experts = kinds.place_experts(model.to_dict(), every)
   with model.unlocked():
     model.pattern = layers_with_experts['pattern']
@@ -119,20 +120,18 @@ def upcycle_parameters(module: nn.Module, like: Any, dense: Any, seed: int
 
   def make_parameters(dense_params: dict[str, jax.Array],
                       drawn: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns each parameter of the mixture of experts, by path: drawn, or
-    taken from the dense model.
-
-    The function around it gives the `shapes` of the mixture's parameters, and
-    where each layer stands in both models (`dense_stacks`, `mixture_stacks`).
+    """Returns the parameters of the mixture of experts, by path. `shapes` has
+    the shape of each of them.
 
     Args:
       dense_params: the parameters of the dense model, by path.
-      drawn: the parameters that the dense model lacks, such as those of
-        routers.
+      drawn: randomly drawn values for the parameters that the dense model
+        lacks, such as those of routers.
     """
     params = {}
     for path, x in shapes.items():
-      # Layers are kept in stacks, whose order may differ.
+      # Parameters of layers are stacked in arrays, in which the two models may
+      # keep a layer at different places.
       if path in drawn:
         params[path] = drawn[path]
       elif paths.Stacks.is_in_stack(path):
@@ -160,31 +159,28 @@ def _replicate_on_mesh(x: jax.Array, mesh: Any) -> jax.Array:
 def _restack_layers(dense_params: dict[str, jax.Array], path: str,
                     shape: tuple[int, ...], dense_stacks: paths.Stacks,
                     mixture_stacks: paths.Stacks) -> jax.Array:
-  """Returns a parameter of a mixture of experts with the values that the dense
-  model has for it, layer by layer. All experts of a layer begin as copies of
-  its network.
+  """Returns a parameter of a mixture of experts, made from the dense model. All
+  experts of a layer begin as copies of the layer's network.
 
-  With experts in some layers the period of the scan is longer, so that a layer
-  may stand in another block of parameters than before.
+  Both models keep the parameters of several layers in one array with an axis of
+  layers. Where only some layers have experts, more arrays are needed than in
+  the dense model, so that a layer may be in another array and in another row.
 
   Args:
     dense_params: the parameters of the dense model, by path.
     path: the path of the parameter in the mixture.
-    shape: the shape of the parameter in the mixture, [layers, ...].
-    dense_stacks: the path and the row of each layer in the dense model's
-      parameters.
-    mixture_stacks: the path and the row of each layer in the mixture's
-      parameters.
+    shape: its shape, [layers, ...].
+    dense_stacks: in which array and row the dense model keeps each layer.
+    mixture_stacks: in which array and row the mixture keeps each layer.
   """
-  # Row i of the result is a layer of the mixture, which the dense model may
-  # keep under another path and in another row.
+  # Collect the layers of this array from where the dense model keeps them.
   layers = []
   for n in mixture_stacks.layer_numbers(path):
     dense_path, row = dense_stacks.path_and_row(path, n)
     x = dense_params[dense_path][row]
     if x.ndim < len(shape) - 1:
-      # The parameter has an axis of experts in the mixture alone: each expert
-      # begins as a copy of the dense network.
+      # Only the mixture has an axis of experts here. Broadcasting along it
+      # makes each expert a copy.
       x = x[None]
     layers.append(jnp.broadcast_to(x, shape[1:]))
   return jnp.stack(layers)
@@ -192,12 +188,15 @@ def _restack_layers(dense_params: dict[str, jax.Array], path: str,
 
 def parse_moe_fields(words: Sequence[str], moe_fields: Mapping[str, Any]
                      ) -> dict[str, Any]:
-  """Returns the values of --moe FIELD=VALUE words, by field.
+  """Parses the words FIELD=VALUE of the flag --moe.
 
   Args:
-    words: the words of the command line. Beside fields of model.moe there is
-      `every`; see `upcycle_config`.
-    moe_fields: model.moe, whose values say of what type each is.
+    words: the words of the command line. A field is one of model.moe, or
+      `every`: the last of every so many layers has experts.
+    moe_fields: the defaults of model.moe, which tell the type of each field.
+
+  Returns:
+    {field: value}.
   """
   defaults = {}
   for name, value in moe_fields.items():

@@ -64,22 +64,25 @@ class Loaded(NamedTuple):
 @check_argument_types
 def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
             dtype: str = ''):
-  """Builds the model that a Hugging Face folder describes and reads its
-  weights. Returns (module, params): a Flax module and its parameters.
+  """Builds the model that a Hugging Face folder describes, and reads its
+  weights.
 
   Args:
     path: the folder, or a .safetensors or .bin file beside a config.json.
-    partial: whether parameters that the files lack are drawn from `seed`, and
-      tensors that the model lacks passed over with a warning.
-    seed: the seed of the parameters that are drawn, of which there are none
-      without `partial`.
+    partial: whether the files and the model may differ: parameters that the
+      files lack are then drawn from `seed`, and tensors that the model lacks
+      are ignored with a warning.
+    seed: the seed of parameters that are drawn.
     dtype: the type of the parameters, model.param_dtype; '': float32.
 
+  Returns:
+    (module, params): the Flax module and its parameters.
+
   Raises:
-    ValueError: naming what the files have that the architecture does not
-      honour, or lack.
+    ValueError: for anything in the files that the model cannot honour, and for
+      weights that they lack.
   """
-  # The module that the config.json describes.
+  # Build the module that the config.json describes.
   check_choice('dtype', value=dtype, choices=('', *DTYPES))
   path = pathlib.Path(path)
   folder = path.parent if path.is_file() else path
@@ -89,7 +92,7 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
   module = architectures.build(dataclasses.replace(
       config, param_dtype=dtype or config.param_dtype))
 
-  # Its parameters, of which some may be drawn.
+  # Read its parameters, of which some may be drawn.
   loaded = read_params(module, source=files, partial=partial, seed=seed)
   for line in loaded.skipped:
     warnings.warn(line, stacklevel=2)
@@ -195,14 +198,14 @@ class _Comparison:
 
   def pass_optional(self, optional: Mapping[str, str], source: set[str],
                     tensors: Sequence[tensor_map.Tensor]) -> None:
-    """Notes the optional parts, such as a pooler, that the files or the model
-    lack as a whole. A part of which one has some tensors is compared like all
-    others.
+    """Excuses optional parts of a model, such as a pooler, that only the files
+    or only the model has. A part of which both have some tensors is left to be
+    compared tensor by tensor.
 
     Args:
-      optional: a pattern of the names of a part's tensors, by the part's name
-        in words.
-      source: the names of the tensors of the files.
+      optional: {name of the part in words: a pattern of the names of its
+        tensors}.
+      source: the names of the tensors in the files.
       tensors: the tensors of the model.
     """
     names_in_files = source - {*self.placed}
@@ -210,13 +213,13 @@ class _Comparison:
     for part, pattern in optional.items():
       part_in_files = _filter_by_pattern(pattern, names_in_files)
       part_in_model = _filter_by_pattern(pattern, names_in_model)
-      # The model lacks the part: its tensors are passed over.
+      # If the model lacks the part, its tensors in the files are ignored.
       if part_in_files and not part_in_model:
         self.placed += part_in_files
         self.passed.append(
             f'the model has no {part}, so these of the files are passed over: '
             f'{", ".join(part_in_files)}')
-      # The files lack the part: its parameters are drawn.
+      # If the files lack the part, its parameters are drawn.
       elif part_in_model and not part_in_files:
         self._new_names.update(part_in_model)
         new_paths: list[str] = []
@@ -229,15 +232,17 @@ class _Comparison:
 
   def compare(self, tensors: Sequence[tensor_map.Tensor],
               finder: 'TensorFinder', new_head: bool) -> None:
-    """Notes the tensors of the model that cannot be read from the files.
+    """Finds the tensors of the model that cannot be read from the files. Their
+    parameters are to be drawn.
 
     Args:
       tensors: the tensors of the model.
-      finder: the tensors of the files.
-      new_head: whether the head of a task may be missing.
+      finder: finds tensors in the files.
+      new_head: whether the files may lack the head of a task. If not, a missing
+        head is a fault like any other.
     """
     for tensor in tensors:
-      # It belongs to an optional part that the files lack.
+      # A tensor of an optional part that the files lack is no fault.
       if tensor.name in self._new_names:
         self.drawn.update(tensor.paths)
         continue
@@ -245,7 +250,7 @@ class _Comparison:
       if not fault:
         continue
       self.drawn.update(tensor.paths)
-      # A head for another task is new, and no fault of the files.
+      # Nor is the head of a new task, for which the files were not trained.
       is_in_task_head = tensor.paths[0].startswith(TASK_HEAD_FOLDER)
       is_missing = not finder.find_all([tensor.name])
       if new_head and is_in_task_head and is_missing:
@@ -271,9 +276,16 @@ class TensorFinder:
     self._spellings = page.spellings_with_head(config)
 
   def find_spelling(self, name: str) -> str:
-    """Returns the spelling under which the files have the tensor `name`; where
-    they lack it, the name."""
-    # All spellings, each replacement made or not made.
+    """Returns the name under which the files have a tensor. Files of different
+    age spell some names differently.
+
+    Args:
+      name: the usual name of the tensor.
+
+    Returns:
+      The name in the files; the usual one if they lack the tensor.
+    """
+    # List all spellings: each of the known replacements is made or not made.
     spellings = [name]
     for usual, replacement in self._spellings:
       new_spellings = []
@@ -291,19 +303,25 @@ class TensorFinder:
     return self._source.cut(self.find_spelling(name), slices)
 
   def find_fault(self, tensor: tensor_map.Tensor) -> str:
-    """Returns a sentence that says why a tensor of the model cannot be read
-    from the files, as it is missing or has another shape; '' if it can.
+    """Says why a tensor of the model cannot be read from the files: it is
+    missing, or has another shape.
+
+    Args:
+      tensor: a tensor of the model.
+
+    Returns:
+      A sentence; '' for a tensor that can be read.
 
     Raises:
-      RequestError: for one that is no array of weights: one of whole numbers,
-        or of a type that a quantisation has left.
+      RequestError: for a tensor of a type that is not read as weights, such as
+        integers or quantised numbers.
     """
     name = self.find_spelling(tensor.name)
     if name not in self._source:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
     dtype = self._source.dtype(name)
     shape = self._source.shape(name)
-    # Some systems have whole numbers, such as a table of ids.
+    # Some architectures have tensors of integers, such as a table of ids.
     may_be_integers = dtype in ('I64', 'int64') and re.fullmatch(
         self._page.integers, tensor.name)
     if dtype not in hf_files.DTYPES and not may_be_integers:
@@ -322,12 +340,15 @@ class TensorFinder:
 
   def find_unused(self, tensors: Sequence[tensor_map.Tensor],
                   passed: Sequence[str]) -> list[str]:
-    """Returns a sentence for each tensor of the files that the model has no
-    place for, or whose value is not the one that it must have.
+    """Finds the tensors of the files that are not read: the model has no place
+    for them, or computes them itself and they have another value.
 
     Args:
       tensors: the tensors of the model.
       passed: the names of tensors that the model may lack.
+
+    Returns:
+      A sentence for each such tensor.
     """
     used = {self.find_spelling(tensor.name) for tensor in tensors} | set(passed)
     tied_to = {}
@@ -337,14 +358,15 @@ class TensorFinder:
     for name in self._source:
       if name in used or self._is_ignored(name):
         continue
-      # A constant must have the value that the config makes it.
+      # A constant, such as rotary frequencies, must be what follows from the
+      # config.
       if name in self._constants:
         if not np.array_equal(self._source[name], self._constants[name]):
           lines.append(f'{name} of the files is not as config.json has it')
       elif name not in tied_to:
         lines.append(f'{name} of the files has no place in the model')
       else:
-        # Tied weights may be stored twice if they are the same.
+        # Tied weights may be stored twice, but must be equal.
         twin_name = tied_to[name]
         twin = self._source[self.find_spelling(twin_name)]
         if not np.array_equal(self._source[name], twin):
@@ -359,20 +381,22 @@ class TensorFinder:
 
 def _read_parameter(leaf: Any, tensors: list, finder: TensorFinder
                     ) -> jax.Array:
-  """Reads one parameter from the files; of each tensor, only what the devices
-  of this process hold.
+  """Reads one parameter of a model from weight files. Only what the devices of
+  this process hold is read.
 
   Args:
-    leaf: the shape and the type of the parameter, and maybe its sharding.
-    tensors: the tensors that hold the parameter, one for each layer and expert,
-      each with the number of the parameter among those that it holds.
-    finder: the tensors of the files.
+    leaf: the shape and dtype of the parameter, and maybe its sharding.
+    tensors: (tensor, number) of each tensor of the files that holds a part of
+      the parameter, such as one of its layers or experts. A tensor may hold
+      several parameters, of which this one has the number.
+    finder: finds tensors in the files.
   """
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-  # Several devices may hold the same part of a parameter, which is read once.
+  # Find the devices for each part of the parameter, as (start, stop) along each
+  # axis. Several devices may hold the same part, which is read only once.
   devices_of_ranges: dict[tuple, list[jax.Device]] = {}
   indices = sharding.addressable_devices_indices_map(leaf.shape)
   for device, index in indices.items():
@@ -380,8 +404,8 @@ def _read_parameter(leaf: Any, tensors: list, finder: TensorFinder
                    for part, size in zip(index, leaf.shape))
     devices_of_ranges.setdefault(ranges, []).append(device)
 
-  # One part after another, so that the host holds no more than one:
-  # jax.make_array_from_callback would first read the parts of all devices.
+  # Read one part after another, so that the host holds only one of them.
+  # jax.make_array_from_callback would read all parts first.
   shards = []
   for ranges, devices in devices_of_ranges.items():
     shard = _read_shard(
@@ -398,13 +422,15 @@ def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
   Args:
     dtype: the type of the parameter.
     ranges: (start, stop) of the part along each axis of the parameter.
-    tensors: the tensors that hold the parameter, each with the number of the
-      parameter among those that it holds.
-    finder: the tensors of the files.
+    tensors: (tensor, number) of each tensor of the files that holds some of the
+      parameter, such as one layer or expert. A tensor may hold several
+      parameters, of which this one has the number.
+    finder: finds tensors in the files.
   """
   shard = np.empty([stop - start for start, stop in ranges], dtype)
   for tensor, number in tensors:
-    # A tensor is one index of the leading axes: a layer, an expert.
+    # A tensor holds one index of the leading axes of the parameter, such as one
+    # layer and one expert. Skip it if that index is not in the part.
     num_leading = len(tensor.index)
     leading_ranges = ranges[:num_leading]
     is_inside = [start <= i < stop
@@ -414,7 +440,7 @@ def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
     index_in_shard = tuple(
         i - start for i, (start, _) in zip(tensor.index, leading_ranges))
 
-    # Along the other axes, the part is a range of the tensor.
+    # Along the other axes, read only the range that is in the part.
     cut = functools.partial(finder.cut, tensor.name)
     inner_ranges = dict(zip(tensor.ours[number], ranges[num_leading:]))
     part = tensor.read_parameter(cut, number, inner_ranges)
@@ -424,13 +450,16 @@ def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
 
 
 def check_values_fit(name: str, x: np.ndarray, dtype: np.dtype) -> None:
-  """Raises RequestError for an array with a value that is not finite, or larger
-  than a type can hold.
+  """Checks that all values of an array are finite, and that a type can hold
+  them.
 
   Args:
     name: the name of the array, with which the message begins.
     x: the array of numbers, of any shape.
     dtype: the type that it is to have.
+
+  Raises:
+    RequestError: for a value that is not finite, or too large.
   """
   largest = 0.0
   if x.size:
@@ -448,18 +477,20 @@ def check_values_fit(name: str, x: np.ndarray, dtype: np.dtype) -> None:
 def draw_parameters(module: nn.Module, abstract_params: Any,
                     paths_to_draw: set[str], seed: int
                     ) -> dict[str, jax.Array]:
-  """Draws the initial values of some parameters of a model, and returns them by
-  path.
+  """Draws random initial values of some parameters of a model. They are the
+  values that these parameters would have in a new model.
 
-  The whole model is initialised inside one compiled function, so that a
-  parameter gets the values that a new model would have, and the parameters that
-  are not returned are never in memory.
+  The whole model is initialised inside one compiled function. So the parameters
+  that are not returned are never in memory.
 
   Args:
     module: the Flax module of the model.
     abstract_params: the shapes of its parameters, with their shardings.
     paths_to_draw: the paths of the parameters to return.
     seed: the seed of the draw.
+
+  Returns:
+    {path: array}.
   """
 
   def init(key: jax.Array) -> dict[str, jax.Array]:
@@ -560,16 +591,16 @@ class _Export:
     """
     page = architectures.hugging_face(config.arch)
     shapes = {path: x.shape for path, x in flat.items()}
-    # A tensor of a file holds one parameter or several, as the table of names
-    # of the model's architecture says.
+    # The table of names of the architecture says which parameters each tensor
+    # holds, one or several.
     tensors = tensor_map.map_tensors(page.rows(config), shapes)
     self._flat = flat
     self.tensors = {tensor.name: tensor for tensor in tensors}
     self.constants = page.constants(config)
     self.dtypes: dict[str, np.dtype] = {}
     self._floats: dict[str, np.dtype] = {}  # of the parameters
-    # The type is that of the first parameter in the tensor; tensors of whole
-    # numbers are written as such.
+    # By default a tensor has the type of its first parameter. Integers stay
+    # integers in the file, though our parameters are floats.
     for tensor in tensors:
       tensor_dtype = np.dtype(dtype or flat[tensor.paths[0]].dtype)
       self._floats[tensor.name] = tensor_dtype
@@ -626,27 +657,30 @@ def shapes_only_in_other_model(module: nn.Module, other: ModelConfig
 
 
 def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-  """Returns a model without the generator (the small masked language model that
-  ELECTRA trains beside its encoder), and its parameters; any other model as it
-  is.
+  """Removes the generator from a model of ELECTRA: the small masked language
+  model that is trained beside the encoder, and not needed afterwards.
 
   Args:
     module: the Flax module of the model.
     params: its parameters, a tree of arrays.
+
+  Returns:
+    The encoder alone, and its parameters; any other model as it is.
   """
   config = module.config
   generator = config.find_part(GeneratorConfig)
   if generator is None or not generator.num_layers:
     return module, params
 
-  # The parameters of the encoder alone.
+  # Keep the parameters that are not the generator's.
   generator_folders = 'generator/', f'embed/{skeletons.PREFIX_OF_GENERATOR}'
   encoder_params = {}
   for path, x in paths.flatten_by_path(nn.meta.unbox(params)).items():
     if not path.startswith(generator_folders):
       encoder_params[path] = x
 
-  # The encoder's table of tokens may be the generator's plus an addition.
+  # The encoder may share the generator's embedding of tokens and add a table of
+  # its own to it. Without the generator, the sum is its embedding.
   addition = encoder_params.pop(f'embed/{skeletons.NAME_OF_ADDED_TABLE}', None)
   if addition is not None:
     encoder_params['embed/tokens'] = encoder_params['embed/tokens'] + addition
@@ -708,10 +742,10 @@ def add_adapters(params: Any, others: Any) -> Any:
 
 
 def merge_adapters(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-  """Adds the low-rank adapters of a model to its weights, so that a model
-  without adapters computes the same function.
+  """Adds the low-rank adapters of a model to its weights. The result is a model
+  without adapters that computes the same function.
 
-  The sum is made in float32 and rounded once to the type of the weight.
+  The sums are computed in float32 and rounded once, to the type of the weight.
 
   Args:
     module: the model, with adapters or without.
@@ -735,12 +769,13 @@ def merge_adapters(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
 
 def _merge_adapter(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
                    scale: float) -> jax.Array:
-  """Returns W + scale A B (Hu et al. 2021, section 4.1), or a weight without an
-  adapter as it is.
+  """Adds the low-rank adapter of a weight to it: W + scale A B (Hu et al. 2021,
+  section 4.1). A weight without an adapter is returned as it is.
 
   Args:
     path: the path of the weight.
-    w: the weight W, an array of any number of axes.
+    w: the weight W. Axes of layers and experts may come before the inputs and
+      outputs.
     flat: all parameters, by path.
     scale: the factor of the product.
   """
@@ -748,8 +783,10 @@ def _merge_adapter(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
     return w
   a = jnp.asarray(flat[path + layers.SUFFIX_OF_LORA_A], jnp.float32)
   b = jnp.asarray(flat[path + layers.SUFFIX_OF_LORA_B], jnp.float32)
-  # A [..., inputs, rank] and B [..., rank, outputs] are matrices behind the
-  # axes of the layers, and of the experts.
+  # A is [leading, inputs, rank] and B [leading, rank, outputs], each of these
+  # one axis or several. Together they have the leading axes twice and the rank
+  # twice, which W has once and not at all: so the difference in their numbers
+  # of axes gives the number of leading ones.
   num_leading = a.ndim + b.ndim - 2 - w.ndim
   leading_shape = w.shape[:num_leading]
   rank = a.shape[-1]

@@ -61,23 +61,25 @@ class MeanOfSteps(NamedTuple):
 
 def parse_step(text: str | None, name: str = '--step'
                ) -> int | str | MeanOfSteps | None:
-  """Returns the checkpoint, or checkpoints, that a text such as the value of
-  --step names.
+  """Parses a text that says which checkpoint to load, such as the value of the
+  flag --step.
 
   Args:
-    text: the text as a user writes it; None: there is none.
-    name: the name of the flag or argument, for messages.
+    text: the text as the user writes it; None: the flag was not given.
+    name: the name of the flag, for messages.
 
   Returns:
-    The number of a step; BEST_STEP_NAME; a MeanOfSteps for several steps, as in
-    `100,200` or `last:2`; or None for the newest.
+    The number of a step; BEST_STEP_NAME for the step of the best evaluation; a
+    MeanOfSteps, from `100,200` or `last:2`, for the mean of the parameters of
+    several checkpoints; or None for the newest.
 
   Raises:
     RequestError: for a text that is none of these.
   """
   if text is None or text == BEST_STEP_NAME:
     return text
-  # One number, or several different ones.
+  # All other texts are a number, or several different ones with commas between.
+  # 18 digits at most, as no run has so many steps.
   steps = text.removeprefix('last:').split(',')
   all_numbers = all(re.fullmatch('0|[1-9][0-9]{0,17}', step) for step in steps)
   if not all_numbers or len(set(steps)) < len(steps):
@@ -124,27 +126,29 @@ class _DamagedCheckpoint(Exception):
 
 def steps_to_keep(steps: Sequence[int], is_good: Callable[[int], bool],
                   best: int | None, *, keep: int, keep_every: int) -> set[int]:
-  """Returns the steps whose checkpoints are kept, of those that there are; all
-  others are deleted. While a loss is not finite, bad checkpoints do not replace
-  the last good ones.
+  """Chooses which checkpoints of a run are kept; all others are deleted. While
+  the loss is not finite, bad checkpoints must not replace the last good ones.
 
   Args:
-    steps: the steps that there are, ascending.
-    is_good: whether the loss and the gradients of a step were finite.
+    steps: the steps of the checkpoints that exist, ascending.
+    is_good: returns whether the loss and the gradients of a step were finite.
     best: the step of the best evaluation, which is kept; None: there is none.
-    keep: how many of the newest good steps are kept. The newest step is kept in
-      any case, since the run goes on from it.
-    keep_every: all multiples of this number are kept; 0: none.
+    keep: how many of the newest good checkpoints are kept. The newest of all is
+      kept too, good or bad, since the run resumes from it.
+    keep_every: the steps that are multiples of this number are kept; 0: none.
+
+  Returns:
+    The steps of the checkpoints that are kept.
   """
-  # The newest good ones.
+  # Find the newest good checkpoints.
   newest_good: list[int] = []
   for step in sorted(steps, reverse=True):
     if len(newest_good) == keep:
-      break  # older records need not be read
+      break  # is_good reads a file, so do not ask it about older steps
     if is_good(step):
       newest_good.append(step)
 
-  # The newest of all, the multiples and the best.
+  # Add the newest of all, the multiples of keep_every, and the best.
   kept_steps = set(newest_good)
   if steps:
     kept_steps.add(max(steps))
@@ -182,21 +186,21 @@ class Checkpoints:
                every_minutes: float, keep: int, keep_every: int,
                agree_every: int = 1,
                clock: Callable[[], float] = time.monotonic):
-    """Opens the folder of the checkpoints; nothing is read or written.
+    """Prepares the saving of a run's checkpoints. No checkpoint is read or
+    written yet.
 
     Args:
-      workdir: the folder of the run; gs:// paths work as well.
-      every_steps: a save is due at each multiple of it; 0: not by step.
-      every_minutes: a save is also due this long after the last one; 0: not by
-        time.
-      keep: the number of the newest good checkpoints that are kept.
-      keep_every: checkpoints of steps that are multiples of it are kept for
-        good; 0: none.
-      agree_every: several processes look at the time at multiples of so many
-        steps alone, since process 0 has to tell the others.
+      workdir: the folder of the run, on disk or gs://BUCKET/NAME.
+      every_steps: save at each multiple of this number; 0: not by step.
+      every_minutes: save this long after the last time; 0: not by time.
+      keep: how many of the newest good checkpoints are kept.
+      keep_every: the checkpoints of steps that are multiples of this number are
+        never deleted; 0: none.
+      agree_every: with several processes, the time is checked only at multiples
+        of this number of steps, since process 0 has to tell the others.
       clock: a function that returns seconds; tests pass their own.
     """
-    # When to save, and what to keep.
+    # The settings: when to save, and what to keep.
     self._keep = keep
     self._keep_every = keep_every
     self._every_steps = every_steps
@@ -204,27 +208,30 @@ class Checkpoints:
     self._agree_every = agree_every
     self._clock = clock
     self._last_time = clock()
-    # What is known of the checkpoints in the folder. Nothing is read yet.
+    # What is known of the checkpoints in the folder: nothing yet.
     self.newest: int | None = None
     self.best: dict[str, Any] | None = None
     self.directory = checkpoint_folder(workdir)
     self._good: dict[int, bool] = {}  # by step: whether it is of no bad step
-    # Orbax's manager writes and deletes them.
+    # Orbax's manager writes and deletes checkpoints.
     logging.get_absl_logger().addFilter(_is_worth_logging)
     with storage.explain_write_failures(self.directory):
       self._manager = self._new_manager()
-    # Orbax's question whether the machine is about to be taken away is always
-    # answered by no: processes agree on a stop by distributed.signals. Orbax
-    # would only note how much time the save of it rescues, and fails at that
-    # beside checkpoints of an earlier start, whose times it has not read.
+    # Orbax asks at each save whether the machine is about to be taken away.
+    # Answer no: processes agree on that by distributed.signals. After a yes,
+    # Orbax only logs how much time the save rescues, and it fails at that in a
+    # resumed run, because it has not read the times of older checkpoints.
     self._manager.reached_preemption = lambda step: False
 
   def _new_manager(self) -> Any:
-    """Returns Orbax's manager of the checkpoints in `directory`."""
+    """Makes Orbax's manager of the checkpoints in `directory`. A checkpoint has
+    two items: `state`, the arrays, and `record`, a JSON object that describes
+    them.
+    """
     import orbax.checkpoint as ocp
 
-    # To cut a small array into a part for each replica costs more than to
-    # write it.
+    # Arrays of less than 1 MiB are written by one replica. To split them over
+    # all replicas takes longer than writing them.
     array_handler = ocp.type_handlers.ArrayHandler(
         min_slice_bytes_for_replica_parallel=1 << 20)
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -233,8 +240,8 @@ class Checkpoints:
     state_handler = ocp.PyTreeCheckpointHandler(
         use_compression=False, type_handler_registry=registry)
 
-    # Where a folder cannot be made, the threads that wait for it would keep the
-    # process from ending for some 20 minutes.
+    # Make folders synchronously: if that fails, threads that wait for a folder
+    # would keep the process alive for some 20 minutes.
     async_options = ocp.options.AsyncOptions(
         create_directories_asynchronously=False)
     options = ocp.CheckpointManagerOptions(
@@ -262,12 +269,15 @@ class Checkpoints:
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any
                       ) -> list[bool]:
-    """Returns for each checkpoint whether it is kept. Orbax calls this after
-    each save, and deletes the others.
+    """Decides which checkpoints are kept. Orbax calls this after each save, and
+    deletes the others.
 
     Args:
       checkpoints: the checkpoints in the folder, each with its `step`.
-      context: Orbax's own argument, which is not needed.
+      context: an argument of Orbax, which is not needed.
+
+    Returns:
+      Whether to keep each of the checkpoints.
     """
     del context
     best_step = None
@@ -341,18 +351,21 @@ class Checkpoints:
     return True
 
   def go_on_from(self, restored: RestoredCheckpoint) -> None:
-    """Takes a checkpoint that was restored for the newest one of the run.
+    """Makes a restored checkpoint the newest one of the run, which resumes from
+    there.
 
-    Later checkpoints, which are damaged or were passed over on purpose, are
-    renamed to STEP.aside-TIME, since the run is about to write these steps
-    anew. No save deletes them; whoever has looked at them may.
+    Later checkpoints may exist: they are damaged, or the user has chosen an
+    earlier one. As the run is going to write these steps again, they are
+    renamed to STEP.aside-TIME. They are never deleted; the user may do that.
 
     Args:
       restored: the checkpoint, as `restore_checkpoint` returned it.
     """
-    # The clock of saves by minutes begins anew.
+    # Saves that are due after some minutes are counted from now on.
     self.newest, self._last_time = restored.step, self._clock()
     self.best = restored.record['best']
+
+    # Process 0 renames the later checkpoints.
     steps = list_steps(self.directory)
     later_steps = [step for step in steps if step > restored.step]
     if not later_steps:
@@ -363,7 +376,7 @@ class Checkpoints:
         logging.warning('checkpoint %d is set aside as %s', step, target)
         (self.directory / str(step)).rename(target)
     broadcast_from_process_0(np.int32(0))  # the others wait until it is done
-    # Orbax keeps a list of the steps, which the renaming has made wrong.
+    # Orbax keeps a list of steps, which must be read again after the renaming.
     self._manager.reload()
 
   def wait(self):
@@ -418,14 +431,15 @@ def describe_environment() -> dict[str, Any]:
 
 
 def list_environment_changes(record: dict[str, Any]) -> list[str]:
-  """Returns a line for each version or device that differs from those with
-  which a checkpoint was written.
+  """Compares the versions of packages and the devices with those with which a
+  checkpoint was written, and returns a line for each difference.
 
-  Where there is one, the run goes on with the same batches, and with losses
-  that are equal to about 1e-5, but not bit for bit.
+  A run that is resumed with a difference has the same batches, but its losses
+  are only equal to about 1e-5, not bit for bit.
 
   Args:
-    record: the record of the checkpoint.
+    record: the record of the checkpoint, a JSON object that was saved with its
+      arrays.
   """
   old_environment = record['environment']
   lines = []
@@ -451,38 +465,39 @@ _MOST_STEPS_LISTED = 4096
 
 
 def list_steps(folder: epath.Path) -> list[int]:
-  """Returns the steps of the checkpoints in a folder that were saved whole,
-  ascending, as process 0 sees them. Every process has to call it; the newest
-  _MOST_STEPS_LISTED are listed.
+  """Returns the steps of the complete checkpoints in a folder, ascending. Every
+  process of the run must call it, as all are told what process 0 sees. Only the
+  newest _MOST_STEPS_LISTED are returned.
 
   Args:
     folder: the folder of the checkpoints, which need not exist.
   """
   import orbax.checkpoint as ocp
-  # The array has one size, as a broadcast needs; -1 stands for no step.
+  # A broadcast needs an array of a fixed size; -1 stands for no step.
   steps = np.full(_MOST_STEPS_LISTED, -1, np.int32)
   if jax.process_index() == 0 and folder.is_dir():
-    # A folder of a higher number is not of a run, which counts in int32.
+    # A run counts its steps in int32, so a folder with a higher number is none
+    # of its checkpoints.
     largest = np.iinfo(np.int32).max
     steps_on_disk = [step for step in ocp.utils.checkpoint_steps(folder)
                      if step <= largest]
     newest = sorted(steps_on_disk)[-_MOST_STEPS_LISTED:]
     steps[:len(newest)] = newest
 
-  # The others see what process 0 sees, even where a disk is slow.
+  # All processes must agree, even if a shared disk shows them different files.
   steps = broadcast_from_process_0(steps)
   return steps[steps >= 0].tolist()
 
 
 def find_best_step(folder: epath.Path) -> int:
-  """Returns the step whose evaluation was the best so far, as the newest
-  readable record in the folder of checkpoints says.
+  """Returns the step of the best evaluation of a run so far. The newest
+  checkpoint whose record can be read says it.
 
   Args:
     folder: the folder of the checkpoints.
 
   Raises:
-    RequestError: where the run kept no best step.
+    RequestError: for a run that has not recorded a best step.
   """
   record = _newest_record(folder) or {}
   best = record.get('best') or {'step': None}
@@ -647,21 +662,26 @@ def _holds_on_all_processes(condition: bool) -> bool:
 
 def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
                  ) -> Any:
-  """Reads the arrays of one step.
+  """Reads arrays from the checkpoint of one step, by Orbax.
 
   Args:
     folder: the folder of the step.
-    record: its record. Orbax is given the names of all arrays that the record
-      has, and compares them with its own list, which may be damaged.
+    record: the record of the step, a JSON object that lists all of its arrays.
+      Orbax compares this list with its own, which may be damaged.
     abstract: the arrays to read, a tree of ShapeDtypeStructs with shardings.
+      Others may be left out.
 
   Returns:
-    The arrays, in the tree of `abstract`.
+    The arrays, in the tree structure of `abstract`.
+
+  Raises:
+    _DamagedCheckpoint: for an array that cannot be read.
   """
   import orbax.checkpoint as ocp
 
   expected = paths.flatten_by_path(abstract)
-  # A placeholder stands for an array that is not read.
+  # Tell Orbax about each array of the checkpoint: either its shape and where to
+  # put it, or a placeholder for an array that is not read.
   item = {}
   restore_args = {}
   for name in record['arrays']:
@@ -700,24 +720,26 @@ def _newest_record(folder: epath.Path, step: int | None = None
 
 
 def _read_record(folder: epath.Path) -> dict[str, Any]:
-  """Returns the record of one step, the JSON object beside its arrays.
+  """Reads the record of one step: the JSON object that was saved beside its
+  arrays. It is saved as {'record': ..., a checksum of it}.
 
   Args:
     folder: the folder of the step.
 
   Raises:
-    _DamagedCheckpoint: the record is not as it was saved, or of another step.
+    _DamagedCheckpoint: where the record is missing or changed, or that of
+      another step.
   """
   import orbax.checkpoint as ocp
 
-  # The record is JSON with its own checksum beside it.
+  # Read the JSON object of the record and its checksum.
   try:
     with_digest = ocp.JsonCheckpointHandler().restore(folder / 'record')
   except FileNotFoundError as error:
     raise _DamagedCheckpoint('its record is missing') from error
   except ValueError as error:  # of JSON, or of UTF-8
     raise _DamagedCheckpoint('its record is not JSON') from error
-  # It must be the record that was saved, of this very step.
+  # Its checksum must be the one of the record, and its step that of the folder.
   is_sound = isinstance(with_digest, dict) and (
       with_digest == add_digest(with_digest.get('record')))
   if not is_sound:
@@ -738,17 +760,18 @@ def add_digest(record: Any) -> dict[str, Any]:
 
 def _check_fits(folder: epath.Path, record: dict[str, Any],
                 expected: dict[str, Any], partial: bool):
-  """Checks that the arrays of a checkpoint have the shapes and dtypes that are
-  expected of them.
+  """Checks that the arrays of a checkpoint have the shapes and dtypes that the
+  model has.
 
   Args:
     folder: the folder of the step.
-    record: the record of the step, with the shape and dtype of each array.
-    expected: the arrays to read, by name, as ShapeDtypeStructs.
-    partial: whether the checkpoint may have others too.
+    record: the record of the step, which lists the shape and dtype of each
+      array.
+    expected: {name: ShapeDtypeStruct} of the arrays to read.
+    partial: whether the checkpoint may have further arrays.
 
   Raises:
-    CheckpointMismatch: with the name of each array that differs.
+    CheckpointMismatch: with the names of the arrays that differ.
   """
   wrong_lines = []
   for name, line in list_array_differences(record['arrays'], expected).items():
@@ -763,21 +786,23 @@ def _check_fits(folder: epath.Path, record: dict[str, Any],
 def list_array_differences(
     saved: dict[str, dict[str, Any]], expected: dict[str, Any]
     ) -> dict[str, str]:
-  """Compares the shapes and dtypes of the arrays in a checkpoint's record with
-  those that are expected.
+  """Compares the shapes and dtypes of the arrays in a checkpoint with those
+  that are expected.
 
   Args:
-    saved: {name: {shape, dtype, ...}} of the record.
-    expected: {name: the expected shape and dtype, a jax.ShapeDtypeStruct}.
+    saved: {name: {'shape': ..., 'dtype': ..., ...}}, as a checkpoint's record
+      lists its arrays.
+    expected: {name: jax.ShapeDtypeStruct}.
 
   Returns:
-    A line for each array that differs, or is on one of the two sides alone, by
-    name.
+    {name: a line for the user} of each array that differs, or that only one of
+    the two has.
   """
   saved_types = {name: f'{x["dtype"]}{x["shape"]}' for name, x in saved.items()}
   expected_types = {name: f'{x.dtype}{list(x.shape)}'
                     for name, x in expected.items()}
-  # An array that one of the two lacks is written as 'not'.
+  # A line reads 'NAME is float32[8] in the checkpoint and not here' where one
+  # of the two has no such array.
   lines = {}
   for name in expected_types | saved_types:
     saved_type = saved_types.get(name, 'not')
@@ -789,21 +814,21 @@ def list_array_differences(
 
 
 def _describe_first_cause(error: BaseException) -> str:
-  """Returns the first cause of an error as one short line, without the place in
-  TensorStore's source where it was found. Orbax wraps the errors that
-  TensorStore raises more than once.
+  """Describes in one short line what an error was caused by at first. Orbax
+  wraps the errors of TensorStore, often more than once.
 
   Args:
-    error: the error, which may have been raised from others.
+    error: an error that may have been raised from others.
   """
-  # The cause that was raised first.
+  # Follow the causes to the first one. Our own error says enough itself.
   while not isinstance(error, _DamagedCheckpoint):
     cause = error.__cause__ or error.__context__
     if cause is None:
       break
     error = cause
 
-  # Its first line, without the place in TensorStore's source.
+  # Take the first line of its message, without the database file and the line
+  # of TensorStore's source code.
   line = str(error).split('\n')[0].rstrip(':')
   line = re.sub(r' in OCDBT database at \w+ file "[^"]*"', '', line)
   line = re.split(r' \[(?:source locations|tensorstore_spec)', line)[0]
@@ -850,22 +875,26 @@ _UNSIGNED_TYPE_OF_BYTES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def compute_checksums(tree: Any) -> dict[str, int]:
-  """Returns the checksum (defined above) of each array of a tree, by its path.
+  """Computes a checksum of each array of a tree on the devices.
 
   Args:
-    tree: arrays, all on one mesh of devices or all on one device.
+    tree: arrays, all on one mesh of devices, or all on one device.
+
+  Returns:
+    {path of the array in the tree: its checksum}.
   """
   leaves = paths.flatten_by_path(tree)
   if not leaves:
     return {}
-  # The mesh of all arrays; None where they lie on one device.
+  # Find the mesh, which is the same for all arrays; None: one device.
   mesh = None
   for x in leaves.values():
     if isinstance(x.sharding, NamedSharding):
       mesh = x.sharding.mesh
       break
-  # The sum of each device's part of each array, and then the totals of all
-  # arrays at once. Both are only dispatched until np.asarray waits for them.
+
+  # Compute a sum for each device's part of each array, then the totals of all
+  # arrays at once. JAX computes in the background until np.asarray waits.
   device_sums = []
   for x in leaves.values():
     spec = P()
@@ -881,15 +910,16 @@ def compute_checksums(tree: Any) -> dict[str, int]:
 # share theirs with the parameters, and it is compiled in a third of the time.
 @functools.cache
 def _make_device_sums(mesh: Mesh | None, spec: Any):
-  """Returns the compiled function from one array to uint32 [devices], the
-  checksum of the part that lies on each device.
+  """Makes a compiled function from one array to uint32 [devices]: the checksum
+  of the part of the array on each device.
 
   Args:
-    mesh: the mesh of the array; None: it lies on one device.
-    spec: the PartitionSpec of the array: the mesh axes that split each
-      dimension.
+    mesh: the mesh of devices that hold the array; None: one device holds it.
+    spec: the PartitionSpec of the array, which says for each of its dimensions
+      which mesh axes split it.
   """
-  # Over the mesh axes that split no dimension, the devices hold copies.
+  # Along a mesh axis that splits no dimension, the devices hold copies of the
+  # same part.
   axes_of_dimensions = tuple(_mesh_axes(entry) for entry in spec)
   split_axes = set().union(*axes_of_dimensions)
 
@@ -899,7 +929,7 @@ def _make_device_sums(mesh: Mesh | None, spec: Any):
     if mesh is None:
       return shard_sum[None]
     for name in mesh.axis_names:
-      if name not in split_axes:  # of copies, the first one counts
+      if name not in split_axes:  # count only the first of the copies
         is_first = jax.lax.axis_index(name) == 0
         shard_sum = jnp.where(is_first, shard_sum, 0)
     return shard_sum[None]
@@ -924,13 +954,13 @@ def _mesh_axes(entry: Any) -> tuple[str, ...]:
 
 @functools.cache
 def _make_total(mesh: Mesh | None):
-  """Returns the compiled function from the sums [devices] of several arrays to
-  their checksums, uint32 [arrays].
+  """Makes a compiled function that adds up the checksums of the devices: from
+  the sums uint32 [devices] of each of several arrays to uint32 [arrays].
 
   Args:
-    mesh: the mesh of the arrays; None: they lie on one device.
+    mesh: the mesh of devices that hold the arrays; None: one device holds them.
   """
-  # The result lies on every device of the mesh, so that every process can read
+  # Put the result on every device of the mesh, so that each process can read
   # it.
   replicated = None
   if mesh is not None:
@@ -980,18 +1010,19 @@ def _sum_of_shard(x: jax.Array, axes: tuple[tuple[str, ...], ...],
   column_C = starts[-1] + jnp.arange(num_columns, dtype=jnp.uint32)
 
   def sum_of_rows(first_row: Any, count: Any) -> jax.Array:
-    """Returns the checksum of `count` rows from `first_row` on.
-
-    The function around it gives the device's part of the array as a matrix
-    `x_RC`, its `shape`, and for each axis where the part starts in the whole
-    array and how many positions one step is (`starts`, `strides`).
+    """Computes the checksum of some rows of x_RC, which is a device's part of
+    an array as a matrix: C is the last axis of the array, and the rows R join
+    all other axes.
 
     Args:
       first_row: the index of the first row.
-      count: the number of rows, which is known when the program is traced.
+      count: the number of rows, a Python number.
     """
-    # The position of each row in the whole array. A row number is taken apart
-    # into the indices of the axes that R joins, the last one first.
+    # Find the position of each row in the whole array. For this, split the
+    # number of the row into indices of the axes that R joins, the last axis
+    # first. `shape` is that of the device's part, `starts` its first index
+    # along each axis, and `strides` how many positions a step along the axis
+    # is.
     row_R = jnp.uint32(first_row) + jnp.arange(count, dtype=jnp.uint32)
     position_R = jnp.zeros(count, jnp.uint32)
     for size, start, stride in reversed(
@@ -999,8 +1030,8 @@ def _sum_of_shard(x: jax.Array, axes: tuple[tuple[str, ...], ...],
       position_R += (start + row_R % np.uint32(size)) * stride
       row_R //= np.uint32(size)
 
-    # Each element's bits are mixed with its position, so that two elements
-    # cannot be exchanged unnoticed.
+    # Mix the bits of each element with its position: otherwise the sum would
+    # stay the same if two elements were exchanged.
     position_RC = position_R[:, None] + column_C[None]
     place_RC = position_RC * _GOLDEN_RATIO_FACTOR
     bits_RC = _bits_of_elements(

@@ -83,25 +83,25 @@ class TensorboardWriter:
   WORKDIR/tensorboard."""
 
   def __init__(self, workdir: epath.Path, resumed_step: int):
-    """Begins a new file of events, and makes TensorBoard forget those of
-    earlier files after `resumed_step`, from which the run goes on.
+    """Begins a new file of TensorBoard events. Events of later steps than
+    `resumed_step` in older files will not be shown any more.
 
     Args:
       workdir: the folder of the run.
-      resumed_step: the step from which the run goes on.
+      resumed_step: the step from which the run is resumed.
     """
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer import record_writer
     self._event = event_pb2.Event
     self._summary = summary_pb2.Summary
-    # The file has the name that TensorBoard looks for. TensorBoard's own
-    # EventFileWriter writes in a thread, which prints what it also raises.
+    # Give the file a name that TensorBoard looks for. Its own EventFileWriter
+    # is not used: it writes in a thread, which prints errors and raises them.
     name = (f'events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.'
             f'{os.getpid()}.{next(_FILE_NUMBERS)}')
     path = pathlib.Path(workdir) / 'tensorboard' / name
     self._file = record_writer.RecordWriter(storage.GrowingFile(path))
     self._add_event(file_version='brain.Event:2')
-    # TensorBoard forgets what an earlier file has from here on.
+    # By this event, TensorBoard discards what older files have of these steps.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add_event(step=resumed_step + 1, session_log=start)
 
@@ -130,7 +130,7 @@ class TrackerWriter:
 
   def __init__(self, module: str, workdir: epath.Path,
                config: Mapping[str, Any], local: epath.Path | None = None):
-    """Begins the run at the tracker, or goes on with it.
+    """Starts a run at a tracker of experiments, or resumes it there.
 
     Args:
       module: the tracker's package, wandb or trackio.
@@ -138,7 +138,8 @@ class TrackerWriter:
       config: the whole config, as a dict.
       local: a folder on disk for the tracker's own files; default: workdir.
     """
-    # The id of the run, by which it is found again when it is resumed.
+    # Keep a random id of the run in its folder, by which a resumed run is
+    # found.
     tracker = importlib.import_module(module)
     workdir = storage.checked_path(workdir)
     id_file = workdir / f'{module}_id'
@@ -147,7 +148,8 @@ class TrackerWriter:
       storage.write_file(id_file, secrets.token_hex(4))
     run_id = id_file.read_text().strip()
 
-    # trackio knows a run by its name, which two folders may share.
+    # wandb finds a run by its id. trackio finds it by its name, so the id
+    # becomes a part of the name: two folders may have the same name.
     self._logs_step = module == 'wandb'
     if self._logs_step:
       run_arguments = dict(id=run_id, name=name, dir=str(local or workdir))
@@ -157,8 +159,8 @@ class TrackerWriter:
         project=config['log'][f'{module}_project'], config=dict(config),
         resume='allow', **run_arguments)
     if self._logs_step:
-      # Our own step is the axis of all figures: W&B's own step only grows, and
-      # a run that resumes goes back to an earlier one.
+      # Plot all figures over our own step: wandb's step can only grow, and a
+      # run that is resumed goes back to an earlier step.
       self._run.define_metric('step')
       self._run.define_metric('*', step_metric='step')
 
@@ -210,22 +212,23 @@ def check_writers(log: ml_collections.ConfigDict) -> None:
 
 def open_writers(workdir: epath.Path, config: Mapping[str, Any],
                  resumed_step: int = 0, primary: bool = True) -> list:
-  """Opens the writers of a run's figures: that of metrics.jsonl, and those that
-  config.log asks for.
+  """Opens everything that a run's figures are written to: metrics.jsonl, and
+  TensorBoard and online trackers if the config asks for them.
 
   Args:
     workdir: the folder of the run.
     config: the whole config, as a dict.
-    resumed_step: the step that the run goes on from; later lines are dropped.
-    primary: whether this is process 0; the others write nothing.
+    resumed_step: the step from which the run is resumed; what was written of
+      later steps is dropped.
+    primary: whether this is process 0, the only one that writes.
 
   Returns:
-    The writers, in the order in which they are to be called; [] for a process
-    that writes nothing.
+    The writers, to be called in this order; [] for another process.
   """
   if not primary:
     return []
-  # Files are written on disk, and copied to a bucket from time to time.
+  # Files are written to a local disk. If the folder of the run is in a bucket,
+  # they are copied there from time to time.
   uploads = storage.BucketUploads(storage.checked_path(workdir))
   uploads.fetch(METRICS_FILE)
   writers: list[Any] = [JsonlWriter(uploads.local, resumed_step)]
@@ -235,24 +238,27 @@ def open_writers(workdir: epath.Path, config: Mapping[str, Any],
     if config['log'][module_name]:
       writers.append(TrackerWriter(module_name, workdir=workdir, config=config,
                                    local=uploads.local))
-  # The last one copies what those before it have written.
+  # This one must be last: it copies what the others have written.
   if storage.is_in_bucket(workdir):
     writers.append(UploadWriter(uploads))
   return writers
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-  """Returns the rows of a metrics.jsonl, without a last line that is being
-  written, or that a killed process left in part.
+  """Reads the rows of a metrics.jsonl. An incomplete last line is left out: it
+  may just be being written, or a killed process may have left it.
 
   Args:
     path: the path of the file.
 
+  Returns:
+    The rows, dicts with at least a step and a split ('train' or 'eval').
+
   Raises:
-    RequestError: for a line that is no row, or whose step is not after that of
-      the row of its split before it.
+    RequestError: for any other line that is damaged, and for steps that do not
+      rise within a split.
   """
-  # The last line may be incomplete, all others must be whole.
+  # Parse all lines but the last, which must be complete, and then the last.
   lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
   rows = []
   for number, line in enumerate(lines[:-1], 1):
@@ -264,7 +270,7 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
     if last_row:
       rows.append(last_row)
 
-  # The steps of each split rise.
+  # Check that the steps of each split rise.
   last_step_of_split: dict[str, int] = {}
   for number, row in enumerate(rows, 1):
     split = row['split']
@@ -276,11 +282,11 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def as_json_value(value: Any) -> Any:
-  """Returns a figure (a number, an array, or lists and dicts of them) as JSON
-  can hold it, with None for a number that is not finite.
+  """Converts a figure to what JSON can hold. A number that is not finite
+  becomes None, as JSON has no such numbers.
 
   Args:
-    value: the figure.
+    value: a number, an array, or lists and dicts of these.
   """
   if value is None or isinstance(value, str | bool | int):
     return value
@@ -294,8 +300,8 @@ def as_json_value(value: Any) -> Any:
 
 
 def scalar_figures(figures: Mapping[str, Any]) -> dict[str, float]:
-  """Returns the figures that are single numbers, for a tracker: a list becomes
-  name/0, name/1, ...; matrices are left out, and are in metrics.jsonl alone.
+  """Returns the figures that are single numbers, for a tracker to plot. A list
+  becomes the numbers name/0, name/1, and so on. Matrices are left out.
 
   Args:
     figures: the figures by name: numbers, arrays, or lists of them.
@@ -313,27 +319,27 @@ def scalar_figures(figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _drop_rows_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
-  """Drops the rows of a metrics.jsonl after a step, from which the run goes on,
-  and a line that was cut short; the file is replaced in one move.
+  """Drops the rows of later steps from a metrics.jsonl, since a run that is
+  resumed will write them again. An incomplete line is dropped too. The new file
+  replaces the old one in one move, so that neither is lost in a crash.
 
   Args:
-    path: the file, which need not be there.
-    step: the last step that is kept.
+    path: the file, which need not exist.
+    step: the step from which the run is resumed.
 
   Returns:
-    (step, split) for each row that the file has of this step.
+    (step, split) for each row of exactly this step, which must not be written
+    again.
   """
   if not path.exists():
     return set()
 
-  # A step has a row for each split: one of training, and maybe one of an
-  # evaluation.
+  # A step has up to two rows: one of training and one of an evaluation.
   lines = path.read_bytes().splitlines(keepends=True)
   kept_lines = []
   rows_of_step = set()
   for line in lines:
     row = _parse_whole_row(line)
-    # Later rows will be written anew.
     if not row or row['step'] > step:
       continue
     kept_lines.append(line)

@@ -20,18 +20,26 @@ PLAN_VARIABLE = 'ARCHETYPE_PLAN'
 
 def describe_this_start(data: Mapping[str, str] | None = None) -> dict[str,
                                                                        Any]:
-  """Returns what config.json remembers of this start of a run, as a dict:
-  commit: the commit of this code; None where it lies in no git repository of
-    its own, as when it is installed, or git is not there.
-  diff: a hash of what differs from the commit: changes, and Python files that
-    are in no commit; '' for nothing, and None where there is no commit.
-  command: the command line.
-  data: a hash of what each source and the tokenizer hold, by their names
-    (pipeline.digest_contents); there only if `data` was given.
-  files: a short hash of each file from outside the tree, by its path; there
-    only if there is one.
-  plan: the hash of the study's plan, and when it was frozen; there only for a
-    run that a study trains.
+  """Describes with which code and data a run is started now, for its
+  config.json.
+
+  Args:
+    data: a hash of the content of each data source and of the tokenizer, by
+      name (pipeline.digest_contents computes them); None: they are not
+      recorded.
+
+  Returns:
+    A dict with these keys.
+    commit: the commit of this code; None if the code is in no git repository of
+      its own (it may be installed), or git is missing.
+    diff: a hash of all changes since the commit and of Python files in no
+      commit; '' if there are none, None without a commit.
+    command: the command line.
+    data: the argument `data`, if it is given.
+    files: a short hash of each file of the user's own code that was loaded, by
+      path; only if there is one.
+    plan: the hash of a study's plan, and when it was frozen; only for a run
+      that a study trains.
   """
   start: dict[str, Any] = {**_describe_code(CODE_FOLDER),
                            'command': shlex.join(sys.argv)}
@@ -47,12 +55,15 @@ def describe_this_start(data: Mapping[str, str] | None = None) -> dict[str,
 
 @functools.cache  # what is edited later is not what runs
 def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
-  """Returns the commit of the code in a folder, and a hash of what differs from
-  the commit ('' for nothing), as {'commit': ..., 'diff': ...}; None for both
-  where the folder is no git repository.
+  """Returns the commit of the code in a folder, and a hash of all changes since
+  the commit.
 
   Args:
     root: the folder of the code.
+
+  Returns:
+    {'commit': ..., 'diff': ...}. `diff` is '' if nothing has changed. Both are
+    None if the folder is no git repository.
   """
   unknown = dict(commit=None, diff=None)
 
@@ -63,7 +74,7 @@ def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
   # The code may have been installed without its history.
   if not (root / '.git').exists():
     return unknown
-  # The commit, and all changes of files that git knows.
+  # Read the commit, the changes of files in git, and the names of new files.
   try:
     commit = run_git('rev-parse', 'HEAD').decode().strip()
     changes = run_git('diff', '--binary', 'HEAD')
@@ -72,7 +83,8 @@ def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
   except (OSError, subprocess.CalledProcessError):
     return unknown
 
-  # Files that git does not know yet are changes, too.
+  # Count new Python files among the changes. With -z, each name ends with a
+  # NUL.
   for name in new_files.split(b'\0')[:-1]:
     changes += name + b'\0'
     file = root / os.fsdecode(name)
@@ -84,13 +96,13 @@ def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
 
 
 def list_codes(starts: Iterable) -> list[str]:
-  """Returns the different versions of the code with which a run was started, in
-  order, as far as they are known: each as its commit, the hash of what differed
-  from it, and the files from outside the tree.
+  """Lists the versions of the code with which a run was started, without
+  repetitions. A version is described by its commit, the hash of the changes
+  since then, and the user's own files that were loaded.
 
   Args:
-    starts: the records of the run's starts, as describe_this_start returns
-      them, the first start first.
+    starts: the records of the run's starts, oldest first, each as
+      describe_this_start returns it.
   """
   codes = []
   for start in starts:
@@ -101,7 +113,7 @@ def list_codes(starts: Iterable) -> list[str]:
       parts.append(f'changes {start["diff"]}')
     for file, digest in start.get('files', {}).items():
       parts.append(f'{file} {digest}')
-    # Most starts of a run have the same code.
+    # List a version once, and none if the code has no commit or files.
     code = ' with '.join(parts)
     if code and code not in codes:
       codes.append(code)
@@ -109,12 +121,15 @@ def list_codes(starts: Iterable) -> list[str]:
 
 
 def list_code_changes(starts: Iterable) -> list[str]:
-  """Returns a line where the code that runs now differs from that of the last
-  start of a run, as far as both are known; else [].
+  """Tells whether the code has changed since a run was last started.
 
   Args:
-    starts: the records of the run's starts, as describe_this_start returns
-      them, the first start first.
+    starts: the records of the run's starts, oldest first, each as
+      describe_this_start returns it.
+
+  Returns:
+    A list of one line for the user; [] if the code is the same, or if either
+    version is not known.
   """
   last_start = list(starts)[-1:]
   old_codes = list_codes(last_start)
@@ -126,12 +141,15 @@ def list_code_changes(starts: Iterable) -> list[str]:
 
 
 def last_known_data(starts: Iterable) -> dict[str, str]:
-  """Returns the hashes of a run's sources and tokenizer, by their names, at the
-  last of its starts that knows them; {} where none does.
+  """Returns the hashes of a run's data sources and tokenizer, from the last of
+  its starts that recorded them.
 
   Args:
-    starts: the records of the run's starts, as describe_this_start returns
-      them, the first start first.
+    starts: the records of the run's starts, oldest first, each as
+      describe_this_start returns it.
+
+  Returns:
+    {name: hash}; {} if no start recorded them.
   """
   hash_of_source: dict[str, str] = {}
   for start in starts:
@@ -141,17 +159,20 @@ def last_known_data(starts: Iterable) -> dict[str, str]:
 
 def check_data(starts: Iterable, data: Mapping[str, str], allowed: bool
                ) -> list[str]:
-  """Returns a line for each source of data, or tokenizer, that no longer holds
-  what it held when the run was last started.
+  """Checks that the data sources and the tokenizer of a run are the same as
+  when it was last started.
 
   Args:
-    starts: the records of the run's starts, as describe_this_start returns
-      them, the first start first.
-    data: the hashes of what the sources and the tokenizer hold now.
-    allowed: whether the run may go on with other data.
+    starts: the records of the run's starts, oldest first, each as
+      describe_this_start returns it.
+    data: {name: hash} of the data sources and the tokenizer now.
+    allowed: whether the run may be resumed with other data.
+
+  Returns:
+    A line for the user about each that has changed.
 
   Raises:
-    RequestError: where there is such a source and it may not.
+    RequestError: where one has changed and that is not allowed.
   """
   old_data = last_known_data(starts)
   lines = []

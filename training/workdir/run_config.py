@@ -54,15 +54,18 @@ def save_config(workdir: epath.Path, config: ml_collections.ConfigDict,
                 derived: Mapping[str, Any] | None = None,
                 data: Mapping[str, str] | None = None,
                 model: ModelConfig | None = None):
-  """Writes the config.json of a run, from process 0, whole or not at all.
+  """Writes the config.json of a run: its config, and a record of each start.
+  Only process 0 writes it, in one move, so that it is never half-written.
 
   Args:
-    workdir: the folder of the run, which is made if it isn't there.
+    workdir: the folder of the run, which is made if it does not exist.
     config: the config of the run.
-    derived: the resolved value of fields left at 0 or '', by dotted name.
-    data: the hashes of the sources and the tokenizer; see
-      provenance.describe_this_start.
-    model: the resolved config.model, whose unread fields are left out.
+    derived: {dotted name: value} of the fields that were left at 0 or '', and
+      were given a value by others.
+    data: the hashes of the data sources and the tokenizer, which
+      pipeline.digest_contents computes.
+    model: the resolved config.model. Fields that it does not read are left out;
+      None: all are written.
   """
   if jax.process_index() != 0:
     return
@@ -70,7 +73,7 @@ def save_config(workdir: epath.Path, config: ml_collections.ConfigDict,
     fields = config.to_dict()
   else:
     fields = without_unread_fields(config, model)
-  # A start like the one before it, with the same code and data, is not noted.
+  # Record this start, unless the last one had the same code, data and command.
   starts = load_starts(workdir)
   this_start = provenance.describe_this_start(data)
   if not starts or starts[-1] != this_start:
@@ -135,17 +138,20 @@ def has_begun(workdir: epath.Path) -> bool:
 
 
 def _load_config_json(workdir: epath.Path) -> dict[str, Any]:
-  """Returns all that a run's config.json holds, checked.
+  """Reads and checks the config.json of a run.
 
   Args:
     workdir: the folder of the run.
+
+  Returns:
+    The content of the file, with tuples in place of JSON's lists.
 
   Raises:
     RequestError: where the file is missing, damaged, or of another format.
   """
   path = config_file(workdir)
   is_begun = has_begun(workdir)
-  # Without it there is no run, or one that cannot be known.
+  # The file may be missing, or that of a Hugging Face model.
   if not path.exists():
     advice = 'no run was started in this workdir'
     if is_begun:
@@ -156,7 +162,7 @@ def _load_config_json(workdir: epath.Path) -> dict[str, Any]:
         f'{workdir} is a folder in the Hugging Face format, which python -m '
         'tools.chat takes as its --folder, and not that of a run, which '
         'python -m tools.convert import makes of it')
-  # The file was written by this version of the code.
+  # It must have the format that this version of the code writes.
   json_tree = storage.read_json(
       path, {_DERIVED_KEY: dict, _STARTS_KEY: list})
   tree = lists_to_tuples(json_tree)
@@ -164,8 +170,8 @@ def _load_config_json(workdir: epath.Path) -> dict[str, Any]:
           f'{shorten(tree.get(_FORMAT_KEY))}, and this version of the code '
           f'reads {FORMAT_VERSION}: go on with the version that wrote it, or '
           'train anew')
-  # A part that a file from outside the tree declares, and its fields, are known
-  # only after that file is read.
+  # The run may use parts of models, with fields of their own, that the user's
+  # own code declares. That code must be loaded before the fields are checked.
   plugins.restore_declared_parts(tree.get(_FILES_KEY, {}))
   base.check_config(_config_fields(tree), f'{path} is damaged: ')
   base.check_config(tree[_DERIVED_KEY], f'{path} is damaged: ')
@@ -197,8 +203,9 @@ def config_from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 def without_unread_fields(config: ml_collections.ConfigDict, model: ModelConfig,
                           resolved: bool = False) -> dict[str, Any]:
-  """Returns a run's config as nested dicts, without the fields of config.model
-  that its model does not read, such as those of experts in a dense model.
+  """Returns a run's config as nested dicts, without those fields of
+  config.model that its model does not read, such as the fields of experts in a
+  dense model.
 
   Args:
     config: the config of the run.
@@ -214,14 +221,15 @@ def without_unread_fields(config: ml_collections.ConfigDict, model: ModelConfig,
       # By default positions are learned, which is read under every mixer.
       tree['model'][name] = 'none'
       continue
-    # The dicts in which the field lies, from the outermost one.
+    # A field such as moe.top_k lies in a dict of its group. Collect the dicts
+    # around the field, the outermost one first.
     *group_names, field_name = name.split('.')
     nested_dicts = [tree['model']]
     for group_name in group_names:
       nested_dicts.append(nested_dicts[-1].get(group_name, {}))
-    # The field is removed from the innermost dict, and its group from the dict
-    # around it, if that is empty then. A group of a kind of layer stays, since
-    # its name is a part of the model.
+    # Remove the field, and then its group if that is empty now. A dict that is
+    # no group but a kind of layer (a named set of fields) stays even if it is
+    # empty, since its name is a part of the model.
     nested_dicts[-1].pop(field_name, None)
     if not nested_dicts[-1] and group_names[-1] in flat.GROUPS:
       nested_dicts[-2].pop(group_names[-1], None)
@@ -239,19 +247,23 @@ def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict
 
 def list_changes(workdir: epath.Path, config: ml_collections.ConfigDict,
                  derived: Mapping[str, Any]) -> list[FieldChange]:
-  """Returns the fields in which a config differs from that of the run that has
-  begun in a folder; [] where none has begun.
+  """Lists the fields in which a config differs from that of a run in a folder,
+  which is to be resumed; [] if there is no run.
 
   Args:
     workdir: the folder of the run.
-    config: the config with which the run would go on.
-    derived: the values of its fields that were left empty, by dotted name.
+    config: the config with which the run would be resumed.
+    derived: {dotted name: value} of its fields that were left empty, and were
+      given a value by others.
+
+  Raises:
+    RequestError: where the run's config.json describes no possible model.
   """
   if not has_begun(workdir):
     return []
   old_config = load_config(workdir)
   old_derived = load_derived_fields(workdir)
-  # A config.json that somebody changed by hand may be of no possible model.
+  # Somebody may have changed the config.json by hand.
   try:
     old_fields = fields_that_run_reads(old_config, old_derived)
   except RequestError as error:
@@ -261,15 +273,18 @@ def list_changes(workdir: epath.Path, config: ml_collections.ConfigDict,
 
 def fields_that_run_reads(config: ml_collections.ConfigDict,
                           derived: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields of a config that its run reads, by dotted name.
+  """Returns the fields of a config that have an effect on its run.
 
   Args:
     config: the config of the run.
-    derived: the values of its fields that were left at 0 or '', by dotted name,
-      which take their place.
+    derived: {dotted name: value} of the fields that were left at 0 or '', in
+      whose place these values are returned.
+
+  Returns:
+    {dotted name: value}.
 
   Raises:
-    RequestError: for a model that cannot be.
+    RequestError: for a model that is not possible.
   """
   config = config.copy_and_resolve_references().unlock()
   config.update_from_flattened_dict(derived)
@@ -279,14 +294,15 @@ def fields_that_run_reads(config: ml_collections.ConfigDict,
 
 def compare_fields(old: Mapping[str, Any], new: Mapping[str, Any]
                    ) -> list[FieldChange]:
-  """Returns the fields that differ between two configs of one run, those first
-  that forbid the run to go on.
+  """Lists the fields in which two configs of one run differ. Changes that
+  forbid to resume the run come first.
 
   Args:
-    old: the fields that the run has read so far, from `fields_that_run_reads`.
-      There 0 is the same as the value that it stands for, and a derived value
-      that changes with another field is a change too.
-    new: the fields that it would read from now on.
+    old: {dotted name: value} of the fields that the run has read so far, from
+      `fields_that_run_reads`. Fields left at 0 have the value that was derived
+      for them. So an equal value that is now written out is no change, and a
+      derived value that follows another field is one.
+    new: the fields that the run would read from now on.
   """
   changes = []
   for name in old | new:
@@ -297,26 +313,29 @@ def compare_fields(old: Mapping[str, Any], new: Mapping[str, Any]
     change_class, why = base.find_effect_of_change(name, old=old, new=new)
     changes.append(FieldChange(name=name, old=old_value, new=new_value,
                                kind=change_class, why=why))
-  # A change that forbids to go on is read first.
+  # Put the changes that forbid to resume first.
   order = (INCOMPATIBLE, OPTIMISATION, SAFE)
   return sorted(changes, key=lambda change: order.index(change.kind))
 
 
 def refuse_changes(changes: list[FieldChange], allow_config_change: bool
                    ) -> None:
-  """Raises RequestError where a run may not go on with a changed config, since
-  a change does more than compute the same in another way.
+  """Refuses to resume a run with a changed config, unless the user allows it or
+  every change is safe.
 
   Args:
-    changes: the changes from the run's config.
+    changes: the fields that have changed. The kind of a change is SAFE where
+      the run computes the same in another way.
     allow_config_change: whether the user has passed --allow_config_change.
+
+  Raises:
+    RequestError: with the names of the fields, and what to do.
   """
-  # SAFE changes compute the same in another way, and need no permission.
   names = ', '.join(change.name for change in changes if change.kind != SAFE)
   advice = advise_on_incompatible(changes)
   if not advice:
     advice = ('Take another --workdir, or pass --allow_config_change to go on')
-  # A sweep keeps the first line where one of its runs has failed.
+  # The first line must say it all: a sweep shows only that of a failed run.
   require(allow_config_change or not names, 'the config differs from that of '
           f'the run in this workdir in {names}. {advice}:\n'
           f'{format_changes(changes)}')
@@ -353,12 +372,12 @@ def format_changes(changes: list[FieldChange]) -> str:
 
 def training_command(workdir: str | os.PathLike,
                      config: ml_collections.ConfigDict) -> str:
-  """Returns the command line of train.py that trains a config, in `workdir`.
+  """Returns the command line that trains a config by train.py.
 
   Args:
     workdir: the folder of the run.
-    config: the config, each field of which that differs from the file of its
-      system becomes a flag.
+    config: the config. Each field that differs from the default config of its
+      architecture becomes a flag.
   """
   arch = config.model.arch
   file_of_config = f'configs/{architectures.file_name(arch)}.py'
@@ -367,8 +386,8 @@ def training_command(workdir: str | os.PathLike,
   words = ['python', 'train.py', '--config', file_of_config,
            f'--workdir={workdir}']
 
-  # The fields that differ from those of the file. The kinds of layers (named
-  # sets of fields) may have other names there, so they are given as a whole.
+  # Write a flag for each field that differs. The kinds of layers (named sets of
+  # fields) may have other names in the default, so they are given as a whole.
   config_of_file = default_config_of_system(arch)
   values_in_file = flatten(config_of_file)
   for name, value in flatten(config).items():

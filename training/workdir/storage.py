@@ -46,16 +46,21 @@ _STALE_SECONDS = 24 * 3600
 
 
 def check_folder_name(text: str | os.PathLike, name: str = '--workdir') -> None:
-  """Raises RequestError for a text that can be the name neither of a folder on
-  disk nor of one in a bucket, gs://BUCKET/NAME. Nothing is looked up.
+  """Checks that a text can be the name of a folder on disk, or in a bucket as
+  gs://BUCKET/NAME. The folder is not looked up.
 
   Args:
     text: the name of the folder.
     name: the flag or field that holds it, for the message.
+
+  Raises:
+    RequestError: for a text that cannot be such a name.
   """
-  # A bucket and the first character of a name in it, or a path without '://';
-  # then no NUL and no surrogate below dc80, from which on Python writes bytes
-  # that are not UTF-8. (?s) lets a dot match a line break.
+  # The pattern is either gs://BUCKET/ and the first character of a name, or a
+  # path without '://'; then any characters but NUL, which file systems refuse,
+  # and the surrogates from d800 to dc7f, which cannot be encoded. (Python
+  # writes bytes that are not UTF-8 as the surrogates from dc80 on.) (?s) lets a
+  # dot match a line break.
   usable = re.fullmatch(
       r'(?s)(gs://[^/]+/+[^/]|(?!.*://))[^\0\ud800-\udc7f]*', str(text))
   require(usable is not None, f'{name} is {str(text)!r}: choose a folder on '
@@ -64,23 +69,24 @@ def check_folder_name(text: str | os.PathLike, name: str = '--workdir') -> None:
 
 def checked_path(text: str | os.PathLike, name: str = '--workdir'
                  ) -> epath.Path:
-  """Returns a folder or file, which need not exist, as a path, once it is known
-  that its name is one and that the packages to reach it are installed.
+  """Checks the name of a folder or file and returns it as a path. It need not
+  exist.
 
   Args:
     text: a path on disk, or gs://BUCKET/NAME.
     name: the flag or field that holds it, for the message.
 
   Raises:
-    RequestError: for a name that cannot be one, and for a bucket without gcsfs.
+    RequestError: for a text that cannot be a name, and for a bucket if gcsfs,
+      which reads buckets, is not installed.
   """
   check_folder_name(text, name)
   if is_in_bucket(text):
     require(importlib.util.find_spec('gcsfs') is not None, f'{name} is '
             f"{str(text)!r}, and gcsfs is not installed: run pip install -e "
             "'.[gcs]', or choose a folder on disk")
-    # Listings would be cached, and other processes, and TensorStore in this
-    # one, write into the bucket.
+    # fsspec must not cache the listings of folders: other processes write to
+    # the bucket, and so does TensorStore in this one.
     import fsspec
     fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
   return epath.Path(text)
@@ -122,11 +128,11 @@ def write_picture(file: epath.Path, figure: Any) -> None:
 
 
 def render_picture(figure: Any, file_format: str, dpi: int) -> bytes:
-  """Returns a figure of matplotlib as the bytes of a file, without the time at
-  which it was drawn, so that the same figure gives the same bytes.
+  """Renders a figure as the bytes of a picture file. The time of drawing is
+  left out of the file, so that equal figures give equal bytes.
 
   Args:
-    figure: the figure of Matplotlib.
+    figure: a figure of Matplotlib.
     file_format: the format of the file: png, svg or pdf.
     dpi: the dots per inch.
   """
@@ -189,13 +195,21 @@ def write_atomically(target: epath.Path) -> Iterator[Callable[[bytes], None]]:
 
 
 def _remove_abandoned_files(folder: epath.Path) -> None:
-  """Removes the files in a folder that `write_atomically` began to write and
-  whose process has ended. Of other machines the processes are not known: their
-  files are removed once nothing was written to them for a day."""
+  """Removes the unfinished files of processes that have ended while
+  `write_atomically` was writing them.
+
+  Whether a process still runs is only known on this machine. Files of other
+  machines are removed when nothing has been written to them for a day.
+
+  Args:
+    folder: the folder that may hold such files.
+  """
+  # The name of an unfinished file has the machine and the number of the
+  # process.
   prefix = re.escape(f'{_PARTIAL_FILE_PREFIX}{host_name()}')
   name_of_this_host = re.compile(f'{prefix}-([0-9]{{1,9}})-.*')
   for file in pathlib.Path(folder).glob(f'{_PARTIAL_FILE_PREFIX}*'):
-    # A file may have been moved to its place by now.
+    # Another process may finish or remove the file at any moment.
     with contextlib.suppress(OSError):
       match = name_of_this_host.fullmatch(file.name)
       has_ended = match is not None and not is_process_alive(int(match[1]))
@@ -231,12 +245,14 @@ def is_process_alive(pid: int) -> bool:
 
 
 def read_small(file: epath.Path) -> bytes:
-  """Returns the bytes of a file that is expected to be small, such as a JSON
-  file.
+  """Reads a whole file that is expected to be small, such as a JSON file.
+
+  Args:
+    file: the file, on disk or in a bucket.
 
   Raises:
-    RequestError: for a device or a pipe, which may have no end, and for more
-      than MOST_BYTES_READ_WHOLE bytes.
+    RequestError: for a device or a pipe, which may have no end, and for a file
+      of more than MOST_BYTES_READ_WHOLE bytes.
   """
   if is_in_bucket(file):
     return file.read_bytes()
@@ -259,12 +275,12 @@ def read_json(file: epath.Path, fields: Mapping[str, Any] = {}
 
 def parse_json_object(text: str | bytes, subject: str,
                       fields: Mapping[str, Any] = {}) -> dict[str, Any]:
-  """Returns the object that JSON text holds, and checks its fields.
+  """Parses JSON text that must be an object, and checks some of its fields.
 
   Args:
-    text: the text of a whole file, or of a line.
+    text: the text, of a whole file or of a line.
     subject: the name of the file, with which a message begins.
-    fields: the types of fields that must be there, by name.
+    fields: {name: type} of the fields that must be there.
 
   Raises:
     RequestError: for a text that is no JSON or no object, and for a field that
@@ -288,18 +304,22 @@ def parse_json_object(text: str | bytes, subject: str,
 
 def check_folder_is_writable(folder: str | os.PathLike, name: str = '--workdir'
                              ) -> None:
-  """Raises RequestError unless files can be written in a folder, or in the one
-  where it would be made; nothing is made. A bucket is not tried.
+  """Checks that files can be written in a folder; if the folder does not exist,
+  that it can be made. Nothing is left behind. A folder in a bucket is not
+  checked.
 
   Args:
     folder: a folder on disk, or in a bucket.
     name: the flag or field that holds it, for the message.
+
+  Raises:
+    RequestError: for a folder in which nothing can be written.
   """
   require(str(folder) != '', f"{name} is '': name a folder")
   if is_in_bucket(folder):
     return
   try:
-    # The nearest folder above it that exists is tried with a temporary file.
+    # Write a temporary file into the nearest folder above it that exists.
     existing_folder = pathlib.Path(folder).absolute()
     while not existing_folder.exists():
       existing_folder = existing_folder.parent
@@ -320,12 +340,18 @@ def check_file_is_writable(file: str | os.PathLike, name: str) -> None:
 
 
 def checked_output_file(text: str, name: str) -> epath.Path | None:
-  """Returns the file to which a flag's value asks a program to write, once it
-  is known that it can be written; None where the value is ''.
+  """Checks that a program can write to the file that the user names, before any
+  work is done, and returns its path.
 
   Args:
-    text: the value of the flag.
+    text: the value of the flag; '': the user wants no such file.
     name: the flag, for the message.
+
+  Returns:
+    The path; None if the user wants no such file.
+
+  Raises:
+    RequestError: for a file that cannot be written.
   """
   if not text:
     return None
@@ -335,14 +361,18 @@ def checked_output_file(text: str, name: str) -> epath.Path | None:
 
 def refuse_folder_of_run(folder: str | os.PathLike, name: str, marker: str = ''
                          ) -> None:
-  """Raises RequestError where a program that is no training run would write
-  among the files of one.
+  """Refuses the folder of a training run as the output folder of another
+  program, which would mix its files with those of the run.
 
   Args:
     folder: the folder to which the program writes.
     name: the flag that holds it, for the message.
-    marker: a file by which the program knows a folder that it wrote before, and
-      may go on with; '': there is none.
+    marker: the name of a file that the program writes into its folders. A
+      folder that has it is not refused, as the program may continue there; '':
+      there is no such file.
+
+  Raises:
+    RequestError: for the folder of a run.
   """
   folder = checked_path(folder, name)
   if marker and (folder / marker).exists():
@@ -353,13 +383,16 @@ def refuse_folder_of_run(folder: str | os.PathLike, name: str, marker: str = ''
 
 
 def refuse_folder_of_others(folder: str | os.PathLike, name: str) -> None:
-  """Raises RequestError where a training run would write among the files of a
-  sweep or a study, or over the config.json of something else, such as weights
-  in the Hugging Face format.
+  """Refuses a folder for a training run in which something else lies: a sweep,
+  a study, or weights in the Hugging Face format, whose config.json the run
+  would overwrite.
 
   Args:
     folder: the folder of the run.
     name: the flag that holds it, for the message.
+
+  Raises:
+    RequestError: for such a folder.
   """
   folder = checked_path(folder, name)
   for marker in ('sweep.json', 'study.json'):
@@ -400,8 +433,8 @@ def _names_in_config_json(folder: str | os.PathLike) -> Collection[str]:
 
 def lock_workdir(workdir: str | os.PathLike, primary: bool = True
                  ) -> contextlib.AbstractContextManager:
-  """Locks the folder of a run for this process, until the returned context
-  ends, so that no second process trains in it.
+  """Locks the folder of a run for this process, so that no second process
+  trains in it. The lock ends with the `with` block of the result.
 
   In a bucket nothing can be locked, and nothing is done. On a file system
   without locks a warning is printed.
@@ -410,8 +443,11 @@ def lock_workdir(workdir: str | os.PathLike, primary: bool = True
     workdir: the folder of the run.
     primary: whether this is process 0, the only one of a run that locks.
 
+  Returns:
+    A context manager, whose end unlocks the folder.
+
   Raises:
-    RequestError: where another process has locked it.
+    RequestError: if another process has locked the folder.
   """
   if not primary or is_in_bucket(workdir):
     return contextlib.nullcontext()
@@ -429,7 +465,7 @@ def lock_workdir(workdir: str | os.PathLike, primary: bool = True
   except OSError as error:  # as Lustre mounted without flock
     print(f'warning: {workdir} has no file locks ({error.strerror}): nothing '
           'keeps a second process from training in it', file=sys.stderr)
-  # The lock lasts until the file is closed, with which its context ends.
+  # The file is a context manager, which closes it at the end. That unlocks it.
   return file
 
 
@@ -493,12 +529,13 @@ class BucketUploads:
       (self.local / name).write_bytes((self._folder / name).read_bytes())
 
   def push(self) -> None:
-    """Copies into the bucket the local files that have changed since the last
-    time; does nothing where the folder is on disk."""
+    """Copies to the bucket the local files that have changed since the last
+    call. Nothing is done if the run's folder is on disk.
+    """
     if not is_in_bucket(self._folder):
       return
     for file in pathlib.Path(self.local).rglob('*'):
-      # By its size and its time a file is known to have changed.
+      # A file has changed if its size or its time of writing has.
       status = file.stat()
       size_and_time = status.st_size, status.st_mtime_ns
       if file.is_dir() or self._sent.get(file) == size_and_time:
@@ -525,15 +562,17 @@ _BUCKET_CLIENTS = ('aiohttp', 'gcsfs')
 
 @contextlib.contextmanager
 def explain_write_failures(words_for_file: str | os.PathLike) -> Iterator[None]:
-  """Turns an error of the environment, such as a full disk, that the `with`
-  block meets while it writes into an EnvironmentFailure with one sentence.
+  """Turns errors of the environment, such as a full disk, into an
+  EnvironmentFailure with one sentence for the user. It is a context manager,
+  around code that writes.
 
   Args:
-    words_for_file: the file, or words for it; it follows 'cannot write'.
+    words_for_file: the file, or words for it; the message begins 'cannot write'
+      and these words.
 
   Raises:
-    EnvironmentFailure: in place of an error that lies outside of the program.
-      Every other error passes through as it is.
+    EnvironmentFailure: in place of an error that the environment has caused.
+      All other errors pass through as they are.
   """
   try:
     yield
@@ -549,19 +588,23 @@ def explain_write_failures(words_for_file: str | os.PathLike) -> Iterator[None]:
 
 
 def environment_reason(error: BaseException | None) -> str:
-  """Returns in a few words why the environment caused an error, as 'No space
-  left on device'; '' for an error that it did not cause.
+  """Says in a few words why the environment has caused an error, for instance
+  'No space left on device'.
 
   Args:
-    error: the error, whose causes are searched too.
+    error: the error; the errors from which it was raised are searched too.
+
+  Returns:
+    The reason; '' for an error that the environment has not caused.
   """
+  # List the error and its causes, the last one raised first.
   chain = []
   while error is not None:
     chain.append(error)
     error = error.__cause__ or error.__context__
 
-  # The failure that TensorStore met comes first: Orbax, which cleans up after
-  # it, may have met more.
+  # Look for an error of TensorStore before any other. Orbax cleans up after it,
+  # and may have failed at that too, which would be the wrong reason.
   for cause in chain:
     text = str(cause).split('\n')[0]
     os_error_code = re.search(r"\[os_error_code='(\d+)'", text)
@@ -571,7 +614,8 @@ def environment_reason(error: BaseException | None) -> str:
     if refusal and isinstance(cause, ValueError):
       return refusal[1].split(' [')[0][:300]
 
-  # Python's own errors, and those of the packages that write to a bucket.
+  # Look for Python's own errors, and for those of packages that write to a
+  # bucket.
   for cause in chain:
     if isinstance(cause, OSError):
       return cause.strerror or str(cause) or type(cause).__name__
