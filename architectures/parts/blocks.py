@@ -1,7 +1,8 @@
-"""The layers: a table of the mixers of their tokens, and how they are wired.
+"""The layers: a table of the mixers of their tokens, how they are wired, and
+the residual stream that they add to.
 
 An entry of MIXERS or of BLOCKS is all that there is of one. streams.py has the
-residual streams that layers add to.
+forms with several residual streams.
 docs/architectures.md has the wirings in a table, and
 tests/architectures/parts_test.py has their equations again.
 """
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import layers
-from architectures.parts import streams
+from architectures.parts import sharding, streams
 from architectures.parts.attention import compressed
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
@@ -31,7 +32,7 @@ from architectures.parts.recurrent import linear_attention, mamba
 from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
 from architectures.parts.recurrent.layer import Recurrence
 from architectures.parts.sharding import Role, declare
-from architectures.parts.streams import LayerInput, pin_residual, Streams
+from architectures.parts.streams import LayerInput, Streams, StreamWeights
 
 # The results of a layer, or of one of its branches: what it computes, the
 # layer's cache (None: no cache went in), and the report.
@@ -119,6 +120,103 @@ MIXERS: dict[str, Mixer] = {
 }
 
 
+# The residual stream, to which the branches of all layers add their results: an
+# array [B, L, D]; or Streams, where model.residual is not plain (streams.py).
+
+
+def begin_residual(config: ModelConfig, x_BLD: jax.Array,
+                   kinds: tuple[LayerKind, ...]) -> LayerInput:
+  """Returns the residual stream, or streams, that the first layer reads.
+
+  Args:
+    config: the model.
+    x_BLD: the embedding of the tokens, [batch, length, d_model].
+    kinds: the kind of each layer of the stack, in order.
+
+  Returns:
+    The embedding itself for a plain residual. Otherwise Streams, of whose
+    branches none has run.
+  """
+  if config.residual == 'plain':
+    return x_BLD
+  # A layer with attention and a network one after the other has two branches,
+  # and one with both side by side has one.
+  branches = 0
+  for kind in kinds:
+    block = BLOCKS[config.layer_config(kind.name).block]
+    branches += block.count_branches(kind)
+  return streams.begin_streams(config, x_BLD, branches)
+
+
+def read_residual(config: ModelConfig, name: str, x: LayerInput
+                  ) -> tuple[jax.Array, Optional[StreamWeights]]:
+  """Returns what a residual branch (attention or the feed-forward network)
+  reads, and how its result is to be added to the residual streams later.
+
+  Args:
+    config: the model.
+    name: the name of the branch, such as 'attention'. The parameters of the
+      mixture are those of a submodule `{name}_streams` of the calling layer.
+    x: one residual stream [B, L, D] = [batch, length, d_model], or Streams,
+      as the branches before have left it.
+
+  Returns:
+    The input of the branch, [B, L, D], and the weights to pass on to
+    `add_to_residual`. These are None for one stream, which takes a plain sum,
+    and for residual attention, which takes the results as they are.
+  """
+  if isinstance(x, Streams):
+    return streams.Branch(config, name=f'{name}_streams')(x)
+  # One stream is read as it is.
+  return x, None
+
+
+def add_to_residual(config: ModelConfig, x: LayerInput, y_BLD: jax.Array,
+                    weights: Optional[StreamWeights]) -> LayerInput:
+  """Returns the residual stream, or streams, after one branch (attention or the
+  feed-forward network): x + residual_scale y for one stream.
+
+  Args:
+    config: the model.
+    x: the same residual stream, or Streams, that `read_residual` was given.
+    y_BLD: the result of the branch, [batch, length, d_model].
+    weights: how y is added to several streams: the second result of
+      `read_residual`.
+
+  Returns:
+    x of the same type and shapes, with y added.
+  """
+  if isinstance(x, Streams):
+    return streams.add_to_streams(config, x, y_BLD, weights=weights)
+  # A scale of 1 is left out, so that it costs no operation.
+  if config.residual_scale != 1:
+    y_BLD = layers.multiply_exactly(y_BLD, config.residual_scale)
+  return x + y_BLD
+
+
+class EndOfResidual(nn.Module):
+  """The module that makes one array of the streams after the last layer.
+
+  The result of a layer -> x_BLD, the input of the final norm. The arrays may
+  have an axis of layers in front of theirs.
+  """
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: LayerInput) -> jax.Array:
+    if isinstance(x, Streams):
+      return streams.RESIDUALS[self.config.residual].end(self, x)
+    return x
+
+
+def pin_residual(x: LayerInput) -> LayerInput:
+  """Returns the residual stream, or several, constrained to their place on the
+  mesh, so that XLA never reshards them between two layers."""
+  if isinstance(x, Streams):
+    return x.replace(x_BLUD=streams.pin_streams(x.x_BLUD))
+  return sharding.constrain_stream(x, 'embed')
+
+
 # Block wirings, side by side: (x, context, cache) -> (x, cache, report).
 #
 # The docstring of each begins with its equation and those who have it. A is
@@ -138,7 +236,7 @@ class Block(nn.Module):
   CROSS: whether it has C too, where its kind of layer asks for it.
   WITHOUT_FFN: whether it ends before F, where its kind of layer has none.
   STREAMS: whether x may be several streams (streams.py): everything that the
-    block adds to x is added by `streams.add_to_streams`, as often as
+    block adds to x is added by `add_to_residual`, as often as
     `count_branches` says.
   """
   FINAL_NORM = True
@@ -362,13 +460,13 @@ class Sequential(Block):
     # branch before it has added its result. `weights` say how this result is
     # added to several streams.
     # Attention.
-    x_BLD, weights = streams.read_streams(self.config, 'attention', x)
+    x_BLD, weights = read_residual(self.config, 'attention', x)
     y_BLD, cache, report = self.attention(
         self.input_of_branch('attention', x_BLD), ctx, cache)
     x = self._add_result('attention', x, y_BLD, weights=weights, ctx=ctx)
     # Attention to the output of an encoder.
     if self.kind.cross:
-      x_BLD, weights = streams.read_streams(self.config, 'cross', x)
+      x_BLD, weights = read_residual(self.config, 'cross', x)
       y_BLD, cache, report_of_cross = self.cross_attention(
           self.input_of_branch('cross', x_BLD), ctx, cache)
       x = self._add_result('cross', x, y_BLD, weights=weights, ctx=ctx)
@@ -376,14 +474,14 @@ class Sequential(Block):
     # The network.
     if self.kind.ffn == NO_FFN:
       return pin_residual(x), cache, report
-    x_BLD, weights = streams.read_streams(self.config, 'ffn', x)
+    x_BLD, weights = read_residual(self.config, 'ffn', x)
     y_BLD, cache, report_of_ffn = self.ffn(
         self.input_of_branch('ffn', x_BLD), ctx, cache)
     x = self._add_result('ffn', x, y_BLD, weights=weights, ctx=ctx)
     return pin_residual(x), cache, merge_reports(report, report_of_ffn)
 
   def _add_result(self, branch: str, x: LayerInput, y_BLD: jax.Array,
-                  weights: Optional[streams.StreamWeights], ctx: Context
+                  weights: Optional[StreamWeights], ctx: Context
                   ) -> LayerInput:
     """Returns the residual stream with the result of a branch added to it,
     after the norm and the dropout that this wiring applies.
@@ -393,14 +491,14 @@ class Sequential(Block):
       x: the residual stream [B, L, D] = [batch, length, d_model], or Streams.
       y_BLD: the result of the branch.
       weights: how the result is added to several streams, as
-        `streams.read_streams` returned it; None: there is one stream.
+        `read_residual` returned it; None: there is one stream.
       ctx: the context of the call, which says whether dropout is applied.
     """
     # The two hooks are where the subclasses differ: a norm of the result before
     # the sum, or one of the sum.
     y_BLD = self.result_of_branch(branch, y_BLD)
     y_BLD = self.apply_dropout(y_BLD, ctx)
-    x = streams.add_to_streams(self.config, x, y_BLD, weights=weights)
+    x = add_to_residual(self.config, x, y_BLD, weights=weights)
     return self.after_sum(branch, x)
 
 
@@ -489,7 +587,7 @@ class Parallel(Block):
     branches = ['attention', 'ffn']
     if self.kind.cross:
       branches = ['attention', 'cross', 'ffn']
-    x_BLD, weights = streams.read_streams(self.config, 'attention', x)
+    x_BLD, weights = read_residual(self.config, 'attention', x)
     inputs = self.normed_inputs(branches, x_BLD)
     # The sum of their results.
     y_BLD, cache, report = self.attention(inputs['attention'], ctx, cache)
@@ -501,7 +599,7 @@ class Parallel(Block):
     ffn_BLD, cache, report_of_ffn = self.ffn(inputs['ffn'], ctx, cache)
     y_BLD = self.apply_dropout(y_BLD + ffn_BLD, ctx)
     # The sum is one branch for the residual streams, and is added once.
-    x = streams.add_to_streams(self.config, x, y_BLD, weights=weights)
+    x = add_to_residual(self.config, x, y_BLD, weights=weights)
     return pin_residual(x), cache, merge_reports(report, report_of_ffn)
 
 
@@ -523,24 +621,6 @@ BLOCKS = {
     'ffn_norm': FfnNorm,
     'no_norm': NoNorm,
 }
-
-
-def count_branches(config: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
-  """Returns the number of residual branches of a stack: how often its layers
-  add a result to the residual stream.
-
-  A layer with attention and a network one after the other has two, and one with
-  both side by side has one.
-
-  Args:
-    config: the model.
-    kinds: the kind of each layer of the stack, in order.
-  """
-  count = 0
-  for kind in kinds:
-    block = BLOCKS[config.layer_config(kind.name).block]
-    count += block.count_branches(kind)
-  return count
 
 
 def merge_reports(first: Report, second: Report) -> Report:

@@ -22,9 +22,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import layers, streams
+from architectures.parts import layers
+from architectures.parts.blocks import pin_residual
 from architectures.parts.config import ModelConfig
 from architectures.parts.loops import LoopsConfig
+from architectures.parts.streams import LayerInput
 
 
 class Plain:
@@ -39,8 +41,8 @@ class Plain:
   fields: tuple[str, ...] = ()
   settings: type = LoopsConfig
 
-  def input_of_pass(self, module: nn.Module, state: streams.LayerInput,
-                    inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
+  def input_of_pass(self, module: nn.Module, state: LayerInput,
+                    inputs: LayerInput, n: Any) -> LayerInput:
     """Returns what pass n over the repeated layers reads; here, the result of
     the pass before. Subclasses mix the first input into it.
 
@@ -59,10 +61,10 @@ class Add(Plain):
   """Pass t reads s_(t-1) + e, with s_0 = 0 (Yang et al. 2024, arXiv
   2311.12424)."""
 
-  def input_of_pass(self, module: nn.Module, state: streams.LayerInput,
-                    inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
+  def input_of_pass(self, module: nn.Module, state: LayerInput,
+                    inputs: LayerInput, n: Any) -> LayerInput:
     is_first_pass = n == 0
-    return streams.pin_residual(
+    return pin_residual(
         jnp.where(is_first_pass, inputs, state + inputs))
 
 
@@ -71,13 +73,13 @@ class Concat(Plain):
   arXiv 2502.05171, section 3.2). Huginn draws s_0; here it is 0, so that a
   model is a function of its tokens."""
 
-  def input_of_pass(self, module: nn.Module, state: streams.LayerInput,
-                    inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
+  def input_of_pass(self, module: nn.Module, state: LayerInput,
+                    inputs: LayerInput, n: Any) -> LayerInput:
     is_first_pass = n == 0
     state = jnp.where(is_first_pass, 0, state)
     joined_BLD = project_concatenation(module, 'join', first_BLD=state,
                                        second_BLD=inputs)
-    return streams.pin_residual(joined_BLD)
+    return pin_residual(joined_BLD)
 
 
 class Gate(Plain):
@@ -93,11 +95,11 @@ class Gate(Plain):
   """
   fields = ('loops.gate_rank', 'norm_eps')
 
-  def input_of_pass(self, module: nn.Module, state: streams.LayerInput,
-                    inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
+  def input_of_pass(self, module: nn.Module, state: LayerInput,
+                    inputs: LayerInput, n: Any) -> LayerInput:
     is_first_pass = n == 0
     gated_BLD = self._mix_through_gates(module, state, inputs)
-    return streams.pin_residual(jnp.where(is_first_pass, inputs, gated_BLD))
+    return pin_residual(jnp.where(is_first_pass, inputs, gated_BLD))
 
   def _mix_through_gates(self, module: nn.Module, state_BLD: jax.Array,
                          inputs_BLD: jax.Array) -> jax.Array:
@@ -179,15 +181,15 @@ class Enter(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, state: streams.LayerInput, inputs: streams.LayerInput,
-               n: Any) -> streams.LayerInput:
+  def __call__(self, state: LayerInput, inputs: LayerInput,
+               n: Any) -> LayerInput:
     loop = LOOPS[self.config.loop]
     assert loop is not None
     return loop.input_of_pass(self, state, inputs, n)
 
 
-def input_of_pass(config: ModelConfig, params: Any, state: streams.LayerInput,
-                  inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
+def input_of_pass(config: ModelConfig, params: Any, state: LayerInput,
+                  inputs: LayerInput, n: Any) -> LayerInput:
   """Returns what pass n reads, where layers are run several times with the same
   weights: a mixture of the result of the pass before and the first input.
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import blocks, heads, layers, positions
-from architectures.parts import sharding, streams
+from architectures.parts import sharding
 from architectures.parts.cache import LayerCache
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context, Memory, Report
@@ -358,14 +358,14 @@ class Mtp(nn.Module):
           second_BLD=norm(config, f'hidden_norm_{depth}')(x_BLD))
       # One more layer, as a stack of its own, with streams and distances that
       # begin anew.
-      x = streams.begin_streams(config, streams.pin_residual(joined_BLD),
-                                branches=blocks.count_branches(config, (kind,)))
+      x = blocks.begin_residual(
+          config, blocks.pin_residual(joined_BLD), (kind,))
       ctx_k = add_distances(
           config, kind=kind, ctx=ctx_k, k_positions_BM=ctx.positions_BL,
           name_suffix=f'_{depth}')
       period = Period(config, (kind,), name=f'depth_{depth}')
       (x, _), results = period((x, None), None, ctx_k, {})
-      x_BLD = streams.EndOfStreams(config, name=f'streams_{depth}')(x)
+      x_BLD = blocks.EndOfResidual(config, name=f'streams_{depth}')(x)
       if blocks.BLOCKS[config.layer_config(kind.name).block].FINAL_NORM:
         x_BLD = norm(config, f'norm_{depth}')(x_BLD)
       inputs_of_head.append(x_BLD)

@@ -24,21 +24,21 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import layers, passes, positions, sharding
-from architectures.parts import streams
 from architectures.parts.attention import steps
 from architectures.parts.attention.fields import AttentionConfig
-from architectures.parts.blocks import BLOCKS, count_branches
+from architectures.parts.blocks import BLOCKS, begin_residual, EndOfResidual
 from architectures.parts.cache import Cache, LayerCache, put_slots_back
 from architectures.parts.cache import SlotsOfEntries, split_off_slots
 from architectures.parts.config import LayerKind, ModelConfig, Section
 from architectures.parts.context import Context, Distances, FirstLayerValues
 from architectures.parts.context import KeysAndValues, Report, SharedArrays
 from architectures.parts.loops import LoopsConfig
+from architectures.parts.streams import LayerInput
 from common.errors import require
 
 # The state that goes from layer to layer: the residual stream x, or several,
 # and with model.value_residual the values of the first layer.
-Carry = tuple[streams.LayerInput, Optional[FirstLayerValues]]
+Carry = tuple[LayerInput, Optional[FirstLayerValues]]
 
 
 @struct.dataclass
@@ -86,7 +86,7 @@ class Stack(nn.Module):
     ctx = self._complete_context(x_BLD, ctx, cache)
     first_values = self._first_values(x_BLD)
     kinds = self._layer_kinds()
-    x = streams.begin_streams(config, x_BLD, count_branches(config, kinds))
+    x = begin_residual(config, x_BLD, kinds)
     # The layers.
     carry = x, first_values
     if one_by_one:
@@ -95,7 +95,7 @@ class Stack(nn.Module):
       (x, _), sections = self._scan_sections(carry, cache, ctx)
     # The streams end in one, which is normalised. If the length stayed over
     # `tensor`, as the vocabulary is, their product would gather the head.
-    end_streams = streams.EndOfStreams(config, name='final_streams')
+    end_streams = EndOfResidual(config, name='final_streams')
     final_norm = self._final_norm(kinds[-1])
     y_BLD = sharding.constrain(
         final_norm(end_streams(x)), 'batch', 'length', 'embed')
@@ -343,7 +343,7 @@ class Stack(nn.Module):
     module = self._scanned_periods(section, parent=None)
     (inputs, _), _ = carry
 
-    def run_pass(params: Any, inputs: streams.LayerInput, ctx: Context,
+    def run_pass(params: Any, inputs: LayerInput, ctx: Context,
                  lent: dict[int, KeysAndValues], carry: tuple, of_pass: tuple):
       """Runs one pass over the layers, as one turn of a scan over the passes.
 
@@ -623,9 +623,9 @@ class Period(nn.Module):
         lent={place: lent[num_layers + place] for place in self.lends})
     return (x, first_values), results
 
-  def _run_layer(self, i: int, kind: LayerKind, x: streams.LayerInput,
+  def _run_layer(self, i: int, kind: LayerKind, x: LayerInput,
                  ctx: Context, cache: Optional[LayerCache]
-                 ) -> tuple[streams.LayerInput, Optional[LayerCache], Report]:
+                 ) -> tuple[LayerInput, Optional[LayerCache], Report]:
     """Runs layer i of the period, with the rematerialisation that the model
     has.
 
@@ -663,8 +663,8 @@ class Period(nn.Module):
 
   def _run_after_weight_gradients(
       self, name: str, make_layer: Callable[[], nn.Module],
-      x: streams.LayerInput, ctx: Context, cache: Optional[LayerCache]
-      ) -> tuple[streams.LayerInput, Optional[LayerCache], Report]:
+      x: LayerInput, ctx: Context, cache: Optional[LayerCache]
+      ) -> tuple[LayerInput, Optional[LayerCache], Report]:
     """Runs a layer so that in the backward pass the gradient of its input waits
     for the gradients of its weights.
 
@@ -705,18 +705,18 @@ class Period(nn.Module):
 
 
 @jax.custom_vjp
-def _tie_gradients(x: streams.LayerInput, params: Any
-                   ) -> tuple[streams.LayerInput, Any]:
+def _tie_gradients(x: LayerInput, params: Any
+                   ) -> tuple[LayerInput, Any]:
   """Returns both as they are; their gradients wait for one another."""
   return x, params
 
 
-def _tie_gradients_fwd(x: streams.LayerInput, params: Any):
+def _tie_gradients_fwd(x: LayerInput, params: Any):
   """Returns both, and nothing that the gradient needs."""
   return (x, params), None
 
 
-def _tie_gradients_bwd(_, gradients: tuple[streams.LayerInput, Any]):
+def _tie_gradients_bwd(_, gradients: tuple[LayerInput, Any]):
   """Returns the gradients of both, unchanged, behind one barrier."""
   return jax.lax.optimization_barrier(gradients)
 

@@ -59,7 +59,8 @@ One more query reads the result of the stack. A new model reads means where a
 plain model reads sums. A norm makes the two equal (up to norm_eps); out_norm
 and ffn_norm, whose attention reads x without a norm, do not.
 
-An entry of RESIDUALS is all that there is of one form.
+An entry of RESIDUALS is all that there is of one form; but blocks.py has the
+plain one, of which a reader need not enter this file.
 """
 
 from collections.abc import Callable
@@ -160,63 +161,9 @@ class Branch(nn.Module):
     return sharding.constrain_stream(x_BLD, 'embed'), weights
 
 
-def read_streams(config: ModelConfig, name: str, x: LayerInput
-                 ) -> tuple[jax.Array, Optional[StreamWeights]]:
-  """Returns what a residual branch (attention or the feed-forward network)
-  reads, and how its result is to be added to the residual streams later.
-
-  Args:
-    config: the model.
-    name: the name of the branch, such as 'attention'. The parameters of the
-      mixture are those of a submodule `{name}_streams` of the calling layer.
-    x: one residual stream [B, L, D] = [batch, length, d_model], or Streams,
-      as the branches before have left it.
-
-  Returns:
-    The input of the branch, [B, L, D], and the weights to pass on to
-    `add_to_streams`. These are None for one stream, which takes a plain sum,
-    and for residual attention, which takes the results as they are.
-  """
-  if isinstance(x, Streams):
-    return Branch(config, name=f'{name}_streams')(x)
-  # One stream is read as it is.
-  return x, None
-
-
-def add_to_streams(config: ModelConfig, x: LayerInput, y_BLD: jax.Array,
-                   weights: Optional[StreamWeights]) -> LayerInput:
-  """Returns the residual stream, or streams, after one branch (attention or the
-  feed-forward network): x + residual_scale y for one stream.
-
-  Args:
-    config: the model.
-    x: the same residual stream, or Streams, that `read_streams` was given.
-    y_BLD: the result of the branch, [batch, length, d_model].
-    weights: how y is added to several streams: the second result of
-      `read_streams`.
-
-  Returns:
-    x of the same type and shapes, with y added.
-  """
-  if isinstance(x, Streams):
-    x_BLUD = RESIDUALS[config.residual].add(config, x, y_BLD, weights)
-    # The next branch finds its own stream, or slot, by this count.
-    return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
-  # A scale of 1 is left out, so that it costs no operation.
-  if config.residual_scale != 1:
-    y_BLD = layers.multiply_exactly(y_BLD, config.residual_scale)
-  return x + y_BLD
-
-
-def count_streams(config: ModelConfig, branches: int) -> int:
-  """Returns how many arrays [B, L, D] go from layer to layer in a stack with
-  this number of branches."""
-  return RESIDUALS[config.residual].count(config, branches)
-
-
 def begin_streams(config: ModelConfig, x_BLD: jax.Array, branches: int
-                  ) -> LayerInput:
-  """Returns the residual stream, or streams, that the first layer reads.
+                  ) -> Streams:
+  """Returns the streams that the first layer reads.
 
   Args:
     config: the model.
@@ -225,37 +172,22 @@ def begin_streams(config: ModelConfig, x_BLD: jax.Array, branches: int
       network each) the whole stack of layers has.
 
   Returns:
-    The embedding itself for a plain residual. Otherwise Streams, whose arrays
-    are [B, L, U, D] with U streams, and whose count of branches run is 0.
+    Streams, whose array is [B, L, U, D] with U streams, and whose count of
+    branches run is 0.
   """
-  count = count_streams(config, branches)
-  x_BLUD = RESIDUALS[config.residual].begin(x_BLD, count)
-  # The plain residual makes no streams: its state is the one array.
-  if x_BLUD is None:
-    return x_BLD
+  residual = RESIDUALS[config.residual]
+  x_BLUD = residual.begin(x_BLD, residual.count(config, branches))
   return Streams(x_BLUD=pin_streams(x_BLUD), branch=jnp.zeros((), jnp.int32),
                  branches=branches)
 
 
-class EndOfStreams(nn.Module):
-  """The module that makes one array of the streams after the last layer.
-
-  The result of a layer -> x_BLD, the input of the final norm. The arrays may
-  have an axis of layers in front of theirs.
-  """
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, x: LayerInput) -> jax.Array:
-    return RESIDUALS[self.config.residual].end(self, x)
-
-
-def pin_residual(x: LayerInput) -> LayerInput:
-  """Returns the residual stream, or several, constrained to their place on the
-  mesh, so that XLA never reshards them between two layers."""
-  if isinstance(x, Streams):
-    return x.replace(x_BLUD=pin_streams(x.x_BLUD))
-  return sharding.constrain_stream(x, 'embed')
+def add_to_streams(config: ModelConfig, x: Streams, y_BLD: jax.Array,
+                   weights: Optional[StreamWeights]) -> Streams:
+  """Returns the streams with the result y of a branch added to them, as
+  blocks.add_to_residual documents."""
+  x_BLUD = RESIDUALS[config.residual].add(config, x, y_BLD, weights)
+  # The next branch finds its own stream, or slot, by this count.
+  return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
 
 
 def pin_streams(x_BLUD: jax.Array) -> jax.Array:
@@ -264,8 +196,9 @@ def pin_streams(x_BLUD: jax.Array) -> jax.Array:
   return sharding.constrain_stream(x_BLUD, None, 'embed')
 
 
-class Plain:
-  """One stream, and the base of the other forms.
+class Residual:
+  """The base of the forms: the plain one, of which blocks.py has all, and those
+  with several streams, which define the methods.
 
   Attributes:
     settings: the group of fields of config.model that the form reads.
@@ -277,12 +210,12 @@ class Plain:
   def count(self, config: ModelConfig, branches: int) -> int:
     """Returns how many arrays go from layer to layer in a stack with this
     number of branches."""
-    return 1
+    raise NotImplementedError
 
-  def begin(self, x_BLD: jax.Array, count: int) -> Optional[jax.Array]:
+  def begin(self, x_BLD: jax.Array, count: int) -> jax.Array:
     """Returns the `count` streams of the first layer, [B, L, U, D], made of the
-    embedding of the tokens; None: the form has one stream."""
-    return None
+    embedding of the tokens."""
+    raise NotImplementedError
 
   def read(self, module: Any, x: Streams
            ) -> tuple[jax.Array, Optional[StreamWeights]]:
@@ -296,16 +229,16 @@ class Plain:
     them."""
     raise NotImplementedError
 
-  def end(self, module: Any, x: Any) -> jax.Array:
+  def end(self, module: Any, x: Streams) -> jax.Array:
     """Returns the input of the final norm, [B, L, D]. The form declares its
     parameters in `module`."""
-    return x
+    raise NotImplementedError
 
 
 # Streams that are mixed: hyper, mhc, gated.
 
 
-class Mixed(Plain):
+class Mixed(Residual):
   """Streams that begin as copies of the embedding, and end as their mean."""
   settings = StreamsConfig
 
@@ -781,7 +714,7 @@ def _mean_through_gates(gate_BLUD: jax.Array, n_BLUD: jax.Array) -> jax.Array:
 # Attention to the branches before.
 
 
-class Attended(Plain):
+class Attended(Residual):
   """Attention residuals (Kimi Team 2026, equations 2 to 6): the streams are
   what the branches returned, in slots, and those not yet written are 0."""
   settings = StreamsConfig
@@ -899,7 +832,7 @@ def _attention_over_slots(x_BLUD: jax.Array, query_D: jax.Array,
 
 
 RESIDUALS = {
-    'plain': Plain(),
+    'plain': Residual(),
     'hyper': Hyper(),
     'mhc': MHC(),
     'gated': Gated(),

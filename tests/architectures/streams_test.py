@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import streams
+from architectures.parts import blocks, streams
 from tests.architectures.parts_test import D, born, normal, resolved
 from tests.helpers import models, numpy_attention
 from tests.training import step_test
@@ -131,7 +131,7 @@ def test_branches_attend_to_those_before_them(size):
   for k in range(total):
     x, params = branch_of(c, x.x_BLUD, k, jnp.sin)
     outputs.append(np.sin(want(params)))
-  module = streams.EndOfStreams(c)
+  module = blocks.EndOfResidual(c)
   params = born(module, x)
   np.testing.assert_allclose(module.apply({'params': params}, x), want(params),
                              rtol=1e-4, atol=1e-5)
