@@ -33,7 +33,7 @@ import numpy as np
 import architectures
 from architectures.parts import flat, paths
 from architectures.parts.config import ModelConfig
-from common.arguments import PositiveSize, Seed, Size, check_argument_types
+from common.fields import PositiveSize, Seed, Size, check_argument_types
 from common.errors import RequestError, require, shorten
 from configs import base
 from training import generate as generation, hub, objectives, parameters

@@ -20,7 +20,7 @@ import flax.linen as nn
 from architectures.parts import flat, skeletons, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import HuggingFace
-from common.arguments import PositiveSize, check_argument_types
+from common.fields import PositiveSize, check_argument_types
 from common.errors import RequestError, check_choice, require
 
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from common import arguments, errors
+from common import errors, fields
 from tests.helpers import forked
 from training import cli, plugins
 
@@ -216,8 +216,8 @@ def test_a_parser_reads_all_words_or_refuses(words, sentence, capsys):
     (['c=1'], "unknown name in --x 'c': choose from a, b")])
 def test_each_name_is_assigned_once(words, sentence):
   with pytest.raises(errors.RequestError, match=re.escape(sentence)):
-    arguments.parse_assignments(words, '--x', 'ab' if 'c=1' in words else ())
-  assert arguments.parse_assignments(['a=1', ' b=2=3'], '--x', 'ab') == {
+    fields.parse_assignments(words, '--x', 'ab' if 'c=1' in words else ())
+  assert fields.parse_assignments(['a=1', ' b=2=3'], '--x', 'ab') == {
       'a': '1', 'b': '2=3'}
 
 

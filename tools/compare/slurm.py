@@ -10,7 +10,7 @@ import subprocess
 import time
 from typing import Any
 
-from common.arguments import parse_assignments
+from common.fields import parse_assignments
 from common.errors import EnvironmentFailure, RequestError, require
 
 

@@ -18,9 +18,8 @@ from typing import Any
 import ml_collections
 
 from architectures.parts import flat
-from common.arguments import check_argument_types
 from common.errors import RequestError, suggest_name, require, shorten
-from common.fields import check_type
+from common.fields import check_argument_types, check_type
 from configs import base as fields
 from training import cli, evals, plugins
 from training.workdir import run_config

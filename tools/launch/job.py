@@ -9,7 +9,7 @@ import shutil
 
 from absl import flags
 
-from common.arguments import parse_assignments
+from common.fields import parse_assignments
 from common.errors import RequestError, STOPPED, require, shorten
 from training import cli
 from training.workdir import storage

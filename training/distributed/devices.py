@@ -17,7 +17,7 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
 from architectures.parts.moe.routing import MoEConfig
-from common.arguments import parse_assignments
+from common.fields import parse_assignments
 from common.errors import RequestError, require
 from configs import sharding as tables
 

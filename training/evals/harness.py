@@ -17,7 +17,7 @@ from lm_eval.api import model as api
 from lm_eval.models import utils as model_utils
 import numpy as np
 
-from common.arguments import PositiveSize, check_argument_types
+from common.fields import PositiveSize, check_argument_types
 from common.errors import RequestError, require, shorten
 from training import evals, generate, objectives, progress
 from training.data import conversations, inputs

@@ -24,7 +24,7 @@ from architectures.parts.layers import NO_FFN
 from architectures.parts.moe import routing
 from architectures.parts.moe.routing import MoEConfig
 from common import kinds
-from common.arguments import parse_assignments
+from common.fields import parse_assignments
 from common.errors import require
 from training import cli
 from training.hf import weights

@@ -43,7 +43,7 @@ from architectures.parts.heads import GeneratorConfig
 from architectures.parts.hf import tensor_map
 from architectures.parts.lora import LoraConfig
 from architectures.parts.sharding import parameter_shapes
-from common.arguments import PositiveSize, Seed, check_argument_types
+from common.fields import PositiveSize, Seed, check_argument_types
 from common.errors import RequestError, check_choice
 from training import progress
 from training.hf import config as hf_config
