@@ -617,11 +617,15 @@ def name_differences(differences_by_variant: Mapping[str, Differences]
     if parts:
       sentences.append(f'Beyond the question, not alike in {quantity.title}: '
                        f'{"; ".join(parts)}.')
+
+  # A sentence for all variants of which the same is not known.
+  variants_by_unknown: dict[tuple[str, ...], list[str]] = {}
   for variant, differences in differences_by_variant.items():
     if differences.unknown:
-      titles = [f'{QUANTITIES[name].title} ({name})'
-                for name in differences.unknown]
-      sentences.append(f'Not known of both {variant} and the base: '
-                       f'{", ".join(titles)}. Rows of a CSV can tell it, in '
-                       'columns of the names in brackets.')
+      variants_by_unknown.setdefault(differences.unknown, []).append(variant)
+  for names, variants in variants_by_unknown.items():
+    titles = [f'{QUANTITIES[name].title} ({name})' for name in names]
+    sentences.append(f'Not known of both {", ".join(variants)} and the base: '
+                     f'{", ".join(titles)}. Rows of a CSV can tell it, in '
+                     'columns of the names in brackets.')
   return sentences

@@ -97,9 +97,12 @@ def _print_verdicts(workdir) -> None:
     if row['variant'] == compared.plan.base:
       continue
     p_value = page.p_value(row['p_corrected']).text
+    unlike = ''
+    if row['not_alike']:
+      unlike = f'; not alike in {row["not_alike"]}'
     progress.print_milestone(
         f'{row["variant"]}: {row["verdict"]}, {row["measure"]} '
-        f'{page.effect(row).text}, corrected p {p_value}')
+        f'{page.effect(row).text}, corrected p {p_value}{unlike}')
 
 
 def submit(args, jobs: int) -> None:

@@ -11,9 +11,10 @@ from common.errors import RequestError
 from configs import base
 from tests.helpers import study_folder, sweep_folder
 from tests.helpers.sweep_folder import point
-from tools.compare import certificate, comparison, judge, report, spec
+from tools.compare import certificate, comparison, judge, report, run, spec
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
+from training import progress
 from training.workdir import provenance, run_config
 
 TEXT = 'text:here/*.txt'
@@ -240,7 +241,7 @@ def test_a_recipe_alone_is_the_question_and_code_where_it_is_said():
         (name,), {}, ())
 
 
-def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path):
+def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path, capsys):
   """Once for each of both, by the words that the judge has."""
   changes = {
       'base': {}, 'fair': ASKED, 'wide': ASKED, 'long': ASKED,
@@ -270,6 +271,12 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path):
   unknown = compared.differences('bare').unknown
   assert set(unknown) == {*certificate.QUANTITIES} - {'seeds', 'code',
                                                       'devices'}
+  with progress.print_milestones_only(True):
+    run._print_verdicts(tmp_path)
+  milestones = capsys.readouterr().out.splitlines()
+  assert milestones[2].startswith('long: ') and milestones[2].endswith(
+      '; not alike in FLOPs of the run, tokens')
+  assert milestones[0].startswith('fair: ') and ';' not in milestones[0]
   text = report.format_report(compared)
   assert 'not alike in tokens: long (1e+06 -> 2e+06, +100.0%)' in text
   assert 'Not known of both bare and the base: model (model)' in text
