@@ -558,11 +558,10 @@ def _describe_difference(base: Any, variant: Any, tolerance: float | None,
     asked: the fields that are left out.
   """
   if tolerance is not None:
-    largest = max(abs(base), abs(variant))
     if abs(variant - base) <= tolerance * min(abs(base), abs(variant)):
       return ''
     share = ''
-    if base and largest:
+    if base:
       share = f', {variant / base - 1:+.1%}'
     return f'{base:.4g} -> {variant:.4g}{share}'
   if variant == base:

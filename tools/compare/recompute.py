@@ -13,7 +13,7 @@ import pathlib
 from typing import Any
 
 from common.errors import require
-from tools.compare import curves, layout, outcomes, phases
+from tools.compare import curves, layout, outcomes, page, phases
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
 
@@ -196,14 +196,9 @@ def _differing_figures(saved: Mapping[str, Any], computed: Mapping[str, Any]
       is_same = math.isclose(old, new, rel_tol=LARGEST_RELATIVE_ERROR,
                              abs_tol=1e-12)
     if not is_same:
-      differences.append(f'{name} {_format_figure(old)} and not '
-                         f'{_format_figure(new)}')
+      old_text, new_text = (page.number(x, '.4g').text for x in (old, new))
+      differences.append(f'{name} {old_text} and not {new_text}')
   return differences
-
-
-def _format_figure(x: float | None) -> str:
-  """Returns a figure in a sentence; 'unknown' where it is None."""
-  return 'unknown' if x is None else f'{x:.4g}'
 
 
 def _name_some(names: Sequence[str]) -> str:

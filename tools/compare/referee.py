@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import check_choice, join_choices, require
+from common.errors import RequestError, check_choice, join_choices, require
 from common.fields import check_number
 from tools.compare import certificate, decide, figures, foreign, items, page
 from tools.compare import statistics
@@ -222,15 +222,16 @@ def choose_metric(groups: Mapping[str, tuple[list, int | None]], asked: str
     has_means = any(isinstance(run, foreign.ReportedMean)
                     for runs, _ in groups.values() for run in runs)
     return _REPORTED_LOSS if has_means else ''
-  preferred = [name for name in _HELD_OUT_LOSSES if name in names]
+  for name in _HELD_OUT_LOSSES:
+    if name in names:
+      return name
   losses = [name for name in names
             if 'loss' in name.lower() and 'train' not in name.lower()]
-  for choices in (preferred, losses, [*names]):
-    if len(choices) == 1 or choices is preferred and choices:
+  for choices in (losses, [*names]):
+    if len(choices) == 1:
       return choices[0]
-  require(False, 'the runs have several figures: choose one with --metric, of '
-          f'{join_choices(names)}')
-  return ''
+  raise RequestError('the runs have several figures: choose one with --metric, '
+                     f'of {join_choices(names)}')
 
 
 def read_sample(name: str, runs: Sequence, step: int | None, metric: str
@@ -240,7 +241,7 @@ def read_sample(name: str, runs: Sequence, step: int | None, metric: str
   Args:
     name: the name of the entry.
     runs: its runs or its reported mean.
-    step: the step; None: the last one that any of its runs has.
+    step: the step; None: the last one that half of its runs have.
     metric: the name of the figure.
 
   Raises:
