@@ -39,31 +39,34 @@ class Factor(NamedTuple):
 
 
 def gain_of_pairing(base: Sequence[float], again: Sequence[float]) -> Factor:
-  """Returns how many times less the differences of pairs (runs of one seed)
-  vary than those of runs of different seeds would, by standard deviations.
+  """Returns how much pairing by seed lowers the noise of a comparison: the
+  standard deviation of the difference of two runs of different seeds, divided
+  by that of two runs of one seed, which see the same data.
 
-  With equal spreads the sums and the differences of the pairs are independent,
-  and the quotient of their variances, over the true one, has the F distribution
-  with n - 1 and n - 1 degrees of freedom, which gives the interval.
+  If both runs of a pair vary equally and their noise is normal, the sums and
+  the differences of the pairs are independent. The quotient of their variances,
+  over the true quotient, then has the F distribution with n - 1 and n - 1
+  degrees of freedom, which gives the 95 % interval.
 
   Args:
-    base, again: the figure of each of n seeds, of the base and of the base with
-      other first parameters.
+    base: the result of the base for each of n seeds.
+    again: the result of the base with other initial parameters, for the same
+      seeds.
   """
   from scipy.special import fdtri
   variance_of_sums = float(np.var(np.add(base, again), ddof=1))
   variance_of_differences = float(np.var(np.subtract(base, again), ddof=1))
   quotient = variance_of_sums / variance_of_differences
-  df = len(base) - 1
-  upper_quantile = float(fdtri(df, df, 0.975))
+  degrees_of_freedom = len(base) - 1
+  upper_quantile = float(fdtri(degrees_of_freedom, degrees_of_freedom, 0.975))
 
   def factor(quotient: float) -> float:
-    """Returns the factor of a quotient of both variances. Their sum is twice
-    the variance of the difference of two unpaired runs, so the factor is
+    """Returns the gain for a quotient of both variances. Their sum is twice the
+    variance of the difference of two unpaired runs, so the gain is
     sqrt((sums + differences) / (2 differences))."""
     return math.sqrt((1 + quotient) / 2)
 
-  # The lower quantile of F with equal degrees of freedom is 1 / the upper one.
+  # With equal degrees of freedom, the lower quantile of F is 1 / the upper one.
   return Factor(
       name='pairing, which is in it already', factor=factor(quotient),
       low=factor(quotient * (1 / upper_quantile)),
@@ -72,18 +75,21 @@ def gain_of_pairing(base: Sequence[float], again: Sequence[float]) -> Factor:
 
 def gain_over_same_pairs(name: str, before: Sequence[float],
                          after: Sequence[float]) -> Factor:
-  """Returns how many times less one figure of the pairs varies than another one
-  of the same pairs, by standard deviations.
+  """Returns how much less one figure varies over pairs of runs than another:
+  the quotient of their standard deviations, with a 95 % interval.
 
   The interval is that of Pitman (1939) and Morgan (1939) for the quotient of
-  the variances of two correlated variables. With the correlation r and the
-  quantile t of Student's distribution with n - 2 degrees of freedom, it reaches
-  from quotient / (k + sqrt(k^2 - 1)) to quotient * (k + sqrt(k^2 - 1)), where
-  k = 1 + 2 (1 - r^2) t^2 / (n - 2).
+  the variances of two correlated variables. Let r be their correlation, n the
+  number of pairs, and t the 97.5 % quantile of Student's distribution with
+  n - 2 degrees of freedom. With
+    k = 1 + 2 (1 - r^2) t^2 / (n - 2),
+  the interval is from quotient / (k + sqrt(k^2 - 1)) to quotient * (k +
+  sqrt(k^2 - 1)).
 
   Args:
-    name: what lowers the noise, in words.
-    before, after: both figures of each of n pairs.
+    name: the measure that lowers the noise, in words.
+    before: the figure of each pair without this measure.
+    after: the figure of each pair with it.
   """
   from scipy.special import stdtrit
   n = len(before)
@@ -98,19 +104,23 @@ def gain_over_same_pairs(name: str, before: Sequence[float],
 
 
 def variance_components(base: np.ndarray, again: np.ndarray) -> np.ndarray:
-  """Returns the variances of a run that come from its first parameters, from
-  the order of its data, and from the rest, [..., 3], by the method of moments.
+  """Splits the variance of a run's result by its sources, with the method of
+  moments: the initial parameters, the order of the data, and the rest.
 
-  Half of the mean squared difference of two runs is the sum of the variances in
-  which they differ. With s, o and r for first parameters, order and rest, pairs
-  of one order give s + r, pairs of the same first parameters give o + r, and
-  all other pairs give s + o + r.
+  Half of the mean squared difference of two runs is the sum of the variances
+  whose sources they do not share. Let s, o and r be the variances that come
+  from the initial parameters, the order of the data and the rest. Pairs of one
+  order give s + r, pairs of the same parameters give o + r, and all other pairs
+  give s + o + r. Differences of these sums give s, o and r.
 
   Args:
-    base: [..., n], of n seeds, each with first parameters and an order of data
-      of its own.
-    again: [..., n], with the same orders, and the first parameters of the next
-      seed of `base`.
+    base: [..., n], the results of n seeds. Each seed has its own initial
+      parameters and its own order of the data.
+    again: [..., n], results with the order of the same seed of `base`, and the
+      initial parameters of the next seed of `base`.
+
+  Returns:
+    [..., 3], the variances s, o and r. An estimate may be below 0.
   """
   n = base.shape[-1]
 
@@ -122,7 +132,8 @@ def variance_components(base: np.ndarray, again: np.ndarray) -> np.ndarray:
   same_order = half_mean_square(base - again)
   same_parameters = half_mean_square(again[..., :-1] - base[..., 1:])
 
-  # Pairs that share neither: all pairs of the 2n runs without those.
+  # The pairs that share neither are all n (2n - 1) pairs of the 2n runs, less
+  # the n and n - 1 pairs above.
   runs = np.concatenate([base, again], -1)
   sum_of_all_pairs = 2 * n * n * np.var(runs, -1)
   num_other_pairs = n * (2 * n - 1) - (2 * n - 1)
@@ -134,26 +145,29 @@ def variance_components(base: np.ndarray, again: np.ndarray) -> np.ndarray:
 
 
 def shares_of_variance(base: np.ndarray, again: np.ndarray) -> list[Factor]:
-  """Returns the shares of the variance of a run that come from its first
-  parameters, from the order of its data, and from the rest.
+  """Returns the shares of the variance of a run's result that come from its
+  initial parameters, from the order of its data, and from the rest.
 
-  The intervals are by a parametric bootstrap: runs are drawn whose noise is
-  normal and has the measured components. An interval is as wide as the
-  quantiles of the shares of these, and as the quantiles reflected about the
-  share (the basic bootstrap), whichever reaches further.
+  The 95 % intervals are from a parametric bootstrap: results are drawn whose
+  noise is normal and has the measured shares. Both ends are the wider ones of
+  the percentile interval and of the basic bootstrap interval, whose ends are
+  the percentiles reflected about the measured share.
 
   Args:
-    base, again: [sizes, seeds], as in `variance_components`. The components are
-      means over the sizes.
+    base: [sizes, seeds], as in `variance_components`, whose result is averaged
+      over the sizes.
+    again: [sizes, seeds], as in `variance_components`.
   """
   def shares(base: np.ndarray, again: np.ndarray) -> np.ndarray:
-    """Returns the shares of [..., sizes, seeds], [..., 3]."""
+    """Returns the three shares, [..., 3], of results [..., sizes, seeds]."""
     components = np.maximum(variance_components(base, again).mean(-2), 0)
+    # Without any variance, the shares are 0 and not NaN.
     return components / np.maximum(components.sum(-1, keepdims=True), 1e-300)
 
   measured_shares = shares(base, again)
 
-  # Runs whose noise has the components that were measured.
+  # Draw results with the measured shares. As in the runs themselves, those of
+  # `again` have the parameters of the next seed of `base`.
   sizes, n = base.shape
   rng, scale = np.random.default_rng(0), np.sqrt(measured_shares)
   parameters = scale[0] * rng.normal(size=(BOOTSTRAP_DRAWS, sizes, n + 1))
@@ -163,7 +177,7 @@ def shares_of_variance(base: np.ndarray, again: np.ndarray) -> list[Factor]:
   drawn_shares = shares(parameters[..., :-1] + order + rest[0],
                         parameters[..., 1:] + order + rest[1])
 
-  # The wider of both intervals.
+  # Take the wider interval, within 0 and 1.
   low, high = np.quantile(drawn_shares, [0.025, 0.975], axis=0)
   lows = np.clip(np.minimum(low, 2 * measured_shares - high), 0, 1)
   highs = np.clip(np.maximum(high, 2 * measured_shares - low), 0, 1)
@@ -191,18 +205,27 @@ class _NoiseRuns(NamedTuple):
 
 
 def _select_noise_runs(plan: Plan, outcomes: Iterable[Outcome]) -> _NoiseRuns:
-  """Returns the runs of the noise phase on text."""
-  outcome_of = {(x.variant, x.size, x.seed): x for x in outcomes
-                if x.phase == 'noise' and x.workload == TEXT}
+  """Selects the runs of a study's noise phase that trained on text. This phase
+  trains the base twice for each seed, with different initial parameters, to
+  measure how much results vary without any change.
+
+  Args:
+    plan: the plan of the study.
+    outcomes: the outcomes of its runs.
+  """
+  outcome_of = {(run.variant, run.size, run.seed): run for run in outcomes
+                if run.phase == 'noise' and run.workload == TEXT}
   seeds = sorted({seed for _, _, seed in outcome_of})
   variants = [plan.base, SECOND_BASE]
+
+  # A seed is complete if all its runs are there, and none diverged.
   complete_seeds = []
   for seed in seeds:
     outcomes_of_seed = []
     for variant in variants:
       for size in plan.sizes:
         outcomes_of_seed.append(outcome_of.get((variant, size, seed)))
-    if all(x is not None and not x.diverged for x in outcomes_of_seed):
+    if all(run is not None and not run.diverged for run in outcomes_of_seed):
       complete_seeds.append(seed)
   return _NoiseRuns(outcomes=outcome_of, variants=variants, seeds=seeds,
                     complete_seeds=complete_seeds)
@@ -224,15 +247,22 @@ def measure_gains(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
     return []
 
   def means_over_sizes(figure: Callable[[Outcome], float]) -> list[np.ndarray]:
-    """Returns the means of a figure over the sizes, [seeds], of the base and of
-    the base again."""
+    """Averages a figure of runs over the sizes of the model.
+
+    Args:
+      figure: a function that reads the figure from the outcome of a run.
+
+    Returns:
+      The means, [seeds], of the base and of the base again with other initial
+      parameters.
+    """
     means_of_variants = []
     for variant in noise_runs.variants:
       means = []
       for seed in noise_runs.complete_seeds:
-        at_sizes = [figure(noise_runs.outcomes[variant, size, seed])
-                    for size in plan.sizes]
-        means.append(np.mean(at_sizes))
+        values_at_sizes = [figure(noise_runs.outcomes[variant, size, seed])
+                           for size in plan.sizes]
+        means.append(np.mean(values_at_sizes))
       means_of_variants.append(np.array(means))
     return means_of_variants
 
@@ -287,9 +317,17 @@ def _late_loss(run: Outcome) -> float:
 
 def measure_shares_of_variance(plan: Plan, outcomes: Iterable[Outcome]
                                ) -> list[Factor]:
-  """Returns the shares of the variance of a run by their sources, as the noise
-  phase has measured them; nothing where a run diverged, or where first
-  parameters are not crossed with orders of data."""
+  """Returns the shares of the variance of a run's result by their sources (see
+  `shares_of_variance`), from the runs of the study's noise phase.
+
+  Args:
+    plan: the plan of the study.
+    outcomes: the outcomes of its runs.
+
+  Returns:
+    The shares; [] if a run diverged, if there are too few runs, or if the noise
+    phase did not combine each seed's data with the next seed's parameters.
+  """
   noise_runs = _select_noise_runs(plan, outcomes)
   are_crossed = all(
       run.changes.get('init_seed', INIT_SEED_OF_NEXT_SEED)
@@ -298,7 +336,8 @@ def measure_shares_of_variance(plan: Plan, outcomes: Iterable[Outcome]
   if len(noise_runs.complete_seeds) < needed_seeds or not are_crossed:
     return []
 
-  # The primary measure of the base and of the base again, [sizes, seeds].
+  # Collect the primary measure of the base, and of the base again with other
+  # parameters, [sizes, seeds] each.
   tables = []
   for variant in noise_runs.variants:
     rows = []
@@ -307,6 +346,7 @@ def measure_shares_of_variance(plan: Plan, outcomes: Iterable[Outcome]
           noise_runs.outcomes[variant, size, seed].values[plan.primary.name]
           for seed in noise_runs.seeds])
     tables.append(np.array(rows))
+  # Without any variance, there is nothing to share out.
   if np.ptp(tables) == 0:
     return []
   base, again = tables
@@ -314,8 +354,8 @@ def measure_shares_of_variance(plan: Plan, outcomes: Iterable[Outcome]
 
 
 def describe_what_lowers_noise(plan: Plan, outcomes: Iterable[Outcome]) -> str:
-  """Returns the sentences of a report about what lowers the noise of a study,
-  and where its noise comes from; '' where nothing was measured.
+  """Returns the sentences of a report that say what lowers the noise of a study
+  and where its noise comes from, or '' if that was not measured.
 
   Args:
     plan: the plan of the study.
@@ -325,7 +365,7 @@ def describe_what_lowers_noise(plan: Plan, outcomes: Iterable[Outcome]) -> str:
   if not factors:
     return ''
 
-  # The factors, of which the first is that of pairing.
+  # The gains. The first is that of pairing.
   gains = []
   for gain in factors:
     gains.append(f'{gain.name}: {gain.factor:.2f} '
@@ -338,7 +378,7 @@ def describe_what_lowers_noise(plan: Plan, outcomes: Iterable[Outcome]) -> str:
       f'with 95 % intervals: {"; ".join(gains)}. A factor f spares f² times '
       f'the seeds. {note_on_pairing}{NOTE_ON_WHAT_IS_NOT_MEASURED}')
 
-  # The shares of the variance, where the noise phase tells them.
+  # The shares of the variance, if the noise phase measured them.
   shares = []
   for share in measure_shares_of_variance(plan, outcomes):
     shares.append(f'{share.name} ({share.factor:.0%} '

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_flag_of_kind(parser: argparse.ArgumentParser, kind: str, flag: str,
                      **options: Any) -> None:
-  """Adds a flag that only the file of a sweep is read with, or only that of a
-  study; `check_arguments` refuses it beside the other kind of file.
+  """Adds a flag that has a meaning only for a sweep's file, or only for a
+  study's. `check_arguments` refuses it with a file of the other kind.
 
   Args:
     parser: the parser of a command.
@@ -43,14 +43,16 @@ def add_flag_of_kind(parser: argparse.ArgumentParser, kind: str, flag: str,
   """
   options['help'] = f'of a {kind}: {options["help"]}'
   action = parser.add_argument(flag, **options)
-  # The defaults of the flags of each kind, by which one that is set is known.
+  # The parsed arguments get an attribute `sweep` or `study` with the defaults
+  # of that kind's flags. A flag with another value was set by the user.
   default_by_flag = parser.get_default(kind) or {}
   parser.set_defaults(
       **{kind: default_by_flag | {action.dest: action.default}})
 
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds what `check` and `run` alike are told of a file and of the machine."""
+  """Adds the arguments that the commands `check` and `run` share: a file of a
+  sweep or a study, and how many runs are trained at once."""
   parser.add_argument('file', help='of configs/sweeps/ or configs/studies/')
   add_flag_of_kind(parser, 'sweep', '--seeds', type=int, default=0,
                    help="how many: 0, 1, ...; default: the file's, or 3")
@@ -70,15 +72,17 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args) -> bool:
-  """Returns whether the file of a command line is a study's, and not a sweep's.
+  """Checks the arguments of `add_file_arguments`, and returns whether the file
+  is that of a study, and not that of a sweep.
 
   Raises:
-    RequestError: for numbers that cannot be, and for flags of the other kind of
-      file.
+    RequestError: for a number out of its range, and for a flag that belongs to
+      the other kind of file.
   """
   check_number('--parallel', args.parallel, (('>=', 1), ('<=', 512)))
   check_number('--group', args.group, (('>=', 1), ('<=', 100_000)))
   is_study = spec.is_study(args.file)
+  # `add_flag_of_kind` has kept the defaults of the flags of each kind.
   other_kind = 'sweep' if is_study else 'study'
   for flag, default in getattr(args, other_kind, {}).items():
     require(getattr(args, flag) == default, f'--{flag} is of a {other_kind}, '
@@ -87,17 +91,21 @@ def check_arguments(args) -> bool:
 
 
 def main(args) -> int:
-  """Checks every point of a sweep, or the plan of a study, and prints what they
-  cost; returns the exit code."""
+  """Checks every point of a sweep (a variant of its config), or the plan of a
+  study, and prints what the runs cost. Returns the exit code."""
   if check_arguments(args):
     from tools.compare import study
     return study.check(args)
+
+  # The description is saved only after all points were checked.
   if args.workdir:
     layout.check_workdir(args.workdir)
   description = describe_sweep(args)
-  if args.workdir:  # only once all is well
+  if args.workdir:
     with layout.Ledger(args.workdir) as ledger, ledger.transaction():
       layout.save_sweep_description(args.workdir, description)
+
+  # Print the costs, with --time also the seconds of a run on this machine.
   if args.time:
     for row in progress.show_items(description['points'], 'points timed'):
       row['seconds'] = _seconds_of_run(description, row)
@@ -109,8 +117,9 @@ def main(args) -> int:
 
 
 def describe_sweep(args) -> dict:
-  """Returns what sweep.json is to hold of a sweep: its points, each of which is
-  checked, with their changes and costs, and the config of its base.
+  """Reads a sweep's file, checks each of its points (variants of the config),
+  and returns the contents of sweep.json: the points with their changes and
+  costs, and the config of the base.
 
   Args:
     args: the arguments that add_file_arguments defines.
@@ -118,6 +127,8 @@ def describe_sweep(args) -> dict:
   Raises:
     RequestError: for the first bad point.
   """
+  # Read the file. With --match, one field of each point is set so that the
+  # point costs what the base costs.
   cost.keep_off_accelerators()
   sweep = spec.read_sweep_file(args.file, args.seeds)
   require(bool(args.match) or not args.match_field, f'--match_field is '
@@ -128,12 +139,15 @@ def describe_sweep(args) -> dict:
     match_field = args.match_field or spec.DEFAULT_MATCH_FIELD
     sweep = cost.match_costs(sweep, args.match, match_field)
 
-  # Points that make their batches in another way share none.
+  # Runs of one seed are pairs if they see the same batches, which they do
+  # unless a point changes how batches are made.
   is_paired = True
   for point in sweep.points:
     for field in point.changes:
       if field.startswith(spec.FIELDS_OF_BATCHES):
         is_paired = False
+
+  # Check and describe each point.
   sources = cost.hash_data_of_configs(map(sweep.config_of_point, sweep.points))
   points = []
   for point in progress.show_items(sweep.points, 'points checked'):
@@ -152,15 +166,15 @@ def describe_sweep(args) -> dict:
 
 
 def _seconds_of_run(description: dict, row: dict) -> float:
-  """Returns how many seconds a run of a point takes on this machine, as a dry
-  run of it estimates.
+  """Estimates how many seconds a run of a sweep takes on this machine. A
+  process with --dry_run times a few steps and prints its estimate.
 
   Args:
-    description: what sweep.json holds.
-    row: its row of the point.
+    description: the contents of sweep.json.
+    row: the entry there of the point (a variant of the config).
 
   Raises:
-    RequestError: where the dry run failed, with its last line.
+    RequestError: if the dry run failed; the message has its last line.
   """
   words = layout.train_command(
       description=description, workdir=tempfile.gettempdir(),
@@ -175,11 +189,17 @@ def _seconds_of_run(description: dict, row: dict) -> float:
 
 
 def _describe_point(sweep: spec.Sweep, point: spec.Point) -> dict:
-  """Returns what sweep.json says of a point, once its config is checked.
+  """Checks the config of a point of a sweep, and returns the entry of the point
+  in sweep.json: what it changes, what it costs, and which runs it has.
+
+  Args:
+    sweep: the sweep.
+    point: the point, which is a variant of the sweep's base config.
 
   Raises:
-    RequestError: where it cannot be trained, or gives nothing to compare.
+    RequestError: if it cannot be trained, or gives nothing to compare.
   """
+  # Every error in here is about this point, and begins with its name.
   config = sweep.config_of_point(point)
   with spec.prefix_errors(f'point {point.name!r}'):
     cost.check_config_of_point(config, point.changes)
@@ -191,6 +211,8 @@ def _describe_point(sweep: spec.Sweep, point: spec.Point) -> dict:
             'done, so there would be nothing to compare: set it, to '
             'train.steps for one held-out loss after the last step, or name '
             'a task in TASKS')
+
+  # A point of another architecture may differ from the published model.
   unlike = ''
   if 'model.arch' in point.changes:
     model = runs.resolve_model_without_tokenizer(config)
@@ -208,26 +230,28 @@ def _describe_point(sweep: spec.Sweep, point: spec.Point) -> dict:
 
 def _derived_changes(sweep: spec.Sweep, point: spec.Point, config
                      ) -> dict[str, list]:
-  """Returns the fields of the model that the base leaves open, and that have
-  another value in a point than in the base as a result of its changes.
+  """Returns the fields of the model that a point does not set itself, and that
+  differ from the base as a result of what it sets. For example, a d_ff of 0 is
+  derived from d_model, so a point that sets d_model changes d_ff too.
 
   Args:
     sweep: the sweep.
-    point: the point.
+    point: the point, which is a variant of the sweep's base config.
     config: the config of the point.
 
   Returns:
     [value of the base, value of the point] by the dotted name of the field.
   """
+  # The values as they are written in the config, and as they are derived. A
+  # part of a model that the base does not have keeps its written values.
   base_model, model = cost.resolve_model(sweep.base), cost.resolve_model(config)
   written_values = run_config.flatten(config.to_dict())
-  # A part that the base does not have is, in the base, as its config says.
   base_values = run_config.flatten(sweep.base.to_dict())
   base_values |= run_config.flatten({'model': flat.to_dict(base_model)})
   point_values = run_config.flatten({'model': flat.to_dict(model)})
 
-  # Fields that the point changes itself, or that its model does not read, are
-  # not derived.
+  # Leave out the fields that the point sets itself, and those that its model
+  # does not read.
   left_out = {*point.changes}
   for name in flat.fields_that_are_unread(model):
     left_out.add(f'model.{name}')
@@ -295,7 +319,12 @@ def render_cost_table(description: dict) -> str:
 
 
 def _describe_times(points: Sequence[dict]) -> list[str]:
-  """Returns the lines about how long a run of each point, and all runs, take.
+  """Returns two lines for a terminal: the time of a run of each point, and the
+  time of all runs.
+
+  Args:
+    points: the entries of the points in sweep.json, with the estimated
+      'seconds' of a run and the 'seeds' of their runs.
   """
   total_seconds = sum(point['seconds'] * len(point['seeds'])
                       for point in points)
@@ -315,13 +344,15 @@ def _share_above_base(point: dict, base: dict, figure: str) -> str:
 
 
 def _describe_changes(description: dict, point: dict) -> str:
-  """Returns what a point changes, and which open fields have another value as a
-  result, as 'FIELD=VALUE, so FIELD VALUE -> VALUE'.
+  """Describes the changes of a point (a variant of a sweep's base config), and
+  the derived fields that follow from them, such as 'model.d_model=64, so
+  model.d_ff 512 -> 256'.
 
   Args:
-    description: what sweep.json holds.
-    point: its row of the point.
+    description: the contents of sweep.json.
+    point: the entry of the point there.
   """
+  # The fields that it sets to another value.
   base_values = run_config.flatten(description['base_config'])
   changes = []
   for field, value in point['changes'].items():
@@ -332,6 +363,8 @@ def _describe_changes(description: dict, point: dict) -> str:
     if field in point['matched']:
       change += ' (matched)'
     changes.append(change)
+
+  # The fields that follow from these.
   for field, (base_value, value) in point['follows'].items():
     changes.append(
         f'so {field} {_format_value(base_value)} -> {_format_value(value)}')

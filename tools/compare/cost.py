@@ -56,16 +56,19 @@ def keep_off_accelerators() -> None:
 
 
 def cost_of_run(config, model: ModelConfig | None = None) -> Cost:
-  """Returns what a run of a config costs, in parameters, FLOPs and tokens.
+  """Returns what a run costs: the parameters of its model, the FLOPs of a token
+  in training, and the tokens that it trains on.
 
   Args:
     config: the config of the run.
-    model: its model, resolved; None: as its tokenizer gives it.
+    model: the config of its model with all sizes resolved; None: it is resolved
+      here.
 
   Raises:
     ValueError: for a model that cannot be built.
   """
   model = model or resolve_model(config)
+  # An encoder-decoder trains on rows with two lengths.
   length = sum(objectives.find_objective(config).row_lengths(config))
   params, active_params = _count_parameters(model)
   multiplied_params, looked_up_params = _count_by_use(model)
@@ -89,11 +92,12 @@ def _flops_per_token(config, model: ModelConfig) -> float:
 
 
 def share_of_flops_without_vocabulary(config) -> float:
-  """Returns the share of the FLOPs of training that is not for products with
-  the vocabulary.
+  """Returns the share of the FLOPs of training that is spent in the layers, and
+  not on products with the vocabulary (the logits).
 
-  These grow in proportion to the vocabulary, so a vocabulary of twice the size
-  has them twice: the share is (2 f(V) - f(2V)) / f(V) of the FLOPs f.
+  Let f(V) be the FLOPs with a vocabulary of V tokens. Those for the logits are
+  proportional to V, so they are f(2V) - f(V), and the share of the others is
+  1 - (f(2V) - f(V)) / f(V) = 2 - f(2V) / f(V).
   """
   model = resolve_model(config)
   doubled = dataclasses.replace(model, vocab_size=model.vocab_size * 2)
@@ -103,12 +107,13 @@ def share_of_flops_without_vocabulary(config) -> float:
 
 
 def one_cost_figure(config, name: str) -> float:
-  """Returns one figure of the cost of a run alone, since each takes a trace of
-  the model that the others do not need.
+  """Returns one figure of the cost of a run. The others are not computed,
+  because each kind of figure takes a trace of the model of its own.
 
   Args:
     config: the config of the run.
-    name: the figure, one of spec.MATCHABLE_COSTS.
+    name: the figure, one of spec.MATCHABLE_COSTS: 'flops_per_token', 'params'
+      or 'active_params'.
   """
   if name == 'flops_per_token':
     return _flops_per_token(config, resolve_model(config))
@@ -117,13 +122,16 @@ def one_cost_figure(config, name: str) -> float:
 
 
 def check_config_of_point(config, changes: Mapping) -> None:
-  """Raises RequestError for whatever a run would refuse before it starts, and
-  for what no comparison can have.
+  """Checks the config of a run of a comparison before anything is trained.
 
   Args:
     config: the config of the run.
-    changes: the fields that were changed in it; one that nothing reads is
-      refused.
+    changes: the fields that were changed in it.
+
+  Raises:
+    RequestError: for what the run itself would refuse, for a changed field that
+      nothing reads, and for early stopping, since runs are compared after their
+      last step.
   """
   preflight.check_config(config)
   preflight.refuse_unread_fields(changes, config,
@@ -154,11 +162,12 @@ def resolve_model(config):
 
 
 def match_costs(sweep: spec.Sweep, cost_name: str, field: str) -> spec.Sweep:
-  """Returns a sweep whose points all cost what the base costs, by the value of
-  one field, such as the width of the feed-forward networks.
+  """Returns a sweep in which every point (a variant of the config) costs what
+  the base costs. One field, such as the width of the feed-forward networks, is
+  set for that.
 
-  A point within 0.25 % of the base is left alone. Else the field becomes the
-  multiple of 8 that comes as near or, if none does, the nearest integer.
+  A point within 0.25 % of the base is left alone. Otherwise the field becomes
+  the multiple of 8 that comes as near or, if none does, the nearest integer.
 
   Args:
     sweep: the sweep that was read.
@@ -168,7 +177,7 @@ def match_costs(sweep: spec.Sweep, cost_name: str, field: str) -> spec.Sweep:
   Raises:
     RequestError: naming the point that cannot be matched, and why.
   """
-  # A change to an integer is refused where the field is none.
+  # Setting the field to an integer fails here if it is no integer field.
   spec.apply_changes(sweep.base, {field: STEP_OF_WIDTHS}, '--match_field')
   target = one_cost_figure(sweep.base, cost_name)
   points = []
@@ -249,26 +258,29 @@ def _match_cost_of_point(sweep: spec.Sweep, point: spec.Point, cost_name: str,
 
 def _multiples_around_target(cost: Callable[[int], float], target: float,
                              step: int) -> list[int]:
-  """Returns the multiples of a step on both sides of a target cost, by the
-  method of false position (regula falsi): costs are almost linear in a width.
+  """Finds the two neighbouring multiples of a step, such as of 8, between whose
+  costs a target lies. It uses the method of false position (regula falsi),
+  which needs few evaluations, because costs are almost linear in a width.
 
   Args:
-    cost: the cost of a value, which rises with it.
+    cost: a function from a value of the field to its cost, which rises.
     target: the cost to be reached.
     step: the step.
 
   Returns:
-    The largest multiple below the target and the next one; the first alone if
-    it reaches the target; none where the cost does not reach so far.
+    [the largest multiple below the target, the next one]. It is [step] if the
+    first multiple reaches the target already, and [] if none does up to
+    LARGEST_WIDTH, or if the cost does not rise.
   """
   low, high = 1, 2  # as multiples of the step
 
   def interpolate() -> float:
-    """Returns where the line through both costs reaches the target."""
+    """Returns the multiple at which the line through both costs reaches the
+    target."""
     rise = (cost(high * step) - cost(low * step)) / (high - low)
     return low + (target - cost(low * step)) / rise
 
-  # Further out, until the target lies between both.
+  # Search outwards, until the target lies between low and high.
   if cost(step) >= target:
     return [step]
   while cost(high * step) < target:
@@ -277,7 +289,7 @@ def _multiples_around_target(cost: Callable[[int], float], target: float,
     further = min(math.ceil(interpolate()), 2 * LARGEST_WIDTH // step)
     low, high = high, max(high + 1, further)
 
-  # Nearer, until they are neighbours.
+  # Search inwards, until low and high are neighbours.
   while high - low > 1:
     middle = min(max(int(interpolate()), low + 1), high - 1)
     if cost(middle * step) < target:

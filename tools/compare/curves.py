@@ -59,14 +59,14 @@ class Run:
 
   @property
   def held_out(self) -> dict[str, Any]:
-    """The figures of what is held out after the last step, by name; None stands
-    for one that is not finite.
+    """The results of the evaluation on held-out data after the last step, by
+    name. None stands for a value that is not finite.
 
-    A run has them once it is trained, whatever evaluation it still owes or
-    fails at.
+    A run has them once it is trained, even if an evaluation task that comes
+    after training is missing or failed.
     """
-    # Several rows may be of the last step, as where evaluation was resumed; the
-    # later ones win. Their step and split are no figures.
+    # There are several rows of the last step if the evaluation was resumed. The
+    # later ones win.
     figures = {}
     for row in self.rows:
       is_last = row['step'] == self.config.get('train.steps')
@@ -155,23 +155,25 @@ class Point:
     return {seed: loss for seed, loss in losses.items() if loss is not None}
 
   def curve(self, seed: int, figure: str = 'eval') -> dict[str, list]:
-    """Returns how a figure of a run changes over its steps.
+    """Returns the curve of a run: how a figure, such as the held-out loss,
+    changes while it trains.
 
     Args:
       seed: the seed of the run.
-      figure: the figure, one of FIGURES.
+      figure: 'eval' or 'train', the loss on that data, or a figure of routers
+        (health/...).
 
     Returns:
-      Lists at rising steps; {} where the run does not have the figure.
-      'step', 'tokens', 'flops', 'seconds': what was spent so far; seconds are
-        of training steps, without compiling, evaluating and saving.
-      'loss': the figure, a mean over layers.
-      'warm': whether the learning rate had reached its height.
-      Where one is not known or not finite, it is NaN.
+      A dict of lists, with an entry for each step at which the figure was
+      measured; {} if the run does not have the figure. Unknown values are NaN.
+      'step', 'tokens', 'flops', 'seconds': what was spent so far. Seconds are
+        those of training steps, without compiling, evaluating and saving.
+      'loss': the figure, averaged over layers.
+      'warm': whether the warmup of the learning rate was over.
     """
+    # The loss has the same name in the rows of both splits. The figures of
+    # routers are reported in training, by their own names.
     run = self.runs[seed]
-    # The loss has one name in the rows of both splits, 'train' and 'eval'. The
-    # figures of routers are reported while training, by their own names.
     split, name = figure, 'loss'
     if figure.startswith('health/'):
       split, name = 'train', figure
@@ -231,14 +233,14 @@ def curve_from_rows(
 
 
 def ends_cooled_down(config: Mapping[str, Any]) -> bool:
-  """Returns whether a run ends at a learning rate that fell to a half or less
-  by the end of its schedule.
+  """Returns whether the learning rate of a run has fallen to a half or less at
+  the end of training.
 
-  In the middle of a decay, and without one, a loss is not the best that its
-  FLOPs buy.
+  Before the end of a decay, and without one, a loss is higher than it could be
+  for its FLOPs, so that no scaling law should be fitted to it.
 
   Args:
-    config: the config of the run, by dotted name.
+    config: the fields of the run's config, by dotted name.
   """
   return (config['optim.schedule'] in ('cosine', 'linear', 'wsd')
           and config['optim.decay_steps'] <= config['train.steps']
@@ -246,16 +248,16 @@ def ends_cooled_down(config: Mapping[str, Any]) -> bool:
 
 
 def mean_curve(curves: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
-  """Returns the mean of the curves of some runs, at the steps that all of them
-  have.
+  """Averages the curves of some runs, such as of several seeds, at the steps
+  that all of them have.
 
   Args:
-    curves: the curves, as Point.curve returns them; one or more.
+    curves: the curves, one or more, as Point.curve returns them.
 
   Returns:
-    Arrays over the shared steps: each of AXES, and 'loss'.
+    Arrays over the shared steps: one for each of AXES, and 'loss'.
   """
-  # Runs may have evaluated at other steps, as one that ended early.
+  # Runs may have been evaluated at different steps, as one that ended early.
   shared_steps = functools.reduce(
       np.intersect1d, [curve['step'] for curve in curves])
   means = {}
@@ -316,14 +318,15 @@ class Sweep:
 
 
 def load_sweep(workdir) -> Sweep:
-  """Returns the points and runs of a sweep, and prints a warning for each run
-  of another config than the sweep says.
+  """Reads a sweep from its folder: its points (variants of the config) and
+  their runs. It prints a warning for each run whose config is not what
+  sweep.json says.
 
   Args:
     workdir: the folder of the sweep.
 
   Raises:
-    ValueError: where no sweep was run.
+    ValueError: if no sweep was run there.
   """
   description = layout.load_sweep_description(workdir)
   sweep = read_sweep(workdir, description, layout.load_ledger_runs(workdir))
@@ -346,11 +349,11 @@ def read_sweep(workdir, description: Mapping[str, Any],
       that of the sweep, which takes a while; False: it was compared when the
       run ended, and is taken to be what sweep.json says.
   """
-  # The config of the base by dotted name, as changes are; and the states of
-  # runs, which only the ledger has.
+  # Read the config of the base, whose fields get dotted names as changes have,
+  # and the states of the runs, which only the ledger has.
   base_config = run_config.flatten(description['base_config'])
   ledger_run_of = {(run.point, run.seed): run for run in ledger_runs}
-  # A point for each in sweep.json, also where none of its runs began.
+  # Read each point of sweep.json, including those of which no run has begun.
   points = {}
   for row in description['points']:
     points[row['name']] = _read_point(
@@ -373,21 +376,23 @@ def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
                 base_config: Mapping[str, Any],
                 ledger_run_of: Mapping[tuple[str, int], layout.Run],
                 reads_configs: bool) -> Point:
-  """Returns a point of a sweep (a variant of the config) with its runs over
-  seeds.
+  """Reads a point of a sweep (a variant of the config) with its run for each
+  seed.
 
   Args:
     workdir: the folder of the sweep.
-    description: what sweep.json holds.
-    row: the row of the point there.
-    base_config: the config of the base, by dotted name.
-    ledger_run_of: the runs of the ledger by point and seed.
-    reads_configs: whether to read and compare the configs of the runs.
+    description: the contents of sweep.json.
+    row: the entry of the point there.
+    base_config: the fields of the base's config, by dotted name.
+    ledger_run_of: the runs of the ledger (the database of their states), by
+      point and seed.
+    reads_configs: whether to read the configs of the runs, and to compare them
+      with what sweep.json says.
   """
   name = row['name']
   runs = {}
   for seed in row['seeds']:
-    # The ledger may be behind sweep.json, to which the seed was added.
+    # A seed that was added to sweep.json may not be in the ledger yet.
     state, error = 'not run', ''
     if (name, seed) in ledger_run_of:
       ledger_run = ledger_run_of[name, seed]
@@ -396,8 +401,9 @@ def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
         workdir=workdir, description=description, point=name, seed=seed,
         state=state, error=error, reads_config=reads_configs)
 
-  # Values that are those of the base are no changes. The base may lack a field,
-  # since it need not have the kinds of layer that a point has.
+
+  # Keep the changes that make a difference. The base may lack a field, because
+  # it need not have the kinds of layer that a point has.
   changes = {}
   for field, value in row['changes'].items():
     if field not in base_config or value != base_config[field]:
@@ -417,19 +423,21 @@ def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
 
 def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
               state: str, error: str, reads_config: bool) -> Run:
-  """Returns a run with all that lies in its folder.
+  """Reads a run of a sweep from its folder: its config, its curves, its
+  evaluations, and the scores of single documents or questions. Any of the files
+  may be missing, as before the run has begun.
 
   Args:
     workdir: the folder of the sweep.
-    description: what sweep.json holds.
-    point: the name of the point (a variant of the config) that the run is of.
-    seed: its seed.
-    state: its state in the ledger.
-    error: why it failed; '': it did not.
-    reads_config: whether to read its config.json; else its config is taken to
-      be what sweep.json says.
+    description: the contents of sweep.json.
+    point: the name of the point (a variant of the config) that is trained.
+    seed: the seed of the run.
+    state: its state in the ledger, the database of runs.
+    error: the reason why it failed, or ''.
+    reads_config: whether to read its config.json. If not, its config is taken
+      to be what sweep.json says.
   """
-  # Any of the files may be missing, as before the run has begun.
+  # The config, and the fields in which it differs from sweep.json.
   folder = layout.run_folder(workdir, point, seed)
   config, differing_fields, rows = {}, (), ()
   if reads_config and (folder / 'config.json').exists():
@@ -437,11 +445,15 @@ def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
     differing_fields = tuple(
         layout.fields_unlike_sweep(description, workdir=workdir, point=point,
                                    seed=seed))
+
+  # The scores of items (documents, questions), by figure. The held-out loss is
+  # made up of the losses of documents.
   scores_of_items = items.read_records(folder)
-  # The loss of each document makes up the held-out loss, so documents are the
-  # items of the measure 'loss'.
   if 'documents/loss' in scores_of_items:
     scores_of_items['loss'] = scores_of_items['documents/loss']
+
+  # The curves. If config.json was not read, a run that has metrics gets the
+  # config that sweep.json gives it.
   metrics_file = folder / 'metrics.jsonl'
   if metrics_file.exists():
     rows = tuple(metrics.read_metrics(metrics_file))
@@ -464,25 +476,26 @@ def training_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def _training_seconds(rows: Sequence[Mapping[str, Any]], steps: np.ndarray
                       ) -> np.ndarray:
-  """Returns the seconds of training up to each of some steps.
+  """Returns how many seconds a run had trained at some steps.
 
-  They are summed from the time of a step that each row reports, and linear in
-  between. Of runs that trained as one program, each has its share.
+  The times that the rows of its metrics report are summed, and interpolated in
+  between. If several runs were trained as one program, each counts an equal
+  share of the time.
 
   Args:
     rows: the lines of the run's metrics.jsonl.
     steps: [points], the steps.
 
   Returns:
-    [points], the seconds; NaN where the rows do not report the time of a step.
+    [points], the seconds; NaN if the rows do not report times.
   """
   train_rows = [row for row in rows if row['split'] == 'train']
   has_times = all(row.get('step_seconds') is not None for row in train_rows)
   if not train_rows or not has_times:
     return np.full(len(steps), np.nan)
 
-  # A row reports the mean time of the steps since the row before it. The number
-  # of these steps times their time is summed from 0 on.
+  # A row reports the mean time of a step since the row before it. It is
+  # multiplied by the number of these steps, and summed.
   last_steps = np.array([row['step'] for row in train_rows], float)
   seconds_a_step = [row['step_seconds'] / row.get('runs_at_once', 1)
                     for row in train_rows]

@@ -46,6 +46,7 @@ BOUNDS_OF_CONSTANTS = ((-12, 6), (-30, 90), (-30, 90), (0, 8), (0, 8))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of the command that fits a scaling law to a sweep."""
   parser.add_argument('workdir', help='of the whole sweep')
   parser.add_argument('--budgets', default='', help='FLOPs to find the best '
                       'size for, as 1e15,1e16; default: the largest of the '
@@ -59,11 +60,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
+  """Fits the scaling law L(N, D) of Hoffmann et al. 2022 to the runs of a sweep
+  over numbers of parameters N and of tokens D, and prints it.
+
+  Args:
+    args: the arguments that `add_arguments` defines.
+
+  Returns:
+    The exit code, 0.
+  """
   from tools.compare import curves
   budgets = _parse_budgets(args.budgets)
   sweep = curves.load_sweep(args.workdir)
-  # With --by, one law for each value of a field; else one law of all runs, with
-  # intervals from laws that are fitted to resampled residuals.
+
+  # With --by, fit one law for each value of a field. Otherwise fit one law to
+  # all runs, with intervals from laws that are fitted to resampled residuals.
   if args.by:
     figures = fit_by_field(sweep, field=args.by, count=args.count,
                            budgets=budgets)
@@ -72,6 +83,8 @@ def main(args) -> int:
     law = fit_law(runs.params, runs.tokens, runs.losses)
     drawn = bootstrap_laws(law, runs)
     figures = describe_law(law=law, drawn=drawn, runs=runs, budgets=budgets)
+
+  # Print it, for a program or for a person.
   if args.json:
     print(json.dumps(figures, indent=2))
   else:
@@ -128,33 +141,35 @@ class Runs(NamedTuple):
 
 
 def runs_of_ladder(points, count: str, subject: str, beside: str = '') -> Runs:
-  """Returns the finished runs of a ladder, that is of a sweep over the size of
-  one model and the length of its training.
+  """Returns the finished runs of a ladder as arrays. A ladder is a sweep over
+  the size of one model and the length of its training.
 
   Args:
-    points: the points of one ladder (curves.Point), each a size and a length
-      with its runs over seeds.
+    points: the points of one ladder (curves.Point). A point is a size and a
+      length, with a run for each seed.
     count: the parameters that are counted, 'params' or 'active_params'.
-    subject: what the ladder is called in messages.
-    beside: a field that the points may set though it is no size; '': none.
+    subject: the name of the ladder in messages.
+    beside: a field of the config that the points may set though it is not a
+      size, or '' for none.
 
   Returns:
     Arrays with an entry for each run, ordered by tokens, then parameters, then
-    seed. Two ladders of the same sizes, lengths and seeds are therefore aligned
-    run by run, which `bootstrap_laws` relies on.
+    seed. This order must stay: it aligns two ladders of the same sizes, lengths
+    and seeds run by run, which `bootstrap_laws` relies on.
 
   Raises:
-    RequestError: where no run has finished, where a point changes more than
-      sizes and lengths, or where two points have the same size and length.
+    RequestError: if no run has finished, if a point changes more than sizes and
+      lengths, or if two points have the same size and length.
   """
+  # Check the points. A run that diverged or is not over has no final loss.
   for point in points:
     _check_point_sets_sizes(point, beside)
-  # A run that diverged or is not over has no final loss.
   finished = [point for point in points if point.final_losses]
   require(bool(finished), f'{subject} has no finished run')
   finished.sort(key=lambda point: (point.tokens, getattr(point, count)))
   _check_rungs_differ(finished, count)
-  # One entry for each run; the runs of a point differ in their loss alone.
+
+  # Make an entry for each run. The runs of a point differ only in their loss.
   params, tokens, losses, flops_per_token = [], [], [], []
   for point in finished:
     for _, loss in sorted(point.final_losses.items()):
@@ -170,86 +185,91 @@ def runs_of_ladder(points, count: str, subject: str, beside: str = '') -> Runs:
 
 
 def _check_point_sets_sizes(point, beside: str) -> None:
-  """Checks that a point of a ladder changes nothing in the config but numbers,
-  which are sizes and lengths.
+  """Checks that a point of a sweep changes only numbers in the config: sizes
+  and lengths. A scaling law holds for one kind of model.
 
   Args:
     point: the point (curves.Point).
-    beside: a field that it may set though it is no number; '': none.
+    beside: a field that it may set though it is not a number, or '' for none.
 
   Raises:
-    RequestError: where it changes a word, a switch or a list, such as the kind
-      of a layer: the law is of one kind of model.
+    RequestError: if it changes a word, a switch or a list, such as the kind of
+      attention.
   """
-  kinds = []
-  for key, value in point.changes.items():
-    # A bool is tested by name, since it would pass for a number.
-    is_kind = isinstance(value, str | bool | list | dict)
-    if is_kind and key != beside:
-      kinds.append(f'{key}={value}')
-  require(not kinds, f'point {point.name!r} sets {", ".join(kinds)}: a law '
+  other_changes = []
+  for field, value in point.changes.items():
+    # bool is listed, because Python counts it among the numbers.
+    is_number = not isinstance(value, str | bool | list | dict)
+    if not is_number and field != beside:
+      other_changes.append(f'{field}={value}')
+  require(not other_changes,
+          f'point {point.name!r} sets {", ".join(other_changes)}: a law '
           'is fitted to sizes and lengths of one model, as in '
           'configs/sweeps/ladder.py; --by=FIELD fits one for each value of a '
           'field')
 
 
 def _check_rungs_differ(points, count: str) -> None:
-  """Checks that no two points of a ladder have the same size and length: the
-  law does not know what else they differ in.
+  """Checks that no two points of a ladder (a sweep over sizes and lengths) have
+  the same number of parameters and of tokens. They would differ in something
+  that a scaling law does not know of.
 
   Args:
     points: the points of the ladder (curves.Point).
     count: the parameters that are counted, 'params' or 'active_params'.
 
   Raises:
-    RequestError: for the first two points of one size and length; the message
+    RequestError: for the first two points of one size and length. The message
       names the fields in which they differ.
   """
-  point_of_rung = {}
+  point_of_rung = {}  # by the number of parameters and of tokens
   for point in points:
     params, tokens = getattr(point, count), point.tokens
-    # The first point of a size and length stays in `rungs`.
-    other = point_of_rung.setdefault((params, tokens), point)
-    if other is point:
+    earlier_point = point_of_rung.setdefault((params, tokens), point)
+    if earlier_point is point:
       continue
-    different = []
-    # A field that only one of both changes counts, too.
-    for key in {**other.changes, **point.changes}:
-      if other.changes.get(key) != point.changes.get(key):
-        different.append(key)
+
+    # Two points are equal. A field that only one of them changes counts too.
+    differing_fields = []
+    for field in {**earlier_point.changes, **point.changes}:
+      if earlier_point.changes.get(field) != point.changes.get(field):
+        differing_fields.append(field)
     raise RequestError(
-        f'points {other.name!r} and {point.name!r} have '
+        f'points {earlier_point.name!r} and {point.name!r} have '
         f'both {params:,} {count} and {tokens:,} tokens, and differ in '
-        f'{", ".join(different)}: a law is fitted to one point of each size '
-        'and length')
+        f'{", ".join(differing_fields)}: a law is fitted to one point of each '
+        'size and length')
 
 
 def check_ladder(params: Sequence[float], tokens: Sequence[float]) -> None:
   """Checks that runs vary enough in size and length to fit the five constants
-  of the law, with residuals left over.
+  of a scaling law, with residuals left over.
 
   Args:
     params: the number of parameters of each run.
     tokens: the number of tokens of each run.
 
   Raises:
-    RequestError: where there are too few different sizes, lengths or pairs of
-      both, or where they rise together.
+    RequestError: if there are too few different sizes, lengths or pairs of
+      both, or if size and length rise together.
   """
+  # Count the different pairs of size and length, and the different values of
+  # each alone. Each row of the table has the values, the least number of
+  # different ones, and their name.
   log_params, log_tokens = _logarithms(params, tokens)
-  # The logarithms that must differ: both together, then each alone.
-  counted = (
+  requirements = (
       (np.stack([log_params, log_tokens], 1), MIN_RUNS,
        'pairs of parameters and tokens'),
       (log_params[:, None], MIN_SIZES, 'numbers of parameters'),
       (log_tokens[:, None], MIN_LENGTHS, 'numbers of tokens'))
-  for rows, least, things in counted:
-    number = len(_distinct_points(rows))
+  for values, least, things in requirements:
+    number = len(_distinct_points(values))
     require(number >= least, f'the ladder has {number} different {things}: the '
             f'five constants of the law need {least}; add points that vary the '
             'model\'s size and train.steps')
-  # Where long runs are those of large models, a lower loss may come from
-  # either.
+
+  # If only large models are trained for long, a lower loss may come from either
+  # the size or the length.
   correlation = float(np.corrcoef(log_params, log_tokens)[0, 1])
   require(abs(correlation) <= MAX_CORRELATION, 'tokens rise with parameters '
           f'(correlation {correlation:.3f} of their logarithms, at most '
@@ -272,28 +292,30 @@ def fit_law(params: Sequence[float], tokens: Sequence[float],
             losses: Sequence[float]) -> Law:
   """Fits the scaling law L(N, D) = E + A / N^a + B / D^b to the losses of runs.
 
-  This is approach 3 of Hoffmann et al. 2022: the least Huber loss of the
-  residuals of log L, from a grid of starts.
+  This is approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556): minimise the
+  Huber loss of the residuals of log L, starting from each point of a grid.
 
   Args:
     params: the number of parameters N of each run.
     tokens: the number of tokens D of each run.
-    losses: the final loss of each run.
+    losses: the final loss L of each run.
 
   Raises:
-    RequestError: where the runs vary too little in size and length.
+    RequestError: if the runs vary too little in size and length.
   """
   check_ladder(params, tokens)
   # x, y and z are the logarithms of N, D and L, as in the paper's equation 3.
   x, y, z = _logarithms(params, tokens, losses)
-  # Every start of the paper's grid: log E, log A, log B, a, b. log A and log B
-  # share one range, and a and b another; grid is [starts, 5].
+
+  # Make the paper's grid of starts, [starts, 5], whose columns are log E, log
+  # A, log B, a and b. log A and log B share one range, and a and b another.
   axes = np.meshgrid(START_LOG_E, START_LOG_SCALES, START_LOG_SCALES,
                      START_EXPONENTS, START_EXPONENTS,
                      indexing='ij')
   grid = np.stack(axes, -1).reshape(-1, 5)
-  # To minimise from each of them would take long. The objective alone is cheap:
-  # the starts at which it is least are minimised from.
+
+  # To minimise from each of them would take long. The objective alone is cheap,
+  # so it is only minimised from the starts where it is lowest.
   errors = np.array([huber_objective(theta, x, y, z)[0] for theta in grid])
   best_starts = np.argsort(errors, kind='stable')[:NUM_POLISHED_STARTS]
   return _minimise_from_starts(grid[best_starts], x, y, z)
@@ -305,12 +327,14 @@ def _logarithms(*columns: Sequence[float]) -> list[np.ndarray]:
 
 
 def bootstrap_laws(law: Law, runs: Runs, seed: int = 0) -> list[Law]:
-  """Returns the laws of a residual bootstrap: each is fitted to losses that are
-  those of the fitted law, with residuals drawn anew.
+  """Draws laws by a residual bootstrap (Efron and Tibshirani 1993, chapter 9).
+  Each is fitted to the losses that the fitted law predicts, plus a residual of
+  a random run for each run. The spread of these laws shows how uncertain the
+  fitted law is.
 
-  Two ladders of as many runs in the same order, drawn with the same seed, get
-  the residuals of the same runs. What a size, a length and a seed do to both
-  then cancels in the difference of their laws.
+  Two sweeps of as many runs in the same order, drawn with the same seed, get
+  the residuals of the same runs. The effects that a size, a length and a seed
+  have on both then cancel in the difference of their laws.
 
   Args:
     law: the law that was fitted.
@@ -320,18 +344,19 @@ def bootstrap_laws(law: Law, runs: Runs, seed: int = 0) -> list[Law]:
   log_params, log_tokens, log_losses = _logarithms(
       runs.params, runs.tokens, runs.losses)
   fitted_losses = np.log(law.loss(runs.params, runs.tokens))
-  # The fit made the residuals smaller than the noise, since its five constants
-  # follow the losses. This factor undoes it, as n / (n - 5) does for a
-  # variance.
+
+  # The residuals of a fit are smaller than the noise, because its five
+  # constants follow the losses. The factor sqrt(n / (n - 5)) makes up for it.
   freedom = len(log_losses) - len(CONSTANTS_OF_LAW)
   residuals = (log_losses - fitted_losses) * math.sqrt(
       len(log_losses) / freedom)
-  # Each drawn law lies near the fitted one, so one start is enough.
+
+  # Fit a law to each draw. It lies near the fitted one, so one start is enough.
   start = [math.log(law.E), math.log(law.A), math.log(law.B), law.a, law.b]
   rng = np.random.default_rng(seed)
   laws = []
   for _ in range(NUM_DRAWS):
-    # With replacement, one residual for each run.
+    # One residual for each run, drawn with replacement.
     drawn_losses = fitted_losses + rng.choice(residuals, len(log_losses))
     laws.append(_minimise_from_starts(
         [start], log_params, log_tokens, z=drawn_losses))
@@ -339,10 +364,9 @@ def bootstrap_laws(law: Law, runs: Runs, seed: int = 0) -> list[Law]:
 
 
 def _minimise_from_starts(starts: Sequence, x: np.ndarray, y: np.ndarray,
-                          z: np.ndarray
-                          ) -> Law:
-  """Returns the law with the least `huber_objective` that the minimiser L-BFGS
-  reaches from any of some starts.
+                          z: np.ndarray) -> Law:
+  """Fits a scaling law by minimising `huber_objective` from several starts, and
+  returns the best law that any of them leads to.
 
   Args:
     starts: the values of log E, log A, log B, a and b at each start.
@@ -350,10 +374,10 @@ def _minimise_from_starts(starts: Sequence, x: np.ndarray, y: np.ndarray,
     y: the logarithm of the tokens of each run.
     z: the logarithm of the loss of each run.
   """
+  # The objective is not convex, so that different starts may end in different
+  # minima.
   from scipy.optimize import minimize
   best = None
-  # The objective is not convex, so that several starts may end in different
-  # minima.
   for start in starts:
     # jac=True: the objective returns its gradient as well. The tolerances are
     # tight, since intervals are differences of nearby fits.
@@ -363,6 +387,7 @@ def _minimise_from_starts(starts: Sequence, x: np.ndarray, y: np.ndarray,
         options=dict(maxiter=5000, ftol=1e-15, gtol=1e-10))
     if best is None or result.fun < best.fun:
       best = result
+
   # E, A and B were fitted as logarithms, which keeps them positive.
   E, A, B = np.exp(best.x[:3]).tolist()
   a, b = best.x[3:].tolist()
@@ -412,19 +437,19 @@ def huber_objective(theta, x, y, z) -> tuple[float, np.ndarray]:
 
 
 def optimal_size(law: Law, cost: Cost, budget: float) -> tuple[float, float]:
-  """Returns the parameters N and tokens D with the least loss for a budget of
-  training FLOPs.
+  """Returns the number of parameters N and of tokens D that give the least loss
+  for a budget of training FLOPs.
 
-  A token costs factor N^power FLOPs, so that D = budget / (factor N^power). The
-  derivative of the loss by N is then 0 where N^(a + power b) = a A / (power b
-  B) (budget / factor)^b.
+  The loss is L(N, D) = E + A / N^a + B / D^b. A token costs factor N^power
+  FLOPs, so that D = budget / (factor N^power). The derivative of L by N is 0 at
+    N^(a + power b) = a A / (power b B) (budget / factor)^b.
 
   Args:
     law: the scaling law of the loss.
     cost: the FLOPs of a token by the number of parameters.
     budget: the FLOPs of training.
   """
-  # The right side of the equation, as a product of two.
+  # Compute the right side of the equation as a product of two, and solve for N.
   power = cost.power
   ratio = law.a * law.A / (power * law.b * law.B)
   power_of_budget = (budget / cost.factor) ** law.b
@@ -489,16 +514,16 @@ def _least_and_largest(values: np.ndarray) -> list[float]:
 
 
 def _figures_with_intervals(figures, law: Law, drawn) -> dict[str, dict]:
-  """Returns figures that follow from a law, each with its interval from a
-  bootstrap.
+  """Returns figures that follow from a scaling law, such as its best size, each
+  with its 95 % interval from a bootstrap.
 
   Args:
-    figures: a function that maps a law to its figures by name.
+    figures: a function that maps a law to its figures, by name.
     law: the law that was fitted.
     drawn: the laws of the bootstrap.
 
   Returns:
-    By the name of the figure, its 'value', 'low' and 'high'.
+    A dict with 'value', 'low' and 'high' for each figure, by its name.
   """
   figures_of_drawn = [figures(other) for other in drawn]
   interval_of_figure = {}
@@ -517,8 +542,8 @@ def _percentile_interval(value: float, drawn: Sequence[float]) -> dict:
 
 def _optimum_with_intervals(law: Law, drawn: Sequence[Law], cost: Cost,
                             budget: float) -> dict:
-  """Returns the best size of model for a budget of training FLOPs, with
-  intervals from a bootstrap.
+  """Returns the size of model with the least loss for a budget of training
+  FLOPs, with 95 % intervals from a bootstrap.
 
   Args:
     law: the scaling law that was fitted.
@@ -527,23 +552,25 @@ def _optimum_with_intervals(law: Law, drawn: Sequence[Law], cost: Cost,
     budget: the FLOPs of training.
 
   Returns:
-    The 'budget', and 'parameters', 'tokens' and 'loss' with their intervals.
-    {'budget': ...} alone where an exponent is 0, as far as can be told: the
-    loss then does not hang on the size, and none is the best.
+    The 'budget', and 'parameters', 'tokens' and 'loss' with their intervals. It
+    is {'budget': ...} alone if an exponent may be 0: the loss then does not
+    depend on the size (or the length), and no size is the best.
   """
-  # An interval over the laws that have an optimum holds only if almost all of
-  # them have one; up to 5 % may be left out.
+  # A law has an optimum if both exponents are clearly above 0. An interval over
+  # the drawn laws that have one is meaningful only if almost all have: at most
+  # 5 % may be left out.
   kept = [other for other in drawn if min(other.a, other.b) > 0.01]
   if min(law.a, law.b) <= 0.01 or len(kept) < 0.95 * len(drawn):
     return {'budget': budget}
 
-  # The figures of one law, the fitted one or a drawn one.
-  def best(of: Law) -> dict[str, float]:
-    params, tokens = optimal_size(of, cost, budget)
+  def figures_at_optimum(law: Law) -> dict[str, float]:
+    """Returns the figures of one law, the fitted one or a drawn one."""
+    params, tokens = optimal_size(law, cost, budget)
     return {'parameters': params, 'tokens': tokens,
-            'loss': of.loss(params, tokens)}
+            'loss': law.loss(params, tokens)}
 
-  return {'budget': budget} | _figures_with_intervals(best, law, kept)
+  return {'budget': budget} | _figures_with_intervals(
+      figures_at_optimum, law=law, drawn=kept)
 
 
 def format_law(figures: dict) -> str:
@@ -553,10 +580,12 @@ def format_law(figures: dict) -> str:
   Args:
     figures: the figures of the law, as `describe_law` returns them.
   """
+  # The formula, and how well it fits.
   num_runs, rms = figures['runs'], figures['rms_log_residual']
   lines = [f'L(N, D) = E + A / N^a + B / D^b, of {num_runs} runs; '
            f'rms residual of log L {rms:.2e}']
-  # The constants, each with its interval.
+
+  # Its constants, each with its interval, and those of the cost of a token.
   for name, constant in figures['constants'].items():
     lines.append(
         f'  {name}  {constant["value"]:>10.4g}  [{constant["low"]:.4g}, '
@@ -564,8 +593,9 @@ def format_law(figures: dict) -> str:
   cost = figures['flops_per_token']
   lines.append(f'FLOPs a token, of this ladder: {cost["factor"]:.3g} '
                f'N^{cost["power"]:.3f}')
-  # One line for each budget, below headings of the same widths as in
-  # `_format_optimum`.
+
+  # One line for each budget, below the headings. Their widths must be those of
+  # the columns in `_format_optimum`.
   lines.append(f'{"budget (FLOPs)":<16}{"parameters":<30}{"tokens":<30}loss')
   for optimum in figures['optima']:
     lines.append(_format_optimum(figures, optimum))
@@ -575,23 +605,25 @@ def format_law(figures: dict) -> str:
 
 
 def _format_optimum(figures: dict, optimum: dict) -> str:
-  """Returns the line of the best size for one budget of training FLOPs.
+  """Returns a line with the best size of model for one budget of training
+  FLOPs. It says so where that size is an extrapolation.
 
   Args:
-    figures: the figures of the law, as `describe_law` returns them.
-    optimum: one of figures['optima']; without a 'loss' where no size is the
-      best.
+    figures: the figures of the scaling law, as `describe_law` returns them.
+    optimum: one of figures['optima']. It has no 'loss' if no size is the best.
   """
-  # The widths are those of the headings in `format_law`.
+  # The widths must be those of the headings in `format_law`.
   budget = f'{optimum["budget"]:<16.3g}'
   if 'loss' not in optimum:
     return (f'{budget}no optimum: an exponent is 0 as far as this ladder can '
             'tell')
-  # Each figure with its interval.
+
+  # Format each figure with its interval.
   params = _format_interval(optimum['parameters'], '.3g')
   tokens = _format_interval(optimum['tokens'], '.3g')
   loss = _format_interval(optimum['loss'], '.3f')
-  # A best size beyond what was trained is an extrapolation, and is marked.
+
+  # Mark a best size that is beyond the sizes or lengths that were trained.
   outside = []
   for name in ('parameters', 'tokens'):
     least, largest = figures[name]
@@ -667,15 +699,18 @@ def fit_by_field(sweep, field: str, count: str, budgets) -> dict:
 
 
 def _ladder_by_value(sweep, field: str) -> dict[str, list]:
-  """Returns the points of a sweep in groups, one for each value of a config
-  field; the group of the base's value comes first.
+  """Groups the points of a sweep by their value of a config field, such as the
+  kind of attention. The group of the base's value comes first.
 
   Args:
     sweep: the sweep (curves.Sweep).
     field: the dotted name of the field.
 
+  Returns:
+    The points (curves.Point) of each group, by the value as text.
+
   Raises:
-    RequestError: where there is no such field, or only one value of it.
+    RequestError: if there is no such field, or only one value of it.
   """
   require(field in sweep.base_config,
           f'--by is {field!r}, which is no config field')
@@ -696,26 +731,27 @@ def _ladder_by_value(sweep, field: str) -> dict[str, list]:
 def _difference_of_exponents(laws: tuple[Law, Law],
                              drawn: tuple[list[Law], list[Law]],
                              exponent: str) -> dict:
-  """Returns an exponent of the first of two laws minus that of the second, with
-  an interval.
+  """Returns by how much an exponent of one scaling law exceeds that of another,
+  with the 95 % percentile interval of a bootstrap.
 
   Args:
     laws: the two laws that were fitted.
     drawn: the laws of the bootstrap of each, as many of both.
-    exponent: its name, 'a' or 'b'.
+    exponent: the name of the exponent, 'a' or 'b'.
 
   Returns:
-    The difference as 'value', and 'low' and 'high' of its interval.
+    The difference, first minus second, as 'value', with the 'low' and 'high' of
+    its interval.
   """
-  ours, theirs = laws
+  # Subtract draw by draw. Draws of paired runs share their residuals, so that
+  # the differences vary less than either exponent.
   differences = []
-  # The draws are subtracted one by one: those of paired ladders share
-  # residuals, so that their differences vary less than either.
-  for our_draw, their_draw in zip(*drawn):
+  for first_draw, second_draw in zip(*drawn):
     differences.append(
-        getattr(our_draw, exponent) - getattr(their_draw, exponent))
-  return _percentile_interval(
-      getattr(ours, exponent) - getattr(theirs, exponent), differences)
+        getattr(first_draw, exponent) - getattr(second_draw, exponent))
+  first_law, second_law = laws
+  difference = getattr(first_law, exponent) - getattr(second_law, exponent)
+  return _percentile_interval(difference, differences)
 
 
 def _rungs_of_ladder(points: Sequence) -> list[tuple]:
@@ -736,11 +772,12 @@ def format_laws_by_field(figures: Mapping) -> str:
   Args:
     figures: the laws and differences, as `fit_by_field` returns them.
   """
-  # The law of each value, as it would be shown alone.
-  parts = [f'{figures["field"]}={value}\n{format_law(law)}'
-           for value, law in figures['variants'].items()]
+  # The law of each value, as it would be printed alone.
+  paragraphs = [f'{figures["field"]}={value}\n{format_law(law)}'
+                for value, law in figures['variants'].items()]
+
+  # The differences of the exponents. An interval that holds 0 shows none.
   lines = ['How the exponents differ, with 95 % intervals:']
-  # An interval that holds 0 shows no difference.
   for row in figures['differences']:
     for name, what_grows in (('a', 'parameters'), ('b', 'tokens')):
       difference = row[name]
@@ -752,4 +789,4 @@ def format_laws_by_field(figures: Mapping) -> str:
       if not row['paired']:
         line += ' (their runs are no pairs)'
       lines.append(line)
-  return '\n\n'.join([*parts, '\n'.join(lines)])
+  return '\n\n'.join([*paragraphs, '\n'.join(lines)])
