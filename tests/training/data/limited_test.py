@@ -4,6 +4,8 @@ call is answered."""
 
 import json
 import os
+import sys
+from unittest import mock
 
 import pytest
 import tokenizers as hf
@@ -54,6 +56,22 @@ def test_an_interrupted_call_answers_no_other(monkeypatch):
     rendered('first')
   monkeypatch.undo()
   assert rendered('second') == 'second'
+
+
+def test_each_call_has_its_own_time(monkeypatch):
+  """A process that is kept has as long for a later call as for the first."""
+  limits = mock.Mock(**{'getrlimit.return_value': (0, 99)})
+  for name, value in (('resource', limits), ('signal', mock.MagicMock())):
+    monkeypatch.setattr(limited, name, value)
+  for name, value in (('argv', ['', '10', '1000', '300']),
+                      ('stdin', ['["abs", 1]', '["abs", 1]']),
+                      ('stdout', mock.Mock())):
+    monkeypatch.setattr(sys, name, value)
+  spent = mock.Mock(side_effect=[(2.5, 0.25), (30.5, 1.0)])
+  monkeypatch.setattr(limited.os, 'times', spent)
+  limited.main()
+  assert [call.args[1] for call in limits.setrlimit.call_args_list
+          if call.args[0] == limits.RLIMIT_CPU] == [(13, 99), (42, 99)]
 
 
 def test_what_waits_has_a_limit(tmp_path, monkeypatch):
