@@ -41,7 +41,8 @@ def _questions(seed=1, count=14, most=12):
       ids[:shared] = stem[:shared]
     num_scored = int(rng.integers(1, len(ids)))
     questions.append(Continuation(ids.astype(np.int32), num_scored))
-  return questions
+  # Two of one text, of which other numbers of tokens are known.
+  return [*questions, questions[-1]._replace(num_scored=1)]
 
 
 def _alone(evaluation, questions, prefix):
