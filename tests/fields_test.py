@@ -8,15 +8,19 @@ from unittest import mock
 from absl import flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import jax
 import ml_collections
+import numpy as np
 import pytest
 
 import architectures
 from architectures.parts import flat, tables
 from common.errors import RequestError, shorten
 from configs import base
-from tests.helpers import forked, models
+from tests.helpers import data_files, forked, models
 from training import cli, plugins, preflight
+from training.data import tokenizers
+from training.objectives import pipeline
 from training.workdir import run_config
 
 FIELDS = st.sampled_from(sorted(base.FIELDS))
@@ -126,6 +130,41 @@ def test_every_field_can_be_set_by_a_flag():
       if name.startswith('config.'):
         delattr(flags.FLAGS, name)
     flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize('objective, arch', [
+    ('causal', 'gpt'), ('mlm', 'bert'), ('span', 't5')])
+def test_no_field_that_changes_the_batches_is_safe_to_change(
+    objective, arch, tmp_path):
+  for i in range(40):
+    (tmp_path / f'{i}.txt').write_text(f'What is said {i} times. ' * 9)
+  config = data_files.make_run_config(f'text:{tmp_path}/*.txt', objective, 64,
+                                      arch)
+  config.data.cache_dir = str(tmp_path / 'cache')
+
+  def read_batches(config):
+    loader = pipeline.make_training_loader(config,
+                                           tokenizers.load('bytes'))
+    return [loader.batch(n) for n in range(2)]
+
+  usual, changing = read_batches(config), set()
+  for name in base.FIELDS:
+    if name.partition('.')[0] not in ('seed', 'span', 'data'):
+      continue
+    changed = config.copy_and_resolve_references()
+    with contextlib.suppress(RequestError):
+      set_in(changed, name, another(name))
+      batches = read_batches(changed)
+      if jax.tree.structure(batches) == jax.tree.structure(usual) and all(
+          map(np.array_equal, *map(jax.tree.leaves, (batches, usual)))):
+        continue
+      changing.add(name)
+      effect = base.find_effect_of_change(name, *map(run_config.flatten, (
+          config, changed)))
+      assert effect[0] != run_config.SAFE, name
+  assert changing >= {'seed', 'data.length', 'data.batch_size'} | {
+      'causal': set(), 'mlm': {'data.mask_rate'},
+      'span': {'span.noise_density', 'span.mean_length'}}[objective]
 
 
 @pytest.mark.parametrize('system', [

@@ -12,11 +12,11 @@ import pytest
 
 from common.errors import RequestError
 from configs import base
-from training import description, hook, hooks, loop, objectives, preflight
-from training import program, steps, writer
+from training import begin, description, hook, hooks, loop, objectives
+from training import parameters, preflight, program, steps, writer
 from training.distributed import signals
 from training.evals import held_out, in_training
-from training.workdir import metrics
+from training.workdir import checkpoints, metrics
 
 STEPS = 6
 
@@ -33,7 +33,7 @@ class Fake(program.Program):
     self.rows, self.done = rows, []
     super().__init__(types.SimpleNamespace(
         config=config, model=types.SimpleNamespace(dtype='float32'),
-        parameters_to_evaluate=lambda state: state.params), self.own)
+        parameters_to_evaluate=lambda state: 'average'), self.own)
     if len(rows) > 1:
       self.figures = {'runs_at_once': len(rows)}
 
@@ -82,7 +82,7 @@ class _Compiled:
 
 
 def _state(step):
-  return types.SimpleNamespace(step=step, params=None)
+  return types.SimpleNamespace(step=step, params='live')
 
 
 class Loader:
@@ -316,6 +316,33 @@ def test_the_experts_panel_is_over_the_steps_since_the_last_report(
              for n in range(1, STEPS + 1)}
   train(figures, log__every_steps=4)
   assert windows == [[1, 2, 3, 4], [5, 6]]
+
+
+def test_live_figures_are_of_the_parameters_themselves(train, monkeypatch):
+  seen = []
+  monkeypatch.setattr(held_out, 'sum_held_out', lambda *_, params, **__: (
+      seen.append(params) or [{'nll': [float(len(seen))]}]))
+  monkeypatch.setattr(held_out, 'average_figures', lambda sums, _: {
+      'loss': sums[0]['nll']})
+  _, (member,), _ = train({}, eval__every_steps=STEPS, eval__live=True)
+  row, = _rows(member, 'eval')
+  assert seen == ['average', 'live']
+  assert (row['loss'], row['live/loss']) == (1, 2)
+
+
+@pytest.mark.parametrize('changes, code', [
+    ([], loop.DIVERGED), (['optim.lr'], 0)])
+def test_a_run_that_diverged_goes_on_with_another_config_alone(
+    changes, code, monkeypatch):
+  config = base.base()
+  restored = checkpoints.RestoredCheckpoint(
+      step=6, damaged=(), record=dict(next_batch=6, environment={}),
+      state=types.SimpleNamespace(step=6, bad_in_row=10))
+  monkeypatch.setattr(parameters, 'restore_run', lambda *_: restored)
+  start = begin.find_starting_point(
+      types.SimpleNamespace(config=config, changes=changes, workdir=''), None,
+      types.SimpleNamespace(best=None))
+  assert (start.code, start.step) == (code, 6)
 
 
 BOTH = dict(eval__every_steps=2, eval__tasks='x', eval__tasks_every_steps=2)

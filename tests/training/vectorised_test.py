@@ -249,6 +249,11 @@ def test_groups_are_of_runs_that_differ_in_the_fields_alone(texts):
              config(texts, init_from='runs/a'), config(texts, mesh__fsdp=2),
              config(texts, mesh__data=1)]
   assert vectorised.group_configs(configs) == [[0, 1, 3], [2], [4], [5], [6]]
+  for fields in (dict(init_from='runs/a'), dict(mesh__tensor=2),
+                 dict(seed=2 ** 32), dict(optim__name='soap'),
+                 dict(log__wandb=True), dict(log__trackio=True)):
+    equal = [config(texts, **fields)] * 2
+    assert vectorised.group_configs(equal) == [[0], [1]], fields
 
 
 @pytest.mark.parametrize('fields, words', [

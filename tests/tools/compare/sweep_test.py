@@ -102,10 +102,17 @@ def test_matched_points_cost_what_the_base_costs(what, tmp_path):
   assert '(matched)' in check.render_cost_table(description)
 
 
-def test_a_matched_width_is_of_whole_heads(tmp_path):
+def test_a_matched_width_is_of_whole_heads(tmp_path, monkeypatch):
   deep = sweeps.write(tmp_path, "  add('deep', **{'model.num_layers': 4})\n")
   made = points(described(deep, 'params', 'model.d_model'))
   assert made['deep']['changes']['model.d_model'] % 4 == 0  # whole heads
+  # Eight heads of even size, though 9,944 = 8 x 1,243 would be nearer.
+  wide = sweeps.write(tmp_path, "  add('wide', **{'model.num_heads': 8})\n")
+  monkeypatch.setattr(cost, 'one_cost_figure', lambda config, name: (
+      config.model.d_model / 9944 if config.model.num_heads == 8 else 1.0))
+  _, point = cost.match_costs(spec.read_sweep_file(wide), 'params',
+                              'model.d_model').points
+  assert point.changes['model.d_model'] in (9936, 9952)
 
 
 @pytest.mark.parametrize('point, what, field, why', [

@@ -38,6 +38,7 @@ def test_names_say_chips_devices_and_what_is_together():
     ('v5q:4x4x4', 1, "Did you mean 'v5"), ('v5p', 1, 'v5p:4x4x8'),
     ('v5e:32x32', 1, 'choose from 1x1, 2x2'),
     ('v5p:3x4x4', 1, 'three multiples of 4 in rising order'),
+    ('v5p:8x4x4', 1, 'in rising order'), ('v4:16x16x32', 1, '4,096 chips'),
     ('h100:1x8x8', 2, 'HOSTSxGPUS'), ('h100:3x5x7', 1, 'all hosts in one'),
     ('h100:1x1x64', 1, '1, 2, 4 or 8 GPUs'),
     ('v4:2x2x1', 0, 'must be >= 1')])

@@ -175,11 +175,17 @@ def test_an_answer_does_not_end_where_it_spells_a_special_token():
       'x!', 'a[EOS]b!', '']
 
 
-def test_the_end_of_an_answer_is_the_token_behind_it():
+def test_the_end_of_an_answer_is_the_token_behind_it(tmp_path):
   assert make(CHATML).find_end_ids() == {BYTES.eos_id}
   assert make(
       '{{ messages[-1].content }} [SEP][EOS]').find_end_ids() == {BYTES.sep_id}
   assert make('{{ messages[-1].content }}!').find_end_ids() == set()
+  # Of two that fit the longer one is meant.
+  tokenizer = hf.Tokenizer(hf.models.BPE({'a': 0}, []))
+  tokenizer.add_special_tokens(['<e>', '<e>!'])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  assert make('{{ messages[-1].content }}<e>!', tokenizers.load(
+      str(tmp_path))).find_end_ids() == {2}
 
 
 def _words(tmp_path):

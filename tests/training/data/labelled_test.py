@@ -242,6 +242,7 @@ def _sentences(folder, text, columns=(0, -1)):
 
 @pytest.mark.parametrize('text', [
     TAGGED, TAGGED.replace('\t', ' '),
+    TAGGED.replace('\r', '').replace('\n', '\r\n'),
     TAGGED.replace('\t\n', '\n').replace('\t', '\tx y\t')])
 def test_sentences(text, tmp_path):
   first, second = _sentences(tmp_path, text)

@@ -83,6 +83,9 @@ def test_induction_is_the_weight_on_what_followed():
   w_HLM = weights[0, 0]
   np.testing.assert_allclose(
       scores[0, 0], (w_HLM[:, 3, 1] + w_HLM[:, 4, 2] + w_HLM[:, 6, 3]) / 3)
+  np.testing.assert_allclose(  # of the six queries that have a token before
+      measures.previous_token_weight(weights, real_BL)[0, 0],
+      w_HLM[:, range(1, 7), range(6)].mean(1))
   assert np.isnan(measures.induction_score(weights, np.arange(8)[None], real_BL)
                   ).all()
 

@@ -10,13 +10,14 @@ import types
 import jax
 import numpy as np
 import pytest
+from scipy import special
 
 from common.errors import RequestError
 from tests.helpers import evaluations
 from tests.helpers import data_files as files
 from training import objectives
 from training.data import labelled, records, tokenizers
-from training.evals import answers
+from training.evals import answers, predicting
 from training.evals.tasks import labels
 from training.objectives import pipeline, seq2seq
 
@@ -260,6 +261,10 @@ def test_the_best_stretches_are_the_best_of_all(may_be_null):
     higher += gap > 0
     assert answer.text == ('' if may_be_null and gap > 0 else order[0])
     assert best(may_be_null, gap + 1e-6).text == order[0]
+    p = special.softmax([*(span.score for span in answer.spans),
+                         min(w.null for w in windows)])
+    assert predicting.predict_answer(answer).probability == pytest.approx(
+        p[0] if answer.text else p[-1])
     assert best(True, gap - 1e-6).text == ''
   assert 0 < higher < 20
 

@@ -17,7 +17,7 @@ from common.errors import RequestError
 from tests.helpers import evaluations, models
 from training import evals, objectives, runs
 from training.data import tokenizers
-from training.evals import scoring
+from training.evals import items, scoring
 from training.evals.lm_eval_tasks import local
 from training.evals.scoring import Continuation
 from training.evals.tasks import lm_eval
@@ -217,6 +217,18 @@ def test_what_lm_eval_refuses_is_a_sentence_and_a_fault_of_ours_is_none():
       tasks.TaskManager(include_defaults=False).load(['no_such'])
   with pytest.raises(TypeError), lm_eval.report_failures('it'):
     scoring.why_not_scorable()
+
+
+def test_the_scores_of_a_figure_of_lm_eval_are_those_of_its_filter():
+  scores = {'strict': [0, 1], 'loose': [1, 1]}
+  samples = [dict(filter=name, doc_hash=str(i), exact=score)
+             for name, values in scores.items()
+             for i, score in enumerate(values)]
+  records = items.record_lm_eval_samples(
+      {'exact,strict': 0.5, 'exact,loose': 1.0, 'exact_stderr,loose': 0.0},
+      samples)
+  assert {name: record['scores'] for name, record in records.items()} == {
+      f'exact ({name})': values for name, values in scores.items()}
 
 
 @needs_lm_eval
