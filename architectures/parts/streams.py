@@ -9,6 +9,9 @@ of a stack from 0. The first one reads the embedding e.
   mhc        the same, with a in (0, 1), b in (0, 2) and A doubly stochastic
   gated      x'_v = x_v + b_v F(mean over u of g_u * n_u(x_u)),  b in (0, 2)
   attention  v_(k+1) = F(sum over i of p_i v_i),   v_0 = e
+  balanced   x' = sqrt(1 - g^2) x + g F(x)
+  affine     x' = s (x + b) + s' (F(x) + b')
+  embedding  x' = r + F(r),   r = a x + c e
 
 hyper (Zhu et al. 2024, arXiv 2409.19606, equations 10 to 14) has
 streams.count streams, which begin as copies of e, and n is the model's norm:
@@ -59,6 +62,14 @@ One more query reads the result of the stack. A new model reads means where a
 plain model reads sums. A norm makes the two equal (up to norm_eps); out_norm
 and ffn_norm, whose attention reads x without a norm, do not.
 
+The last three learn the plain sum. balanced (Muse Spark's ResidualGate, in
+transformers) has for each feature g = sigmoid(w / streams.temperature), so that
+the variance of a sum of independent parts stays as it is. affine (Zaya's
+ResidualScaling, in transformers) has s, b, s' and b' for each feature, and
+begins as the plain sum. embedding (modded-nanogpt's and nanochat's x0_lambdas,
+there one pair for each layer) has the numbers a and c for each branch, 1 and 0
+at first.
+
 An entry of RESIDUALS is all that there is of one form; but blocks.py has the
 plain one, of which a reader need not enter this file.
 """
@@ -106,6 +117,9 @@ class StreamsConfig:
   learned_end: bool = field(
       False, 'for mhc: whether a mixture by the token ends the streams, and a '
       'new branch reads all of them alike', resume=SHAPES)
+  temperature: float = field(
+      0.3, 'for balanced: the temperature of the gates', above=0,
+      resume=FUNCTION)
   block_size: int = field(
       1, 'for attention: how many attentions and networks are summed before '
       'they are attended to; 1: each stands for itself', least=1,
@@ -831,10 +845,147 @@ def _attention_over_slots(x_BLUD: jax.Array, query_D: jax.Array,
   return y_BLD.astype(x_BLUD.dtype)
 
 
+# Sums with learned factors.
+
+
+class SumFactors(NamedTuple):
+  """How the result of a branch is added to one stream, for each feature, in
+  float32: x' = stream (x + stream_shift) + branch (y + branch_shift).
+
+  Attributes:
+    stream_D: the factor of the stream x.
+    branch_D: the factor of the branch's result y.
+    stream_shift_D: what is added to x before.
+    branch_shift_D: what is added to y before.
+  """
+  stream_D: jax.Array
+  branch_D: jax.Array
+  stream_shift_D: jax.Array
+  branch_shift_D: jax.Array
+
+
+def _add_with_factors(x_BLD: jax.Array, y_BLD: jax.Array, factors: SumFactors
+                      ) -> jax.Array:
+  """Returns x' of SumFactors, [B, L, D], in the dtype of x."""
+  stream_D, branch_D, stream_shift_D, branch_shift_D = (
+      factor_D[None, None] for factor_D in factors)
+  shifted_x_BLD = x_BLD.astype(jnp.float32) + stream_shift_D
+  shifted_y_BLD = y_BLD.astype(jnp.float32) + branch_shift_D
+  sum_BLD = stream_D * shifted_x_BLD + branch_D * shifted_y_BLD
+  return sum_BLD.astype(x_BLD.dtype)
+
+
+class LearnedSum(Residual):
+  """One stream, to which results of branches are added with learned factors."""
+  fields: tuple[str, ...] = ()
+
+  def begin(self, x_BLD: jax.Array, count: int) -> jax.Array:
+    return x_BLD[:, :, None]
+
+  def factors(self, module: Any, size: int) -> SumFactors:
+    """Returns the factors of a branch, for `size` features, whose parameters
+    are declared in `module`."""
+    raise NotImplementedError
+
+  def read(self, module: Any, x: Streams) -> tuple[jax.Array, SumFactors]:
+    return x.x_BLUD[:, :, 0], self.factors(module, x.x_BLUD.shape[-1])
+
+  def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
+          weights: SumFactors) -> jax.Array:
+    add = recompute_in_backward(
+        layers.count_flops_by_result(_add_with_factors, 5))
+    return add(x.x_BLUD[:, :, 0], y_BLD, weights)[:, :, None]
+
+  def end(self, module: Any, x: Streams) -> jax.Array:
+    return x.x_BLUD[..., 0, :]
+
+
+# What the root of `Balanced` is at least, so that its gradient stays finite.
+SMALLEST_SQUARE_OF_FACTOR = 1e-3
+
+
+class Balanced(LearnedSum):
+  """A sum that keeps the variance of independent parts (Muse Spark):
+
+    x' = sqrt(1 - g^2) x + g F(x),   g = sigmoid(w / temperature)
+  """
+  settings = StreamsConfig
+  fields = ('streams.temperature',)
+
+  def factors(self, module: Any, size: int) -> SumFactors:
+    config: ModelConfig = module.config
+    w_D = declare(module, 'gate', shape=(size,), role=Role(('embed',)),
+                  init=nn.initializers.normal(config.init_stddev))
+    z_D = w_D.astype(jnp.float32) / config.part(StreamsConfig).temperature
+    branch_D = jax.nn.sigmoid(z_D)
+    # 1 - g^2 = (1 - g) (1 + g), without the loss of digits where g is near 1.
+    square_D = jax.nn.sigmoid(-z_D) * (1 + branch_D)
+    stream_D = jnp.sqrt(jnp.maximum(square_D, SMALLEST_SQUARE_OF_FACTOR))
+    none_D = jnp.zeros_like(branch_D)
+    return SumFactors(stream_D=stream_D, branch_D=branch_D,
+                      stream_shift_D=none_D, branch_shift_D=none_D)
+
+
+class Affine(LearnedSum):
+  """A sum of two affine functions of each feature (Zaya):
+
+    x' = s (x + b) + s' (F(x) + b')
+  """
+
+  def factors(self, module: Any, size: int) -> SumFactors:
+    def declare_features(name: str, init: Callable) -> jax.Array:
+      return declare(module, name, init=init, shape=(size,),
+                     role=Role(('embed',))).astype(jnp.float32)
+
+    return SumFactors(
+        stream_D=declare_features('stream_scale', nn.initializers.ones),
+        branch_D=declare_features('branch_scale', nn.initializers.ones),
+        stream_shift_D=declare_features('stream_bias', nn.initializers.zeros),
+        branch_shift_D=declare_features('branch_bias', nn.initializers.zeros))
+
+
+class WithEmbedding(Residual):
+  """A sum that every branch mixes with the embedding e of the tokens before it
+  reads it (modded-nanogpt, nanochat):
+
+    x' = r + F(r),   r = a x + c e
+
+  The two streams are x and e.
+  """
+  fields = ()
+
+  def count(self, config: ModelConfig, branches: int) -> int:
+    return 2
+
+  def begin(self, x_BLD: jax.Array, count: int) -> jax.Array:
+    return jnp.stack([x_BLD, x_BLD], axis=2)
+
+  def read(self, module: Any, x: Streams) -> tuple[jax.Array, jax.Array]:
+    share = _declare_in_float32(module, 'stream', nn.initializers.ones)
+    share_of_embedding = _declare_in_float32(
+        module, 'embedding', nn.initializers.zeros)
+    shares_BLU = jnp.stack([share, share_of_embedding])[None, None]
+    mix = recompute_in_backward(
+        layers.count_flops_by_result(_sum_weighted_streams, 4))
+    r_BLD = mix(x.x_BLUD, shares_BLU)
+    return r_BLD, r_BLD
+
+  def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
+          weights: jax.Array) -> jax.Array:
+    # `weights` is r, to which the result is added; e stays as it is.
+    return x.x_BLUD.at[:, :, 0].set(weights + y_BLD)
+
+  def end(self, module: Any, x: Streams) -> jax.Array:
+    return x.x_BLUD[..., 0, :]
+
+
 RESIDUALS = {
     'plain': Residual(),
     'hyper': Hyper(),
     'mhc': MHC(),
     'gated': Gated(),
     'attention': Attended(),
+    'balanced': Balanced(),
+    'affine': Affine(),
+    'embedding': WithEmbedding(),
 }

@@ -287,10 +287,10 @@ MODELS = {
                         q_rank=16), indexer=dict(top_k=2, head_dim=8))),
     'deltaproduct': ('llama', dict(mixer='deltanet', deltanet=dict(
         key_heads=2, householders=2))),
-    'rwkv7': ('llama', dict(mixer='rwkv7')),
-    'mamba': ('llama', dict(mixer='mamba')),
+    'rwkv7': ('llama', dict(mixer='rwkv7', residual='affine')),
+    'mamba': ('llama', dict(mixer='mamba', residual='balanced')),
     'mamba2': ('mamba2', {}),
-    'mamba3': ('llama', dict(mixer='mamba3')),
+    'mamba3': ('llama', dict(mixer='mamba3', residual='embedding')),
     'lfm2': ('lfm2', {}),
     'llama4': ('llama4', dict(attention_chunk=4, attention_log_from=4)),
     'streams': ('llama', dict(residual='mhc', streams=dict(

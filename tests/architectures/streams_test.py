@@ -19,6 +19,9 @@ KINDS = {'hyper': dict(residual='hyper', streams=dict(count=N)),
          'static': dict(residual='hyper', streams=dict(count=N, dynamic=False)),
          'mhc': dict(residual='mhc', streams=dict(count=N)),
          'gated': dict(residual='gated', streams=dict(count=N, rank=5)),
+         'balanced': dict(residual='balanced'),
+         'affine': dict(residual='affine'),
+         'embedding': dict(residual='embedding'),
          'attention': dict(residual='attention'),
          'blocks': dict(residual='attention', streams=dict(block_size=3))}
 
@@ -109,6 +112,25 @@ def test_streams_are_mixed_as_published(kind):
       mixed = mix.T @ h
     want[place] = mixed + np.outer(write, 3 * (read @ h))
   np.testing.assert_allclose(got.x_BLUD, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize('kind', ['balanced', 'affine', 'embedding'])
+def test_sums_are_learned_as_published(kind):
+  """Compares one branch, y = 3 x, with the equations in float64."""
+  c = resolved('llama', **KINDS[kind])
+  x = normal(0, 2, 4, 1 + (kind == 'embedding'), D)
+  got, params = branch_of(c, x, 4, lambda x: 3 * x)
+  p, x = numpy_attention.float64(params), np.asarray(x, np.float64)
+  want, first = x.copy(), x[:, :, 0]
+  if kind == 'balanced':
+    g = 1 / (1 + np.exp(-p['gate'] / 0.3))
+    want[:, :, 0] = first * (np.sqrt(np.maximum(1 - g ** 2, 1e-3)) + 3 * g)
+  elif kind == 'affine':
+    want[:, :, 0] = p['stream_scale'] * (first + p['stream_bias']) + (
+        p['branch_scale'] * (3 * first + p['branch_bias']))
+  else:
+    want[:, :, 0] = 4 * (p['stream'] * first + p['embedding'] * x[:, :, 1])
+  np.testing.assert_allclose(got.x_BLUD, want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize('size', [1, 3])

@@ -80,8 +80,9 @@ def in_bucket(folder, program, *words, code=0):
 def test_a_run_in_a_bucket_is_the_run_on_disk(texts, tmp_path):
   """Killed after its first checkpoint and gone on with: the same figures, bit
   for bit; then evaluated."""
-  words = train_test.command('gs://bucket/runs/a', texts)[2:] + [
-      '--config.log.tensorboard=True', '--config.checkpoint.every_steps=5']
+  words = train_test.command(
+      'gs://bucket/runs/a', texts, '--config.log.tensorboard=True',
+      '--config.checkpoint.every_steps=5')[2:]
   run = tmp_path / 'bucket/runs/a'
   in_bucket(tmp_path, 'tests.helpers.killed_run', '5', *words,
             code=-signal.SIGKILL)
