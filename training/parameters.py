@@ -46,33 +46,36 @@ StepChoice = int | str | checkpoints.MeanOfSteps | None
 
 def restore_run(run: runs.Run, saved: checkpoints.Checkpoints
                 ) -> checkpoints.RestoredCheckpoint | None:
-  """Restores a run from its newest good checkpoint; returns None where it has
-  none, and begins. A run that tools.convert made has parameters alone: its
-  state is that before its first step with them.
+  """Restores a run from its newest good checkpoint.
+
+  A run that tools.convert has made from other weights has only parameters in
+  its checkpoint. It gets the training state before the first step, with these.
 
   Args:
     run: the run, with its config, its model and its devices.
-    saved: its checkpoints, which go on from the one that is restored: later
-      ones are set aside.
+    saved: the checkpoints of the run. Later ones than the one that is restored
+      are set aside.
 
   Returns:
-    The checkpoint, with the training state as its `state`; None: there is none.
+    The checkpoint, with the training state as its `state`; None for a run
+    without a checkpoint, which begins.
   """
   if not checkpoints.list_steps(saved.directory):
     return None
 
   def state_to_read(arrays: dict[str, dict]) -> runs.TrainState | None:
-    """Returns the shapes of the state; None: only the record is read."""
+    """Returns the shapes of the state to read from a checkpoint with these
+    arrays; None: only its record is to be read."""
     if checkpoints.has_only_parameters(arrays):
       return None
     return run.abstract_state
 
-  # restore_checkpoint calls the function with the arrays that a checkpoint has,
-  # and passes over newer checkpoints that are damaged.
+  # Read the newest checkpoint that is not damaged. restore_checkpoint asks the
+  # function above what to read of it.
   restored = checkpoints.restore_checkpoint(saved.directory, state_to_read)
   if devices.is_primary_process():
     _warn_of_damaged_checkpoints(restored)
-  # A converted run has parameters and nothing else.
+  # A converted run has only parameters.
   if restored.state is None:
     state = create_state(run, source=saved.directory.parent, step=restored.step)
     restored = restored._replace(state=state)
@@ -95,27 +98,28 @@ def _warn_of_damaged_checkpoints(restored: checkpoints.RestoredCheckpoint
 
 def create_state(run: runs.Run, source: str | epath.Path,
                  step: int | None = None) -> runs.TrainState:
-  """Returns the training state of a run before its first step, with parameters
-  that are drawn, or are those of another training.
+  """Makes the training state of a run before its first step. The parameters are
+  drawn at random, or taken from another run or from published weights.
 
   Args:
     run: the run, with its config, its model and its devices.
-    source: config.init_from, the folder of another run or of weights in the
+    source: config.init_from: the folder of another run, or of weights in the
       Hugging Face format; '': all parameters are drawn.
-    step: the checkpoint of another run; None: the newest good one.
+    step: the step of the other run's checkpoint; None: its newest good one.
 
   Raises:
-    RequestError: for a source that is not there, or of another model.
+    RequestError: where there is no such folder, or it is of another model.
   """
-  # Parameters are drawn in any case: the weights may lack some of them.
+  # Draw all parameters first, as the weights may lack some of them.
   state = run.new_state()
   if not str(source):
     return state
   check_init_from(str(source))
   path = _path_of_source(source)
   _check_labels(run, path)
-  # The source is the folder of a run, or one of Hugging Face. `skipped` has a
-  # line for each thing that was not taken.
+
+  # Read the weights. `skipped` has a line for each parameter or field that does
+  # not fit.
   if storage.has_checkpoints(path):
     params, skipped = _read_weights_of_run(
         run, source=path, drawn=state.params, step=step)
@@ -128,16 +132,19 @@ def create_state(run: runs.Run, source: str | epath.Path,
 
 
 def check_init_from(source: str) -> None:
-  """Raises RequestError where config.init_from names a folder or file that is
-  not there, or a run without a checkpoint. A bucket is not looked at.
+  """Checks that the weights exist which config.init_from names. A bucket is not
+  looked at.
 
   Args:
-    source: the value of init_from: a folder, a file or a checkpoint.
+    source: the value of init_from: a folder or a file; '': there is none.
+
+  Raises:
+    RequestError: where it does not exist, or is a run without a checkpoint.
   """
   path = _path_of_source(source)
   if not source or storage.is_in_bucket(path):
     return
-  # The folder must be there. It may be of a run that was stopped before its
+  # The folder must exist, and must not be of a run that was stopped before its
   # first checkpoint.
   require(os.path.exists(path),
           f'init_from is {source!r}: no such folder or file (one of the hub '
@@ -149,15 +156,19 @@ def check_init_from(source: str) -> None:
 
 def check_tokenizer_of_weights(config: objectives.Config,
                                our_tokenizer: Tokenizer) -> None:
-  """Raises RequestError where the token ids of a run stand for other texts than
-  those for which the weights of config.init_from were trained.
+  """Checks that a run has the tokenizer with which the weights of
+  config.init_from were trained: with another one, token ids stand for other
+  texts.
 
-  Nothing is checked with init_partial, and where the tokenizer of the weights
+  Nothing is checked with init_partial, nor where the tokenizer of the weights
   cannot be read.
 
   Args:
     config: the config of the run.
     our_tokenizer: the tokenizer of the run.
+
+  Raises:
+    RequestError: for another tokenizer.
   """
   from training.data import tokenizers
   from training.hf import tokenizer as hf_tokenizer
@@ -165,7 +176,7 @@ def check_tokenizer_of_weights(config: objectives.Config,
   if not config.init_from or config.init_partial or is_ignored:
     return
 
-  # The tokenizer of the weights, by its name or folder.
+  # Find the name or the folder of the weights' tokenizer.
   path = _path_of_source(config.init_from)
   if storage.has_checkpoints(path):
     spec = run_config.load_config(path).data.tokenizer
@@ -175,8 +186,8 @@ def check_tokenizer_of_weights(config: objectives.Config,
   else:
     spec = str(_folder_of_weights(path))
 
-  # Its vocabulary, if it can be read. A stand-in is a tokenizer that an import
-  # names where the weights came without one.
+  # Compare the vocabularies, unless the name is that of a stand-in: weights
+  # that come without a tokenizer are imported with a tokenizer of bytes.
   if spec == config.data.tokenizer or hf_tokenizer.is_stand_in(spec):
     return
   try:
@@ -192,13 +203,16 @@ def check_tokenizer_of_weights(config: objectives.Config,
 
 def _check_tokenizer_file(config: objectives.Config, tokenizer: Tokenizer,
                           source: epath.Path) -> None:
-  """Raises RequestError where the tokenizer's file was replaced since the run
-  in the folder `source`, whose weights are taken, was trained with it.
+  """Checks that the file of a tokenizer is still the one with which another run
+  was trained, whose weights are taken.
 
   Args:
     config: the config of the new run.
-    tokenizer: the tokenizer of the run.
+    tokenizer: the tokenizer of the new run.
     source: the folder of the run whose weights are taken.
+
+  Raises:
+    RequestError: where the file was replaced since then.
   """
   starts = run_config.load_starts(source)
   hash_of_file = pipeline.digest_tokenizer(config, tokenizer)
@@ -210,29 +224,32 @@ def _check_tokenizer_file(config: objectives.Config, tokenizer: Tokenizer,
 
 
 def _check_labels(run: runs.Run, source: epath.Path) -> None:
-  """Raises RequestError where the weights of a classifier, in the folder
-  `source`, were trained for other labels than those of the run, or for the same
-  ones in another order.
+  """Checks that the weights of a classifier were trained for the labels of the
+  run, in the same order. With others, its outputs would be taken for other
+  labels.
 
   Args:
-    run: the run, which has labels of its own or none.
+    run: the run, which may have labels or none.
     source: the folder of the weights: that of a run, or one of Hugging Face.
+
+  Raises:
+    RequestError: for other labels, or another order.
   """
   from training.hf import config as hf_config
   if run.model.head == 'lm' or run.config.init_partial:
     return
 
-  # The labels of the weights.
+  # Read the labels of the weights.
   their_labels: tuple[str, ...] = ()
   if storage.has_checkpoints(source):
     their_labels = hf_config.meaningful_labels(run_config.load_labels(source))
   else:
     tree = hf_config.load_config_json(_folder_of_weights(source))
-    # A language model's table of labels says nothing.
+    # In a language model, the labels of the config.json have no meaning.
     if hf_config.model_of_config_json(tree).head != 'lm':
       their_labels = hf_config.read_labels(tree)
 
-  # They are compared where both are known.
+  # Compare them if both are known.
   our_labels = tuple(objectives.fill_in_labels(run.config).data.labels)
   if our_labels and their_labels and our_labels != their_labels:
     raise RequestError(
@@ -260,12 +277,12 @@ def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
   Args:
     run: the run, with its config, its model and its devices.
     source: the folder or file of the weights.
-    drawn: the parameters of the run as they were drawn, of which its low-rank
-      adapters are taken.
+    drawn: the randomly drawn parameters of the run. Low-rank adapters are taken
+      from these, as they are in no such file.
 
   Returns:
-    The parameters; and a line for each field of the model config, and each
-    parameter, that was skipped because it does not fit.
+    The parameters; and a line for each field of the model config and each
+    parameter that was skipped because it does not fit.
 
   Raises:
     RequestError: for weights of another model, unless init_partial allows it.
@@ -274,8 +291,8 @@ def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
   is_partial = run.config.init_partial
   module = architectures.build(weights.without_adapters(run.model))
 
-  # The model of the weights, compared with that of the run. A head for the next
-  # sentence is optional: it is drawn or passed over.
+  # Compare the model of the weights with that of the run. Either may have a
+  # head for predicting the next sentence and the other not.
   config_json = hf_config.load_config_json(_folder_of_weights(source))
   their_model = hf_config.model_of_config_json(config_json)
   their_model = dataclasses.replace(
@@ -284,8 +301,7 @@ def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
       module.config, their_model=their_model, path=source,
       is_partial=is_partial)
 
-  # The weights are read without the adapters, which are in no such file, and
-  # which are added as they were drawn.
+  # Read the weights into a model without adapters, and then add these.
   with run.context():
     loaded = weights.read_params(
         module, source=files.Files(pathlib.Path(source)), partial=is_partial,
@@ -358,19 +374,20 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
 
 def _split_by_fit(our_params: Any, saved_arrays: dict[str, dict]
                   ) -> tuple[dict, dict[str, str]]:
-  """Splits the parameters of a run by whether a checkpoint has them in the same
-  shape and dtype.
+  """Splits the parameters of a run into those that a checkpoint has in the same
+  shape and dtype, and those that do not fit.
 
   Args:
-    our_params: the parameters, a tree of ShapeDtypeStructs.
-    saved_arrays: {name: {shape, dtype, ...}} of the checkpoint's arrays.
+    our_params: the shapes of the parameters, a tree of ShapeDtypeStructs.
+    saved_arrays: {name: {'shape': ..., 'dtype': ..., ...}} of the arrays in the
+      checkpoint.
 
   Returns:
-    The part of `our_params` that fits; and for each parameter that does not, or
-    that the checkpoint alone has, a line by its path.
+    The tree of the parameters that fit; and {name: a line for the user} for
+    each one that does not fit, or that only the checkpoint has.
   """
-  # A checkpoint also has the optimiser's state, which is not read and whose
-  # names do not begin with params/.
+  # The checkpoint also has arrays of the optimiser, which are not to be read.
+  # Only names of parameters begin with params/.
   our_arrays = paths.flatten_by_path(our_params)
   misfit_lines = {}
   differences = checkpoints.list_array_differences(saved_arrays, our_arrays)

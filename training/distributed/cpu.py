@@ -32,15 +32,16 @@ _THREADS_OF_A_DEVICE = 4
 
 
 def configure_cpu() -> None:
-  """Configures JAX and malloc for computing on the CPU.
+  """Configures JAX and the memory allocator for computing on CPUs, where that
+  is faster than the defaults: a CPU device computes in the thread that calls
+  it, freed memory stays with the process, and there are enough threads for
+  several devices.
 
-  A CPU then computes in the thread that calls it, this process keeps the memory
-  that it frees, and several devices have threads enough ($PJRT_NPROC, unless it
-  is set). Nothing changes where the device is another one; where the C library
-  has no mallopt, memory is not kept. Call it once, after
-  jax.distributed.initialize and before anything else touches a device.
+  Nothing changes if the devices are not CPUs. Where the C library has no
+  mallopt, freed memory is not kept. Call it once, after
+  jax.distributed.initialize, and before anything else uses a device.
   """
-  # Both must be set before the CPU's backend starts; default_backend() below
+  # Both must be set before JAX starts its CPU backend. default_backend() below
   # starts it.
   set_number_of_threads()
   jax.config.update('jax_cpu_enable_async_dispatch', False)
@@ -51,14 +52,15 @@ def configure_cpu() -> None:
 
 
 def set_number_of_threads() -> None:
-  """Sets $PJRT_NPROC, the number of threads in the pool of XLA's CPU backend,
-  where there are several devices, unless it is set.
+  """Sets the number of threads of XLA's CPU backend ($PJRT_NPROC) if there are
+  several devices, unless the user has set it.
 
-  Each collective that a device waits in holds a thread, so there are enough for
-  four a device, and no fewer than the cores that this process may use, which
-  are XLA's own choice.
+  A device that waits for others in a collective, such as an all-reduce, keeps a
+  thread busy. With too few threads all devices would wait forever. So there are
+  enough for four collectives of each device, and at least as many as cores,
+  which is XLA's default.
   """
-  # One device without other processes takes part in no collective that waits.
+  # A single device never waits for others.
   num_devices = _number_of_devices()
   if num_devices <= 1 and not jax.distributed.is_initialized():
     return

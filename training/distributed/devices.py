@@ -24,16 +24,20 @@ from configs import sharding as tables
 
 def resolve_mesh_shape(sizes: Mapping[str, int], num_devices: int
                        ) -> dict[str, int]:
-  """Returns the size of each axis of a mesh that uses all devices.
+  """Computes the size of each axis of a mesh that uses all devices.
 
   Args:
-    sizes: the size of each axis, as config.mesh has them; one may be -1, which
-      stands for what the others leave.
+    sizes: {name: size} of the axes, as in config.mesh. One size may be -1,
+      which stands for what the others leave.
     num_devices: the number of devices.
 
+  Returns:
+    {name: size} without -1.
+
   Raises:
-    RequestError: where the sizes do not multiply to the number of devices.
+    RequestError: where the product of the sizes is not the number of devices.
   """
+  # Multiply the sizes that are given, and find the axis that is -1.
   shape = {axis: sizes[axis] for axis in tables.MESH_AXES}
   text = ', '.join(f'mesh.{axis}={size}' for axis, size in shape.items())
   free_axes = []
@@ -47,7 +51,7 @@ def resolve_mesh_shape(sizes: Mapping[str, int], num_devices: int
       product_of_sizes *= size
   require(len(free_axes) <= 1, f'{text}: only one axis may be -1')
 
-  # The axes use all devices.
+  # The axes must use all devices.
   fault = ''
   if free_axes and num_devices % product_of_sizes:
     fault = 'does not divide'
@@ -78,18 +82,17 @@ def bytes_on_one_device(tree: Any) -> int:
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
-  """Returns the size of each axis of the device mesh that a tool's flag --mesh
-  describes.
+  """Parses the flag --mesh of a tool, which describes a mesh of devices.
 
   Args:
-    text: sizes of axes such as data=2,fsdp=8, or the name of a preset, which
-      gives the sizes of all axes (configs/sharding.py). An axis that is not
-      named has size 1, and `data` the size that the others leave.
+    text: the value of the flag: sizes of axes, such as data=2,fsdp=8, or the
+      name of a preset in configs/sharding.py, which gives all sizes. Axes that
+      are not named have size 1, but `data` takes the devices that are left.
     num_devices: the number of devices; 0: as many as the sizes multiply to, or
       8 for a preset.
 
   Returns:
-    The size of each axis by its name; together they use all devices.
+    {name: size} of all axes. Their product is the number of devices.
 
   Raises:
     ValueError: for an unknown axis, or sizes that do not fit.
@@ -97,8 +100,9 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
   if text in tables.PRESETS:
     return resolve_mesh_shape(tables.PRESETS[text], num_devices or 8)
 
-  # -1 stands for what the other axes leave. A preset beside sizes of axes is
-  # parsed like an axis, so that it can be refused with a sentence of its own.
+  # Parse the sizes. -1 stands for what the other axes leave. The names of
+  # presets are accepted at first, so that a preset beside sizes of axes can be
+  # refused with a message of its own.
   sizes = dict.fromkeys(tables.MESH_AXES, 1)
   sizes['data'] = -1
   names = (*tables.MESH_AXES, *tables.PRESETS)
@@ -109,20 +113,25 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
             f'--mesh has {axis}={size}: write it as {axis}=8')
     sizes[axis] = int(size)
 
-  # The -1 of `data` counts as 1 here, by its absolute value.
+  # Count the devices. If `data` is still -1, it counts as 1: hence the abs.
   if not num_devices:
     num_devices = abs(math.prod(sizes.values()))
   return resolve_mesh_shape(sizes, num_devices)
 
 
 def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
-  """Raises RequestError where a mesh cannot divide a model over its devices.
+  """Checks that a mesh can split a model over its devices.
 
   Args:
     model: the config of the model.
-    shape: the size of each mesh axis.
+    shape: {name: size} of the axes of the mesh.
+
+  Raises:
+    RequestError: where an axis cannot be used with this model, or does not
+      divide one of its sizes.
   """
-  # The context axis cuts each row, which a layer with a state reads in order.
+  # The context axis splits the length of rows. A layer with a state, such as a
+  # recurrence, must read a row in order, on one device.
   if shape['context'] != 1 and blocks.has_layers_with_state(model):
     raise RequestError(
         f'mesh.context is {shape["context"]}, and some layers keep each '
@@ -140,7 +149,7 @@ def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
     require(shape['expert'] == 1, f'mesh.expert is {shape["expert"]}, but '
             f'model.ffn {model.ffn!r} has no experts: set mesh.expert=1')
     return
-  # Each device holds as many experts as the others.
+  # Each device along the expert axis gets the same number of experts.
   experts = model.part(MoEConfig).num_experts
   require(experts % shape['expert'] == 0,
           f'mesh.expert is {shape["expert"]}, which does not divide '
@@ -150,17 +159,20 @@ def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
 
 def _check_layer_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
                       ) -> None:
-  """Raises RequestError where a mesh axis does not divide a size of the layers
-  of one kind (a named set of layers whose config fields differ from the
-  model's).
+  """Checks that the axes of a mesh divide the sizes of layers of one kind. A
+  kind of layer is a named set of fields in which some layers differ from the
+  model.
 
   Args:
     model: the config of the model.
-    name: the name of the kind of layer in model.kinds, '' if there are none.
-    shape: the size of each mesh axis.
+    name: the name of the kind in model.kinds; '': layers without a kind.
+    shape: {name: size} of the axes of the mesh.
+
+  Raises:
+    RequestError: for a size that is not divided, with the choices.
   """
-  # The parameters of the mixer (attention, or what stands in its place) that
-  # the tensor axis cuts.
+  # Check the parameters of the mixer (attention, or what stands in its place)
+  # that are split along the tensor axis.
   layer = model.layer_config(name)
   mixer = blocks.mixer_of_layers(layer)
   for path, size in mixer.sizes_over_tensor(layer, shape['tensor']).items():
@@ -168,14 +180,15 @@ def _check_layer_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
             f'which does not divide the {size} of the parameter {path} of '
             f'model.mixer {layer.mixer!r}: choose from {_divisors(size)}')
 
-  # The mesh axes, each with a field of the config that it must divide.
+  # List mesh axes, each with a field of the config that it must divide.
   axes_and_fields = [*mixer.fields_to_divide(layer), ('fsdp', 'd_model')]
   if model.has_experts:
     axes_and_fields += [('tensor', 'moe.d_ff'), ('fsdp', 'moe.latent_dim')]
   if layer.ffn != NO_FFN:
     axes_and_fields.append(('tensor', 'd_ff'))
 
-  # A size of 1 that every device holds whole need not be divided.
+  # Check each. A size of 1 is not split if the mixer allows it: then every
+  # device holds the whole parameter.
   for axis, field in axes_and_fields:
     size = flat.get_field(layer, field)
     if size % shape[axis] == 0 or size == 1 and field in mixer.may_be_one:
@@ -197,14 +210,15 @@ def _divisors(size: int) -> str:
 def make_mesh(shape: Mapping[str, int],
               devices: Sequence[jax.Device] | None = None, slices: int = 0
               ) -> Mesh:
-  """Returns the mesh of devices, whose axes the compiler may use as it likes
-  where no constraint says more.
+  """Makes the mesh of devices. Its axes are Auto: the compiler decides how
+  arrays are split where no constraint says it.
 
   Args:
-    shape: the size of each axis, `data` first.
+    shape: {name: size} of the axes, of which `data` must be the first.
     devices: the devices; None: all.
-    slices: the number of groups of devices with a slower network between them,
-      over which only `data` goes; 0: as many as the devices say.
+    slices: the number of slices, groups of devices with a slower network
+      between them; 0: as many as the devices say. Only the axis `data` goes
+      over that network.
 
   Raises:
     ValueError: where the devices or mesh.data do not divide into the slices.
@@ -218,8 +232,8 @@ def make_mesh(shape: Mapping[str, int],
           f'{len(groups)} slices do not divide: only `data` goes over the '
           f'network between slices, so choose a multiple of {len(groups)}')
 
-  # A mesh in each slice, one behind the other along `data`. An axis of 8 x 8
-  # fits on 4 x 4 x 4 chips only if physical axes may be split.
+  # Make a mesh of each slice, and join them along `data`. Splitting physical
+  # axes must be allowed, or a mesh of 8 x 8 would not fit on 4 x 4 x 4 chips.
   other_sizes = [size for _, size in other_axes]
   shape_of_slice = (data_size // len(groups), *other_sizes)
   meshes_of_slices = []
@@ -240,18 +254,21 @@ def slice_index(device: jax.Device) -> int:
 
 
 def group_by_slice(devices: Sequence[jax.Device], slices: int) -> list[list]:
-  """Returns one list of devices for each slice, a group of devices between
-  which the network is faster than to the others.
+  """Groups devices by their slice. The network between devices of a slice is
+  faster than that to other slices.
 
   Args:
     devices: the devices.
     slices: the number of slices; 0: as many as the devices say.
 
+  Returns:
+    A list of devices for each slice.
+
   Raises:
     RequestError: for another number of slices than the devices have, or one
       that does not divide the devices.
   """
-  # The slices that the devices themselves say they are in.
+  # Devices of several slices say in which they are.
   devices_of_slice: dict[int, list] = {}
   for device in devices:
     devices_of_slice.setdefault(slice_index(device), []).append(device)
@@ -261,7 +278,8 @@ def group_by_slice(devices: Sequence[jax.Device], slices: int) -> list[list]:
             f'devices are of {num_slices} slices: set it to 0 (what they say)')
     return [devices_of_slice[index] for index in sorted(devices_of_slice)]
 
-  # Groups of the devices in their order, so process by process.
+  # If they all say the same, cut them into groups of equal size. They are
+  # sorted by process, so that the devices of a process stay together.
   slices = slices or 1
   require(slices >= 1 and len(devices) % slices == 0,
           f'mesh.slices is {slices}, which does not divide the '
@@ -271,24 +289,25 @@ def group_by_slice(devices: Sequence[jax.Device], slices: int) -> list[list]:
 
 
 def param_shardings(abstract: Any, mesh: Mesh, rules: str):
-  """Returns a tree with the NamedSharding of each parameter.
+  """Returns the NamedSharding of each parameter of a model, as a tree.
 
-  Mesh axes that do not divide a dimension are left out of it, the last ones
-  first. That happens to `vocab` and `rows` (GPT-2's 50,257), and to `expert`
-  after `fsdp`; `check_mesh` refuses all others.
+  A mesh axis that does not divide a dimension does not split it. If several
+  axes would split a dimension, the last ones are left out first. This happens
+  to dimensions such as the vocabulary (50,257 in GPT-2); `check_mesh` refuses
+  it for most others.
 
   Args:
-    abstract: the parameters' shapes, in boxes (nn.LogicallyPartitioned) that
-      name their logical axes.
-    mesh: the mesh.
-    rules: the entry of RULES that maps the names to mesh axes.
+    abstract: the shapes of the parameters, each in a box of Flax
+      (nn.LogicallyPartitioned) with the names of its dimensions.
+    mesh: the mesh of devices.
+    rules: the name of a table of RULES, which maps these names to mesh axes.
   """
 
   def is_box(x: Any) -> bool:
     return isinstance(x, nn.LogicallyPartitioned)
 
   def shard_parameter(x: Any) -> NamedSharding:
-    # An array without names lies whole on every device.
+    # An array without a box is not split.
     names: Sequence[str | None] = ()
     if is_box(x):
       x, names = x.value, x.names
@@ -300,24 +319,26 @@ def param_shardings(abstract: Any, mesh: Mesh, rules: str):
 
 def partition_spec(shape: Sequence[int], names: Sequence[str | None],
                    mesh: Mesh, rules: str) -> PartitionSpec:
-  """Returns the mesh axes that each axis of an array is split over, without
-  mesh axes that do not divide its size.
+  """Returns which mesh axes split each dimension of an array. A mesh axis that
+  does not divide the size of a dimension is left out.
 
   Args:
     shape: the shape of the array.
-    names: the logical name of each axis; None: it has none.
-    mesh: the mesh.
-    rules: the entry of RULES that maps names to mesh axes.
+    names: the name of each dimension, such as 'embed'; None: it has no name and
+      is not split.
+    mesh: the mesh of devices.
+    rules: the name of a table of RULES, which maps the names to mesh axes.
 
   Returns:
-    The PartitionSpec: for each axis of the array a tuple of mesh axes, or None
-    where it is not split. It is empty for an array without names, which lies
-    whole on every device.
+    A PartitionSpec, with a tuple of mesh axes for each dimension, or None for
+    one that is not split. It is empty for an array without names, which every
+    device holds whole.
   """
   if not names:
     return PartitionSpec()
 
-  # The rules give one mesh axis, several or none; all become a tuple.
+  # A rule may give one mesh axis, a tuple of several, or None. Make all of them
+  # tuples.
   entries = []
   mesh_axes_by_rule = nn.logical_to_mesh_axes(names, tables.RULES[rules])
   for mesh_axes, size in zip(mesh_axes_by_rule, shape):
@@ -341,13 +362,15 @@ def num_shards(axis: str, shape: Mapping[str, int], rules: str) -> int:
 
 
 def num_stream_shards(shape: Mapping[str, int], rules: str, length: int) -> int:
-  """Returns into how many parts a mesh splits the residual stream [B, L, D].
+  """Computes into how many shards a mesh splits the residual stream [B, L, D]:
+  B rows of L tokens with D features.
 
   Args:
-    shape: the size of each mesh axis.
-    rules: the entry of RULES that maps names to mesh axes.
-    length: L, the number of tokens in a row; where the axes of the stream do
-      not divide it, those of the length count.
+    shape: {name: size} of the axes of the mesh.
+    rules: the name of a table of RULES, which maps names of dimensions to mesh
+      axes. Those of the rows and tokens are 'batch', and 'stream' or 'length'.
+    length: L. Where the mesh axes of 'stream' do not divide it, those of
+      'length' are used.
   """
   parts_of_a_row = num_shards('stream', shape, rules)
   if length % parts_of_a_row:
@@ -363,7 +386,7 @@ def batch_sharding(mesh: Mesh, rules: str) -> NamedSharding:
 
 def batch_slice_of_process(batch_sharding_: NamedSharding, batch_size: int
                            ) -> tuple[int, int]:
-  """Returns which slice of a global batch this process loads.
+  """Returns which slice of the rows of a global batch this process has to load.
 
   Args:
     batch_sharding_: the sharding of a batch [B, ...].
@@ -373,19 +396,18 @@ def batch_slice_of_process(batch_sharding_: NamedSharding, batch_size: int
     The index of the slice, and the number of slices.
 
   Raises:
-    RequestError: where a process would hold rows that are not one slice.
+    RequestError: where the rows of a process are not one slice.
   """
-  # The rows on each device of this process, (first, past the last). Devices
-  # that differ along another mesh axis hold the same rows: a set counts them
-  # once.
+  # Collect the (first, end) row of each device of this process. Devices that
+  # differ along another mesh axis hold the same rows; the set has these once.
   ranges = set()
   indices = batch_sharding_.addressable_devices_indices_map((batch_size,))
   for index in indices.values():
     first, end, _ = index[0].indices(batch_size)
     ranges.add((first, end))
 
-  # They must be one slice without gaps, and begin at a multiple of its size, as
-  # they do where every process has as many rows.
+  # The rows must be one slice without gaps, which begins at a multiple of its
+  # size: then all slices are of equal size and have an index.
   start = min(first for first, _ in ranges)
   stop = max(end for _, end in ranges)
   num_rows = sum(end - first for first, end in ranges)
@@ -398,11 +420,15 @@ def batch_slice_of_process(batch_sharding_: NamedSharding, batch_size: int
 
 def put_on_devices(batch: Mapping[str, np.ndarray],
                    batch_sharding_: NamedSharding):
-  """Returns a global batch on all devices, to which each process adds its rows.
+  """Puts a batch on all devices. Each process passes its own rows, which become
+  parts of one global array.
 
   Args:
-    batch: the arrays [rows of this process, ...], by name.
+    batch: {name: array [rows of this process, ...]}.
     batch_sharding_: the sharding of a global batch.
+
+  Returns:
+    {name: global array}.
   """
   arrays = {}
   for name, x in batch.items():

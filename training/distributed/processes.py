@@ -78,17 +78,18 @@ def arguments_to_join(coordinator: str = '', num_processes: int = 0,
 
 
 def join_processes(arguments: Mapping[str, Any] | None) -> None:
-  """Joins the other processes of a run.
+  """Connects this process with the other processes of a run.
 
-  From then on a process that fails ends at once, without waiting for the others
-  at its exit, and so ends them too.
+  From then on, a process that fails ends at once. By default it would wait at
+  its exit for the others, which wait for it.
 
   Args:
-    arguments: those of jax.distributed.initialize, as `arguments_to_join`
-      returns them; None: this process is alone.
+    arguments: the arguments of jax.distributed.initialize, from
+      `arguments_to_join`; None: there are no other processes.
 
   Raises:
-    RequestError: where there is no cluster that JAX could ask.
+    RequestError: where JAX should ask the cluster for the other processes, and
+      finds no cluster that it knows.
   """
   if arguments is None:
     return
@@ -102,9 +103,9 @@ def join_processes(arguments: Mapping[str, Any] | None) -> None:
         '--process_id, or run it by SLURM, Open MPI, Kubernetes or on a TPU'
     ) from error
 
-  # A usual exit of Python would wait for the other processes. Errors that end
-  # with a sentence leave through cli.exit_after_failure, and all others, with a
-  # traceback, through sys.excepthook; both end the process at once.
+  # Replace both ways in which a failing process ends: cli.exit_after_failure
+  # for errors that are reported in a sentence, and sys.excepthook for all
+  # others, which have a traceback.
   cli.exit_after_failure = _exit_at_once
 
   def print_and_exit(*error: Any) -> None:
@@ -124,8 +125,11 @@ def _exit_at_once(code: int) -> None:
 
 
 def meet_and_print_processes() -> None:
-  """Waits for all processes; then process 0 prints a line for each, with its
-  devices and its host. Until here no process has touched a device."""
+  """Waits for all processes of a run. Then process 0 prints a line for each of
+  them, with its devices and its host.
+
+  It must be called before any process uses its devices.
+  """
   if jax.process_count() == 1:
     return
   local_devices = jax.local_devices()
@@ -134,9 +138,10 @@ def meet_and_print_processes() -> None:
   line = (f'process {jax.process_index()}: {len(local_devices)} x '
           f'{device_kind}, slice {slice_index}, pid {os.getpid()} on '
           f'{socket.gethostname()}')
-  # Gloo gives a group of devices 30 s to meet for the first time, which a
-  # process that still compiles would miss: they meet here. Only arrays of one
-  # shape can be gathered, so each line is padded with spaces to as many bytes.
+  # Gather the lines, as arrays of bytes. Arrays of one shape are needed, so
+  # each line is padded with spaces. This is also where the devices first meet:
+  # Gloo waits only 30 s for that, too short for a process that has yet to
+  # compile.
   padded = line.encode()[:_BYTES_OF_A_LINE].ljust(_BYTES_OF_A_LINE)
   line_as_bytes = np.frombuffer(padded, np.uint8)
   all_lines = multihost_utils.process_allgather(line_as_bytes)

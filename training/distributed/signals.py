@@ -59,18 +59,20 @@ class SignalCount:
     return True
 
   def _is_echo(self, number: int, now: float) -> bool:
-    """Whether a signal says again what an earlier one has said, as when the end
-    of a terminal sends SIGHUP and also closes the pipe that is printed to.
+    """Returns whether a signal only repeats what an earlier one has said. For
+    instance, the end of a terminal sends SIGHUP and also closes the pipe to
+    which the program prints.
 
     Args:
       number: the number of the signal.
-      now: the time at which it came, in seconds.
+      now: the time at which it arrived, in seconds.
     """
-    # That the reader is gone adds nothing to any earlier signal.
+    # After any other signal, it says nothing new that the reader of our output
+    # is gone.
     if number in _READER_GONE and self.n:
       return True
-    # Any other signal is an echo if it follows closely on the same one, or on
-    # the loss of the reader.
+    # Another signal is an echo if it comes shortly after the same signal, or
+    # after the loss of the reader.
     for earlier in (number, *_READER_GONE):
       time_of_last = self._time_of_last.get(earlier, -ECHO_SECONDS)
       if now - time_of_last < ECHO_SECONDS:
@@ -103,14 +105,16 @@ class _StreamWithoutReader:
 
   @contextlib.contextmanager
   def _discard_if_closed(self) -> Iterator[None]:
-    """Sends what is printed nowhere as soon as the `with` block cannot print,
-    as its reader is gone."""
+    """Handles a loss of the reader while the `with` block prints: from then on,
+    all output is discarded.
+    """
     try:
       yield
     except OSError as error:
       if error.errno not in (errno.EIO, errno.EPIPE):
         raise
-      # Standard output and error may be one terminal, which has gone.
+      # Standard output and error may be the same terminal, which is gone. Then
+      # both are discarded.
       closed_fds = [self._stream.fileno()]
       for fd in (_STDOUT, _STDERR):
         if os.path.sameopenfile(closed_fds[0], fd):
@@ -123,27 +127,27 @@ class _StreamWithoutReader:
 @contextlib.contextmanager
 def handle_signals(on_signal: Callable[[int], None],
                    numbers: Collection[int] = STOP_SIGNALS) -> Iterator[None]:
-  """Calls a function for each signal that comes while the `with` block runs.
+  """Calls a function for each signal that arrives while the `with` block runs.
 
-  A SIGHUP that is ignored, as by nohup, stays so. Where nobody reads what is
-  printed, the function is called with SIGPIPE. Must be entered in the main
-  thread.
+  If the program that reads our output has ended, the function is called with
+  SIGPIPE. A SIGHUP that the user has chosen to ignore, as by nohup, stays
+  ignored. The context must be entered in the main thread.
 
   Args:
-    on_signal: the function of the number of a signal, called in the main
-      thread.
-    numbers: the numbers of the signals.
+    on_signal: the function, called in the main thread with the number of a
+      signal.
+    numbers: the numbers of the signals to handle.
   """
   terminal_fds = [fd for fd in (_STDOUT, _STDERR) if os.isatty(fd)]
   streams = {'stdout': sys.stdout, 'stderr': sys.stderr}
 
-  # After SIGHUP the terminal is gone, and printing to it would fail.
   def handle(number: int, frame: types.FrameType | None) -> None:
+    # After a SIGHUP the terminal is gone, and printing to it would fail.
     if number == signal.SIGHUP:
       discard_output(terminal_fds)
     on_signal(number)
 
-  # The handlers that are there are kept, and put back at the end.
+  # Install the handlers, and keep the old ones to restore them at the end.
   old_handlers = {}
   for number in numbers:
     is_ignored = signal.getsignal(number) is signal.SIG_IGN
@@ -160,7 +164,8 @@ def handle_signals(on_signal: Callable[[int], None],
     for name, stream in streams.items():
       setattr(sys, name, stream)
     for number, handler in old_handlers.items():
-      # None: not from Python, and Python cannot put it back.
+      # A handler that was not installed from Python is None here. Python cannot
+      # restore it, so the default takes its place.
       signal.signal(number, handler or signal.SIG_DFL)
 
 
@@ -215,21 +220,24 @@ class Stop:
     self._handler.__exit__(*error)
 
   def should_stop(self, step: int) -> bool:
-    """Whether to save after `step` and leave: the answer is the same on all
-    processes.
+    """Returns whether to save after this step and end the run. All processes
+    get the same answer.
 
-    Each process calls it after each step, with rising numbers. With several
-    processes it is JAX's preemption service that spreads SIGTERM, and has them
-    agree on a step that none of them has passed.
+    Each process must call it after each step, in order. With several processes,
+    JAX's preemption service tells all of them of a SIGTERM, and lets them agree
+    on a step that none of them has passed.
+
+    Args:
+      step: the number of steps done.
     """
     if not self._has_other_processes:
       return self.stop_requested
     from jax.experimental import multihost_utils
     if not multihost_utils.reached_preemption_sync_point(step):
       return False
-    # This process had no signal of its own: the service took its SIGTERM, or
-    # another process had one. A SIGTERM from here on counts as the second
-    # signal, which ends the process at once.
+    # If no signal has reached our own handler, the service has taken the
+    # SIGTERM, or another process had it. Count it as the first signal, and
+    # handle SIGTERM from here on: a second one ends the process at once.
     if not self.stop_requested:
       self.stop_requested = True
       self._signal_count.n += 1
@@ -243,13 +251,14 @@ class Stop:
     return self.stop_requested and not self._has_other_processes
 
   def _on_signal(self, number: int) -> None:
-    """Notes the first signal, so that the run saves and leaves; ends the
-    process at the second one, without a save.
+    """Handles a signal that asks the run to end. After the first one, the run
+    saves and ends; a second one ends the process at once, without saving.
 
     Args:
       number: the number of the signal.
     """
-    # add() is false for a signal that only repeats an earlier one.
+    # Ignore a signal that only repeats an earlier one, for which add() returns
+    # False.
     if not self._signal_count.add(number):
       return
     name = signal.Signals(number).name
@@ -259,8 +268,10 @@ class Stop:
     self.stop_requested = True
     _print_to_stderr(f'{name}: finishing this step, saving, and leaving; once '
                      'more ends at once')
+    # JAX's preemption service, which tells the other processes, waits for a
+    # SIGTERM.
     if self._has_other_processes:
-      os.kill(os.getpid(), signal.SIGTERM)  # what the service listens to
+      os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _print_to_stderr(text: str) -> None:
