@@ -452,15 +452,16 @@ def _as_numpy_float32(x: jax.Array) -> Any:
 @functools.partial(jax.jit, static_argnames=('module', 'wanted'))
 def _compute_output(module: nn.Module, params: Any,
                     arguments: dict[str, jax.Array], wanted: str) -> Any:
-  """Runs a model, and returns one part of what it computes; nothing else is
-  part of the compiled program.
+  """Runs a model and returns one part of its output. Whatever the other parts
+  need is left out of the compiled program.
 
   Args:
     module: the Flax module of the model.
     params: its parameters, a tree of arrays.
     arguments: the arguments of the model's call, by name.
     wanted: 'logits'; 'layers', the states of all layers; or 'attention', the
-      weights of attention and of attention to a memory, None without one.
+      weights of attention and, in an encoder-decoder, those of attention to the
+      encoder's output, else None.
   """
   options: dict[str, Any] = dict(
       arguments, keep_layers=wanted == 'layers',
@@ -525,28 +526,27 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
 @check_argument_types
 def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
           seed: Seed = 0, **fields: Any) -> Model:
-  """Returns a model with parameters as at the start of a run.
+  """Builds a model with the parameters that a training run begins with.
 
   Args:
-    config: 'llama:tiny', a file of configs/, or the path of such a file; or a
-      run's config, as the `get_config` of such a file returns it; or a resolved
-      model config.
+    config: 'llama:tiny', for a file of configs/ and a size, or the path of such
+      a file; or the config of a run, as get_config in such a file returns it;
+      or a complete model config.
     seed: the seed of the parameters.
     **fields: fields of `config.model` to set, as `norm='layernorm'`.
 
   Raises:
     RequestError: for a wrong field, value or combination.
   """
-  # A resolved model config names no tokenizer.
+  # A model config alone does not name a tokenizer.
   if isinstance(config, ModelConfig):
     module = architectures.build(changed_model(config, fields))
     return Model(module=module, params=_draw_parameters(module, seed))
   if isinstance(config, str):
     config = plugins.load_config_file(config)
 
-  # A run's config: the fields are set in a copy of it, and its tokenizer gives
-  # the size of the vocabulary. Fields that the model would not read are
-  # refused.
+  # Set the fields in a copy of the run's config. Its tokenizer gives the size
+  # of the vocabulary. Fields that the model would not read are refused.
   plugins.check_config(config, 'config')
   config = config.copy_and_resolve_references()
   base.set_model_fields(config.model, fields)
@@ -560,14 +560,14 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
 
 def _load_run(workdir: Any, step: parameters.StepChoice, tokenizer: str | None
               ) -> Model:
-  """Returns the model of a training run, with its tokenizer and its labels.
+  """Loads the model of a training run, with its tokenizer and its labels.
 
   Args:
     workdir: the folder of the run.
-    step: the checkpoint; 'best'; several, for their mean; None: the newest good
-      one.
-    tokenizer: a tokenizer in place of the run's own, written as data.tokenizer
-      is; None: the run's.
+    step: the step of the checkpoint; 'best'; several, for the mean of their
+      parameters; None: the newest good one.
+    tokenizer: another tokenizer than the run's, written as in data.tokenizer;
+      None: the run's.
   """
   config = runs.load_run_config(workdir)
   module = architectures.build(runs.load_run_model_config(workdir, config))
@@ -585,21 +585,21 @@ def _load_run(workdir: Any, step: parameters.StepChoice, tokenizer: str | None
 
 
 def _draw_parameters(module: nn.Module, seed: int) -> Any:
-  """Returns the parameters with which a training run of this seed begins.
+  """Draws the parameters with which a training run of this seed begins.
 
   Args:
     module: the Flax module of the model.
     seed: the seed of the run.
 
   Raises:
-    RequestError: where all memory of a device has no room for them.
+    RequestError: if they are larger than all memory of a device.
   """
   init = jax.jit(module.init)
-  # Parameters depend on no input, so that one token of one row will do.
+  # The parameters do not depend on the input, so one token is enough.
   inputs = jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)
 
-  # Their size is known from their shapes, before anything is allocated. The
-  # program that is traced for the shapes is the one that runs afterwards.
+  # Check their size before anything is allocated. The program that is traced
+  # here for the shapes is traced only once, as it is the one that runs below.
   shapes = nn.meta.unbox(init.eval_shape(*inputs)['params'])
   num_bytes = 0
   for x in jax.tree.leaves(shapes):
@@ -619,24 +619,24 @@ _FIELDS_BEHIND_OTHERS = ('arch', 'd_model', 'num_heads', 'head_dim', 'kinds',
 @check_argument_types
 def changed_model(config: ModelConfig, fields: Mapping[str, Any]
                   ) -> ModelConfig:
-  """Returns a model config with some fields changed, checked as any config is.
-  What is derived from other fields is derived again: where lora.rank is set
-  alone, lora.alpha becomes as large.
+  """Returns a model config with some fields changed, and checks it. Values that
+  were derived from other fields are derived again: if lora.rank is set alone,
+  lora.alpha follows it.
 
   Args:
     config: the config of the model.
-    fields: the new values by the names of the fields, without `model.`.
+    fields: {name: new value}, with names without `model.`.
 
   Raises:
-    RequestError: for a field on which the sizes of other parts depend, a wrong
-      value, and a field that the model would not read.
+    RequestError: for a wrong value, a field that the model would not read, and
+      a field that decides the sizes of other parts.
   """
   for name in fields:
     require(name not in _FIELDS_BEHIND_OTHERS,
             f'model.{name} decides the sizes of other '
             'parts: build a model with it, from a file of configs/')
-  # The fields as a user may set them. Those that follow from others are reset,
-  # so that they are derived anew.
+  # Turn the config back into fields that a user may set. Reset those that were
+  # derived, so that they are derived again.
   tree = ml_collections.ConfigDict(flat.default_tree())
   with tree.ignore_type():
     tree.update(flat.to_dict(config))
@@ -645,7 +645,7 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
     if architectures.stack(config) != 'encoder-decoder':
       tree.num_decoder_layers = fields.get('num_layers', config.num_layers)
     base.set_model_fields(tree, fields)
-  # Checks, and the derived fields.
+  # Derive the other fields and check all.
   changed = architectures.resolve(tree)
   _refuse_unread_fields(changed, fields=fields, tree=tree)
   return changed

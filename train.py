@@ -142,11 +142,13 @@ def train(args: flags.FlagValues) -> int:
 
 
 def _describe_complete_run(request, start) -> str:
-  """Returns what is printed of a run that has nothing left to do.
+  """Tells the user that a run has nothing left to do, and how to evaluate or
+  continue it.
 
   Args:
-    request: the request (begin.RunRequest) for the run.
-    start: where the run has ended (begin.StartingPoint).
+    request: the checked request for the run (begin.RunRequest).
+    start: the step at which the run has ended, and the reason if it has ended
+      early (begin.StartingPoint).
   """
   workdir = request.workdir
   last_step = request.config.train.steps

@@ -60,29 +60,30 @@ class ChatModel(NamedTuple):
 
 def load_from_run(workdir: epath.Path, step: int | str | None = None,
                   template: str = '') -> ChatModel:
-  """Loads the model of a training run, to be talked with.
+  """Loads the model of a training run for a chat.
 
   Args:
     workdir: the folder of the run.
-    step: the checkpoint to read; 'best'; None: the newest.
+    step: the step of the checkpoint; 'best'; None: the newest.
     template: a chat template, as data.chat_template names one; '': the run's.
 
   Raises:
-    RequestError: for a model that cannot be talked with.
+    RequestError: for a model that cannot chat.
   """
   config = runs.load_run_config(workdir)
   objective = objectives.find_objective(config)
   require(objective.talks,
           f'objective {config.objective!r}: {ADVICE_FOR_OTHER_MODELS}')
 
-  # The model and its parameters.
+  # Load the model and its parameters.
   tokenizer = runs.load_run_tokenizer(workdir, config)
   generation = hf_generation.load_generation(workdir)
   module = architectures.build(runs.load_run_model_config(workdir, config))
   restored = parameters.read_parameters_on_one_device(workdir, module=module,
                                                       step=step)
 
-  # How it is talked with: as it was trained, or as its import says.
+  # Choose how messages become tokens (`talk`): as in training, or, for weights
+  # that were imported, as their folder says.
   talk = objective.talk(config, tokenizer)
   if generation is not None or template:
     is_published = hf_generation.is_published(workdir, restored.step)
@@ -96,7 +97,7 @@ def load_from_run(workdir: epath.Path, step: int | str | None = None,
 
 
 def load_from_folder(folder: epath.Path, template: str = '') -> ChatModel:
-  """Loads the model of a folder in the Hugging Face format, to be talked with.
+  """Loads the model in a folder of the Hugging Face format for a chat.
 
   Args:
     folder: the path of the folder, with a config.json, weights and a tokenizer.
@@ -104,12 +105,13 @@ def load_from_folder(folder: epath.Path, template: str = '') -> ChatModel:
       folder.
 
   Raises:
-    RequestError: for a model that cannot be talked with.
+    RequestError: for a model that cannot chat.
   """
   model = hf_config.model_of_config_json(hf_config.load_config_json(folder))
   if architectures.stack(model) != 'decoder' or model.head != 'lm':
     raise RequestError(f'{folder}: {ADVICE_FOR_OTHER_MODELS}')
-  # How it is talked with comes first: to read the weights takes the time.
+  # Choose how messages become tokens (`talk`). This may fail, so it is done
+  # before the weights are read, which takes long.
   tokenizer = tokenizers.load(str(folder))
   generation = hf_generation.read_generation(folder)
   talk = _choose_talk(
@@ -123,28 +125,29 @@ def load_from_folder(folder: epath.Path, template: str = '') -> ChatModel:
 def _choose_talk(tokenizer: Tokenizer,
                  generation: hf_generation.Generation | None, template: str,
                  usual: Talk, is_published: bool) -> Talk:
-  """Returns how an imported model is talked with (how a conversation becomes
-  tokens, and which tokens end an answer): by its chat template, and with the
-  tokens of its generation_config.json.
+  """Chooses how to talk with an imported model: how a conversation becomes
+  tokens, and which tokens end an answer.
 
   Args:
     tokenizer: the tokenizer of the model.
-    generation: the generation_config.json of the model's folder, if any.
+    generation: the special tokens and options of the folder from which the
+      weights come; None: they come from no folder.
     template: the chat template to use; '': that of the folder, if it has one.
-    usual: how the model is talked with where there is none.
-    is_published: whether the weights are as they were imported, not trained
-      here; else a text begins with the separator, as in training.
+    usual: how to talk with the model if there is no template.
+    is_published: whether the weights are still as they were imported. If they
+      have been trained here, a text begins with the separator, as in training.
   """
   token_ids = hf_generation.special_token_ids(generation)
   end_tokens = frozenset(token_ids.get('eos_token_id', ()))
-  # A template that was asked for comes first, then what the model was trained
-  # with here.
+  # The template that the user asks for has precedence, then the one that the
+  # model was trained with here.
   if template:
     asked_template = conversations.read_template(template, tokenizer)
     return causal.talk_by_template(asked_template, ends=end_tokens, words='')
   if not usual.plain:
     return usual._replace(ends=end_tokens or usual.ends)
-  # A model that continues plain text may have a template in its folder.
+  # A model that was trained here on plain text may have been imported with a
+  # chat template.
   folder = epath.Path(tokenizer.name)
   if conversations.read_template_of_folder(folder) is not None:
     template_of_folder = conversations.read_template(str(folder), tokenizer)
@@ -181,15 +184,16 @@ class CachedDecoder:
         on.
       seed: the seed of the draws.
     """
-    # The experts have no capacity here, so that which of them a token is given
-    # does not depend on the tokens that are read with it.
+    # Let experts take any number of tokens. With a limited capacity, the expert
+    # of a token would depend on the tokens that are read together with it.
     config = without_capacity(module.config)  # type: ignore[attr-defined]
     self._module = module.clone(config=config)
     self._params = params
     self._sampling = sampling
     self._key = jax.random.key(seed)
 
-    # The cache. The layers of a stack that is not deep are run one by one.
+    # Make the cache. If there are few layers, they are compiled one by one
+    # instead of as a scan, and their parameters are unstacked for this.
     self._cache = architectures.init_cache(config, 1, context)
     self._is_unrolled = config.num_decoder_layers <= generate.UNROLLED_LAYERS
     if self._is_unrolled:
@@ -199,33 +203,38 @@ class CachedDecoder:
     self.context = context
     self.num_read = 0
 
-    # A text cannot be read from where it differs if layers have a state, or
-    # past some lengths.
+    # The whole text must be read again in two cases: where it goes back in
+    # layers that have a state, and where it passes one of these lengths.
     self._has_state = blocks.has_layers_with_state(config)
     self._lengths_to_reread_at = generate.lengths_to_reread_at(module)
 
   def draw_token(self, ids: Sequence[int] | np.ndarray) -> int:
-    """Returns the token that is drawn after a text, and reads the text into the
-    cache from the first token on that differs from what the cache holds.
+    """Reads a text into the cache, and draws the token that follows it. Only
+    the part of the text that the cache does not hold yet is read.
 
     Args:
       ids: the tokens of the text, int32 [T], where 0 < T <= context.
+
+    Returns:
+      The id of the drawn token.
     """
     ids = np.asarray(ids, np.int32)
     assert 0 < len(ids) <= self.context
     vocab_size = self._module.config.vocab_size
     inputs.check_ids('the text', tokens=ids, vocab_size=vocab_size)
 
-    # The random key of this draw, and the tokens that a penalty counts.
+    # Make a random key for this draw, and note which tokens the text has, if
+    # the draw punishes repetitions.
     self._key, key = jax.random.split(self._key)
     seen_1V = None
     if self._sampling.needs_seen_tokens:
       seen_1V = np.zeros((1, vocab_size), bool)
       seen_1V[0, ids] = True
 
-    # Read what is new, piece by piece. A token is drawn after each piece with
-    # the same key; only the one after the last piece is returned. The padding
-    # of a piece is overwritten in the cache by the tokens that follow.
+    # Read the new tokens in pieces of a few sizes, for each of which the model
+    # is compiled once. A token is drawn after each piece, but only the last one
+    # is used. The padding of a piece also enters the cache, where the tokens
+    # that follow overwrite it.
     start = self._index_of_first_unread(ids)
     while start < len(ids):
       size = self._piece_size(start, len(ids))
@@ -244,26 +253,27 @@ class CachedDecoder:
     return int(token)
 
   def _index_of_first_unread(self, ids: np.ndarray) -> int:
-    """Returns the index of the first token of a text that has to be read, given
-    what the cache holds; empties the cache and returns 0 where the whole text
-    has to be read.
+    """Returns the index of the first token of a text that must be read. The
+    tokens before it are in the cache already. If the whole text must be read,
+    the cache is emptied.
 
     Args:
       ids: the tokens of the text, [T]. The last one is always read, since the
         new token is drawn from its output.
     """
-    # The first difference between the text and the cache. If there is none, the
-    # text goes on where the cache ends.
+    # Find the first difference between the text and the cache. If there is
+    # none, the text continues where the cache ends.
     num_common = min(len(self._ids), len(ids) - 1)
     differences = np.flatnonzero(self._ids[:num_common] != ids[:num_common])
     start = num_common
     if differences.size:
       start = int(differences[0])
 
-    # All is read again in two cases. A text that passes one of the lengths at
-    # which positions change makes the cached keys wrong; searchsorted counts
-    # how many of them a length has passed. And the state of a recurrent layer
-    # cannot forget the tokens after `start`.
+    # The whole text is read again in two cases. First, if it is longer than one
+    # of the lengths at which position encodings change, so that the cached keys
+    # are wrong; searchsorted counts how many of these lengths are exceeded.
+    # Second, if a layer has a state, which cannot forget the tokens after
+    # `start`.
     num_passed_before, num_passed = np.searchsorted(
         self._lengths_to_reread_at, [len(self._ids), len(ids)])
     goes_back = self._has_state and start < len(self._ids)
@@ -294,29 +304,31 @@ def _read_and_draw(module: nn.Module, sampling: generate.Sampling,
                    lengths_1: jax.Array, key: jax.Array,
                    seen_1V: jax.Array | None, has_state: bool
                    ) -> tuple[jax.Array, Any]:
-  """Reads P tokens of one text into the cache, and draws the token after them.
+  """Lets the model read P further tokens of a text into its cache, and draws
+  the token that follows them.
 
   Args:
     module, params: the Flax module of the model, and its parameters.
-    sampling: the way to draw a token from logits: temperature, top_k and so on.
-    is_unrolled: whether the layers follow one another in the program.
-    cache: what the layers keep of the tokens before: keys and values, and
-      states of recurrences.
-    tokens_1P: the tokens of one text, [1, P], padded on the right.
+    sampling: how a token is drawn from logits: temperature, top_k and so on.
+    is_unrolled: whether the layers follow one another in the compiled program,
+      instead of a scan over them.
+    cache: what the layers keep of earlier tokens: keys and values, and states
+      of recurrences.
+    tokens_1P: the tokens, [1, P], padded on the right.
     start: the position of the first of them in the text.
-    last: the index of the last one that is no padding.
-    lengths_1: the length of the whole text.
+    last: the index among them of the last one that is no padding.
+    lengths_1: the length of the whole text, [1].
     key: the random key of the draw.
-    seen_1V: bool, [1, V = vocabulary], the tokens that the text has; None: the
-      draw needs none.
-    has_state: whether a layer has a state, which is told what is padding.
+    seen_1V: bool [1, V], which tokens of the vocabulary V the text has already;
+      None: the draw does not depend on it.
+    has_state: whether a layer has a state, which must know what is padding.
 
   Returns:
     The token, and the cache.
   """
   indices_1P = jnp.arange(tokens_1P.shape[1])[None]
-  # Attention masks the padding anyhow. The state of a recurrent layer would
-  # take it in, so such a layer is told which tokens are none.
+  # Attention masks the padding anyhow. The state of a recurrence would change
+  # with it, so recurrent layers are told which tokens are no padding.
   options = {}
   if has_state:
     options['valid_BL'] = (indices_1P <= last).astype(jnp.int32)
@@ -324,8 +336,8 @@ def _read_and_draw(module: nn.Module, sampling: generate.Sampling,
       {'params': params}, tokens_1P, positions_BL=start + indices_1P,
       cache=cache, one_by_one=is_unrolled, lengths_B=lengths_1, **options)
 
-  # The head is applied to the last real token alone, whose logits are those of
-  # the next token. The slice is [1, 1, D = features of the model].
+  # Compute the logits of the last token that is no padding: they predict the
+  # next one. The slice has the shape [1, 1, D], with the D features of a token.
   last_11D = jax.lax.dynamic_slice_in_dim(output.hidden, last, 1, axis=1)
   logits_1V = output.head.logits(last_11D)[:, 0]
   token_1 = sampling(logits_1V, key, seen_1V)
@@ -360,8 +372,16 @@ class AnswerStream:
     self.stopped = False
 
   def add_token(self, token: int) -> str:
-    """Adds a token to the answer, and returns the text that can be shown now
-    and was not before; '' where the token writes no whole character yet."""
+    """Adds a token to the answer.
+
+    Args:
+      token: the id of the token.
+
+    Returns:
+      The text that can be shown now and was not shown before. It is '' if the
+      token completes no character, or might begin a stop string, before which
+      the answer ends.
+    """
     self._ids.append(token)
     text = self._decode(is_complete=False)
     before_stop = generate.text_before_stop(text, self._stops)
@@ -369,8 +389,8 @@ class AnswerStream:
     if self.stopped:
       return self._take_unshown(before_stop)
 
-    # The text may end in the beginning of a stop string. The longest such end
-    # is held back until the next tokens show whether the rest follows.
+    # The text may end with the beginning of a stop string. Do not show this end
+    # (the longest such one) until later tokens decide.
     num_held_back = 0
     for stop in self._stops:
       for size in range(1, len(stop)):
@@ -396,22 +416,25 @@ class AnswerStream:
     return unshown
 
   def _decode(self, is_complete: bool) -> str:
-    """Returns the text of all tokens so far, without the lead.
+    """Decodes all tokens of the answer so far. The lead is removed: a fixed
+    text, such as 'Assistant: ', with which the model may begin an answer and
+    which is not shown.
 
     Args:
-      is_complete: whether no token follows; else a last character whose bytes
-        have not all come is left out.
+      is_complete: whether no token follows. If not, a last character is left
+        out while some of its bytes are missing.
     """
-    # An incremental decoder leaves out a character at the end whose bytes have
-    # not all come, unless it is told that the input is final.
+    # A character may consist of bytes of several tokens. An incremental decoder
+    # leaves out an incomplete one at the end, unless the input is final.
     utf8 = tokenizers.decode_after_prompt(self._tokenizer, ids=self._ids,
                                           prompt=self._prompt)
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     text = decoder.decode(utf8, final=is_complete)
     if not is_complete:
-      # Some tokenizers decode to text, and write this character themselves.
+      # Some tokenizers return text, not bytes, and have put the replacement
+      # character U+FFFD in the place of an incomplete one.
       text = text.rstrip(REPLACEMENT_CHARACTER)
-      # While the text may still become the lead, nothing of it is shown.
+      # Show nothing while all of the text may be the beginning of the lead.
       if self._lead.startswith(text):
         return ''
     return text.removeprefix(self._lead)
@@ -465,13 +488,13 @@ class ChatSession:
     self._system: list[dict[str, str]] = []
     self.messages: list[dict[str, str]] = []
     self.end_reason = ''
-    # A system text is tried at once, so that one for which the model has no
-    # place is refused before the first message.
+    # Check now that the model can be given a system text, so that it is refused
+    # before the first message.
     if not system:
       return
     require(talk.system, f'a system text has no place: the model {talk.words}')
     self._system = [dict(role='system', content=system)]
-    # A template may have no place for it, either.
+    # A chat template may refuse system texts. Try it with any message.
     talk.encode([*self._system, dict(role='user', content='x')])
 
   def reset(self) -> None:
@@ -491,7 +514,7 @@ class ChatSession:
       RequestError: where the conversation has become too long, or its template
         refuses it; it is as before, then.
     """
-    # The conversation with this message, as tokens.
+    # Encode the conversation with this message, and check that it fits.
     messages = [*self.messages, dict(role='user', content=text)]
     ids = self._talk.encode(self._system + messages)
     context = self._engine.context
@@ -501,8 +524,8 @@ class ChatSession:
             '--context, up to the max_len of the model')
     self.messages = messages
 
-    # The answer, which becomes part of the conversation even if it is cut
-    # short.
+    # Write the answer. It becomes part of the conversation even if the caller
+    # stops early.
     prompt = ids.tolist() if self._talk.plain else ()
     stream = AnswerStream(self._tokenizer, stops=self._stops,
                           lead=self._talk.lead, prompt=prompt)
@@ -514,15 +537,16 @@ class ChatSession:
 
   def _write_answer(self, ids: np.ndarray, stream: AnswerStream,
                     stopped: Callable[[], bool]) -> Iterator[str]:
-    """Draws the tokens of an answer and yields its text in pieces; sets
-    `end_reason`.
+    """Draws the tokens of an answer, and yields its text in pieces as it is
+    written. Afterwards `end_reason` says why the answer has ended: 'end',
+    'length', or the reason of `_reason_to_end`.
 
     Args:
       ids: the tokens of the conversation, [T].
-      stream: the stream that turns the new tokens into text.
-      stopped: whether to end the answer here.
+      stream: turns the new tokens into text.
+      stopped: returns whether to end the answer early.
     """
-    # This reason holds where the loop ends of itself.
+    # This is the reason if the loop below runs to its end.
     self.end_reason = 'length'
     for _ in range(self._max_new_tokens):
       token = self._engine.draw_token(ids)
@@ -530,7 +554,7 @@ class ChatSession:
         self.end_reason = 'end'
         break
       ids = np.append(ids, np.int32(token))
-      # A token may be no whole character yet, and write nothing.
+      # The token may complete no character, so that there is nothing to show.
       piece = stream.add_token(token)
       if piece:
         yield piece
@@ -538,7 +562,7 @@ class ChatSession:
       if reason:
         self.end_reason = reason
         break
-    # The end of the text was held back, as a stop string might begin with it.
+    # Show what was held back because it might have begun a stop string.
     piece = stream.finish()
     if piece:
       yield piece

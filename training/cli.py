@@ -42,27 +42,32 @@ exit_after_failure: Callable[[int], None] = sys.exit
 
 
 def run(main: Callable[[], int | None]) -> None:
-  """Calls the main function of a program and exits the process with its code.
+  """Runs the main function of a program, and exits the process with its exit
+  code.
+
+  An error that the user can mend is printed as one sentence, without a
+  traceback.
 
   Args:
-    main: the program. It returns its exit code, where None stands for 0.
+    main: the main function. It returns the exit code; None stands for 0.
 
   Raises:
-    SystemExit: with the code that `main` returned; or 2 for a wrong request, 1
-      for a failure of the environment, 75 for work that a signal stopped, each
-      after one sentence on stderr. A reader that closed the pipe gives 141, and
-      Ctrl-C 130.
-    Exception: the error of `main` itself where it is a bug.
+    SystemExit: with the code that `main` returned; after an error with 2 for a
+      wrong request, 1 for a failure of the environment (such as a full disk),
+      75 for work that a signal stopped, 130 after Ctrl-C, and 141 if the reader
+      of our output has closed the pipe.
+    Exception: any other error of `main`, which is a bug.
   """
   try:
     code = main() or 0
-    # A closed pipe is noticed here, inside the try, and not at Python's exit.
+    # Flush here, inside the try: a closed pipe would else only be noticed while
+    # Python exits.
     sys.stdout.flush()
     sys.exit(code)
   except BrokenPipeError:  # the reader, such as `| head`, has read enough
-    # Python flushes its streams at its exit, which would fail once more, with a
-    # code of its own. So stdout and stderr (the file descriptors 1 and 2) are
-    # pointed at /dev/null first.
+    # Python flushes stdout and stderr when it exits. That would fail again, and
+    # change the exit code. So point both (file descriptors 1 and 2) to
+    # /dev/null.
     for descriptor in (1, 2):
       os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     exit_after_failure(128 + signal.SIGPIPE)
@@ -76,14 +81,17 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _exit_code_and_sentence(error: BaseException) -> tuple[int, str] | None:
-  """Returns how a program that raised `error` ends.
+  """Decides how a program ends after an error.
+
+  Args:
+    error: the error that the program has raised.
 
   Returns:
     The exit code (2 for a wrong request, 1 for a failure of the environment,
-    STOPPED for saved work that is not finished) and the sentence to print; or
-    None for an error that is a bug, whose traceback Python prints.
+    STOPPED for work that was saved before it was finished) and a sentence to
+    print; None for a bug, whose traceback is to be printed.
   """
-  # The errors that the project raises itself, and signals.
+  # First come our own errors, and signals.
   if isinstance(error, RequestError):
     return 2, f'error: {error}'
   if isinstance(error, Stopped):
@@ -91,9 +99,10 @@ def _exit_code_and_sentence(error: BaseException) -> tuple[int, str] | None:
   if isinstance(error, KeyboardInterrupt):
     return 128 + signal.SIGINT, '\nSIGINT: ended'
 
-  # Failures of the environment, such as a full disk or too little memory.
+  # Then come failures of the environment, such as a full disk or too little
+  # memory.
   if isinstance(error, (EnvironmentFailure, OSError)):
-    # A name that is too long for a disk is too long at each further try.
+    # A name that is too long for the disk is the user's to change.
     if getattr(error, 'errno', None) == errno.ENAMETOOLONG:
       return 2, f'error: {error}'
     return 1, f'error: {error}'
@@ -169,19 +178,23 @@ def _parse_finite_number(text: str) -> float:
 
 def run_subcommand(prog: str, doc: str | None,
                    commands: Mapping[str, tuple[str, str]]) -> int:
-  """Parses the command line of a program with subcommands, runs the subcommand
-  that it names, and returns the exit code.
+  """Parses the command line of a program that has subcommands, and runs the one
+  that it names.
 
   Args:
     prog: the words by which the program is called.
     doc: the description that --help prints.
-    commands: by the name of a subcommand, the name of a module that has
-      add_arguments(parser) and main(args), and a sentence that says what the
+    commands: {subcommand: (module, sentence)}. The module has the functions
+      add_arguments(parser) and main(args). The sentence says what the
       subcommand does.
+
+  Returns:
+    The exit code.
   """
   parser = Parser(prog=prog, description=doc)
   subparsers = parser.add_subparsers(dest='command', required=True)
-  # Every module declares its own flags, so that --help can list them all.
+  # Import every module and let it declare its flags, so that --help can list
+  # them.
   for name, (module_name, sentence) in commands.items():
     subparser = subparsers.add_parser(name, help=sentence, description=sentence)
     importlib.import_module(module_name).add_arguments(subparser)
@@ -221,20 +234,19 @@ def define_workdir() -> None:
 
 def define_choices(name: str, default: Sequence[str], choices: Collection[str],
                    text: str) -> None:
-  """Defines a flag whose value is a list of names with commas between them, and
-  that refuses a name that is not among the choices.
+  """Defines a flag of absl whose value is a list of names, with commas between
+  them. A name that is not among the choices is refused.
 
   Args:
     name: the name of the flag.
     default: the names that it has by default.
-    choices: the names that there are.
-    text: what --help says of it, before the choices.
+    choices: the names that are allowed.
+    text: the beginning of the flag's text for --help; the choices follow.
   """
   flags.DEFINE_list(name, [*default], f'{text} Of {", ".join(choices)}.')
 
-  # absl calls a validator whenever the flag is set; `check_choice` raises a
-  # RequestError that names the choices.
-
+  # absl calls a validator whenever the flag is set. check_choice raises an
+  # error that lists the choices.
   @flags.validator(name)
   def check_names(values: Sequence[str]) -> bool:
     for value in values:
@@ -243,17 +255,18 @@ def define_choices(name: str, default: Sequence[str], choices: Collection[str],
 
 
 def parse(doc: str, argv: Sequence[str] | None = None) -> None:
-  """Parses the command line of a program into absl's flags.FLAGS. Afterwards
-  FLAGS.config is the config of the file that --config names, with the fields
-  that --config.FIELD flags set.
+  """Parses the command line of a program into absl's flags.FLAGS. If the
+  program has a flag --config, FLAGS.config becomes the config that the named
+  file makes, with the fields that --config.FIELD flags set.
 
   Args:
-    doc: the program's docstring, printed by --help above the flags.
-    argv: the command line, the program's name first; None: the process's own.
+    doc: the docstring of the program, which --help prints above the flags.
+    argv: the command line, beginning with the program's name; None: that of
+      this process.
 
   Raises:
-    SystemExit: with code 0 after --help was printed, and with code 2 after the
-      sentence that says which flag is wrong.
+    SystemExit: with code 0 after --help, and with code 2 after a sentence about
+      a wrong flag.
   """
   if argv is None:
     argv = sys.argv
@@ -277,31 +290,32 @@ def _print_help(doc: str) -> None:
 
 
 def _read_flags(argv: list[str]) -> None:
-  """Gives absl's flags the values that a command line has for them, and checks
-  these; loads the config.
+  """Sets absl's flags from a command line, checks their values, and loads the
+  config that --config names.
 
   Args:
-    argv: the words of the command line, the name of the program first.
+    argv: the words of the command line, beginning with the name of the program.
 
   Raises:
-    RequestError: for a flag that there is not, and for a wrong value.
+    RequestError: for an unknown flag, and for a wrong value.
   """
-  # Each flag may be given once; absl would take the last of several values.
+  # Let absl refuse a flag that is given twice. By default it takes the last
+  # value.
   program_flags = _flags_of_program()
   for name in program_flags:
     flags.FLAGS[name].allow_overwrite = False
 
-  # The --config.FIELD words are taken out first, because absl knows no such
-  # flags. absl gives back the words that it does not know (known_only), and the
-  # first of them is refused here: absl's own search for flags with a similar
-  # name fails at a long one. The first word of all is the program's name.
+  # Take out the words --config.FIELD, which absl does not know as flags, and
+  # let absl parse the others. With known_only it returns the program's name and
+  # all words that it does not know. Refuse the first of these here, as absl
+  # itself fails at a long one while it looks for flags with similar names.
   expanded_argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
   argv_of_flags = _take_out_overrides(expanded_argv)
   _, *unknown_words = flags.FLAGS(argv_of_flags, known_only=True)
   if unknown_words:
     _refuse_unknown_word(unknown_words[0])
 
-  # The values, and the config with its fields.
+  # Check the values, and replace --config by the config that it names.
   for name in program_flags:
     _check_value(f'--{name}', flags.FLAGS[name].value)
   if 'config' in flags.FLAGS:
@@ -327,18 +341,19 @@ def overridden_fields() -> tuple[str, ...]:
 
 
 def words_to_repeat_command(names: Sequence[str]) -> list[str]:
-  """Returns the words of a command line that set the config, its fields and
-  some flags as this process's command line does; to be called after `parse`.
+  """Returns the part of this process's command line that sets the config and
+  some of the flags, as words for another command. Call it after `parse`.
 
   Args:
-    names: the names of the flags, those left out that were not given.
+    names: the names of the flags. Those that the user has not given are left
+      out.
   """
-  # The config and its fields, as the user wrote them.
+  # Repeat the config and its fields as the user wrote them.
   words = [f'--config={_config_file[0]}']
   for name, text in _text_of_overridden_field.items():
     words.append(f'--config.{name}={text}')
 
-  # The flags. --config is among the words already.
+  # Repeat the flags, except for --config.
   for name in names:
     if name == 'config' or name not in flags.FLAGS:
       continue
@@ -350,15 +365,18 @@ def words_to_repeat_command(names: Sequence[str]) -> list[str]:
 def _refuse_unknown_word(word: str):
   """Refuses a word of the command line that is no flag of the program.
 
+  Args:
+    word: the word.
+
   Raises:
-    RequestError: always; it lists the flags of the program, and suggests the
-      flag or config field whose name is like the word.
+    RequestError: always. The message lists the flags of the program, and
+      suggests a flag or a field of the config with a similar name.
   """
   name = word.partition('=')[0].lstrip('-')
   if not word.startswith('-') or not name:
     raise RequestError(f'unexpected argument {shorten(word)}: every setting is '
                        'a --flag')
-  # A misspelt word may be meant for a flag, or for a field of the config.
+  # The user may have misspelt a flag, or a field of the config.
   help_of_flag = {flag: flags.FLAGS[flag].help for flag in _flags_of_program()}
   sentence_of_name = dict(help_of_flag)
   if 'config' in help_of_flag:
@@ -384,8 +402,12 @@ def _flags_of_program() -> list[str]:
 
 
 def _describe_flag(flag: flags.Flag) -> str:
-  """Returns the lines of --help for one flag: its name, its text and its
-  default."""
+  """Returns the lines that --help prints for a flag: its name, its text and its
+  default.
+
+  Args:
+    flag: a flag of absl.
+  """
   name = f'[no]{flag.name}' if flag.boolean else flag.name
   text = f'--{name}: {flag.help}'
   if not _needs_no_default(flag.help, flag.default):
@@ -399,14 +421,18 @@ def _describe_flag(flag: flags.Flag) -> str:
 
 
 def _take_out_overrides(argv: Sequence[str]) -> list[str]:
-  """Takes the words --config.FIELD=VALUE, which set fields of the config, out
-  of a command line and notes them; returns the other words.
+  """Removes the words --config.FIELD=VALUE, which set fields of the config,
+  from a command line. The texts of the values are kept in
+  _text_of_overridden_field.
 
   Args:
-    argv: the words of the command line, the name of the program first.
+    argv: the words of the command line, beginning with the name of the program.
+
+  Returns:
+    The other words.
 
   Raises:
-    RequestError: for a field that is given twice, or not as it must be.
+    RequestError: for a field that is given twice, or in a wrong form.
   """
   _text_of_overridden_field.clear()
   other_words: list[str] = []
@@ -418,7 +444,7 @@ def _take_out_overrides(argv: Sequence[str]) -> list[str]:
       continue
     has_no, name, text = match.groups()
 
-    # --config.NAME and --noconfig.NAME set a field that is true or false.
+    # For a boolean field, --config.NAME means True and --noconfig.NAME False.
     field = base.find_field(name)
     is_bool = field is not None and field.type is bool
     if is_bool and text is None:
@@ -436,19 +462,22 @@ def _take_out_overrides(argv: Sequence[str]) -> list[str]:
 
 
 def _load_config_of_flag(flag: flags.Flag) -> None:
-  """Replaces the value of --config, FILE.py:SIZE, by the config that it names,
-  with the fields that the command line sets.
+  """Replaces the value of the flag --config, FILE.py:SIZE, by the config that
+  it names, with the fields that the command line sets.
 
   Args:
     flag: absl's flag --config, whose value is changed.
+
+  Raises:
+    RequestError: where fields are set but --config is not given.
   """
   if flag.value is None:
     if _text_of_overridden_field:
       name = next(iter(_text_of_overridden_field))
       raise RequestError(f'--config.{name} needs --config FILE.py:SIZE')
     return
-  # The config of the file, with the fields that were set. It is locked: no
-  # field can be added to it.
+  # Load the config and set its fields. Lock it, so that no field can be added
+  # by mistake.
   _config_file[:] = [flag.value]
   config = plugins.load_config_file(flag.value)
   for name, text in _text_of_overridden_field.items():
@@ -458,19 +487,19 @@ def _load_config_of_flag(flag: flags.Flag) -> None:
 
 def _set_config_field(config: ml_collections.ConfigDict, name: str, text: str
                       ) -> None:
-  """Sets a field of a config to the value that a command line has for it.
+  """Sets a field of a config to the value that the command line gives it.
 
   Args:
     config: the config, which is changed.
     name: the dotted name of the field.
-    text: the value, as the user wrote it.
+    text: the value as the user has written it.
 
   Raises:
-    RequestError: for a field that there is not, or a wrong value.
+    RequestError: for an unknown field, or a wrong value.
   """
-  # The field's default gives the type of its value. model.kinds (the named
-  # kinds of layers) is a group of fields and no field itself, and is given as a
-  # dict.
+  # The type of the value is that of the field's default. model.kinds, which has
+  # the named kinds of layers, is no field but a group of fields, and is given
+  # as a dict.
   field = declare_field(config, name)
   default: Any = {}
   if field is not None:
@@ -507,11 +536,11 @@ _WORDS_FOR_TYPE = {bool: 'True or False', int: 'a whole number',
 
 
 def parse_value(text: str, default: Any, flag: str) -> Any:
-  """Returns the value of a field of the config that a text says, of the type
-  that the field's default has.
+  """Parses the text of a config field's value. The type of the value is that of
+  the field's default.
 
   Args:
-    text: the value as a user writes it.
+    text: the value as the user has written it.
     default: the default of the field.
     flag: the name of the flag, for messages.
 
@@ -520,14 +549,14 @@ def parse_value(text: str, default: Any, flag: str) -> Any:
   """
   value_type = type(default)
   try:
-    # bool('False') would be True, so that these texts are looked up.
+    # Booleans are looked up, as bool('False') is True.
     if value_type is bool:
       return _BOOLEAN_OF_TEXT[text.lower()]
     if value_type in (int, float, str):
       return value_type(text)
-    # Tuples and groups of fields are written as in Python, but not run as it.
+    # Tuples and groups of fields are written as Python literals, which are
+    # parsed and never executed. A single value counts as a tuple of one.
     value = ast.literal_eval(text)
-
     if value_type is tuple and not isinstance(value, tuple | list):
       value = (value,)
     return value_type(value)
@@ -541,16 +570,19 @@ def parse_value(text: str, default: Any, flag: str) -> Any:
 
 def declare_field(config: ml_collections.ConfigDict,
                   full_name: str) -> DeclaredField | None:
-  """Returns the declaration of the field of the config with a dotted name, and
-  makes room for its value; None: there is no such field.
+  """Returns the declaration of a field of the config: its type, default and
+  range.
 
-  A kind of layer (a named set of fields, model.kinds.KIND) has only the fields
-  that differ from the model's. One that it lacks is added here with the model's
-  value, and so is a new kind.
+  A kind of layer, model.kinds.KIND, is a named set of only those fields that
+  differ from the model's. A field that it lacks is added to it here, with the
+  model's value, and so is a new kind. So the field can be set afterwards.
 
   Args:
-    config: the config of a run.
+    config: the config of a run, which may be changed as said.
     full_name: the dotted name of the field, such as model.kinds.local.window.
+
+  Returns:
+    The declaration; None if there is no such field.
 
   Raises:
     RequestError: for a field that a kind of layer cannot have.
@@ -559,8 +591,9 @@ def declare_field(config: ml_collections.ConfigDict,
   if match is None:
     return base.find_field(full_name)
 
-  # The field of the kind, which may be in a group, and the model's field or
-  # group of that meaning.
+  # Find the field or the group of fields of the model that the kind's field
+  # stands for, and check the name. `field` is 'window' or, in a group,
+  # 'moe.top_k'.
   layer_kind, field = match.groups()
   name, _, name_in_group = field.partition('.')
   name_in_model = flat.FIELDS_OF_LAYER_KINDS.get(name, '')
@@ -571,7 +604,7 @@ def declare_field(config: ml_collections.ConfigDict,
                choices=choices)
   flat.check_kinds({layer_kind: {}})
 
-  # A field that the kind lacks gets the model's value.
+  # If the kind lacks the field, add it with the model's value.
   model = config.model
   with model.unlocked():
     model_value = model[name_in_model]

@@ -13,22 +13,22 @@ MANY_PASSES_OVER_DATA = 5  # over the data, before a run warns of them
 def describe_run(run: runs.Run, start: int, tokens: int,
                  train_data: pipeline.Loader,
                  eval_data: Sequence[pipeline.Loader]) -> str:
-  """Returns lines that say what a run is about to do: its model, its devices,
-  its steps, its data and its evaluations.
+  """Describes what a run is about to do: its model, its devices, its steps, its
+  data and its evaluations. The lines are printed before the first step.
 
   Args:
-    run: the run, with its config, its model and its devices.
-    start: the number of its steps that are done.
-    tokens: the tokens of a step, padding included.
-    train_data: the batches that it is trained on.
-    eval_data: the batches that are held out, of each source.
+    run: the run, built on its devices.
+    start: the number of steps done already.
+    tokens: the number of tokens of a step, padding included.
+    train_data: the loader of training batches.
+    eval_data: a loader of evaluation batches for each held-out source.
   """
-  # The model, and where it is trained.
+  # Describe the model, and where it is trained.
   lines = [_model_line(run)]
   lines += _system_and_layer_lines(run)
   lines.append(_devices_line(run))
 
-  # The steps and their data, and the evaluations between them.
+  # Describe the steps, their data, and the evaluations between them.
   lines += _step_lines(run, start=start, tokens=tokens)
   lines += _data_lines(run, train_data)
   lines.append(_held_out_line(eval_data))
@@ -44,7 +44,8 @@ def _model_line(run: runs.Run) -> str:
   num_trained = totals.trained_parameters(run.module, run.config.optim)
   text = (f'model: {model.arch}, {num_parameters:,} parameters in '
           f'{model.param_dtype}')
-  # A token uses some of the experts, and a run may train a part of the model.
+  # A token uses only some of the experts, and a run may train only a part of
+  # the model.
   if model.has_experts:
     _, num_active = totals.count_parameters(model)
     text += f', of which each token uses {num_active:,}'
@@ -75,19 +76,21 @@ def _devices_line(run: runs.Run) -> str:
 
 
 def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
-  """Returns the lines that say how many rows and tokens a step has, and how
+  """Describes the steps of a run: how many rows and tokens a step has, and how
   many steps there are.
 
   Args:
-    run: the run, with its config, its model and its devices.
-    start: the number of its steps that are done.
-    tokens: the tokens of a step, padding included.
+    run: the run, built on its devices.
+    start: the number of steps done already.
+    tokens: the number of tokens of a step, padding included.
   """
+  # Batches may grow in stages (ramp), and rows may be padded to several
+  # lengths.
   config = run.config
   ramp = pipeline.read_ramp(config)
   *shorter, longest = pipeline.padded_lengths(config)
 
-  # The size of a step.
+  # Describe the size of a step.
   rows = f'{config.data.batch_size:,} rows'
   if config.train.grad_accumulation > 1:
     rows += f' in {config.train.grad_accumulation} micro-batches'
@@ -100,7 +103,7 @@ def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
   for until, size in zip(ramp.change_steps, ramp.sizes):
     lines.append(f'until step {until:,}: {size:,} rows')
 
-  # How many steps there are.
+  # Describe how many steps there are.
   row_tokens = tokens // ramp.last
   total = int(ramp.rows_before(config.train.steps)) * row_tokens
   lines.append(f'training: steps {start + 1:,} to {config.train.steps:,}, '
@@ -109,14 +112,14 @@ def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
 
 
 def _data_lines(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
-  """Returns the line of the training data, those of its labels, and a warning
-  where the model sees the same data many times.
+  """Describes the training data of a run, with a warning if the model sees the
+  same data many times.
 
   Args:
-    run: the run, with its config, its model and its devices.
-    train_data: the loader of the batches that the run is trained on.
+    run: the run, built on its devices.
+    train_data: the loader of training batches.
   """
-  # How many times the run passes over its data.
+  # Compute how many times the run passes over its data.
   config = run.config
   source = train_data.text
   num_passes = 0.0  # those of a mixture are not counted
@@ -125,14 +128,16 @@ def _data_lines(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
     num_passes = rows / train_data.num_windows
     source = f'{num_passes:.3g} passes over {source}'
 
-  # Rows of records may be cut off; text is cut into rows, and nothing is lost.
+  # Count the rows that were cut off. This concerns labelled records; a text is
+  # cut into rows without a loss.
   num_cut_off = sum(getattr(view, 'cut', 0) for view in train_data.views)
   if num_cut_off:
     source += (f', {num_cut_off:,} of whose {train_data.num_windows:,} rows '
                f'are longer than data.length {config.data.length}, and cut off')
 
   lines = [f'data: {source}', *records.describe_labels(train_data.views)]
-  # A run that keeps its best checkpoint needs no warning, nor does a probe.
+  # Warn of many passes, but not if the run keeps its best checkpoint, nor for a
+  # probe, whose rows are drawn at random.
   is_evaluated = config.eval.every_steps > 0
   is_watched = config.eval.best or config.objective in probe.OBJECTIVES
   has_many_passes = num_passes > MANY_PASSES_OVER_DATA

@@ -86,13 +86,17 @@ class Sampling:
 
   def __call__(self, logits_BV: jax.Array, key: jax.Array,
                seen_BV: jax.Array | None = None) -> jax.Array:
-    """Draws the next token of each row, [B].
+    """Draws the next token of each row. With temperature 0 it is the likeliest
+    one.
 
     Args:
-      logits_BV: the logits of the next token.
+      logits_BV: the logits of the next token, for B rows and the vocabulary V.
       key: the random key of the draw.
-      seen_BV: bool, the tokens that each row has already; not None where
-        `needs_seen_tokens` is true.
+      seen_BV: bool [B, V], which tokens each row has already. It is needed only
+        if `needs_seen_tokens` is true, to make these tokens less likely.
+
+    Returns:
+      The tokens, int [B].
     """
     if self.needs_seen_tokens:
       assert seen_BV is not None
@@ -110,35 +114,38 @@ class Sampling:
     return jnp.where(seen_BV, lower_BV, logits_BV)
 
   def mask_unlikely(self, logits_BV: jax.Array) -> jax.Array:
-    """Returns the logits over the temperature, with -inf for the tokens that
-    top_k, top_p or min_p leave out.
+    """Divides logits by the temperature, and sets those of unlikely tokens to
+    -inf (top_k, top_p and min_p).
 
-    The filters apply one after another: top_p and min_p renormalise the
-    probabilities over what the filters before them have left. Tokens as likely
-    as the last one that stays stay too.
+    The three filters apply in this order. top_p and min_p use probabilities
+    that are normalised over the tokens that earlier filters have left. Where
+    tokens are equally likely, a filter keeps all of them or none.
 
     Args:
-      logits_BV: the logits of the next token, [B = rows, V = vocabulary].
+      logits_BV: the logits of the next token, [B, V]: B rows, V tokens of the
+        vocabulary.
     """
     logits_BV = logits_BV / self.temperature
-    # The k likeliest tokens; largest_BK are their logits, [B, K].
+    # top_k: keep the k likeliest tokens, whose logits are largest_BK.
     if self.top_k:
       k = min(self.top_k, logits_BV.shape[-1])
       largest_BK, _ = jax.lax.top_k(logits_BV, k)
       least_B1 = largest_BK[:, -1:]
       logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    # The nucleus: the likeliest tokens that together reach top_p.
+    # top_p: keep the likeliest tokens that together reach the probability
+    # top_p.
     if self.top_p < 1:
       sorted_BV = jnp.sort(logits_BV, -1, descending=True)
       probs_BV = jax.nn.softmax(sorted_BV, -1)
-      # A token stays while the likelier ones have not reached top_p.
+      # A token is kept if the likelier ones together have not reached top_p.
       probs_before_BV = jnp.cumsum(probs_BV, -1) - probs_BV
       is_kept_BV = probs_before_BV < self.top_p
       kept_logits_BV = jnp.where(is_kept_BV, sorted_BV, jnp.inf)
-      # The others are +inf here, so that the minimum is over those that stay.
+      # Find the least logit that is kept. The others are +inf in this minimum.
       least_B1 = kept_logits_BV.min(-1, keepdims=True)
       logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    # The tokens that are at least min_p times as likely as the likeliest one.
+    # min_p: keep the tokens that are at least min_p times as likely as the
+    # likeliest one.
     if self.min_p:
       probs_BV = jax.nn.softmax(logits_BV, -1)
       least_prob_B1 = self.min_p * probs_BV.max(-1, keepdims=True)
@@ -215,17 +222,15 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     return (t < max_new_tokens) & ~jnp.all(is_done_B)
 
   def add_token(carry: Any):
-    """Draws the new token t of each row, from the logits of the tokens before
-    it.
+    """Draws the new token t of each row. It is the body of a loop over t.
 
-    The function around it defines `advance`, which runs the model on the token
-    before t; `draw_token`, which samples from logits; and `stop_tokens`, the
-    ids that end a text.
+    `advance` runs the model on token t - 1, and `draw_token` samples from the
+    logits. `stop_tokens` are the ids that end a text.
 
     Args:
-      carry: what the loop hands on: t; the new tokens, [B rows, T]; whether
-        each row has ended, [B]; the cache; and which tokens a row has had, [B,
-        V = vocabulary], or None.
+      carry: what one pass of the loop leaves to the next: t; the new tokens,
+        [B, T], for B rows; whether each row has ended, [B]; the cache; and
+        which tokens of the vocabulary V each row has had, [B, V], or None.
 
     Returns:
       The same five values, after token t.
@@ -233,7 +238,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     t, new_tokens_BT, is_done_B, cache, seen_BV = carry
     logits_BV, cache = advance(cache, new_tokens_BT, t)
     token_B, seen_BV = draw_token(logits_BV, t, seen_BV)
-    # A row that has ended goes on with the token that ended it.
+    # A row that has ended is filled with the first of the tokens that end it.
     if stop_tokens:
       token_B = jnp.where(is_done_B, stop_tokens[0], token_B)
       is_done_B |= jnp.isin(token_B, jnp.array(stop_tokens, jnp.int32))
@@ -315,23 +320,26 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
         (prompts_BL, lengths_B, prefix_B, source_inputs), copies, 0)
 
   def advance(cache: Any, new_BT: jax.Array, t: jax.Array):
-    """Returns the logits of new token t, and the cache that has read t - 1.
-
-    The function around it gives the model (`module`, `apply`, `params`), the
-    prompts [B, L] with their lengths [B], and the inputs of an encoder-decoder,
-    whose source was encoded once.
+    """Lets the model read new token t - 1, and returns the logits of token t.
 
     Args:
       cache: the cache of the model, which has read the tokens before t - 1.
-      new_BT: the new tokens so far, [B rows, T], of which those before t are
-        drawn.
-      t: the index of the new token, at least 1; token 0 was drawn from the
+      new_BT: the new tokens, [B, T], for B rows. Those before t are drawn.
+      t: the index of the new token, at least 1. Token 0 was drawn from the
         prompt.
+
+    Returns:
+      The logits [B, V], for the vocabulary V; and the cache.
     """
+    # Some position encodings change once a text exceeds a certain length. Rows
+    # that have exceeded it are read again from the start.
     cache = _reread_outgrown_rows(module, params=params, cache=cache,
                                   prompts_BL=prompts_BL,
                                   lengths_B=lengths_B, prefix_B=prefix_B,
                                   new_BT=new_BT, t=t)
+
+    # Read the token. Its position is counted from the start of the prompt. An
+    # encoder-decoder is also given its source, which was encoded once.
     token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, axis=1)
     positions_B1 = (lengths_B + t - 1)[:, None]
     output = apply({'params': params}, *source_argument, token_B1, cache=cache,
@@ -399,14 +407,15 @@ def _reread_outgrown_rows(
   is_outgrown_B = jnp.isin(lengths_B + t, jnp.array(lengths) + 1)
 
   def reread() -> Any:
-    """Returns the cache with the outgrown rows read again.
+    """Returns the cache after some of the B rows (is_outgrown_B) were read
+    again from the start.
 
-    The function around it gives the model (`module`, `params`), the prompts [B,
-    L] with their lengths [B], the new tokens [B, T], of which t are written,
-    and `is_outgrown_B`, the rows to read again."""
-    # Write the new tokens of each row behind its own prompt, over the padding,
-    # and read the texts into an empty cache. The mask leaves out the last
-    # token, which the caller reads.
+    A row consists of its prompt, lengths_B of the L tokens in prompts_BL, and
+    of t new tokens, the first ones of the T in new_BT.
+    """
+    # Write the new tokens of each row behind its prompt, over the padding, and
+    # let the model read the rows into an empty cache. The mask hides the last
+    # token, which the caller lets the model read.
     texts_BM = jnp.pad(prompts_BL, ((0, 0), (0, T)))
     rows_B1 = jnp.arange(B)[:, None]
     positions_BT = lengths_B[:, None] + jnp.arange(T)[None]
@@ -417,14 +426,14 @@ def _reread_outgrown_rows(
         valid_BL=_token_mask(texts_BM, lengths_B + t - 1),
         lengths_B=lengths_B + t, prefix_B=prefix_B, one_by_one=is_unrolled)
 
-    # The other rows keep their cache. A stack's cache has an axis of the layers
-    # before that of the rows.
+    # The other rows keep their cache. If the layers are scanned, an axis of
+    # layers comes before that of the rows.
     is_outgrown = is_outgrown_B
     if not is_unrolled:
       is_outgrown = is_outgrown[None]
 
-    # The mask gets axes of size 1 for the axes of an array after its rows.
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+      # Broadcast the choice along all later axes of the array.
       later_axes = range(is_outgrown.ndim, new.ndim)
       return jnp.where(jnp.expand_dims(is_outgrown, later_axes), new, old)
 
@@ -445,11 +454,11 @@ def as_stop_tokens(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
 
 def tokens_before_stop(row: np.ndarray, stop: int | tuple[int, ...]
                        ) -> np.ndarray:
-  """Returns the tokens of a row, [T], up to the first that ends the text.
+  """Returns the tokens of a text before the first one that ends it.
 
   Args:
-    row: the tokens of a row, an array [T].
-    stop: the token that ends the text, or several.
+    row: the tokens of the text, an array [T].
+    stop: the id of the token that ends a text, or several.
   """
   indices = np.flatnonzero(np.isin(row, as_stop_tokens(stop)))
   if not indices.size:
@@ -580,28 +589,30 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
     return (t < T) & state.is_open_B.any()
 
   def add_token(carry: Any):
-    """Adds the new token t to each of the K texts of each row (a step of beam
-    search).
+    """Adds the new token t to each of the K texts of each of B rows. It is one
+    step of beam search.
 
-    The function around it defines `advance`, which runs the model on the token
-    before t; `beams`, the options of the search; B rows, K beams and room for T
-    tokens.
+    `advance` runs the model on token t - 1. `beams` are the options of the
+    search. A text has room for T tokens.
 
     Args:
-      carry: what the loop hands on: t, the texts with their probabilities, and
-        the cache.
+      carry: what one step leaves to the next: t, the texts with their
+        probabilities, and the cache.
 
     Returns:
       The same three values, after token t.
     """
+    # Compute the logits of token t, with B * K rows, one for each text. V is
+    # the vocabulary.
     t, state, cache = carry
     tokens = state.running.tokens_BKT.reshape(B * K, T)
     logits, cache = advance(cache, tokens, t)
     logits_BKV = logits.reshape(B, K, -1)
+
+    # Choose the best texts. parent_BK says which text each of them extends, and
+    # so whose cache it needs. Beam k of row b is row b * K + k of the cache.
     state, parent_BK = _extend_texts(
         beams, stop_tokens=stop_tokens, state=state, logits_BKV=logits_BKV, t=t)
-    # Each text goes on with the cache of the text that it extends. Beam k of
-    # row b is row b * K + k of the cache.
     first_row_B1 = K * jnp.arange(B)[:, None]
     parent_rows = (parent_BK + first_row_B1).reshape(-1)
     cache = _reorder_cache(cache, parent_rows=parent_rows,
@@ -615,15 +626,16 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
 def _first_search_state(B: int, K: int, T: int, stop_tokens: tuple[int, ...]
                         ) -> _SearchState:
-  """Returns the state of a beam search before the first token: for each row one
-  empty running text, and K - 1 entries that may not be chosen.
+  """Returns the state of a beam search before the first token. Each row follows
+  K texts, its beams. At first there is only one text, the empty one: the other
+  K - 1 beams get a score so low that they are never chosen.
 
   Args:
     B: the number of rows of the batch.
-    K: the number of beams, the texts that are followed in each row.
+    K: the number of beams.
     T: the largest number of new tokens.
-    stop_tokens: the tokens that end a text; the first fills up texts that end
-      early, or token 0 if there is none.
+    stop_tokens: the tokens that end a text. Arrays of tokens are filled with
+      the first one, as texts may end early; with token 0 if there is none.
   """
   filler = stop_tokens[0] if stop_tokens else 0
   tokens_BKT = jnp.full((B, K, T), filler, jnp.int32)
@@ -725,13 +737,15 @@ def _select_texts(tokens_BCT: jax.Array, chosen_BK: jax.Array) -> jax.Array:
 
 
 def _reorder_cache(cache: Any, parent_rows: jax.Array, axis: int) -> Any:
-  """Returns a cache whose rows are copied from those of the texts that a beam
-  search extends. What a Cache keeps of a memory (an encoder's output) is the
-  same for all beams of a row, and stays as it is.
+  """Copies the rows of a cache to the texts that a step of beam search has
+  chosen. Each of these extends one of the texts before, whose cache it needs.
 
   Args:
-    cache: the caches of the layers: a Cache, or the arrays of a state.
-    parent_rows: the row that each text is copied from, [B * K].
+    cache: the caches of the layers. A layer has a Cache of keys and values, or
+      arrays of a recurrent state. What it keeps of an encoder's output is the
+      same for all beams of a row, and is left as it is.
+    parent_rows: [B * K], the row to copy from for each of the K beams of B
+      rows.
     axis: the axis of the rows in each array.
   """
 
@@ -742,7 +756,8 @@ def _reorder_cache(cache: Any, parent_rows: jax.Array, axis: int) -> Any:
     """Returns the cache of one layer with its rows in the new order."""
     if not isinstance(layer_cache, Cache):  # an array of a recurrent state
       return take_rows(layer_cache)
-    # Keys, values and indices may be None or trees, hence the tree.map.
+    # Each of these may be None, an array or a tree of arrays, which tree.map
+    # handles alike.
     return dataclasses.replace(
         layer_cache,
         key_BMJK=jax.tree.map(take_rows, layer_cache.key_BMJK),
@@ -788,25 +803,27 @@ def generate_by_unmasking(
   tokens_BL = jnp.where(is_new_BL, mask, padded_prompts_BL)
 
   def unmask_step(step: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-    """Returns the tokens after step s, some more of which are no masks.
+    """Replaces some masks of each row by tokens. It is one step of writing text
+    by masked diffusion: after step s of S, (s + 1) / S of the `new` tokens of a
+    row are known.
 
-    The function around it gives the model (`module`, `params`), which places of
-    a row are `new` ones (`is_new_BL`) and which are no padding (`is_token_BL`),
-    where each row ends (`ends_B1`), the number of `steps`, the id of the
-    `mask`, and the key and temperature of the draws.
+    is_new_BL says which of the L places of B rows are to be written, and
+    is_token_BL which are no padding.
 
     Args:
-      step: the number of the step, from 0 on.
-      tokens_BL: the tokens before the step, [B, L], with masks for those
-        unknown.
+      step: s, from 0 on.
+      tokens_BL: the tokens before the step, with masks for unknown ones.
+
+    Returns:
+      The tokens after the step, [B, L].
     """
     is_masked_BL = is_new_BL & (tokens_BL == mask)
     output: Any = module.apply({'params': params}, tokens_BL,
                                segment_ids_BL=is_token_BL,
                                lengths_B=ends_B1[:, 0])
 
-    # Fill every mask: the largest of logits with Gumbel noise is a draw.
-    # The mask itself is never written.
+    # Draw a token for every mask: the largest of logits with Gumbel noise is a
+    # draw from their softmax. The mask itself is never drawn.
     logits_BLV = output.logits.at[..., mask].set(-jnp.inf)
     noisy_logits_BLV = logits_BLV
     if temperature:
@@ -815,9 +832,9 @@ def generate_by_unmasking(
       noisy_logits_BLV = logits_BLV / temperature + noise_BLV
     filled_BL = noisy_logits_BLV.argmax(-1).astype(tokens_BL.dtype)
 
-    # The surest of them stay, and the others are masked again. Those that have
-    # stayed before count as surer (2) than any probability, and the prompt and
-    # the padding as less sure (-1).
+    # Keep the tokens with the largest probabilities, and mask the others again.
+    # To count them, tokens that are known already rank above all probabilities
+    # (2), and the prompt and the padding below (-1).
     probs_BLV = jax.nn.softmax(logits_BLV, -1)
     prob_of_filled_BL1 = jnp.take_along_axis(
         probs_BLV, filled_BL[..., None], -1)

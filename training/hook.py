@@ -80,15 +80,16 @@ class Hook:
     """Is called after the last step."""
 
   def trace(self, params: Any, grads: Any) -> dict[str, jax.Array]:
-    """Returns figures that the training step computes; called as it is traced.
+    """Returns further figures that the compiled training step computes. It is
+    called while the step is traced, so it must be made of JAX operations.
 
     Args:
       params: the parameters before the step.
-      grads: their gradients, as the optimiser gets them, of the parameters that
-        are trained alone.
+      grads: the gradients of the parameters that are trained, as the optimiser
+        gets them.
 
     Returns:
-      Numbers or vectors by name; a vector is written as a list.
+      {name: a number or a vector}. A vector is written to metrics as a list.
     """
     return {}
 
@@ -164,25 +165,27 @@ class Loop:
 
 
 def load_hooks(config: ml_collections.ConfigDict) -> list[Hook]:
-  """Returns an object of each hook that train.hooks names, 'FILE.py:CLASS' with
-  commas between.
+  """Loads the hooks that train.hooks names: objects of the user's own classes,
+  whose methods the training loop calls between steps.
 
   Args:
-    config: the config of the run.
+    config: the config of the run. train.hooks is 'FILE.py:CLASS', or several of
+      these with commas between them.
 
   Raises:
-    RequestError: for a file that fails, and a name that is no hook in it.
+    RequestError: for a file that is missing or fails, and for a class that is
+      not in the file.
   """
   hooks = []
   for name in filter(None, config.train.hooks.split(',')):
-    # The file is run, and remembered for the record of the run.
+    # Execute the file, and remember its text, which the run records.
     file, _, class_name = name.partition(':')
     require(class_name != '', f'train.hooks has {name!r}: write FILE.py:CLASS')
     require(os.path.isfile(file), f'train.hooks has {name!r}: there is no file '
             f'{file!r}')
     module = plugins.run_user_file(file)
     plugins.remember_file(file, plugins.read_python_file(file))
-    # The hooks that the file defines or imports.
+    # Find the class among the hooks that the file defines or imports.
     class_of_name = {}
     for name_in_file, value in vars(module).items():
       is_hook = inspect.isclass(value) and issubclass(value, Hook)

@@ -26,15 +26,16 @@ from training.writer import DIVERGED, ENDED_EARLY, RunWriter
 def usual_hooks(stop: signals.Stop, tokenizer: Tokenizer,
                 eval_data: Sequence[pipeline.Loader], profile_steps: str,
                 workdir: epath.Path) -> list[Hook]:
-  """Returns the hooks that every run has (what is done between its steps), in
-  the order in which the loop calls them.
+  """Returns the hooks that every run has: objects whose methods the training
+  loop calls between steps, for instance to evaluate or to save. The loop calls
+  them in this order, so that metrics are written before the checkpoint.
 
   Args:
-    stop: whether a signal came.
+    stop: whether a signal has asked the run to stop.
     tokenizer: the tokenizer of the run.
-    eval_data: a loader for each held-out source.
+    eval_data: a loader of evaluation batches for each held-out source.
     profile_steps: the steps to trace with a profiler, 'START:STOP'; '': none.
-    workdir: the folder of the run, where the trace is written.
+    workdir: the folder of the run, to which the trace is written.
   """
   report = Report()
   save = Save(report)
@@ -126,16 +127,16 @@ class ExpertPanel(Hook):
       self._loads.setdefault(writer, []).append(load)
 
   def more_figures(self, loop: Loop, writer: RunWriter) -> dict[str, Any]:
-    """Returns the health figures of the experts (health/window_NAME) over all
-    steps since the last line of metrics; {} for a model without experts.
+    """Returns figures about the load of the experts over all steps since the
+    last line of metrics, health/window_NAME; {} for a model without experts.
 
     Args:
       loop: the training loop.
       writer: the writer of one run, to whose line of metrics the figures are
         added.
     """
-    # Taking the loads out begins the next window. A step with more tokens
-    # weighs more in the mean.
+    # Take the loads out, so that the next window begins empty. Each step is
+    # weighted by its number of tokens.
     loads_and_tokens = self._loads.pop(writer, [])
     if not loads_and_tokens:
       return {}
@@ -179,11 +180,12 @@ class Evaluate(Hook):
     self._save = save
 
   def check(self, loop: Loop) -> None:
-    """Checks, before the first step, that the figure by which the best
-    checkpoint is chosen (eval.best) is one that the evaluations give.
+    """Checks, before the first step, that the evaluations will have the figure
+    by which the best checkpoint is chosen (eval.best).
 
-    The names of the figures of held-out data come of tracing an evaluation. A
-    task whose figures are not known is done once, to see their names.
+    The names of the figures of held-out data are found by tracing an
+    evaluation, without computing it. A task that does not declare its figures
+    is run once.
 
     Args:
       loop: the training loop, before its first step.
@@ -193,8 +195,8 @@ class Evaluate(Hook):
     """
     self._tasks = in_training.TasksInTraining(loop.program.run, self._tokenizer)
     program = loop.program
-    # All runs have the same eval.best. A run that has been evaluated before has
-    # shown that the figure is there.
+    # All runs of the program have the same eval.best. If the run has been
+    # evaluated before, the figure exists.
     best = loop.writers[0].best
     if best is None or best.seen:
       return
@@ -210,7 +212,7 @@ class Evaluate(Hook):
       names = held_out.list_figure_names(
           program.eval_step, params=loop.state.params, loaders=self._eval_data,
           put=program.put, sums_of_run=program.figures_of_run)
-    # Without names nothing is known, and any figure passes.
+    # If no names were found, any figure is accepted.
     best.check_is_among(names or [best.figure])
 
   def compile(self, loop: Loop) -> None:
@@ -237,9 +239,9 @@ class Evaluate(Hook):
     try:
       self._evaluate(loop)
     except Exception:
-      # A task may fail for reasons of its own, and what the runs have learned
-      # must not be lost with it. One process alone does the tasks, so that no
-      # other one waits for this save.
+      # A task may fail for reasons of its own. Save first, so that the training
+      # is not lost. Saving here is safe, as runs of several processes do no
+      # tasks: no other process would wait for this one.
       if self._are_tasks_due(loop):
         self._save.save_after_failed_evaluation(loop)
       raise
@@ -274,17 +276,20 @@ class Evaluate(Hook):
     return self._stop.can_stop_at_once and loop.n < loop.steps
 
   def _evaluate(self, loop: Loop) -> bool:
-    """Evaluates all runs by what is due, and writes their figures; returns
-    False, and writes nothing, where a signal cut the evaluation short.
+    """Runs the evaluations that are due, of all runs, and writes their figures.
 
     Args:
       loop: the training loop, after a step at which an evaluation is due.
+
+    Returns:
+      False if a signal cut the evaluation short; then nothing is written.
     """
-    # The figures of the last step are written before those of the evaluation.
+    # Write the metrics of the last training step before those of the
+    # evaluation.
     self._report.flush(loop)
     running = loop.running_writers
     figures_of_row: dict[int, dict] = {row: {} for row in running}
-    # The time of an evaluation is none of training's.
+    # The time of an evaluation must not count as that of training.
     with loop.meter.paused():
       if self._is_held_out_due(loop):
         if not self._evaluate_held_out(loop, figures_of_row):
@@ -292,7 +297,7 @@ class Evaluate(Hook):
       if self._are_tasks_due(loop):
         if not self._evaluate_tasks(loop, figures_of_row):
           return False
-    # The figures of all evaluations of a run make one row.
+    # Write the figures of all evaluations of a run as one row.
     for row, writer in running.items():
       figures = figures_of_row[row]
       if figures:
@@ -307,14 +312,16 @@ class Evaluate(Hook):
 
     Args:
       loop: the training loop, with its program, its state and its step.
-      figures_of_row: the figures of each run, by its row in the joint arrays,
-        to which those of held-out data are added.
+      figures_of_row: {index of the run: figures}, to which those of held-out
+        data are added. The index is along the axis of runs that arrays have
+        where several runs train as one program.
 
     Returns:
       False where a signal cut the evaluation short.
     """
     program = loop.program
-    # With optim.ema the average is evaluated, and maybe the parameters as well.
+    # If the run keeps an average of its parameters (optim.ema), that is
+    # evaluated; with eval.live the parameters themselves are evaluated as well.
     params_of_prefix = {'': program.run.parameters_to_evaluate(loop.state)}
     if loop.config.eval.live:
       params_of_prefix['live/'] = loop.state.params
@@ -325,8 +332,8 @@ class Evaluate(Hook):
           stop=lambda: self._is_cut_short(loop))
       if sums is None:
         return False
-      # Each array of `sums` (one dict for each held-out source) has an axis of
-      # runs where several train as one program.
+      # `sums` has a dict of arrays for each held-out source. Take each run's
+      # part of the arrays.
       for row, writer in loop.running_writers.items():
         sums_of_run = [program.figures_of_run(sums_of_source, row)
                        for sums_of_source in sums]
@@ -339,8 +346,8 @@ class Evaluate(Hook):
 
   def _print_held_out_figures(self, loop: Loop, writer: RunWriter, prefix: str,
                               means: dict[str, float]) -> None:
-    """Prints a line with the held-out figures of a run; for one of a group of
-    runs, its loss alone.
+    """Prints a line with the held-out figures of a run. If several runs train
+    together, only its loss is printed.
 
     Args:
       loop: the training loop, with its program, its state and its step.
@@ -348,12 +355,12 @@ class Evaluate(Hook):
       prefix: 'live/' for the parameters beside their average, else ''.
       means: the figures of the run, {name: value}.
     """
-    # One of several runs has a label, and a line as short as can be.
+    # Only a run that trains together with others has a label.
     label = ''
     if writer.label:
       means = {'loss': means['loss']}
       label = f'  {writer.label}'
-    # The names are printed with spaces.
+    # Print the names with spaces in place of underscores.
     parts = []
     for name, value in means.items():
       words = name.replace('_', ' ')
@@ -364,20 +371,21 @@ class Evaluate(Hook):
 
   def _evaluate_tasks(self, loop: Loop, figures_of_row: dict[int, dict]
                       ) -> bool:
-    """Does the tasks of eval.tasks with each run, and prints their results.
+    """Evaluates each run by the tasks of eval.tasks, and prints the results.
 
     Args:
       loop: the training loop, with its program, its state and its step.
-      figures_of_row: the figures of each run, by its row in the joint arrays,
-        to which those of the tasks are added.
+      figures_of_row: {index of the run: figures}, to which those of the tasks
+        are added. The index is along the axis of runs that arrays have where
+        several runs train as one program.
 
     Returns:
       False where a signal cut the evaluation short.
     """
     program = loop.program
     running = loop.running_writers
-    # Nothing is shown before the tasks of all runs are done. Runs that have
-    # ended still have a row in the arrays, which is passed over.
+    # Do the tasks of all runs before any result is shown, as a signal may cut
+    # this short. Skip runs that have ended, which still are in the arrays.
     result_of_row = {}
     params = program.run.parameters_to_evaluate(loop.state)
     params_of_runs = program.split_by_run(params)
@@ -408,20 +416,20 @@ class Save(Hook):
     self._save_runs(loop, all_end=loop.ends)
 
   def _save_runs(self, loop: Loop, all_end: bool) -> None:
-    """Saves the runs for which that is due, and ends those that diverged or
-    stop early.
+    """Saves the runs for which a checkpoint is due, and ends runs that have
+    diverged or do not improve any more.
 
     Args:
-      loop: the state of the training loop.
-      all_end: whether no run trains further, so that all are saved.
+      loop: the training loop.
+      all_end: whether no run trains any further, so that all are saved.
     """
     n = loop.n
     writer_of_row = self._runs_to_save(loop, all_end)
     if not writer_of_row:
       return
 
-    # The figures of the last step are read first, since they tell whether the
-    # parameters are finite; others are not saved.
+    # Read the metrics of the last step first: they tell whether the parameters
+    # are finite. Parameters that are not must not be saved.
     self._report.flush(loop)
     with loop.meter.paused():
       for row, state in enumerate(loop.program.split_by_run(loop.state)):
@@ -434,7 +442,7 @@ class Save(Hook):
           loop.say(writer, f'step {n} is not saved: its parameters are not '
                    'finite')
 
-    # The runs that end here, after their last save.
+    # End runs only after their last save.
     for writer in writer_of_row.values():
       has_diverged = n == loop.steps and not writer.is_sound
       if writer.has_too_many_bad_steps or has_diverged:
@@ -445,21 +453,23 @@ class Save(Hook):
         loop.say(writer, writer.sentence)
 
   def _runs_to_save(self, loop: Loop, all_end: bool) -> dict[int, RunWriter]:
-    """Returns the runs to be saved after this step.
+    """Returns the runs that are to be saved after this step.
 
     Args:
-      loop: the state of the training loop.
-      all_end: whether no run trains further, so that all are saved.
+      loop: the training loop.
+      all_end: whether no run trains any further, so that all are saved.
 
     Returns:
-      The writer of each such run, by the run's row in the joint arrays: all
-      runs where one of them is due, since their clocks began together; else
-      those that need it, as after their best evaluation. {}: no run.
+      {index of the run: its writer}, with the index along the axis of runs that
+      arrays have where several train as one program. If a regular checkpoint is
+      due, all runs are saved; else those that need it, for instance after their
+      best evaluation.
     """
     running = loop.running_writers
     if all_end:
       return running
-    # Processes agree on this, so that each of them has to come here.
+    # is_due lets all processes agree, so each of them must call it at the same
+    # steps.
     if any(writer.saved.is_due(loop.n) for writer in running.values()):
       return running
     return {row: writer for row, writer in running.items()

@@ -30,17 +30,21 @@ def repository_of_name(name: str | os.PathLike) -> str:
 
 def download_if_on_hub(name: str | os.PathLike, weights: bool = True
                        ) -> str | os.PathLike:
-  """Returns the folder to which a repository of the Hugging Face hub is
-  downloaded, given hf://ORG/NAME; a path is returned as it is.
+  """Downloads a repository of the Hugging Face hub, if the name is of the form
+  hf://ORG/NAME. Any other name is taken for a path and returned as it is.
 
   Args:
     name: hf://ORG/NAME, hf://ORG/NAME@REVISION, or a path.
-    weights: whether weights are downloaded too.
+    weights: whether to download the weights too.
+
+  Returns:
+    The folder with the files.
 
   Raises:
-    RequestError: there is no such repository, it is not open to this user, or
-      there is no huggingface_hub.
-    EnvironmentFailure: the hub does not answer, and the cache has none of it.
+    RequestError: for a repository that does not exist or is not open to this
+      user, and if huggingface_hub is not installed.
+    EnvironmentFailure: if the hub does not answer, and the cache does not have
+      the files.
   """
   repository, _, revision = repository_of_name(name).partition('@')
   if not repository:
@@ -66,17 +70,20 @@ def check_exists(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def open_destination(name: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Gives the `with` block the folder to write to: the path `name` itself, or,
-  for hf://ORG/NAME, a temporary folder whose files are uploaded in the end.
+  """Provides a folder to write to, as a context manager. For hf://ORG/NAME it
+  is a temporary folder, which is uploaded to the Hugging Face hub at the end.
 
-  A new repository is private. The model card of one that was there before is
-  not replaced.
+  A new repository is private. The model card of an existing one is not
+  replaced.
+
+  Args:
+    name: a path, or hf://ORG/NAME.
   """
   repository = repository_of_name(name)
   if not repository:
     yield pathlib.Path(name)
     return
-  # Whether the user may upload is known before the work.
+  # Check that the user is logged in before the work in the `with` block begins.
   with _use_hub(name) as hub:
     api = hub.HfApi()
     api.whoami()
@@ -94,15 +101,16 @@ def open_destination(name: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _use_hub(name: str | os.PathLike) -> Iterator[Any]:
-  """Gives the `with` block the package huggingface_hub, and turns the errors
-  that it raises into sentences.
+  """Provides the package huggingface_hub, as a context manager, and turns
+  errors of the hub into sentences for the user.
 
   Args:
     name: hf://ORG/NAME, for the message.
 
   Raises:
-    RequestError: where the hub refuses, or the package is not installed.
-    EnvironmentFailure: where the hub cannot be reached, or fails.
+    RequestError: if the hub refuses the request, or the package is not
+      installed.
+    EnvironmentFailure: if the hub cannot be reached, or fails.
   """
   try:
     # The package is an optional one.
@@ -113,8 +121,8 @@ def _use_hub(name: str | os.PathLike) -> Iterator[Any]:
                        'huggingface_hub is not installed: run pip install '
                        'huggingface_hub, or name a folder on disk') from error
   try:
-    # The block runs here. A name that the hub does not know or allow is the
-    # user's to mend; all other failures are of the network or the hub.
+    # The `with` block runs here. The user can mend a name that the hub does not
+    # know or allow. All other failures are of the network or the hub.
     yield huggingface_hub
   except (errors.HFValidationError, errors.LocalTokenNotFoundError,
           errors.RepositoryNotFoundError, errors.RevisionNotFoundError

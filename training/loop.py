@@ -29,20 +29,21 @@ def train_run(run: runs.Run, state: TrainState, start: int,
               train_data: pipeline.Loader, eval_data: Sequence[pipeline.Loader],
               saved: checkpoints.Checkpoints, workdir: pathlib.Path,
               profile_steps: str = '') -> int:
-  """Trains one run to its last step, and prints how it ended.
+  """Trains one run to its last step, and prints how it has ended.
 
   Args:
-    run: the run, with its config, its model and its devices.
+    run: the run, built on its devices.
     state: its training state after `start` steps.
-    start: the index of the next batch.
+    start: the number of steps done, and so the index of the next batch.
     train_data: the loader of training batches.
-    eval_data: a loader for each held-out source.
+    eval_data: a loader of evaluation batches for each held-out source.
     saved: the checkpoints of the run.
     workdir: the folder of the run.
     profile_steps: the steps to trace with a profiler, 'START:STOP'; '': none.
 
   Returns:
-    The exit code: 0, STOPPED or DIVERGED.
+    The exit code: 0, STOPPED or DIVERGED. A run that ends early because it does
+    not improve any more has the code 0.
   """
   writer = RunWriter(config=run.config, workdir=workdir, saved=saved)
   program = Program(run, hook.load_hooks(run.config))

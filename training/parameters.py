@@ -451,21 +451,24 @@ def _check_unfitting(our_model: ModelConfig, their_model: ModelConfig,
 
 def _list_model_differences(our_model: ModelConfig, their_model: ModelConfig,
                             path: epath.Path, is_partial: bool) -> list[str]:
-  """Returns a line for each field of the model config in which weights are
-  those of another function than the run's model.
+  """Lists the fields of the model config in which the model of some weights
+  computes another function than the model of a run.
 
   Args:
     our_model: the model of the run.
     their_model: the model of the weights.
     path: the folder of the weights.
-    is_partial: config.init_partial, without which such a field is refused.
+    is_partial: config.init_partial: whether to take the weights all the same.
+
+  Returns:
+    A line for the user about each such field.
 
   Raises:
     RequestError: where there is such a field, without init_partial.
   """
   from training.hf import config as hf_config, weights
-  # The head of a new task may differ, and the longest text where no position
-  # is learned.
+  # A run may have the head of another task. It may also have another max_len,
+  # if positions are not learned.
   if weights.is_new_head(our_model, their_model):
     their_model = dataclasses.replace(
         their_model, head=our_model.head, pooling=our_model.pooling,
@@ -474,7 +477,7 @@ def _list_model_differences(our_model: ModelConfig, their_model: ModelConfig,
       math.isinf(positions.longest_supported_length(our_model))):
     their_model = dataclasses.replace(their_model, max_len=our_model.max_len)
 
-  # The fields that differ all the same.
+  # All other differences are listed.
   different = hf_config.describe_differences(our_model, their_model)
   lines = [f'{line} as in its config.json' for line in different.values()]
   require(is_partial or not lines,
@@ -544,13 +547,19 @@ def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
 def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
                               mean_of_steps: checkpoints.MeanOfSteps, live: bool
                               ) -> checkpoints.RestoredCheckpoint:
-  """Reads several checkpoints, and returns the mean of their parameters as the
-  `state` of the newest of them.
+  """Reads several checkpoints of a run, and computes the mean of their
+  parameters.
 
   Args:
     folder, params, live: the arguments of `read_parameters`, which reads each
       checkpoint.
-    mean_of_steps: the checkpoints whose mean is taken.
+    mean_of_steps: the steps of the checkpoints, or how many of the last ones.
+
+  Returns:
+    The newest of the checkpoints, with the mean as its `state`.
+
+  Raises:
+    RequestError: for more of the last checkpoints than there are.
   """
   available = checkpoints.list_steps(folder)
   if len(available) < mean_of_steps.last:
@@ -559,15 +568,14 @@ def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
         f'the mean of the last {mean_of_steps.last} checkpoints was asked for, '
         f'and {folder} has {len(available)}: {names}')
 
-  # Read each of them.
+  # Read the checkpoints, the newest one last.
   steps = sorted(mean_of_steps.steps) or available[-mean_of_steps.last:]
   restored_steps = []
   for step in steps:
     restored = read_parameters(folder, params=params, step=step, live=live)
     restored_steps.append(restored)
 
-  # The steps rise, so that the last one is the newest; its record is that of
-  # the mean.
+  # The mean is returned with the record of the newest checkpoint.
   newest = restored_steps[-1]
   which_parameters = f'the mean of steps {", ".join(map(str, steps))}'
   if newest.which_parameters:
@@ -589,14 +597,14 @@ def mean_of_trees(trees: Sequence[Any]):
 def read_parameters_on_one_device(
     workdir: epath.Path, module: nn.Module, step: StepChoice = None
     ) -> checkpoints.RestoredCheckpoint:
-  """Reads the parameters of a run with which it is evaluated, all onto the
-  first device of this process; prints a warning for each checkpoint that was
-  passed over because it is damaged.
+  """Reads the parameters of a run from its checkpoint, for evaluation, onto the
+  first device of this process. It prints a warning about each newer checkpoint
+  that is damaged and was therefore not read.
 
   Args:
     workdir: the folder of the run.
-    module: the model of the run.
-    step: the checkpoint; 'best'; None: the newest good one.
+    module: the Flax module of the run's model.
+    step: the step of the checkpoint; 'best'; None: the newest good one.
 
   Returns:
     The checkpoint, with the parameters as its `state`.
@@ -615,19 +623,23 @@ def read_parameters_on_one_device(
 def read_parameters_of_run(run: runs.Run, workdir: epath.Path,
                            step: StepChoice = None, live: bool = False
                            ) -> checkpoints.RestoredCheckpoint:
-  """Reads the parameters of a checkpoint of a run onto its mesh; prints which
-  checkpoint it is, and a warning for each one that was passed over because it
-  is damaged.
+  """Reads the parameters of a run from its checkpoint onto the mesh of the run,
+  and prints which checkpoint it is. A warning is printed about each newer one
+  that is damaged and was therefore not read.
 
   Args:
-    run: the run in `workdir`.
+    run: the run, built on its devices.
     workdir: the folder of the run.
-    step: the checkpoint; 'best'; several, for their mean; None: the newest
-      good one.
-    live: with optim.ema, the parameters themselves and not their average.
+    step: the step of the checkpoint; 'best'; several, for the mean of their
+      parameters; None: the newest good one.
+    live: whether to read the parameters that are trained where a run also keeps
+      a moving average of them (optim.ema), which is read by default.
 
   Returns:
     The checkpoint, with the parameters as its `state`.
+
+  Raises:
+    RequestError: for `live` where the run keeps no average.
   """
   if live and not run.config.optim.ema:
     raise RequestError(f'{workdir} keeps no average of its parameters '
