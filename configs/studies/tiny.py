@@ -21,8 +21,8 @@ WORKLOADS = {
     'text': {},
     'copy': {'data.length': 16, 'probe.levels': (1, 2, 3), 'train.steps': 20},
 }
-SEEDS = {'noise': 4, 'tune': 1, 'screen': 4, 'confirm': 4}
-TUNING = {'fields': {'optim.lr': (4e-3, 8e-3)}, 'extend': 0}
+SEEDS = {'noise': 4, 'tune': 3, 'screen': 4, 'confirm': 4}
+TUNING = {'fields': {'optim.lr': (4e-3, 8e-3, 1.6e-2)}}
 EFFECT = 0.5
 
 

@@ -123,7 +123,8 @@ from configs import gpt
 SIZES = {{'s': {{'model.d_model': 8}}, 'm': {{'model.d_model': 12}},
          'l': {{'model.d_model': 16}}}}
 SEEDS = {{'noise': 3, 'tune': 1, 'screen': 3, 'confirm': 3}}
-TUNING = {{'fields': {{'optim.lr': (4e-3, 8e-3)}}, 'rungs': 2, 'extend': 0}}
+TUNING = {{'fields': {{'optim.lr': (2e-3, 4e-3, 8e-3)}}, 'rungs': 2,
+          'extend': 0}}
 EFFECT = 0.5
 {constants}
 

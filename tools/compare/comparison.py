@@ -21,7 +21,7 @@ from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
 from tools.compare import recompute
 from tools.compare import results as results_lib
-from tools.compare import statistics
+from tools.compare import statistics, tuning
 from training import evals
 
 LEARNING_RATE_FIELD = 'optim.lr'
@@ -31,7 +31,8 @@ BASE, NOT_DONE_YET = 'base', 'not done yet'
 # The figures that an estimate takes from the comparison of a phase.
 _FIGURES_OF_COMPARISON = (
     'effect', 'low', 'high', 'n', 'p', 'p_corrected', 'p_robust',
-    'p_equivalent', 'p_not_worse', 'diverged', 'base_diverged', 'item_noise')
+    'p_equivalent', 'p_not_worse', 'diverged', 'base_diverged', 'item_noise',
+    'tuning_noise')
 
 
 def first_row_with(rows: Sequence[Mapping[str, Any]], **wanted: Any
@@ -230,6 +231,7 @@ class Comparison:
     over_seeds_and_items = compared.get('both') or {}
     for figure in ('effect', 'low', 'high', 'p'):
       row[f'both_{figure}'] = over_seeds_and_items.get(figure)
+    row['tuned'] = self._format_tuned_values(variant, size, measure.workload)
     # In the confirmation, a variant that was stopped earlier shows where.
     row['verdict'] = None
     if is_verdict and phase == 'confirm':
@@ -260,6 +262,16 @@ class Comparison:
     """Returns in what a variant differs from the base beyond the question."""
     return certificates_lib.compare_certificates(
         self.certificates[self.plan.base], self.certificates[variant])
+
+  def _format_tuned_values(self, variant: str, size: str, workload: str) -> str:
+    """Returns the values that tuning chose for a variant at a size, or at each
+    of all sizes, as 'SIZE: FIELD=VALUE; ...'; '' where nothing was tuned."""
+    values = []
+    for row in self.results['tuned']:
+      is_of_variant = (row['variant'], row['workload']) == (variant, workload)
+      if is_of_variant and size in (row['size'], decide.ALL_SIZES):
+        values.append(f'{row["size"]}: {format_changes(row["changes"])}')
+    return '; '.join(values)
 
   def verdicts(self) -> list[dict[str, Any]]:
     """Returns the estimates that the verdicts are on, the base's first."""
@@ -430,8 +442,40 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
   if variants_at_edge:
     warnings.append('Tuning ended at the edge of what was tried for '
                     f'{", ".join(variants_at_edge)}: a better value may lie '
-                    'beyond.')
+                    'beyond, so that there is no verdict on '
+                    f'{"any" if plan.base in variants_at_edge else "these"}.')
+
+  # What the choice of values adds to the noise, and to the question.
+  few_seeds = tuning.describe_few_seeds(plan)
+  if few_seeds:
+    warnings.append(few_seeds)
+  unlike_values = _values_unlike_base(plan, results['tuned'])
+  if unlike_values:
+    warnings.append('Tuning chose other values than for the base: '
+                    f'{"; ".join(unlike_values)}. A difference there is that '
+                    'of the part and of its values together.')
   return warnings + doubt_normal_noise(plan, confirmed)
+
+
+def _values_unlike_base(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]
+                        ) -> list[str]:
+  """Returns 'VARIANT at SIZE (FIELD=VALUE, base FIELD=VALUE)' of each variant
+  whose tuned values on the text are not those of the base.
+
+  Args:
+    plan: the plan of the study.
+    tuned: what tuning found, as plans.Tuned has it.
+  """
+  unlike = []
+  for row in tuned:
+    base_row = first_row_with(tuned, variant=plan.base, size=row['size'],
+                              workload=row['workload'])
+    is_of_text = row['workload'] == plans.TEXT
+    if is_of_text and base_row and row['changes'] != base_row['changes']:
+      unlike.append(f'{row["variant"]} at {row["size"]} '
+                    f'({format_changes(row["changes"])}, base '
+                    f'{format_changes(base_row["changes"])})')
+  return unlike
 
 
 def describe_certificates(

@@ -2,7 +2,7 @@
 
 Differences are paired (pairing.py), and tests are Student's over the seeds. How
 often this errs, tests/tools/compare/simulate_test.py measures on studies whose
-truth is known; four rules are as they are because of it:
+truth is known; five rules are as they are because of it:
 
 - Noise that is not normal, by the skewness or the largest of the differences
   of all variants, breaks Student's test. The spread of all variants together
@@ -19,6 +19,11 @@ truth is known; four rules are as they are because of it:
   counts it in.
 - Power is announced for a standard deviation that is an estimate:
   statistics.py.
+- Tuning chooses by noise, too, and what it missed stands in every run after it.
+  So the choices are drawn again from the runs of tuning (tuning.py), of the
+  variant and of the base, and an effect has to be shown over these draws and
+  without them. Where a choice lies at an edge of what was tried, nothing tells
+  how much better a value beyond would be: there is no verdict.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.compare import efficiency, pairing, statistics
+from tools.compare import efficiency, pairing, statistics, tuning
 from tools.compare.efficiency import SpeedUp
 from tools.compare.pairing import ALL_SIZES, Outcomes
 from tools.compare.plan import SECOND_BASE, Measure, Plan
@@ -38,14 +43,16 @@ from training.evals import items
 BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
 DISAGREE, UNSTABLE = 'sizes disagree', 'unstable'
 EQUIVALENT, NOT_WORSE = 'equivalent', 'no worse'  # within the plan's margin
+AT_EDGE = 'tuned at an edge'  # of the values that were tried: no verdict
 VERDICTS = (BETTER, WORSE, NONE_SHOWN, DISAGREE, UNSTABLE, EQUIVALENT,
-            NOT_WORSE)
+            NOT_WORSE, AT_EDGE)
 NO_NOISE = 'noise unknown'  # of a sweep, with too few seeds for any verdict
 PASSED, STOPPED = 'passed', 'stopped at the screen'
 # The tests that a difference may have been shown by.
 STUDENT = 'Student\'s paired t-test'
 STUDENT_AND_POOLED = (f'{STUDENT}, by the deviation of the variant and by that '
                       'of all variants together')
+AND_OVER_CHOICES = ', also over choices of the tuned values drawn again'
 STOPPED_UNSTABLE = f'{STOPPED}: unstable'
 
 
@@ -106,6 +113,8 @@ class Verdict:
       seeds alone.
     item_noise: half of the effect's 95 % interval over the items alone: what
       others of the kind may change.
+    tuning_noise: the standard deviation of what the choices of the tuned values
+      may have added to the effect, which is in its interval and its p.
   """
   variant: str
   measure: str
@@ -131,6 +140,7 @@ class Verdict:
   speed_ups: list[SpeedUp] = dataclasses.field(default_factory=list)
   both: Effect | None = None
   item_noise: float | None = None
+  tuning_noise: float | None = None
   multipliers: list[SpeedUp] = dataclasses.field(default_factory=list)
 
 
@@ -144,11 +154,18 @@ class FamilyMember:
     measure: the measure by which it is compared with the base.
     sizes: the names of the sizes.
     pairs_by_size: the pairs of the variant and the base at each size.
+    misses: what the choices of the tuned values may have added to the
+      difference at each size, drawn many times, [draws, sizes]; None: nothing
+      is known of it.
+    is_at_edge: whether the variant or the base has, at some size, a tuned value
+      at an edge of those that were tried.
   """
   variant: str
   measure: Measure
   sizes: Sequence[str]
   pairs_by_size: Sequence[pairing.Pairs]
+  misses: np.ndarray | None = None
+  is_at_edge: bool = False
 
   @functools.cached_property
   def differences(self) -> dict[int, list[float]]:
@@ -159,6 +176,13 @@ class FamilyMember:
   def pairs(self) -> list[pairing.Pair]:
     """The pairs of all sizes and seeds, of runs that diverged too."""
     return [pair for pairs in self.pairs_by_size for pair in pairs.values()]
+
+  def shifts(self, figure: Callable[[np.ndarray], np.ndarray]
+             ) -> np.ndarray | None:
+    """Returns what the choices of the tuned values may have added to a figure,
+    [draws], which `figure` computes of [draws, sizes]; None: nothing is known.
+    """
+    return None if self.misses is None else figure(self.misses)
 
   @property
   def diverged(self) -> int:
@@ -365,13 +389,18 @@ def _test_family(plan: Plan, outcomes: Outcomes, phase: str,
   """
   # The pairs of each test.
   runs = pairing.outcomes_of_phase(outcomes, phase)
+  runs_of_tuning = tuning.read_tuning_runs(plan, outcomes)
   members = []
   for variant, measure in variants_and_measures:
     pairs_by_size = _pair_with_base(plan=plan, runs=runs, variant=variant,
                                     measure=measure, sizes=sizes)
     members.append(FamilyMember(
         variant=variant, measure=measure, sizes=sizes,
-        pairs_by_size=pairs_by_size))
+        pairs_by_size=pairs_by_size,
+        misses=_draw_misses(
+            runs_of_tuning=runs_of_tuning, measure=measure,
+            pairs_by_size=pairs_by_size),
+        is_at_edge=_is_any_at_edge(runs_of_tuning, pairs_by_size)))
 
   # The shape of the noise of all variants together, and how often the base
   # diverges, by each measure.
@@ -393,10 +422,53 @@ def _test_family(plan: Plan, outcomes: Outcomes, phase: str,
     row = _member_row(
         plan=plan, member=member, shape=shape_of_noise[member.measure],
         uncorrected=uncorrected[i], corrected=corrected[i])
-    verdict = _verdict(plan=plan, measure=member.measure, row=row,
+    verdict = _verdict(plan=plan, member=member, row=row,
                        base_share=base_share[member.measure])
     rows.append(dataclasses.replace(row, verdict=verdict))
   return rows
+
+
+def _draw_misses(runs_of_tuning: tuning.TuningRuns, measure: Measure,
+                 pairs_by_size: Sequence[pairing.Pairs]) -> np.ndarray | None:
+  """Returns what the choices of the tuned values may have added to the
+  difference of a variant from the base at each size: the miss of the variant
+  minus that of the base.
+
+  Args:
+    runs_of_tuning: the runs of tuning.
+    measure: the measure of the difference.
+    pairs_by_size: the pairs of the variant and the base at each size.
+
+  Returns:
+    The draws, [draws, sizes]; None where they are not known at each size. They
+    are known of the first measure of a workload, for which values are tuned.
+  """
+  first_measure, *_ = runs_of_tuning.plan.measures_of_workload(measure.workload)
+  if measure != first_measure or not all(pairs_by_size):
+    return None
+  misses_by_size = []
+  for pairs in pairs_by_size:
+    any_pair = next(iter(pairs.values()))  # all seeds have the same values
+    misses = runs_of_tuning.draw_misses(any_pair.ours)
+    base_misses = runs_of_tuning.draw_misses(any_pair.base)
+    if misses is None or base_misses is None:
+      return None
+    # A miss makes the measure worse, whichever way that is.
+    misses_by_size.append(-measure.sign * (misses - base_misses))
+  return np.stack(misses_by_size, axis=1)
+
+
+def _is_any_at_edge(runs_of_tuning: tuning.TuningRuns,
+                    pairs_by_size: Sequence[pairing.Pairs]) -> bool:
+  """Returns whether a variant or the base has, at some size, a tuned value at
+  an edge of those that were tried."""
+  for pairs in pairs_by_size:
+    for pair in pairs.values():
+      if runs_of_tuning.is_at_edge(pair.ours):
+        return True
+      if runs_of_tuning.is_at_edge(pair.base):
+        return True
+  return False
 
 
 def _test_member(plan: Plan, member: FamilyMember,
@@ -420,7 +492,8 @@ def _test_member(plan: Plan, member: FamilyMember,
   # variants.
   means = pairing.mean_differences(member.differences)
   pooled = _pooled_spread(shape, mean_over_sizes)
-  p = statistics.student_p_value(means, pooled)
+  shifts = member.shifts(mean_over_sizes)
+  p = statistics.student_p_value(means, pooled, shifts)
 
   # McNemar's test of diverging no more often than the base, over all pairs.
   variant_diverged = [pair.ours.diverged for pair in member.pairs]
@@ -433,7 +506,7 @@ def _test_member(plan: Plan, member: FamilyMember,
   if plan.margin and member.measure == plan.primary:
     p_equivalent, p_not_worse = statistics.equivalence_p_values(
         values=means, margin=plan.margin, sign=member.measure.sign,
-        pooled=pooled)
+        pooled=pooled, shifts=shifts)
   return PValues(p=p, p_diverged=p_diverged, p_equivalent=p_equivalent,
                  p_not_worse=p_not_worse)
 
@@ -464,7 +537,9 @@ def _member_row(plan: Plan, member: FamilyMember,
   # The effect over all sizes, and at each size by itself.
   means = pairing.mean_differences(member.differences)
   pooled = _pooled_spread(shape, mean_over_sizes)
-  over_sizes = _student_effect(ALL_SIZES, means, pooled)
+  shifts = member.shifts(mean_over_sizes)
+  over_sizes = _student_effect(size=ALL_SIZES, differences=means,
+                               pooled=pooled, shifts=shifts)
   at_sizes = []
   for i, size in enumerate(member.sizes):
     differences = pairing.differences_by_seed(
@@ -472,8 +547,12 @@ def _member_row(plan: Plan, member: FamilyMember,
     pooled_at_size = None
     if shape is not None:
       pooled_at_size = shape.pooled_deviation_at_size(i)
+    shifts_at_size = None
+    if member.misses is not None:
+      shifts_at_size = member.misses[:, i]
     at_sizes.append(_student_effect(
-        size, pairing.mean_differences(differences), pooled_at_size))
+        size=size, differences=pairing.mean_differences(differences),
+        pooled=pooled_at_size, shifts=shifts_at_size))
 
   p_shape = None
   if shape is not None:
@@ -481,6 +560,10 @@ def _member_row(plan: Plan, member: FamilyMember,
   test = STUDENT
   if pooled is not None:
     test = STUDENT_AND_POOLED
+  tuning_noise = None
+  if shifts is not None:
+    tuning_noise = float(np.std(shifts))
+    test += AND_OVER_CHOICES
   both, item_noise = _effect_over_items(member, over_sizes)
   row = Verdict(
       variant=member.variant,
@@ -504,6 +587,7 @@ def _member_row(plan: Plan, member: FamilyMember,
       p_diverged=corrected.p_diverged,
       both=both,
       item_noise=item_noise,
+      tuning_noise=tuning_noise,
       verdict='')
   if member.measure != plan.primary:
     return row
@@ -517,17 +601,18 @@ def _member_row(plan: Plan, member: FamilyMember,
       speed_ups=efficiency.fit_speed_ups(member.sizes, member.pairs_by_size))
 
 
-def _verdict(plan: Plan, measure: Measure, row: Verdict, base_share: float
+def _verdict(plan: Plan, member: FamilyMember, row: Verdict, base_share: float
              ) -> str:
   """Returns the verdict on a variant, one of VERDICTS, that follows from
   corrected tests.
 
   The order matters: a variant that diverges too often is unstable whatever its
-  effect is, and a difference that is shown goes before equivalence.
+  effect is, and a difference that is shown goes before equivalence. A variant
+  that was tuned at an edge has no verdict on its effect at all.
 
   Args:
     plan: the plan of the study.
-    measure: the measure of the row.
+    member: the variant and the measure.
     row: all figures of the variant in this measure, with corrected p-values.
     base_share: the share of the base's runs that diverged.
   """
@@ -537,13 +622,15 @@ def _verdict(plan: Plan, measure: Measure, row: Verdict, base_share: float
     return UNSTABLE
   if _is_any_significant(plan.alpha, row.p_diverged):
     return UNSTABLE
+  if member.is_at_edge:
+    return AT_EDGE
 
   # A difference is shown, of which all sizes must have the sign.
   if _is_any_significant(plan.alpha, row.p_corrected):
     is_positive = {at_size.effect > 0 for at_size in row.sizes}
     if len(is_positive) > 1:
       return DISAGREE
-    return BETTER if row.effect * measure.sign > 0 else WORSE
+    return BETTER if row.effect * member.measure.sign > 0 else WORSE
 
   # The mean lies within the plan's margin. It counts as equivalent only if each
   # size does, since two sizes may cancel; else it may still be no worse.
@@ -612,7 +699,8 @@ def _pooled_spread(shape: statistics.NoiseShape | None,
 
 
 def _student_effect(size: str, differences: Sequence[float],
-                    pooled: statistics.PooledDeviation | None = None) -> Effect:
+                    pooled: statistics.PooledDeviation | None,
+                    shifts: np.ndarray | None) -> Effect:
   """Returns the mean of paired differences with Student's interval and p-value.
 
   Args:
@@ -620,16 +708,19 @@ def _student_effect(size: str, differences: Sequence[float],
     differences: the difference of each seed, variant minus base.
     pooled: a standard deviation over all variants, for noise that is not
       normal; it makes interval and p more cautious.
+    shifts: what the choices of the tuned values may have added to the mean,
+      drawn many times, [draws], which does so, too; None: nothing is known.
 
   Returns:
     The effect; its mean and interval are None where there is no difference.
   """
   mean = low = high = None
   if differences:
-    mean, low, high, _ = statistics.student_interval(differences, pooled)
+    mean, low, high, _ = statistics.student_interval(
+        values=differences, pooled=pooled, shifts=shifts)
   return Effect(
       size=size, effect=mean, low=low, high=high, n=len(differences),
-      p=statistics.student_p_value(differences, pooled),
+      p=statistics.student_p_value(differences, pooled, shifts),
       differences=differences)
 
 
@@ -741,5 +832,6 @@ def _trend_over_sizes(member: FamilyMember, shape: statistics.NoiseShape | None
   # slope.
   differences = np.array([*member.differences.values()])
   slope_of_seeds = slopes(differences).tolist()
-  return _student_effect(ALL_SIZES, slope_of_seeds,
-                         _pooled_spread(shape, slopes))
+  return _student_effect(
+      size=ALL_SIZES, differences=slope_of_seeds,
+      pooled=_pooled_spread(shape, slopes), shifts=member.shifts(slopes))

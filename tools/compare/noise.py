@@ -372,15 +372,20 @@ def _describe_unseen_plateaus(plan: Plan) -> str:
   the screening may meet none, whatever its power is.
 
   If a share s of runs does, none of n runs does with probability (1 - s)^n. The
-  false discovery rate is at most larger by as much.
+  false discovery rate is at most larger by as much. A variant that is alone
+  with such runs has only its own to be seen by.
   """
-  num_runs = plan.seeds['screen'] * len(plan.variants)
+  num_seeds = plan.seeds['screen']
+  num_runs = num_seeds * len(plan.variants)
+  p_unseen_of_one = (1 - SHARE_OF_RARE_PLATEAUS) ** num_seeds
   p_unseen = (1 - SHARE_OF_RARE_PLATEAUS) ** num_runs
   false_discovery_rate = min(plan.q + p_unseen, 1)
   return (f'Where {SHARE_OF_RARE_PLATEAUS:.0%} of the variants\' runs end on a '
           f'plateau, none of the {num_runs} of the screening does with a '
           f'probability of {p_unseen:.2g}, so that its false discovery rate is '
-          f'up to {false_discovery_rate:.2g} then.')
+          f'up to {false_discovery_rate:.2g} then. Where those of one variant '
+          f'alone do, none of its {num_seeds} does with a probability of '
+          f'{p_unseen_of_one:.2g}, in which it may pass wrongly.')
 
 
 def _describe_resampling(plan: Plan, row: Noise, planned_share: float) -> str:

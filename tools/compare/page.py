@@ -26,7 +26,7 @@ UNKNOWN = 'n/a'
 # How a verdict is coloured.
 MARKS = {decide.BETTER: 'better', decide.WORSE: 'worse',
          decide.UNSTABLE: 'worse', decide.STOPPED_UNSTABLE: 'worse',
-         decide.NONE_SHOWN: 'noise'}
+         decide.NONE_SHOWN: 'noise', decide.AT_EDGE: 'noise'}
 
 
 class Cell(NamedTuple):

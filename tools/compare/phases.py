@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from common.errors import RequestError, require
 from tools.compare import advice, decide, efficiency, noise, page, statistics
+from tools.compare import tuning as tuning_lib
 from tools.compare import plan as plans
 from training import runs as starts
 from training.objectives import pipeline
@@ -750,7 +751,8 @@ PHASES = {phase.name: phase for phase in (
           decide=noise.measure_noise),
     # One seed would choose among rates by the noise of a run, and verdicts
     # would rest on that choice.
-    Tune(name='tune', block=1, seeds=3, part='first', min_seeds=1),
+    Tune(name='tune', block=1, seeds=tuning_lib.MIN_SEEDS_OF_TUNING,
+         part='first', min_seeds=1),
     Screen(name='screen', block=2, seeds=5, part='first',
            decide=decide.screen_variants),
     Rescreen(

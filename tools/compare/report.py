@@ -21,7 +21,7 @@ from tools.compare import measures as measures_lib
 from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
-from tools.compare import tables
+from tools.compare import tables, tuning
 from tools.compare.certificate import QUANTITIES
 from tools.compare.comparison import Comparison, changes_from_base
 from tools.compare.comparison import first_row_with, format_changes
@@ -410,6 +410,7 @@ def describe_methods(frozen: plans.FrozenPlan,
       otherwise=as_planned['differences'],
       unknown=as_planned.get('unknown', 0),
       shows=decide.describe_detectable_difference(plan),
+      few_seeds_of_tuning=tuning.describe_few_seeds(plan),
       amount=measures_lib.format_amount(frozen, plan.effect),
       # The functions that the template calls.
       date=plans.format_date, changed=format_changes, changes=changes,

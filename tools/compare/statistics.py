@@ -98,7 +98,8 @@ def _deviations_to_pass(values: Sequence[float],
 
 def student_interval(values: Sequence[float],
                      pooled: PooledDeviation | None = None,
-                     level: float = 0.05) -> Interval:
+                     level: float = 0.05,
+                     shifts: np.ndarray | None = None) -> Interval:
   """Returns the mean of some values and Student's t interval around it.
 
   Args:
@@ -106,6 +107,8 @@ def student_interval(values: Sequence[float],
     pooled: a standard deviation over all variants of a comparison, for noise
       that is not normal; the wider of both intervals is taken.
     level: the probability that the true mean lies outside.
+    shifts: by how much the values may all be off, drawn many times (as
+      _shifted_tail takes them); the wider interval, with or without, is taken.
 
   Returns:
     The mean, the ends of its interval, and the number of seeds. The ends are
@@ -116,8 +119,60 @@ def student_interval(values: Sequence[float],
   if num_seeds < MIN_SEEDS or _are_all_alike(values):
     return Interval(mean=mean, low=None, high=None, seeds=num_seeds)
   half_width = half_width_of_interval(values, level, pooled)
-  return Interval(mean=mean, low=mean - half_width, high=mean + half_width,
-                  seeds=num_seeds)
+  lows, highs = [mean - half_width], [mean + half_width]
+  if shifts is not None:
+    for deviation in _deviations_to_pass(values, pooled):
+      standard_error = deviation.sd / math.sqrt(num_seeds)
+      # The upper end is the lower one of the values turned round.
+      lows.append(_lower_end_with_shifts(
+          mean=mean, standard_error=standard_error, df=deviation.df,
+          shifts=shifts, level=level))
+      highs.append(-_lower_end_with_shifts(
+          mean=-mean, standard_error=standard_error, df=deviation.df,
+          shifts=-shifts, level=level))
+  return Interval(mean=mean, low=min(lows), high=max(highs), seeds=num_seeds)
+
+
+def _shifted_tail(distance: float, standard_error: float, df: float,
+                  shifts: np.ndarray) -> float:
+  """Returns the one-sided p of a mean that may be off by a shift which is known
+  by its distribution alone: the mean over the draws s of the shift of
+  P(T <= (distance - s) / standard_error), with Student's T.
+
+  It is the distribution of the sum of two independent parts, the noise of the
+  mean and the shift, each by what the data tell of it (a generalised p-value:
+  Tsui and Weerahandi 1989).
+
+  Args:
+    distance: the mean minus what it is tested against.
+    standard_error: the standard error of the mean.
+    df: its degrees of freedom.
+    shifts: the draws, [draws]: how far the mean lies above the true one.
+  """
+  from scipy.special import stdtr
+  return float(np.mean(stdtr(df, (distance - shifts) / standard_error)))
+
+
+def _lower_end_with_shifts(mean: float, standard_error: float, df: float,
+                           shifts: np.ndarray, level: float) -> float:
+  """Returns the lower end of the interval of a mean that may be off by a shift:
+  the value which the mean exceeds with a one-sided p (_shifted_tail) of
+  level / 2."""
+  from scipy.optimize import brentq
+  from scipy.special import stdtrit
+  half_width = float(stdtrit(df, 1 - level / 2)) * standard_error
+
+  def excess_of_tail(end: float) -> float:
+    """Returns the p that the true mean is below `end`, minus level / 2."""
+    tail = _shifted_tail(distance=end - mean, standard_error=standard_error,
+                         df=df, shifts=-shifts)
+    return tail - level / 2
+
+  # With the largest shift in all draws the end would be the lowest, and with
+  # the smallest one the highest. The slack is for rounding.
+  lowest = mean - half_width - float(np.max(shifts)) - standard_error
+  highest = mean - half_width - float(np.min(shifts)) + standard_error
+  return float(brentq(excess_of_tail, lowest, highest))
 
 
 def logit_interval(values: Sequence[float]) -> Interval:
@@ -243,7 +298,8 @@ def mcnemar_p_value(ours: Sequence[float], theirs: Sequence[float],
 
 
 def student_p_value(values: Sequence[float],
-                    pooled: PooledDeviation | None = None) -> float | None:
+                    pooled: PooledDeviation | None = None,
+                    shifts: np.ndarray | None = None) -> float | None:
   """Returns the two-sided p-value of Student's t-test that a mean is 0.
 
   Values that are all alike have no deviation to be measured by, as where a task
@@ -254,11 +310,13 @@ def student_p_value(values: Sequence[float],
     values: the value of each of n seeds.
     pooled: a standard deviation over all variants of a comparison, for noise
       that is not normal; the larger p of both is taken.
+    shifts: by how much the values may all be off, drawn many times; the larger
+      p, with or without, is taken.
 
   Returns:
     The p; None for fewer than MIN_SEEDS values.
   """
-  tails = _one_sided_p_values(values, 0.0, pooled)
+  tails = _one_sided_p_values(values, 0.0, pooled, shifts)
   if tails is None:
     return None
   # Twice the smaller tail; two tails of 1, for values of 0, would make 2.
@@ -266,7 +324,8 @@ def student_p_value(values: Sequence[float],
 
 
 def equivalence_p_values(values: Sequence[float], margin: float, sign: int,
-                         pooled: PooledDeviation | None = None
+                         pooled: PooledDeviation | None = None,
+                         shifts: np.ndarray | None = None
                          ) -> tuple[float | None, float | None]:
   """Returns the p-values of two tests of a mean difference against a margin:
   that it is as good as none, and that it is no worse than the margin.
@@ -277,6 +336,7 @@ def equivalence_p_values(values: Sequence[float], margin: float, sign: int,
     sign: 1 where a positive difference is an improvement, else -1.
     pooled: a standard deviation over all variants of a comparison, for noise
       that is not normal.
+    shifts: by how much the values may all be off, drawn many times.
 
   Returns:
     The p of equivalence, that is of -margin < mean < margin: the larger one of
@@ -284,8 +344,8 @@ def equivalence_p_values(values: Sequence[float], margin: float, sign: int,
     that is of a mean which is worse by less than the margin. None and None
     where there are fewer than MIN_SEEDS values.
   """
-  at_low_end = _one_sided_p_values(values, -margin, pooled)
-  at_high_end = _one_sided_p_values(values, margin, pooled)
+  at_low_end = _one_sided_p_values(values, -margin, pooled, shifts)
+  at_high_end = _one_sided_p_values(values, margin, pooled, shifts)
   if at_low_end is None or at_high_end is None:
     return None, None
   # Each test has the p of a mean below its end and of one above it. The mean
@@ -306,7 +366,8 @@ def p_value_below_target(values: Sequence[float], target: float
 
 
 def _one_sided_p_values(values: Sequence[float], center: float,
-                        pooled: PooledDeviation | None
+                        pooled: PooledDeviation | None,
+                        shifts: np.ndarray | None = None
                         ) -> tuple[float, float] | None:
   """Returns both one-sided p-values of Student's t-test of a mean against
   `center`.
@@ -316,6 +377,8 @@ def _one_sided_p_values(values: Sequence[float], center: float,
     center: the mean under the null hypothesis.
     pooled: a standard deviation over all variants of a comparison, for noise
       that is not normal; the larger p by either deviation is taken.
+    shifts: by how much the values may all be off, drawn many times; the larger
+      p, with or without, is taken.
 
   Returns:
     The p of a mean that is below `center`, and of one that is above it; None
@@ -341,6 +404,14 @@ def _one_sided_p_values(values: Sequence[float], center: float,
     t = distance * math.sqrt(n) / sd
     all_p_below.append(float(stdtr(df, t)))
     all_p_above.append(float(stdtr(df, -t)))
+    if shifts is not None:
+      standard_error = sd / math.sqrt(n)
+      all_p_below.append(_shifted_tail(
+          distance=distance, standard_error=standard_error, df=df,
+          shifts=shifts))
+      all_p_above.append(_shifted_tail(
+          distance=-distance, standard_error=standard_error, df=df,
+          shifts=-shifts))
   return max(all_p_below), max(all_p_above)
 
 

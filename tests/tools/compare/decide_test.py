@@ -13,7 +13,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from tools.compare import advice, curves, decide, efficiency, phases
-from tools.compare import statistics
+from tools.compare import statistics, tuning
 from tools.compare import noise as noise_lib
 from tools.compare import plan as plans
 from training.evals import items
@@ -75,6 +75,76 @@ def test_the_confirmation_is_scipys_test_and_statsmodels_holm():
     assert (row.trend.effect, row.trend.p, row.trend.low) == pytest.approx(
         (np.mean(slopes), trend.pvalue, trend.confidence_interval()[0]))
   assert [row.verdict for row in rows] == ['better', 'no difference shown']
+
+
+RATES = (1e-3, 2e-3, 4e-3)
+
+
+def _tuned_runs(tuning_losses, values, chosen):
+  """Returns the runs of tuning, by {variant: losses [rate, seed, size]}, and
+  those of the confirmation, each variant with the rate that was chosen."""
+  runs = []
+  for i, rate in enumerate(RATES):
+    at_rate = {name: losses[i] for name, losses in tuning_losses.items()}
+    runs += [run._replace(changes={'optim.lr': rate})
+             for run in _phase('tune', at_rate)]
+  return runs + [run._replace(changes={'optim.lr': chosen[run.variant]})
+                 for run in _phase('confirm', values)]
+
+
+def test_what_tuning_may_have_missed_is_in_p_and_interval(monkeypatch):
+  """Beside numpy, which draws the true difference itself. Where a rate is at an
+  edge of those that were tried, there is no verdict."""
+  monkeypatch.setattr(tuning, 'NUM_DRAWS', 20_000)
+  rng = np.random.default_rng(5)
+  plan = dataclasses.replace(PLAN, tuning=plans.Tuning({'optim.lr': RATES}))
+  curve = np.array([0.02, 0.0, 0.01])[:, None, None]
+  losses = {name: 3 + curve + rng.normal(0, 0.02, (3, 3, 3))
+            for name in ('base', 'a', 'b')}
+  values, chosen = _values(), dict.fromkeys(losses, RATES[1])
+  runs = _tuned_runs(losses, values, chosen)
+  row, other = decide.confirm_variants(plan, runs)
+
+  # The noise at each size, with 4 degrees of freedom of each variant.
+  tables = np.array([*losses.values()])
+  residuals = (tables - tables.mean(1, keepdims=True)
+               - tables.mean(2, keepdims=True)
+               + tables.mean((1, 2), keepdims=True))
+  deviations = np.sqrt((residuals ** 2).sum((0, 1, 2)) / 12)
+  misses = {}
+  for name in ('base', 'a'):
+    scale = np.sqrt(12 / rng.chisquare(12, (200_000, 1, 3)) / 3) * deviations
+    drawn = losses[name].mean(1) + scale * rng.normal(size=(200_000, 3, 3))
+    misses[name] = (drawn[:, 1] - drawn.min(1)).mean(1)
+  shifts = misses['a'] - misses['base']
+  d = (values['a'] - values['base']).mean(1)
+  true = (d.mean() - shifts
+          - stats.sem(d) * rng.standard_t(len(d) - 1, len(shifts)))
+  student = stats.ttest_1samp(d, 0)
+  ends = [*np.quantile(true, (0.025, 0.975)), *student.confidence_interval()]
+  assert (row.low, row.high) == pytest.approx((min(ends), max(ends)), rel=0.03)
+  tail = min(np.mean(true <= 0), np.mean(true >= 0))
+  assert row.p == pytest.approx(max(2 * tail, student.pvalue), rel=0.05)
+  assert row.p > 1.2 * student.pvalue
+  assert row.tuning_noise == pytest.approx(shifts.std(), rel=0.03)
+  assert (row.verdict, other.verdict) == ('better', 'no difference shown')
+
+  # A variant at an edge, and the base.
+  for name, verdicts in (('a', [decide.AT_EDGE, other.verdict]),
+                         ('base', [decide.AT_EDGE, decide.AT_EDGE])):
+    rows = decide.confirm_variants(plan, _tuned_runs(
+        losses, values, chosen | {name: RATES[2]}))
+    assert [row.verdict for row in rows] == verdicts
+
+
+def test_a_rate_that_was_dropped_keeps_its_distance_from_the_best():
+  values, means, num_seeds = tuning._losses_of_whole_runs({
+      (1e-3,): {50: [2.0, 2.0], 100: [1.5, 1.5]},
+      (2e-3,): {50: [1.9, 1.9], 100: [1.2, 1.2]},
+      (4e-3,): {50: [2.4, 2.5]}, (8e-3,): {100: [1.4, 1.6]}})
+  assert [rate for rate, in values] == [1e-3, 2e-3, 4e-3, 8e-3]
+  assert means == pytest.approx([1.5, 1.2, 1.2 + 0.55, 1.5])
+  assert num_seeds == 2
 
 
 def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():

@@ -5,7 +5,7 @@ They are decided by the functions that decide on real studies; what trains is
 replaced by a world whose effects are known. The loss of a run is
 
     level(size) + effect(variant) + common(seed, size)
-      + private(variant, size, seed, changes)
+      + private(variant, size, seed, changes) + curve(rate, size)
 
 `common` is what a seed's data do to every variant alike, which pairing removes.
 Each draw follows from what it belongs to, so a run gives the same whenever and
@@ -21,12 +21,18 @@ import numpy as np
 import pytest
 
 from tests.helpers import studies
-from tools.compare import decide, phases, statistics
+from tools.compare import decide, phases, statistics, tuning
 from tools.compare import noise as noise_lib
 from tools.compare import plan as plans
 
 RATE, SIZES = 'optim.lr', ('small', 'middle', 'large')
 CLAIMS = (decide.BETTER, decide.WORSE)
+# The parts study: by size, how fast the loss rises with the square of the
+# octaves from the best rate, and how far that lies from the middle one of the
+# three that were tried. The noise of its runs was 0.025.
+CURVE_OF_PARTS = {'small': (0.025, 1.8), 'middle': (0.025, 1.3),
+                  'large': (0.035, 0.2)}
+MIDDLE_RATE = 2e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,8 @@ class World:
     diverge: the share of runs that diverge.
     tail: what a run of a variant has beside the noise, or in its place: a
       function of a random.Random, with a mean of 0.
+    curve: by size, the curve over the rate, as of CURVE_OF_PARTS; a size that
+      is not there has the same loss at all rates.
   """
   plan: plans.Plan
   study: int
@@ -49,6 +57,8 @@ class World:
   effects: Mapping[str, float] = dataclasses.field(default_factory=dict)
   diverge: float = 0.0
   tail: Callable[[random.Random], float] = lambda draws: 0.0
+  curve: Mapping[str, tuple[float, float]] = dataclasses.field(
+      default_factory=dict)
 
   def train(self, folder, runs) -> list[plans.Outcome]:
     del folder
@@ -59,7 +69,10 @@ class World:
     draws = random.Random(f'{self.study}/{run.variant}/{run.seed}/{rate}/'
                           f'{run.share}/{run.size}')
     data = random.Random(f'{self.study}/{run.seed}/{run.size}')
+    rise, best = self.curve.get(run.size, (0.0, 0.0))
+    octaves = math.log2((rate or MIDDLE_RATE) / MIDDLE_RATE)
     loss = (3.0 - 0.3 * SIZES.index(run.size) + 0.5 * (1 - run.share)
+            + rise * (octaves - best) ** 2
             + self.effects.get(run.variant, 0.0) + 0.3 * data.gauss(0, 1)
             + self.noise * draws.gauss(0, 1)
             + self.tail(draws) * (run.variant in self.plan.variants))
@@ -213,3 +226,64 @@ def test_as_much_is_found_as_is_announced():
   shares = _means(60, one)
   assert shares['announced'] == pytest.approx(0.8, abs=0.12)
   assert shares['naive'] < shares['announced']
+
+
+def _tuned_study(number: int, num_seeds: int, effect: float = 0.0, **search
+                 ) -> dict[str, list[decide.Verdict]]:
+  """Returns the screening and the confirmation of nine variants that are the
+  base but for an effect of v1, all with the rates that tuning chose."""
+  seeds = phases.default_seeds_by_phase() | {'tune': num_seeds}
+  plan = _plan(9, seeds=seeds.values(), tuning=plans.Tuning(
+      {RATE: (MIDDLE_RATE / 2, MIDDLE_RATE, 2 * MIDDLE_RATE)}, **search))
+  world = World(plan, number, noise=0.025, curve=CURVE_OF_PARTS,
+                effects={'v1': -effect})
+  frozen, state = studies.frozen(plan), phases.StudyState(world)
+  noise, tune, *comparing = (
+      phases.PHASES[name] for name in ('noise', 'tune', 'screen', 'confirm'))
+  state.train(noise, noise.runs(frozen, lambda *point: {}, ()))
+  rows = tune.run(frozen, state)['tuned']
+  tuned = {(row.variant, row.size, row.workload): row.changes for row in rows}
+  for phase in comparing:
+    state.train(phase, phase.runs(
+        frozen, lambda *point: tuned[point], plan.variants))
+  return {'screen': decide.screen_variants(plan, state.outcomes),
+          'confirm': decide.confirm_variants(plan, state.outcomes)}
+
+
+def _shares_of_tuned_studies(studies: int, num_seeds: int, **more
+                             ) -> dict[str, float]:
+  """Returns how often nine variants are wrongly claimed or passed, their
+  intervals hold the truth, and v1 is found."""
+
+  def one(number, add):
+    rows = _tuned_study(number, num_seeds, **more)
+    _, *nulls = rows['confirm']
+    add('wrong', any(row.verdict in CLAIMS for row in nulls))
+    add('screened', any(row.verdict == decide.PASSED
+                        for row in rows['screen'][1:]))
+    add('edge', np.mean([row.verdict == decide.AT_EDGE for row in nulls]))
+    for row in nulls:
+      add('held', _holds_zero(row))
+      add('held at a size', _holds_zero(row.sizes[0]))
+    add('found', rows['confirm'][0].verdict == decide.BETTER)
+
+  return _means(studies, one)
+
+
+@pytest.mark.parametrize('studies', [
+    8, pytest.param(200, marks=pytest.mark.long)])
+def test_the_noise_of_tuning_is_in_intervals_and_verdicts(studies, monkeypatch):
+  """Of nine copies of the base, each of which is tuned by itself."""
+  slack = 2 * math.sqrt(0.05 * 0.95 / studies)
+  search = dict(rungs=1, extend=3)
+  for num_seeds in (1, 3):
+    shares = _shares_of_tuned_studies(studies, num_seeds, **search)
+    assert shares['wrong'] <= 0.05 + slack
+    assert min(shares['held'], shares['held at a size']) >= 0.93
+    assert shares['edge'] < 0.5
+  # Each rate of the grid alone has no inner optimum, and so no verdict.
+  edges = _shares_of_tuned_studies(2, 3, rungs=1, extend=0, effect=0.2)
+  assert (edges['edge'], edges['found']) == (1.0, 0.0)
+  # Without the draws, copies of the base differ from it.
+  monkeypatch.setattr(tuning.TuningRuns, 'draw_misses', lambda self, run: None)
+  assert _shares_of_tuned_studies(studies, 1, **search)['held'] < 0.9

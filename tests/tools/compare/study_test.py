@@ -107,13 +107,13 @@ def test_a_probe_has_the_schedule_of_its_size(probe, size, changes, folder):
 def test_the_costs_are_those_of_the_runs_that_are_asked_for(probed):
   by_phase = {cost.phase: cost for cost in results.costs(probed, 8, None)}
   assert by_phase['noise'].runs == 3 * 2 * 2 * 3
-  # Two candidates at half of the steps, then one at all of them.
-  assert by_phase['tune'].runs == 2 * 3 * 2 * 3
+  # Three candidates at half of the steps, then two at all of them.
+  assert by_phase['tune'].runs == 2 * 3 * 2 * (3 + 2)
   assert by_phase['screen'].runs == 2 * 3  # of the text alone
   assert by_phase['confirm'].runs == 2 * 3 * 2 * 3
   tokens = 4 * 8 * (4 + 8)  # of a run on the text, and of one on the probe
   assert by_phase['noise'].tokens == 3 * 2 * 3 * tokens
-  assert by_phase['tune'].tokens == 2 * 3 * (2 * 0.5 + 1) * tokens
+  assert by_phase['tune'].tokens == 2 * 3 * (3 * 0.5 + 2) * tokens
   # Base and base-again are one program; three seeds of a variant are another.
   assert by_phase['noise'].programs == 6 and by_phase['screen'].programs == 2
   assert by_phase['screen'].seconds is None
@@ -563,10 +563,14 @@ def test_points_are_checked_once_for_the_same_file_and_code(
   assert len(checked) == 5
 
 
+def loss_of_rate(config):
+  """Returns what a run loses by its learning rate, which is best at 4e-3."""
+  return 0.1 * math.log2(config.optim.lr / 4e-3) ** 2
+
+
 def loss_of(config):
-  """Without positions a model is worse; the best learning rate is the higher
-  one; and there is noise."""
-  return (2.0 + (config.model.position == 'none') + 0.1 * config.optim.lr
+  """Returns a loss with noise, which is larger without positions."""
+  return (2.0 + (config.model.position == 'none') + loss_of_rate(config)
           + 0.01 * studies.spread(config.seed, config.model.position,
                                   str(config.init_seed)))
 
@@ -603,7 +607,7 @@ def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
     assert row['seconds'] == pytest.approx(sum(x['seconds'] for x in runs))
     # A batch is 4 rows of 8 tokens; a step takes half a second.
     assert row['tokens'] == pytest.approx(row['seconds'] * 2 * 4 * 8)
-  assert results['phases']['tune']['tokens'] == 2 * 3 * (2 * 2 + 4) * 4 * 8
+  assert results['phases']['tune']['tokens'] == 2 * 3 * (3 * 2 + 2 * 4) * 4 * 8
   assert all(row['changes'] == {'optim.lr': 4e-3} for row in results['tuned'])
   curves = [x['curve'] for x in results['outcomes'] if x['curve']]
   assert len(curves) == sum(results['phases'][name]['done']
@@ -783,9 +787,10 @@ def test_verdicts_are_published_from_bundles_alone(
   row, = [line for line in first.splitlines() if line.startswith('| none (')]
   assert f'{verdict["effect"]:+.4f} [{verdict["low"]:+.4f}' in row
   assert '| worse |' in row and f'plan {frozen.hash}' in first
-  for words in ('rate of 0.05 in the screening (Q)', 'tuned with 1 seed.',
-                'at the edge of what was tried for base, none',
-                f'the test of the confirmation was {decide.STUDENT}.',
+  for words in ('rate of 0.05 in the screening (Q)',
+                'with 1 seed, and no best value was the outermost',
+                'Tuning has 1 seed, fewer than 3: its choices are',
+                f'confirmation was {decide.STUDENT}{decide.AND_OVER_CHOICES}.',
                 *whole[1]['statistics']['codes']):
     assert words in first
   # Without the workdir the page is the same, and so are the bytes of a bundle.
@@ -873,7 +878,7 @@ def test_a_variant_that_was_stopped_does_not_pass_by_other_figures(
   workdir = tmp_path / 'w'
   # Over three seeds the differences of the variant have a mean of 0.
   start(workdir, frozen, loss=lambda config: (
-      2.0 + 0.1 * config.optim.lr
+      2.0 + loss_of_rate(config)
       + 0.01 * studies.spread(config.seed, str(config.init_seed))
       + 0.01 * (config.model.position == 'none') * (config.seed % 3 - 1)))
   verdict, = read(workdir)['screen']
@@ -1063,7 +1068,7 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
              for row in results['phases'].values())
   frozen = plans.load_frozen_plan(workdir)
   assert [results['phases'][phase]['done'] for phase in frozen.plan.seeds] == [
-      3 * 2 * 3, 2 * 2, 2 * 3, 2 * 3 * 3]
+      3 * 2 * 3, 2 * 3, 2 * 3, 2 * 3 * 3]
   assert not any(x['diverged'] for x in results['outcomes'])
   verdict, = results['confirm']
   assert verdict['variant'] == 'twin'

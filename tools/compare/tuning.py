@@ -1,0 +1,245 @@
+"""How far the choice of tuned values may have missed the best ones.
+
+Tuning keeps the values, such as a learning rate, whose few runs were best.
+Where others are nearly as good the noise decides, and every later run has the
+values that it chose: fresh seeds do not show such a miss, and all variants
+share that of the base. So the choice is drawn again from the runs of tuning,
+and its miss stands in each interval and p of a study (decide.py).
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+import zlib
+
+import numpy as np
+
+from tools.compare import pairing, statistics
+from tools.compare import plan as plans
+
+# How often each choice is drawn again.
+NUM_DRAWS = 500
+# With fewer seeds of tuning the choice is mostly noise.
+MIN_SEEDS_OF_TUNING = statistics.MIN_SEEDS
+
+Values = tuple[Any, ...]  # of the tuned fields, in the order of the plan
+Point = tuple[str, str, str]  # a variant, a size and a workload
+# The losses of the runs of one candidate by their number of steps, which grows
+# from rung to rung.
+LossesBySteps = dict[float, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningRuns:
+  """The runs of tuning of a study, and what they tell of each choice.
+
+  A loss here is a value of the first measure of a workload, for which values
+  are tuned, with the sign that makes less better.
+
+  Attributes:
+    plan: the plan of the study.
+    tried: for each point the values of all its candidates.
+    losses: for each point the losses of each candidate of which no run
+      diverged.
+    deviations: by size and workload, the standard deviation of a run beside
+      others of its seed; a size of which it is not known is left out.
+  """
+  plan: plans.Plan
+  tried: Mapping[Point, Sequence[Values]]
+  losses: Mapping[Point, Mapping[Values, LossesBySteps]]
+  deviations: Mapping[tuple[str, str], statistics.PooledDeviation]
+
+  def is_at_edge(self, run: plans.Outcome) -> bool:
+    """Returns whether a run has the least or the largest value that was tried
+    of a field, so that a better one may lie beyond."""
+    tried = self.tried.get(self._tuned_point(run), ())
+    for value, values_of_field in zip(self._values(run), zip(*tried)):
+      if value in (min(values_of_field), max(values_of_field)):
+        return True
+    return False
+
+  def draw_misses(self, run: plans.Outcome) -> np.ndarray | None:
+    """Returns by how much the values of a run may be worse than the best
+    candidate: max(L_chosen - min_c L_c, 0) in draws of the true losses L_c of
+    all candidates c,
+
+      L_c = m_c + s sqrt(df / X) Z_c / sqrt(n),
+
+    with the mean m_c of n seeds, the deviation s of a run with its degrees of
+    freedom, a standard normal Z_c and a chi-squared X of df: what the data tell
+    of L_c without any prior knowledge (the parametric bootstrap around the
+    observed curve; Efron and Tibshirani 1993, chapter 6.5). A choice that won
+    narrowly may have missed by as much as the noise of a tuning run; one that
+    won clearly has missed by nothing.
+
+    Returns:
+      The misses, [draws]; None where nothing was tuned, the run's values are
+      none of the candidates, or the noise is not known.
+    """
+    point = self._tuned_point(run)
+    _, size, workload = point
+    losses = self.losses.get(point, {})
+    deviation = self.deviations.get((size, workload))
+    if deviation is None or self._values(run) not in losses:
+      return None
+    values, means, num_seeds = _losses_of_whole_runs(losses)
+    if self._values(run) not in values:
+      return None
+
+    # The draws of a point are always these, for whatever it is compared.
+    rng = np.random.default_rng(zlib.crc32('/'.join(point).encode()))
+    scales = np.sqrt(deviation.df / rng.chisquare(deviation.df, NUM_DRAWS))
+    noise = rng.normal(size=(NUM_DRAWS, len(means)))
+    standard_error = deviation.sd / math.sqrt(num_seeds)
+    drawn = means + standard_error * scales[:, None] * noise
+    chosen = values.index(self._values(run))
+    return drawn[:, chosen] - drawn.min(1)
+
+  def _values(self, run: plans.Outcome) -> Values:
+    """Returns the values of the tuned fields with which a run was trained."""
+    return tuple(run.changes.get(field) for field in self.plan.tuning.fields)
+
+  def _tuned_point(self, run: plans.Outcome) -> Point:
+    """Returns the point whose tuning gave a run its values: a size that was not
+    tuned has those of the largest one that was."""
+    tuned_sizes = self.plan.tuned_sizes or self.plan.sizes
+    size = run.size if run.size in tuned_sizes else tuned_sizes[-1]
+    return run.variant, size, run.workload
+
+
+def read_tuning_runs(plan: plans.Plan, outcomes: pairing.Outcomes
+                     ) -> TuningRuns:
+  """Returns the runs of tuning among the outcomes of all phases of a study, and
+  the noise by which they choose."""
+  outcomes = [*outcomes]
+  # A phase may compare some of the measures alone, on their workloads.
+  workloads = {measure.workload for measure in plan.measures}
+  runs_of_tuning = [run for run in outcomes
+                    if run.phase == 'tune' and run.workload in workloads]
+  runs_of_tuning.sort(key=lambda run: run.seed)
+
+  # The losses of each candidate, seed by seed.
+  tried: dict[Point, list[Values]] = {}
+  diverged = set()  # pairs of a point and its values
+  losses: dict[Point, dict[Values, LossesBySteps]] = {}
+  for run in runs_of_tuning:
+    point = run.variant, run.size, run.workload
+    values = tuple(run.changes[field] for field in plan.tuning.fields)
+    measure, *_ = plan.measures_of_workload(run.workload)
+    tried.setdefault(point, []).append(values)
+    if run.diverged:
+      diverged.add((point, values))
+    # Only a run that was shortened must name its steps.
+    steps = run.changes.get('train.steps', math.inf)
+    losses_by_steps = losses.setdefault(point, {}).setdefault(values, {})
+    losses_by_steps.setdefault(steps, []).append(
+        -measure.sign * run.values[measure.name])
+  for point, values in diverged:
+    del losses[point][values]
+
+  # The noise at each size on each workload.
+  noise_runs = pairing.outcomes_of_phase(outcomes, 'noise')
+  deviations = {}
+  for size, workload in {(size, workload) for _, size, workload in losses}:
+    tables = [_table_of_whole_runs(losses[point]) for point in sorted(losses)
+              if point[1:] == (size, workload)]
+    deviation = _deviation_of_run(
+        tables, _differences_of_noise(plan, noise_runs, size, workload))
+    if deviation is not None:
+      deviations[size, workload] = deviation
+  return TuningRuns(plan=plan, tried=tried, losses=losses,
+                    deviations=deviations)
+
+
+def _losses_of_whole_runs(losses: Mapping[Values, LossesBySteps]
+                          ) -> tuple[list[Values], np.ndarray, int]:
+  """Returns the mean loss of each candidate of a point after whole runs.
+
+  A candidate that was dropped before stands as far from the best one that was
+  kept then as it stood from it at their last common rung.
+
+  Returns:
+    The values of the candidates, their means, [C], and the number of seeds.
+  """
+  num_steps = max(steps for by_steps in losses.values() for steps in by_steps)
+  means = {values: float(np.mean(by_steps[num_steps]))
+           for values, by_steps in losses.items() if num_steps in by_steps}
+  best_first = sorted(means, key=means.__getitem__)
+  num_seeds = len(losses[best_first[0]][num_steps])
+  for values, by_steps in losses.items():
+    if num_steps in by_steps:
+      continue
+    last_steps = max(by_steps)
+    kept = [other for other in best_first if last_steps in losses[other]]
+    if kept:
+      gap = np.subtract(by_steps[last_steps], losses[kept[0]][last_steps])
+      means[values] = means[kept[0]] + float(np.mean(gap))
+  ordered = sorted(means)
+  return ordered, np.array([means[values] for values in ordered]), num_seeds
+
+
+def _table_of_whole_runs(losses: Mapping[Values, LossesBySteps]) -> np.ndarray:
+  """Returns the losses of the candidates of a point after whole runs,
+  [candidates, seeds]."""
+  if not losses:
+    return np.zeros((0, 0))
+  num_steps = max(steps for by_steps in losses.values() for steps in by_steps)
+  return np.array([losses[values][num_steps] for values in sorted(losses)
+                   if num_steps in losses[values]])
+
+
+def _differences_of_noise(plan: plans.Plan, runs: pairing.Runs, size: str,
+                          workload: str) -> list[float]:
+  """Returns the differences of the pairs of the phase `noise`, of the measure
+  that is tuned for."""
+  measure, *_ = plan.measures_of_workload(workload)
+  pairs = pairing.pair_with_base(
+      runs=runs, variant=plans.SECOND_BASE, base=plan.base, size=size,
+      measure=measure)
+  differences = pairing.differences_by_seed([pairs], measure)
+  return pairing.mean_differences(differences)
+
+
+def _deviation_of_run(tables: Sequence[np.ndarray], differences: Sequence[float]
+                      ) -> statistics.PooledDeviation | None:
+  """Returns the standard deviation of a run beside others of its seed, pooled
+  over all that shows it.
+
+  Args:
+    tables: the losses of tuning of each variant, [candidates, seeds]: what is
+      left without the means of candidates and of seeds is noise (the residual
+      of a two-way table).
+    differences: the differences of pairs of runs of the base, whose variance is
+      twice that of a run.
+
+  Returns:
+    The deviation; None where nothing has a degree of freedom, or there is no
+    noise.
+  """
+  sum_of_squares, df = 0.0, 0
+  for table in tables:
+    num_candidates, num_seeds = table.shape
+    if num_candidates > 1 and num_seeds > 1:
+      residuals = (table - table.mean(0) - table.mean(1, keepdims=True)
+                   + table.mean())
+      sum_of_squares += float(np.sum(residuals ** 2))
+      df += (num_candidates - 1) * (num_seeds - 1)
+  if len(differences) > 1:
+    sum_of_squares += float(np.var(differences)) * len(differences) / 2
+    df += len(differences) - 1
+  if sum_of_squares == 0:  # nothing was repeated, or all repeats are alike
+    return None
+  return statistics.PooledDeviation(sd=math.sqrt(sum_of_squares / df), df=df)
+
+
+def describe_few_seeds(plan: plans.Plan) -> str:
+  """Returns the sentence that says what too few seeds of tuning cost a study;
+  '' where it has enough, or no tuning."""
+  num_seeds = plan.seeds.get('tune', MIN_SEEDS_OF_TUNING)
+  if num_seeds >= MIN_SEEDS_OF_TUNING:
+    return ''
+  noun = 'seed' if num_seeds == 1 else 'seeds'
+  return (f'Tuning has {num_seeds} {noun}, fewer than {MIN_SEEDS_OF_TUNING}: '
+          'its choices are largely noise. Intervals allow for what they may '
+          'have missed, so that few effects are shown.')
