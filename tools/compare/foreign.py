@@ -36,6 +36,9 @@ _QUANTITY_OF_FIGURE = {
     'num_params': 'params', 'total_flos': 'flops', 'train_time': 'seconds',
     'num_input_tokens_seen': 'tokens', 'train_runtime': 'seconds',
     '_runtime': 'seconds'}
+_QUANTITIES_IN_WORDS = {
+    name for name, quantity in certificate.QUANTITIES.items()
+    if quantity.tolerance is None}
 # The binary head of a file with a NUL byte is no text.
 _BYTES_OF_HEAD = 4096
 # Folders of TensorBoard that are a split of a run, as of Keras, and no run.
@@ -315,7 +318,7 @@ class ResultsTable:
       step_of_row = int(row[step]) if step else None
       given = {}
       for column, cell in row.items():
-        quantity = quantity_of_figure(column or '')
+        quantity = quantity_of_figure(column)
         if quantity and cell and column not in (entry, num_runs):
           given[quantity] = cell
       results.append(ReportedMean(
@@ -353,9 +356,12 @@ class PlainCsv:
       given = given_to_run.setdefault(key, {})
       figures = {}
       for column, cell in row.items():
-        value, quantity = _parse_number(cell), quantity_of_figure(column or '')
         if not column or column in (entry, run, seed, step):
           continue
+        # The name of a commit may look like a number.
+        quantity, value = quantity_of_figure(column), None
+        if quantity not in _QUANTITIES_IN_WORDS:
+          value = _parse_number(cell)
         if value is None and quantity and cell:
           given[quantity] = cell
         elif value is not None and column.lower() not in no_figures:
@@ -505,8 +511,9 @@ def quantity_of_figure(name: str) -> str:
 
 
 def _read_csv(text: str) -> Any:
-  """Returns the rows of a CSV by column, and no column where it has none."""
-  table = csv.DictReader(io.StringIO(text))
+  """Returns the rows of a CSV by column, with the cells beyond the last column
+  under ''; and no column where it has none."""
+  table = csv.DictReader(io.StringIO(text), restkey='')
   if table.fieldnames is None:
     table.fieldnames = []
   return table

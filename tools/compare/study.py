@@ -285,11 +285,7 @@ def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
     if len(state.finished) == 1 and not is_time_known:
       print(results.table(costs()[1:], args.parallel), flush=True)
   if args.until == plans.REPORT:
-    compared = comparison.load_comparison(workdir)
-    page, *_ = report.write_report(compared)
-    for sentence in comparison.describe_certificates(
-        compared.certificates, base=frozen.plan.base):
-      progress.print_result(sentence)
+    page, *_ = report.write_report(comparison.load_comparison(workdir))
     progress.print_result(f'report: {page}')
   return 0
 

@@ -222,17 +222,18 @@ def test_what_the_logs_tell_that_runs_were_given_is_named(tmp_path, capsys):
            'recipe', 'devices']]
   for seed in range(3):
     for step in (1, 2):
-      rows += [['a', seed, step, 3 - step, 500 * step, 70, 'v1', 'adam', ''],
+      rows += [['a', seed, step, 3 - step, 500 * step, 70, '1e9', 'adam', ''],
                ['b', seed, step, 2.9 - step + seed / 100, 600 * step, 70, 'v2',
                 'muon', 'H100'],
-               ['c', seed, step, 3 - step, '', 'same', 'same', 'same', '']]
+               ['c', seed, step, 3 - step, '', 'same', 'same', 'same', '',
+                'a cell too many']]
   _write_csv(tmp_path / 'runs.csv', rows)
   answer = _judge(capsys, tmp_path / 'runs.csv', '--entries=a@1,b@1,c@1')
   assert [row['unlike'] for row in answer['comparisons']] == [
       {'tokens': '500 -> 600, +20.0%', 'recipe': 'adam -> muon',
-       'code': 'v1 -> v2', 'devices': 'known of one side alone'},
+       'code': '1e9 -> v2', 'devices': 'known of one side alone'},
       {'tokens': 'known of one side alone'}]
-  assert 'not alike in code: b (v1 -> v2)' in answer['summary']
+  assert 'not alike in code: b (1e9 -> v2)' in answer['summary']
   assert 'do not tell of any entry: model, multiplied' in answer['summary']
   asked = _judge(capsys, tmp_path / 'runs.csv', '--about=recipe,tokens')
   assert [*asked['comparisons'][0]['unlike']] == ['code', 'devices']
