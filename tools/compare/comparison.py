@@ -99,61 +99,64 @@ class Comparison:
 
   def values(self, phase: str, variant: str, size: str,
              measure: plans.Measure) -> dict[int, float]:
-    """Returns the value of a measure in each run of a variant that has it, by
-    seed.
+    """Returns the values of a measure, such as the held-out loss, that the runs
+    of a variant have, {seed: value}.
 
     Args:
-      phase: the name of the phase that the runs are of.
+      phase: the name of the phase of the study, such as 'confirm'.
       variant: the name of the variant.
       size: the name of the size of the model.
-      measure: the measure, which also names the workload of the runs.
+      measure: the measure. It also says on which workload (the text, or a
+        probe) the runs are trained.
     """
     wanted = phase, variant, size, measure.workload
     value_by_seed = {}
     for run in self.outcomes:
       value = run.values.get(measure.name)
-      # A value that is not known or not finite is None or NaN.
       is_wanted = (run.phase, run.variant, run.size, run.workload) == wanted
+      # An unknown value is None, and one that is not finite may be NaN.
       if is_wanted and page.known(value):
         value_by_seed[run.seed] = value
     return value_by_seed
 
   def effect(self, phase: str, variant: str, measure: str, size: str = ''
              ) -> Mapping[str, Any]:
-    """Returns the difference of a variant from the base that a phase found, as
-    a row of decide.Verdict, or of decide.Effect at one of several sizes.
+    """Returns the difference of a variant from the base, with its interval and
+    p-value, as a phase of the study found it.
 
     Args:
-      phase: the name of the phase.
+      phase: the name of the phase, such as 'confirm'.
       variant: the name of the variant.
       measure: the name of the measure.
-      size: one of the sizes; '' or decide.ALL_SIZES: over all of them.
+      size: the name of one size of the model; '' or decide.ALL_SIZES stands for
+        all of them together.
 
     Returns:
-      The row; {} where the phase has not compared the variant.
+      A dict with the fields of decide.Verdict, or of decide.Effect at one of
+      several sizes; {} if the phase has not compared the variant.
     """
     rows = self.results.get(phase, ())
     row = first_row_with(rows, variant=variant, measure=measure)
-    # A row of several sizes has the effect over all of them, and one for each
-    # in 'sizes'. With one size, both are the same.
+    # A row has the effect over all sizes, and that at each size in 'sizes'.
+    # With a single size, both are the same.
     if not row or size in ('', decide.ALL_SIZES) or len(row['sizes']) == 1:
       return row
     return first_row_with(row['sizes'], size=size)
 
   def verdict_or_stage(self, variant: str) -> str:
-    """Returns how far a variant came in a study, in the words of the column of
-    verdicts.
+    """Returns the verdict on a variant, or the words that say how far it came
+    in the study, for the column of verdicts in a report.
 
-    It is the verdict of the last phase up to the confirmation that compared the
-    variant. A screening that lets it pass gives no verdict on it: it is then
-    not done yet.
+    A study compares variants in phases: first a screening drops hopeless ones,
+    then the confirmation decides. The verdict is that of the last phase which
+    compared the variant. A screening that lets it pass gives no verdict.
 
     Args:
       variant: the name of the variant.
     """
     if variant == self.plan.base:
       return BASE
-    # Phases after the confirmation estimate, and give no verdict.
+    # Phases after the confirmation only estimate, and give no verdict.
     names = [phase.name for phase in self.comparing_phases]
     until_confirmation = names[:names.index('confirm') + 1]
     for name in reversed(until_confirmation):
@@ -167,23 +170,26 @@ class Comparison:
 
   @functools.cached_property
   def estimates(self) -> list[dict[str, Any]]:
-    """A row for each measure of each variant in each phase, at each size and
-    over all of them: its mean, and its difference from the base.
+    """The table of all estimates: for each phase of the study, measure, size of
+    the model and variant, the mean and its difference from the base.
 
-    The rows of the confirmation come first, since its verdict is the study's.
-    In each phase they are by measure, and for each by size, all sizes together
-    first and then from the largest down.
+    The rows of the confirmation come first, because its verdict is that of the
+    study. Within a phase, the rows are in the order of the measures, and for
+    each measure all sizes together come first, then the sizes from the largest
+    to the smallest.
     """
-    # False sorts before True, and the order of the others stays.
+    # Put the confirmation first: False sorts before True, and the order of the
+    # others stays.
     verdict_first = sorted(self.comparing_phases,
                            key=lambda phase: phase.name != 'confirm')
     rows = []
     for phase in verdict_first:
-      # A phase that has not run is left out; the confirmation shows what is
-      # missing.
+      # A phase that has not run is left out. The rows of the confirmation are
+      # there even so, to show what is missing.
       if phase.name != 'confirm' and phase.name not in self.results:
         continue
       plan = phase.narrow_plan(self.plan)
+
       # A phase may have fewer sizes and measures than the study.
       sizes = [*reversed(plan.sizes)]
       if len(sizes) > 1:
@@ -323,8 +329,8 @@ def changes_from_base(frozen: plans.FrozenPlan, row: Mapping[str, Any]
   Returns:
     The value of the variant by the dotted name of the field.
   """
-  # The changes of both are from the config of the study, so those that they
-  # share say nothing of the variant.
+  # The plan lists what each differs from the study's config in, such as the
+  # size. Changes that variant and base share say nothing about the variant.
   base_point = frozen.point(frozen.plan.base, row['size'], row['workload'])
   base_changes = base_point['changes']
   differing = {}
@@ -338,38 +344,40 @@ def changes_from_base(frozen: plans.FrozenPlan, row: Mapping[str, Any]
 
 
 def _comparison_of_study(workdir) -> Comparison:
-  """Returns the comparison of what study.json planned and the runs gave.
+  """Reads the comparison of a study: the plan of study.json, and the results,
+  which are computed again from the runs.
 
   Args:
     workdir: the folder of the study.
 
   Raises:
-    RequestError: where results.json is of another plan, or the figures of a run
+    RequestError: if results.json is of another plan, or the figures of a run
       have changed since it ended.
   """
   frozen = plans.load_frozen_plan(workdir)
+
+  # The plan may have been amended since the results were written. A study
+  # without results can be shown too.
   study = results_lib.load(workdir)['study']
-  # The plan may have been amended since. A study that has no results yet can be
-  # shown, too.
   require(not study or study['hash'] == frozen.hash,
           f'{workdir}/{results_lib.FILE} is of another plan than study.json, '
           'whose study has to be run before it is reported')
-  # Through JSON the results get the form that they have when read from there.
   results = recompute.recompute_results(workdir, frozen)
   return compare_study(workdir, frozen, results)
 
 
 def compare_study(workdir, frozen: plans.FrozenPlan,
                   results: Mapping[str, Any]) -> Comparison:
-  """Returns the comparison of a plan and its results.
+  """Puts a study's plan and results together into what its report shows.
 
   Args:
     workdir: the folder of the study.
     frozen: its plan.
-    results: its results, of the form of results.json.
+    results: its results, in the form of results.json.
   """
-  # The runs that are left out, since they diverged; and of the others the
-  # curves of those that the page draws, which are of the confirmation on text.
+  # Collect the runs that diverged, which are in no mean. Of the others, collect
+  # the curves that the report draws: those of the confirmation (the phase that
+  # decides) on text.
   outcomes = [plans.outcome_from_json(row) for row in results['outcomes']]
   curves_of_runs, excluded = {}, []
   for run in outcomes:
@@ -382,6 +390,9 @@ def compare_study(workdir, frozen: plans.FrozenPlan,
     is_confirmed_text = run.phase == 'confirm' and run.workload == plans.TEXT
     if is_confirmed_text and run.curve:
       curves_of_runs[run.variant, run.size, run.seed] = {'eval': run.curve}
+
+  # Describe in what variants differ from the base beyond the question, and
+  # collect all warnings.
   folders = results_lib.folders(workdir, 'confirm')
   certificates = certificates_lib.certify_study(
       frozen=frozen, outcomes=outcomes, tuned=results['tuned'], sweeps=folders)
@@ -481,11 +492,12 @@ def _values_unlike_base(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]
 def describe_certificates(
     certificates: Mapping[str, certificates_lib.Certificate], base: str
     ) -> list[str]:
-  """Returns the sentences that name in what variants differ from the base
-  beyond the question.
+  """Returns the sentences that say in what variants differ from the base
+  besides what the study asks about, such as in tokens or in trials of tuning.
 
   Args:
-    certificates: the certificate of each variant and of the base, by name.
+    certificates: the certificate of each variant and of the base, by name. A
+      certificate lists what a variant was given: tokens, parameters, ...
     base: the name of the base.
   """
   differences = {}
@@ -496,18 +508,21 @@ def describe_certificates(
 
 
 def _doubt_runs_and_results(results: Mapping[str, Any]) -> list[str]:
-  """Returns warnings where the saved results do not follow from the runs, and
-  where it is not known that the runs are as they ended.
+  """Returns warnings about results that cannot be trusted: if the saved results
+  do not follow from the runs, or if the runs may have changed since they ended.
 
   Args:
     results: the results of a study, as recompute.recompute_results gives them.
   """
+  # Saved results are computed again from the runs, and compared.
   warnings = []
   if results['unlike_saved']:
     warnings.append(
         f'{results_lib.FILE} has other verdicts than follow from the runs, by '
         'other code or since it was changed; what stands here follows from the '
         f'runs: {"; ".join(results["unlike_saved"])}.')
+
+  # The figures of a run are hashed when it ends.
   without_hash = results['as_planned'].get('without_hash')
   if without_hash:
     warnings.append(f'The ledger has no hash of {without_hash} runs from when '
@@ -518,13 +533,17 @@ def _doubt_runs_and_results(results: Mapping[str, Any]) -> list[str]:
 
 def _shown_over_seeds_alone(plan: plans.Plan,
                             rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Returns 'VARIANT in MEASURE' of each difference that a confirmation shows
-  over seeds, and that is not shown over seeds and items (documents or
-  questions) together.
+  """Returns the differences that hold for other seeds, but perhaps not for
+  other items (the documents or questions of an evaluation).
 
   Args:
     plan: the plan of the study.
-    rows: the rows of the confirmation, as decide.Verdict has them.
+    rows: the verdicts of the confirmation, as decide.Verdict has them. A row
+      has the test over seeds alone, and as 'both' that over seeds and items.
+
+  Returns:
+    A text 'VARIANT in MEASURE' for each difference that the first test shows
+    and the second does not.
   """
   names = []
   for row in rows:
@@ -540,19 +559,19 @@ def _shown_over_seeds_alone(plan: plans.Plan,
 
 def doubt_normal_noise(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]
                        ) -> list[str]:
-  """Returns warnings where Student's test may mislead: where the noise of a
-  confirmation does not look normal, and where a permutation test of the trimmed
-  mean, which is robust, does not agree with it.
+  """Returns warnings that Student's t-test may mislead. There is one if the
+  noise does not look normal, and one if a robust test (a permutation test of
+  the trimmed mean) disagrees with it.
 
   Args:
     plan: the plan of the study.
-    rows: the rows of the confirmation, as decide.Verdict has them.
+    rows: the verdicts of the confirmation, as decide.Verdict has them.
   """
   primary_rows = [row for row in rows if row['measure'] == plan.primary.name]
   warnings = []
 
-  # The test of normality is one of all variants together, so any row has its p.
-  # Where none has, the noise is taken to be normal.
+  # Normality is tested once for all variants together, so that all rows have
+  # the same p. If none has it, the noise is taken to be normal.
   p_of_shape = 1.0
   for row in primary_rows:
     if page.known(row.get('p_shape')):
@@ -564,8 +583,8 @@ def doubt_normal_noise(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]
         'of normal noise): p and intervals are the more cautious of Student\'s '
         'and of those by the differences of all variants together.')
 
-  # The robust test is of each variant. Both p-values are uncorrected, so they
-  # are compared with the same alpha.
+  # The robust test is of each variant alone. Neither p-value is corrected for
+  # the number of variants, so both are compared with the same alpha.
   disagreeing = []
   for row in primary_rows:
     p, p_robust = row['p'], row.get('p_robust')
@@ -709,15 +728,16 @@ def _frozen_row(point: curves.Point) -> dict[str, Any]:
 
 def _sweep_plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
                 ) -> plans.Plan:
-  """Returns a sweep as the plan of a study with one phase, the confirmation,
-  whose measures are the figures that its runs have.
+  """Describes a sweep as the plan of a study, so that both can be compared and
+  reported by the same code. The study has one phase, the confirmation, and a
+  measure for each figure that the runs have.
 
   Args:
     sweep: the sweep.
     outcomes: the outcomes of its runs.
   """
-  # The first measure is the primary one. It is the loss, whatever figures the
-  # runs have.
+  # The first measure is the primary one. It is always the loss, even if no run
+  # has it.
   figures = ['loss']
   for run in outcomes:
     figures += run.values
@@ -726,9 +746,10 @@ def _sweep_plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
     measures.append(plans.Measure(
         name=name, workload=plans.TEXT, figure=name, better=plans.LOWER,
         chance=math.nan))
+
+  # A sweep has one size, whose name is '', and no least effect.
   variants = tuple(point.name for point in sweep.points
                    if point is not sweep.base)
-  # A sweep has one size, whose name is '', and asks for no least effect.
   return plans.Plan(
       name=sweep.name,
       question='',
@@ -769,8 +790,8 @@ def _excluded_row(point: curves.Point, run: curves.Run) -> dict[str, Any]:
 
 
 def _sweep_outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
-  """Returns the outcome of each run of a sweep that has a figure, and of each
-  that diverged.
+  """Returns the outcome of each run of a sweep that has ended: its figures, or
+  that it diverged.
 
   A run that diverged has NaN in place of every figure that another run has, so
   that it counts as one that was tried.
@@ -778,8 +799,8 @@ def _sweep_outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
   Args:
     sweep: the sweep.
   """
-  # The figures of the runs that did not diverge, and NaN under the name of each
-  # figure that any of them has.
+  # First pass: the figures of the runs that did not diverge. nan_by_name gets
+  # NaN under the name of each figure that any run has.
   values_of_run, nan_by_name = {}, {}
   for point in sweep.points:
     for seed, run in point.runs.items():
@@ -788,7 +809,7 @@ def _sweep_outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
         values_of_run[point.name, seed] = values
         nan_by_name |= dict.fromkeys(values, math.nan)
 
-  # A second pass, since the names of all figures are known only now. A run
+  # Second pass, because the names of all figures are known only now. A run
   # without any figure is left out: it has not ended.
   outcomes = []
   for point in sweep.points:
@@ -803,19 +824,22 @@ def _sweep_outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
 
 def _outcome(point: curves.Point, run: curves.Run, values: dict[str, float]
              ) -> plans.Outcome:
-  """Returns the outcome of a run of a sweep, as a run of a confirmation.
+  """Describes a run of a sweep as the outcome of a run of a study's
+  confirmation, so that both are compared by the same code.
 
   Args:
-    point: the point of the sweep (a variant of the config) that the run is of.
+    point: the point of the sweep (a variant of the config) that was trained.
     run: the run.
     values: its figures by name.
   """
-  # The compute and the time up to its last step, which end the curve of
-  # training; NaN where there is none.
+  # The compute and the time up to its last step are the last entries of its
+  # training curve. They are NaN if there is none.
   spent = {'flops': math.nan, 'seconds': math.nan}
   for name, column in point.curve(run.seed, 'train').items():
     spent[name] = column[-1]
-  # Scores of items are kept for the figures that are compared.
+
+  # Keep the scores of single items (documents, questions) of those figures that
+  # are compared.
   scores_of_items = {}
   for name in run.items:
     if name in values:
@@ -838,11 +862,11 @@ def _outcome(point: curves.Point, run: curves.Run, values: dict[str, float]
 
 
 def _final_values(run: curves.Run) -> dict[str, float]:
-  """Returns the figures of a run after its last step, by name.
+  """Returns the results of a run after its last step, {name: value}.
 
-  They are its held-out loss as 'loss', fractions that evaluation tasks found as
-  TASK/FIGURE, and the last figures of the routers of its experts. Counts,
-  groups of figures and curves are left out, and so is what is not finite.
+  They are the held-out loss as 'loss', fractions such as accuracies that
+  evaluation tasks found, as 'TASK/FIGURE', and the last figures of the routers
+  of its experts. Counts and values that are not finite are left out.
 
   Args:
     run: the run.
@@ -851,22 +875,23 @@ def _final_values(run: curves.Run) -> dict[str, float]:
   if run.final_loss is not None:
     values['loss'] = run.final_loss
   values |= _task_values(run)
-  if values:  # routers alone are no result
+  # A run with figures of routers alone has not ended, and has no results.
+  if values:
     values |= _router_values(run)
   return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _task_values(run: curves.Run) -> dict[str, float]:
-  """Returns the fractions that evaluation tasks found, while a run trained and
-  after it, by TASK/FIGURE.
+  """Returns the fractions, such as accuracies, that evaluation tasks measured
+  on a run, {'TASK/FIGURE': value}.
 
   Args:
     run: the run.
   """
   values = {}
 
-  # The tasks of eval.tasks, which are evaluated while it trains, by the names
-  # in metrics.jsonl. A fraction is a float; a count is an int.
+  # The tasks of the field eval.tasks are evaluated in training. Their results
+  # are in metrics.jsonl. A fraction is a float, and a count an int.
   held_out = run.held_out
   if held_out:
     tasks = evals.parse_task_names(run.config['eval.tasks'])
@@ -875,8 +900,8 @@ def _task_values(run: curves.Run) -> dict[str, float]:
       if type(value) is float and is_of_task:
         values[name] = value
 
-  # The tasks that were evaluated after training, from eval.json; they win over
-  # figures of the same name.
+  # Other tasks are evaluated after training. Their results are in eval.json,
+  # and override figures of the same name.
   for task, figures in run.evaluations.items():
     if not isinstance(figures, Mapping):
       continue
@@ -887,16 +912,17 @@ def _task_values(run: curves.Run) -> dict[str, float]:
 
 
 def _router_values(run: curves.Run) -> dict[str, float]:
-  """Returns the last figures that a run reported of the routers of its experts,
-  each a mean over layers.
+  """Returns how the routers of a mixture of experts did at the end of a run:
+  the last figures that training reported, each averaged over layers.
 
   Args:
     run: the run.
 
   Returns:
-    The figures by their names to a reader; {} where the model has no experts.
+    The figures by the names that a report shows; {} for a model without
+    experts.
   """
-  # The last row of training that has any of them is the one.
+  # Search from the end for a row of training that has any of them.
   for row in reversed(run.rows):
     if row['split'] != 'train' or row.keys().isdisjoint(curves.FIGURES):
       continue
@@ -909,11 +935,11 @@ def _router_values(run: curves.Run) -> dict[str, float]:
 
 
 def _is_figure_of_task(task: str, name: str) -> bool:
-  """Returns whether a figure of metrics.jsonl is an evaluation task's own
-  result.
+  """Returns whether a figure of metrics.jsonl is a result of an evaluation
+  task.
 
-  A result is named TASK/FIGURE or TASK/PART/FIGURE. A group of further figures,
-  such as counts, is named TASK/GROUP/FIGURE and is none.
+  A result is named TASK/FIGURE, or TASK/PART/FIGURE if the task has parts. Side
+  information, such as counts, is named TASK/GROUP/FIGURE and is no result.
 
   Args:
     task: the task, as eval.tasks names it.
@@ -922,31 +948,33 @@ def _is_figure_of_task(task: str, name: str) -> bool:
   # TASK/FIGURE: what stands before the last slash is the task.
   if name.rpartition('/')[0] == task:
     return True
+
+  # A task of another version is not known here, and most tasks have no parts.
   definition = evals.TASKS.get(task.partition(':')[0])
-  # A task of another version is not known, and most tasks have no parts.
   if definition is None or definition.other_groups is None:
     return False
   if not name.startswith(f'{task}/'):
     return False
-  # TASK/PART/FIGURE looks like TASK/GROUP/FIGURE; the task lists the names of
-  # its groups.
+
+  # TASK/PART/FIGURE looks like TASK/GROUP/FIGURE, but the task lists the names
+  # of its groups.
   part_or_group = name.removeprefix(f'{task}/').partition('/')[0]
   return part_or_group not in definition.other_groups
 
 
 def _tuned_learning_rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
-  """Returns the best learning rate of each group of points that differ in the
-  rate alone.
+  """Finds the best learning rate of each variant in a sweep that tries several
+  rates of some variants.
 
   Args:
     sweep: the sweep.
 
   Returns:
-    Rows of the form of plans.Tuned, for groups in which two rates or more have
-    a loss.
+    A row of the form of plans.Tuned for each variant of which two rates or more
+    have a loss.
   """
-  # The points of each group by their rate. A group is named by what else its
-  # points change; a point that sets no rate has that of the base.
+  # Group the points (variants of the config) that differ only in the rate, by
+  # what else they change. A point that sets no rate has that of the base.
   points_of_group: dict[str, dict[float, curves.Point]] = {}
   for point in sweep.points:
     other_changes = dict(point.changes)
@@ -965,18 +993,19 @@ def _tuned_learning_rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
 
 def _tuned_row(group: str, point_by_rate: Mapping[float, curves.Point]
                ) -> dict[str, Any] | None:
-  """Returns the best learning rate of a group of points that differ in the rate
-  alone, as a row of plans.Tuned.
+  """Finds the best learning rate among points of a sweep that differ only in
+  the rate.
 
   Args:
-    group: the name of the group.
-    point_by_rate: its points by their learning rate.
+    group: the name of these points in a report.
+    point_by_rate: the points by their learning rate.
 
   Returns:
-    The row, whose 'at_edge' names the rate if the best one is the least or the
-    largest; None where fewer than two rates have a loss.
+    A row of the form of plans.Tuned, or None if fewer than two rates have a
+    loss. Its 'at_edge' names the field of the rate if the best rate is the
+    lowest or the highest.
   """
-  # One trial for each rate that has a loss.
+  # Collect a trial for each rate that has a loss.
   trials = []
   for rate in sorted(point_by_rate):
     if point_by_rate[rate].final_losses:
@@ -984,12 +1013,12 @@ def _tuned_row(group: str, point_by_rate: Mapping[float, curves.Point]
   if len(trials) < 2:
     return None
 
-  # The best rate is one at which no run diverged, if there is any: False sorts
-  # before True.
+  # Choose the lowest loss among the rates at which no run diverged, if there
+  # are any: False sorts before True.
   best = min(trials, key=lambda trial: (trial['diverged'], trial['value']))
+
+  # If the best rate is the lowest or the highest, a better one may lie beyond.
   fields_at_edge = []
-  # Where the best rate is the least or the largest of the sweep, a better one
-  # may lie beyond.
   edges = (min(point_by_rate), max(point_by_rate))
   if best['changes'][LEARNING_RATE_FIELD] in edges:
     fields_at_edge.append(LEARNING_RATE_FIELD)
@@ -1019,6 +1048,7 @@ def _describe_sweep(sweep: curves.Sweep) -> str:
   Args:
     sweep: the sweep.
   """
+  # Whether all points cost the same, and whether they see the same data.
   matching = 'sizes are not matched'
   if sweep.match:
     matching = f'{sweep.match} matched to the base\'s within 1 %'
@@ -1040,7 +1070,7 @@ def _sweep_warnings(sweep: curves.Sweep) -> list[str]:
   """
   warnings = []
 
-  # Runs that are not there.
+  # Runs that are missing, because they failed or have not ended.
   unfinished = [run for run in sweep.runs
                 if run.state != 'done' and not run.diverged]
   if unfinished:
@@ -1051,7 +1081,8 @@ def _sweep_warnings(sweep: curves.Sweep) -> list[str]:
     warnings.append(f'The base {sweep.base.name} has no finished run with a '
                     'held-out loss: no loss can be compared with it.')
 
-  # Runs of another code, or of another config.
+  # Runs that were trained by another version of the code, or with another
+  # config.
   if len(sweep.codes) > 1:
     warnings.append(layout.describe_changed_code(sweep.codes))
   if sweep.runs_of_other_config:

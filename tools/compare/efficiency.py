@@ -78,16 +78,18 @@ class Ladder(NamedTuple):
 
 def cooled_ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
                   ) -> Ladder | None:
-  """Returns the runs of base and variant at several sizes to which a scaling
-  law can be fitted.
+  """Collects the FLOPs and losses of base and variant at several sizes of the
+  model, so that a scaling law can be fitted to them.
 
   Args:
-    measure: the measure that is a loss.
-    pairs_by_size: the pairs of variant and base at each size.
+    measure: the measure, which must be a loss.
+    pairs_by_size: for each size, the pairs of a run of the variant and one of
+      the base with the same seed.
 
   Returns:
-    The runs; None where they give no law: they are too few, a larger value is
-    better, or a run was not cooled down.
+    The FLOPs and losses, or None if no law can be fitted: there are too few
+    runs, a larger value is better, or the learning rate of a run had not fallen
+    at its end.
   """
   seeds = pairing.ended_seeds(pairs_by_size)
 
@@ -100,7 +102,7 @@ def cooled_ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
       rows.append([base, variant])
     return np.array(rows, float)
 
-  # Where there is no law.
+  # Return None if no law can be fitted.
   if min(len(pairs_by_size), len(seeds)) < statistics.MIN_SEEDS:
     return None
   if measure.better != LOWER:
@@ -121,25 +123,29 @@ def cooled_ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
 def compute_multipliers(plan: Plan, sizes: Sequence[str],
                         pairs_by_size: Sequence[pairing.Pairs]
                         ) -> list[SpeedUp]:
-  """Returns how many times the compute of a variant the base needs for the loss
-  of the variant, by a scaling law of the base.
+  """Returns the compute multipliers of a variant: how many times its compute
+  the base needs to reach its loss, by a scaling law fitted to the base.
+
+  A law falls towards a floor, the loss that no compute can go below. It is
+  hard to fit, so there are two laws: one fits the floor, and one has it pinned
+  to plan.floor.
 
   Args:
     plan: the plan of the study.
-    sizes: the names of the sizes.
-    pairs_by_size: the pairs of variant and base at each size.
+    sizes: the names of the sizes of the model.
+    pairs_by_size: for each size, the pairs of a run of the variant and one of
+      the base with the same seed.
 
   Returns:
-    The multipliers of one fit of all sizes and at each, by each count of FLOPs,
-    with a floor of the loss that is fitted and with one that is pinned; none
-    where the runs give no law.
+    For each way to count FLOPs and each of the two laws: the multiplier over
+    all sizes, and that at each size. [] if no law can be fitted.
   """
   ladder = cooled_ladder(plan.primary, pairs_by_size)
   if ladder is None:
     return []
   rows = []
   for name, flops in ladder.flops.items():
-    # One law has a floor that is fitted, and one has one that is pinned.
+    # None lets the floor be fitted.
     for floor in (None, plan.floor or 0.0):
       figures, half_widths = statistics.jackknife_scaling_figures(
           compute=flops, losses=ladder.losses, ahead=flops[:, -1], floor=floor)
@@ -148,7 +154,8 @@ def compute_multipliers(plan: Plan, sizes: Sequence[str],
         by = f'{name}, pinned'
       floor_of_law, *_ = value_and_ends(figures[FLOOR], 0.0)
 
-      # The last figures are logarithms: over all sizes, and at each.
+      # The figures from index MULTIPLIER on are logarithms of multipliers: the
+      # one over all sizes, and then that at each size.
       log_multipliers = figures[MULTIPLIER:]
       log_half_widths = half_widths[MULTIPLIER:]
       for i, size in enumerate((ALL_SIZES, *sizes)):
@@ -174,18 +181,20 @@ def _exponentials(logs: Sequence[float | None]) -> list[float | None]:
 
 def fit_speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
                   ) -> list[SpeedUp]:
-  """Returns how many times less a variant spends than the base to the same
-  loss, at each size, by FLOPs and by time.
+  """Returns how many times faster than the base a variant reaches the same
+  loss, at each size of the model, counted in FLOPs and in seconds.
 
-  For each seed, it is the base's spending over the variant's to the same loss,
-  read from a saturating power law of each loss curve (statistics.speed_up).
+  A saturating power law is fitted to the loss curve of each run. For each seed,
+  the speed-up is what the base spends to a loss, divided by what the variant
+  spends to it (statistics.speed_up).
 
   Args:
     sizes: the names of the sizes.
-    pairs_by_size: the pairs of variant and base at each size.
+    pairs_by_size: for each size, the pairs of a run of the variant and one of
+      the base, by seed.
 
   Returns:
-    The speed-ups; none of a size at which no curves were kept.
+    A row for each size and way to count, except for sizes without curves.
   """
   rows = []
   for size, pair_by_seed in zip(sizes, pairs_by_size):
@@ -194,6 +203,8 @@ def fit_speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
     has_curves = any(pair.ours.curve or pair.base.curve for pair in pairs)
     if not has_curves:
       continue
+
+    # Fit both curves of each pair, and average the speed-ups over the seeds.
     has_shared_clock = any(
         pair.ours.shares_clock or pair.base.shares_clock for pair in pairs)
     for by in WAYS_TO_COUNT_SPENDING:
@@ -203,8 +214,8 @@ def fit_speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
       factor = low = high = None
       if interval is not None:
         factor, low, high, _ = interval
-      # Runs that trained as one program have one time, a share of which each
-      # reports: their seeds do not tell how much it varies.
+      # Runs that were trained as one program report equal shares of its time.
+      # They do not tell how much the time varies, so there is no interval.
       if by == 'seconds' and has_shared_clock:
         low = high = None
       rows.append(SpeedUp(
@@ -214,13 +225,14 @@ def fit_speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
 
 
 def _fit_curve(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
-  """Returns the saturating power law of the loss curve of a run, from where its
-  learning rate had reached its height; None where it cannot be fitted.
+  """Fits a saturating power law to the loss curve of a run, from the end of the
+  warmup of its learning rate on. Returns None if it cannot be fitted.
 
   Args:
     outcome: the run.
-    by: what is spent: 'flops' or 'seconds'.
+    by: what the loss is a function of: 'flops' or 'seconds' spent.
   """
+  # Points in the warmup become NaN, which the fit leaves out.
   curve = outcome.curve
   is_warm = np.array(curve.get('warm', True), bool)
   spent = np.array(curve.get(by, []))

@@ -65,28 +65,31 @@ def drawing_style(name: str) -> Any:
 
 
 def _svg_for_page(svg: str, name: str, alt: str) -> str:
-  """Returns an SVG file as it stands within an HTML page: without its head,
-  with the page's ink and no background, and with a text for screen readers.
+  """Turns an SVG file of matplotlib into an element of an HTML page: without
+  its head and background, with the colours of the page, and with a text for
+  screen readers.
 
   Args:
-    svg: the file, as matplotlib writes it.
+    svg: the text of the file.
     name: the name of the figure, which becomes a part of each id.
-    alt: the text.
+    alt: the text for screen readers.
   """
-  # Without the head, the metadata and the white rectangle behind all.
+  # Cut off the head and the metadata, and make the white rectangle behind the
+  # picture, which matplotlib calls patch_1, transparent.
   body = svg[svg.index('<svg'):]
   body = re.sub(r'<metadata>.*?</metadata>', '', body, flags=re.DOTALL)
   body = re.sub(r'(<g id="patch_1">\s*<path [^>]*?)style="fill: #ffffff"',
                 r'\1style="fill: none"', body, count=1)
   attributes, inner = re.match(r'<svg([^>]*)>(.*)', body, re.DOTALL).groups()
 
-  # Ids are looked up in the whole page, so each gets the figure's name.
+  # Ids must be unique in the page, so each gets the figure's name, and so does
+  # each reference to one. Colours become those of the page's style sheet.
   inner = re.sub(r'id="([^"]*)"', rf'id="{name}-\1"', inner)
   inner = re.sub(r'(href="|url\()#', rf'\1#{name}-', inner)
   for colour, css_colour in _CSS_COLOUR.items():
     inner = inner.replace(colour, css_colour)
 
-  # The picture is made as wide as a column or a page; 72 points are an inch.
+  # The picture is as wide as a column or a page. 72 points are an inch.
   view_box = re.search(r'viewBox="([^"]*)"', attributes)[1]
   inches_wide = float(view_box.split()[2]) / 72
   css_class = 'column' if inches_wide < 5 else 'page'
@@ -102,8 +105,8 @@ def line_styles(base: str, variants: Sequence[str]
   """Returns the colour and dashes of the line of each variant, as keywords of
   matplotlib.
 
-  The base's is in ink, without dashes. The others take the colours in turn, and
-  then the colours dashed.
+  The line of the base is black and solid. The others take the colours in turn.
+  When the colours are used up, they are used again with other dashes.
 
   Args:
     base: the name of the base.
@@ -111,38 +114,43 @@ def line_styles(base: str, variants: Sequence[str]
   """
   style_by_name = {base: dict(color=INK, linestyle='-')}
   for i, name in enumerate(variants):
-    rounds, i_colour = divmod(i, len(COLOURS))
-    style_by_name[name] = dict(color=COLOURS[i_colour],
-                               linestyle=DASHES[rounds % len(DASHES)])
+    rounds_of_colours, colour = divmod(i, len(COLOURS))
+    style_by_name[name] = dict(
+        color=COLOURS[colour],
+        linestyle=DASHES[rounds_of_colours % len(DASHES)])
   return style_by_name
 
 
 def css_line_classes(comparison: Comparison, variant: str, turn: int = 0
                      ) -> str:
-  """Returns the classes of report.css that draw the line of a variant in its
-  colour (`ink`, or `c0`, `c1`, ...) and dashes (`d0`, `d1`, ...).
+  """Returns the classes of report.css that draw the line of a variant: its
+  colour (`ink` for the base, else `c0`, `c1`, ...) and its dashes (`d0`, `d1`,
+  ...). The colours are those of `line_styles`.
 
   Args:
-    comparison: the comparison that the report is of.
+    comparison: the comparison that the report is about.
     variant: the name of the variant.
-    turn: another number gives other dashes to another line of the variant.
+    turn: the number of this line among several lines of the variant, which get
+      different dashes. 0 stands for its only or first line.
   """
   plan = comparison.plan
   if variant == plan.base:
     return f'ink d{turn % len(DASHES)}' if turn else 'ink'
-  rounds, i_colour = divmod(plan.variants.index(variant), len(COLOURS))
-  return f'c{i_colour} d{(turn or rounds) % len(DASHES)}'
+  # Variants after the last colour use the colours again, with other dashes.
+  rounds_of_colours, colour = divmod(plan.variants.index(variant), len(COLOURS))
+  return f'c{colour} d{(turn or rounds_of_colours) % len(DASHES)}'
 
 
 def shorten_labels(names: Sequence[str], most: int = 22) -> dict[str, str]:
-  """Returns the label of each name in a figure, which loses its middle where it
-  is long: names of one sweep often differ at the end.
+  """Returns a label for each name, {name: label}. A long name loses its middle,
+  because names of one sweep often differ at the end.
 
   Args:
     names: the names.
-    most: the most characters of a label. Names that would then look alike stay
-      as they are.
+    most: the most characters of a label. Names whose labels would be equal are
+      not shortened.
   """
+  # One character is the ellipsis, and the rest is shared by head and tail.
   tail = (most - 1) // 2
   head = most - 1 - tail
   label_by_name = {}
@@ -151,6 +159,7 @@ def shorten_labels(names: Sequence[str], most: int = 22) -> dict[str, str]:
     if len(name) > most:
       label_by_name[name] = f'{name[:head]}…{name[len(name) - tail:]}'
 
+  # Give names back whose labels are equal.
   labels = list(label_by_name.values())
   for name, label in label_by_name.items():
     if labels.count(label) > 1:
@@ -159,18 +168,19 @@ def shorten_labels(names: Sequence[str], most: int = 22) -> dict[str, str]:
 
 
 def draw_outcome(comparison: Comparison) -> Any:
-  """Returns the matplotlib figure of what a comparison found.
+  """Draws what a comparison found, and returns the matplotlib figure.
 
-  On the left is the held-out loss by tokens, the mean over seeds, at the
-  largest size. On the right is the difference of each variant from the base
-  with its interval and verdict, the best at the top.
+  The left panel has the loss curves at the largest size: the held-out loss over
+  the tokens, averaged over seeds. The right panel has the difference of each
+  variant from the base with its interval and verdict, the best at the top.
   """
   from matplotlib.figure import Figure
   plan = comparison.plan
   rows = [row for row in comparison.verdicts() if page.known(row['effect'])]
   rows.sort(key=lambda row: -plan.primary.sign * row['effect'])
 
-  # High enough for all bars, which lie closer where there are several sizes.
+  # The figure is high enough for all bars of the right panel, which lie closer
+  # together if there are several sizes, and for eight bars at least.
   bars_of_variant = len(plan.sizes) + 1 if len(plan.sizes) > 1 else 1
   inches_of_bars = 0.17 * len(rows) * min(bars_of_variant, 2.6)
   height = 1.2 + max(0.17 * 8, inches_of_bars)
@@ -188,16 +198,18 @@ def draw_outcome(comparison: Comparison) -> Any:
                   label_by_name=shorten_labels(comparison.variants, 40))
     right.set(xlabel=f'{plan.primary.name} minus that of {base_label}{unit}',
               title='difference from the base')
-    figure.draw_without_rendering()  # under this style, wherever it is written
+    # The figure must be laid out inside of this block, where its style holds.
+    figure.draw_without_rendering()
   return figure
 
 
 def _draw_loss_curves(axes: Any, comparison: Comparison, unit: str) -> None:
-  """Draws the held-out loss of each variant at the largest size by tokens: the
-  mean over its seeds, and each seed's last as a dot.
+  """Draws the loss curve of each variant at the largest size of the model: the
+  held-out loss over the training tokens. A line is the mean over the seeds, and
+  a dot is the last loss of one seed.
 
   Args:
-    axes: matplotlib's axes.
+    axes: the matplotlib axes to draw into.
     comparison: the comparison.
     unit: the unit of the loss, with a comma before it.
   """
@@ -207,7 +219,7 @@ def _draw_loss_curves(axes: Any, comparison: Comparison, unit: str) -> None:
   label_by_name = shorten_labels(comparison.variants)
   largest = plan.sizes[-1]
   for name in comparison.variants:
-    # The curve of each seed.
+    # Collect the curve of each seed.
     curve_of_seeds = []
     for (variant, size, _), curve_by_figure in comparison.curves.items():
       if (variant, size) == (name, largest) and 'eval' in curve_by_figure:
@@ -215,6 +227,7 @@ def _draw_loss_curves(axes: Any, comparison: Comparison, unit: str) -> None:
     if not curve_of_seeds:
       continue
 
+    # Draw their ends, and their mean.
     style = style_by_name[name]
     _draw_dots(axes=axes, x=[curve['tokens'][-1] for curve in curve_of_seeds],
                y=[curve['loss'][-1] for curve in curve_of_seeds],
@@ -237,22 +250,26 @@ def _draw_dots(axes: Any, x: Sequence[float], y: Sequence[float], colour: str
 
 def _draw_effects(axes: Any, comparison: Comparison, rows: Sequence[Mapping],
                   label_by_name: Mapping[str, str]) -> None:
-  """Draws a forest plot: a bar for the effect of each variant with its
-  interval, and below it one for each of several sizes.
+  """Draws a forest plot: for each variant a mark at its difference from the
+  base, with a bar for the interval. If there are several sizes of the model, a
+  bar for each of them follows below.
 
-  Bars have the colour of the verdict, which the corrected p decides. Hollow
-  marks are of variants that are neither better nor worse.
+  The colour is that of the verdict, which the corrected p-value decides. The
+  mark is hollow if the variant is neither better nor worse.
 
   Args:
-    axes: matplotlib's axes.
+    axes: the matplotlib axes to draw into.
     comparison: the comparison.
-    rows: the estimates that the verdicts are on, from the top.
+    rows: the estimates that the verdicts are about, from the top down.
     label_by_name: the label of each variant.
   """
+  # The bars of a variant: the one over all sizes, named '', comes first.
   sizes = comparison.plan.sizes
-  bars = ['']  # the bar over all sizes comes first
+  bars = ['']
   if len(sizes) > 1:
     bars += sizes
+
+  # y grows downwards, by 1 for each bar.
   y, tick_labels = 0.0, {}
   for row in rows:
     verdict = row['verdict']
@@ -270,7 +287,8 @@ def _draw_effects(axes: Any, comparison: Comparison, rows: Sequence[Mapping],
         axes.text(1.02, y, verdict, va='center', fontsize=6.5,
                   transform=axes.get_yaxis_transform(), color=colour)
       y += 1.0
-    if len(bars) > 1:  # some space between variants
+    # Leave some space between variants that have several bars.
+    if len(bars) > 1:
       y += 0.6
 
   _finish_forest(axes, tick_labels, y)
@@ -278,15 +296,15 @@ def _draw_effects(axes: Any, comparison: Comparison, rows: Sequence[Mapping],
 
 def _finish_forest(axes: Any, tick_labels: Mapping[float, str], bottom: float
                    ) -> None:
-  """Draws the line of no effect and the labels of the bars, with the first bar
-  at the top.
+  """Draws the line of no effect and the labels of the bars of a forest plot.
 
   Args:
-    axes: matplotlib's axes.
-    tick_labels: the label of each bar by its height.
-    bottom: the height below the last bar.
+    axes: the matplotlib axes with the bars.
+    tick_labels: the label of each bar, by its y.
+    bottom: the y of the place below the last bar.
   """
   axes.axvline(0, color=INK, linewidth=0.6, linestyle=_DASHES_OF_REFERENCE)
+  # The limits are given from the bottom up, so that y grows downwards.
   axes.set_yticks(list(tick_labels), tick_labels.values())
   axes.set_ylim(bottom - 0.4, -0.8)
   axes.grid(axis='x')
@@ -296,22 +314,25 @@ def _finish_forest(axes: Any, tick_labels: Mapping[float, str], bottom: float
 
 def _draw_bar(axes: Any, y: float, estimate: Mapping[str, Any], colour: str,
               marker: str, is_main: bool) -> None:
-  """Draws an effect with its interval, and the difference of each pair of runs
-  below it.
+  """Draws one bar of a forest plot: the difference of a variant from the base
+  as a mark, its interval as a line, and below it the difference of each pair of
+  runs as a dot.
 
   Args:
-    axes: matplotlib's axes.
+    axes: the matplotlib axes to draw into.
     y: the height at which to draw.
-    estimate: the effect, as Comparison.effect returns it.
+    estimate: the difference, with its 'effect', 'low', 'high' and 'differences'
+      (of pairs of runs), as Comparison.effect returns it.
     colour: the colour, which is that of the verdict.
-    marker: matplotlib's marker of the effect.
-    is_main: whether the bar is over all sizes; that of one size is thinner.
+    marker: matplotlib's marker.
+    is_main: whether the bar is over all sizes. That of one size is thinner.
   """
   line_width, marker_size = 0.8, 3.3
   if is_main:
     line_width, marker_size = 1.6, 4.1
 
-  # The seeds, then the interval, then the mean; hollow where it says nothing.
+  # Draw the dots, then the interval, then the mark, which is hollow if the
+  # variant is neither better nor worse.
   differences = estimate.get('differences') or ()
   _draw_dots(axes=axes, x=differences, y=[y + 0.25] * len(differences),
              colour=colour)
@@ -327,13 +348,14 @@ def _draw_bar(axes: Any, y: float, estimate: Mapping[str, Any], colour: str,
 
 
 def draw_verdicts(rows: Sequence[Mapping[str, Any]], xlabel: str) -> Any:
-  """Returns the matplotlib figure of some verdicts: a bar for each difference
-  with its interval, in the colour of its verdict, from the top down.
+  """Draws a forest plot of some verdicts, and returns the matplotlib figure: a
+  bar for each difference with its interval, in the colour of its verdict.
 
   Args:
-    rows: the differences, each with its 'entry', 'effect', 'low' and 'high',
-      'differences' of pairs of runs, and 'verdict'.
-    xlabel: what is drawn, below the axis.
+    rows: the verdicts from the top down. Each has its 'entry' (a label),
+      'effect' (the difference), 'low', 'high', 'differences' (of pairs of
+      runs), and 'verdict'.
+    xlabel: the label of the axis of differences.
   """
   from matplotlib.figure import Figure
   labels = shorten_labels([row['entry'] for row in rows], 40)
@@ -350,13 +372,15 @@ def draw_verdicts(rows: Sequence[Mapping[str, Any]], xlabel: str) -> Any:
     _finish_forest(axes, {y: labels[row['entry']]
                           for y, row in enumerate(rows)}, len(rows))
     axes.set_xlabel(xlabel)
-    figure.draw_without_rendering()  # under this style, wherever it is written
+    # The figure must be laid out inside of this block, where its style holds.
+    figure.draw_without_rendering()
   return figure
 
 
 def draw_measures_by_size(comparison: Comparison) -> Any:
-  """Returns the matplotlib figure of the measures that are not the primary one:
-  means over the seeds with their intervals, by size, and the score of guessing.
+  """Draws a panel for each measure besides the primary one: the means over the
+  seeds with their intervals, by the size of the model, and the score that
+  guessing gives. Returns the matplotlib figure.
   """
   from matplotlib.figure import Figure
   other_measures = comparison.plan.measures[1:]
@@ -366,13 +390,15 @@ def draw_measures_by_size(comparison: Comparison) -> Any:
   with drawing_style('measures'):
     figure = Figure(figsize=(width, 1.9 * num_rows + 0.6))
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    # The last row may have more panels than there are measures left.
     for axes in grid.flat[len(other_measures):]:
       axes.set_visible(False)
     for axes, measure in zip(grid.flat, other_measures):
       _draw_scores(axes, comparison, measure)
     figure.legend(*grid[0, 0].get_legend_handles_labels(),
                   loc='outside lower center', ncols=min(2 * num_columns, 4))
-    figure.draw_without_rendering()  # under this style, wherever it is written
+    # The figure must be laid out inside of this block, where its style holds.
+    figure.draw_without_rendering()
   return figure
 
 
@@ -439,10 +465,11 @@ def _interval_arms(measure: Measure, values: Sequence[float]) -> list[float]:
 
 
 def draw_figures(comparison: Comparison) -> list[page.Figure]:
-  """Returns every figure of a report that there are numbers for."""
+  """Draws the figures of a report with their captions, as far as there are
+  numbers for them."""
   plan, figures = comparison.plan, []
 
-  # The outcome.
+  # The loss curves, and the difference of each variant from the base.
   effects = []
   for row in comparison.verdicts():
     if page.known(row['effect']):
@@ -462,7 +489,7 @@ def draw_figures(comparison: Comparison) -> list[page.Figure]:
         name='outcome', title='Outcome', caption=caption,
         description='; '.join(effects), figure=draw_outcome(comparison)))
 
-  # The other measures.
+  # The other measures, by the size of the model.
   if len(plan.sizes) > 1 and _has_other_measures(comparison):
     caption = (
         'Means over the seeds of the confirmation with their 95 % intervals, '
@@ -487,12 +514,13 @@ def _has_other_measures(comparison: Comparison) -> bool:
 
 def _page_figure(name: str, title: str, caption: str, description: str,
                  figure: Any) -> page.Figure:
-  """Returns a drawing with its files and texts, as a page has it.
+  """Renders a drawing to the files of a report, and to SVG for its page.
 
   Args:
-    name: the name of its files.
-    title, caption: the texts that stand beside it.
-    description: what it shows, for those who cannot see it.
+    name: the name of the files, without their endings.
+    title: the text above the drawing.
+    caption: the text below it.
+    description: its figures in words, for those who cannot see it.
     figure: the matplotlib figure.
   """
   with drawing_style(name):

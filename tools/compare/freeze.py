@@ -67,21 +67,25 @@ _FIELDS_OF_DATA = (
 
 def freeze_plan(file: str, kept: plans.FrozenPlan | None = None
                 ) -> plans.FrozenPlan:
-  """Returns the plan of a study's file, of which every run is checked.
+  """Makes the plan of a study from its file, and checks every run that it
+  plans. The plan is written down before anything is trained, and is not changed
+  after that.
 
   Args:
-    file: its path.
-    kept: an earlier plan, whose points are checked already where they follow
-      from the same file by the same code.
+    file: the path of the file.
+    kept: an earlier plan, if there is one. If neither the file nor the code has
+      changed since, its runs are not checked again.
 
   Raises:
-    RequestError: for the first thing in it that cannot be, or that would make
-      a comparison unfair.
+    RequestError: for the first thing in the file that is wrong, or that would
+      make a comparison unfair.
   """
   cost.keep_off_accelerators()
   sweep, constants = read_study_file(file)
 
-  # The points, checked; where nothing has changed, those of the earlier plan.
+  # Hash all that the points (variants at a size, on a workload) follow from. If
+  # the hash is that of the earlier plan, take its points; else check them.
+  # Without a commit, it is not known whether the code has changed.
   start = provenance.describe_this_start()
   code = {'commit': start['commit'], 'diff': start['diff']}
   checksum_of_inputs = ''
@@ -96,6 +100,7 @@ def freeze_plan(file: str, kept: plans.FrozenPlan | None = None
   configs = [spec.apply_changes(sweep.base, row['changes'], 'it')
              for row in points]
 
+  # Make the plan.
   plan = _make_plan(file=file, sweep=sweep, constants=constants, points=points,
                     configs=configs)
   frozen = plans.FrozenPlan(
@@ -103,7 +108,8 @@ def freeze_plan(file: str, kept: plans.FrozenPlan | None = None
       sources=cost.hash_data_of_configs(configs), code=code,
       inputs=checksum_of_inputs, files=dict(plugins.text_of_loaded_file))
 
-  # Which seeds the study has may hang on everything else that is planned.
+  # The first seed may follow from a hash of all else that is planned, so that
+  # nobody can choose it.
   offset = constants['SEED_OFFSET']
   if offset < 0:
     offset = frozen.seed_offset_of_hash
@@ -176,13 +182,15 @@ def _make_plan(file: str, sweep: spec.Sweep, constants: Mapping,
 
 def _make_measures(file: str, constants: Mapping, points: Sequence[Mapping],
                    configs: Sequence) -> list[plans.Measure]:
-  """Returns the measures of a study, each with the value that guessing gives.
+  """Returns the measures of a study, such as the held-out loss. Each gets the
+  score that random guessing would have.
 
   Args:
     file: the path of the study's file, for messages.
-    constants: the constants of the file, completed.
-    points: a row for each variant, size and workload (FrozenPlan.points).
-    configs: the config of each of these.
+    constants: the constants of the file, with their defaults.
+    points: a row for each variant, size and workload (FrozenPlan.points). A
+      workload is the text, or a probe (a synthetic task).
+    configs: the config of each of these, in the same order.
   """
   bytes_per_token = _check_halves_of_held_out_text(configs[0])
   workloads = [row['workload'] for row in points]
@@ -211,25 +219,29 @@ def _check_predictable(file: str, primary: plans.Measure, configs: Sequence
 
 
 def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
-  """Returns what a study's file holds, checked and completed.
+  """Reads the Python file of a study, and checks its constants.
+
+  Args:
+    file: the path of the file.
 
   Returns:
-    sweep: the base and its variants.
-    constants: the constants of the file by their names, with the defaults of
-      those that it leaves out; TUNING as the plan has it, and MEASURES without
-      `chance`s.
+    sweep: the base config and its variants.
+    constants: the constants of the file by name, such as SEEDS, with the
+      defaults of those that it leaves out. TUNING is a plans.Tuning, and
+      MEASURES has no `chance`, the score of guessing, yet.
 
   Raises:
-    RequestError: for what no study can be made of.
+    RequestError: if no study can be made of the file.
   """
-  # The constants that all studies have.
+  # Read the constants that all studies have.
   module = spec.load_sweep_module(file)
   constants = {}
   for name, default in DEFAULT_OF_CONSTANT.items():
     constants[name] = getattr(module, name, default)
     _check_type_of_constant(file, name, constants[name])
 
-  # The phases, and the constants that these have.
+  # Find the phases of the study, such as noise, tuning and confirmation, and
+  # read the constants that these have.
   phases.check_phases(file)
   seeds = phases.default_seeds_by_phase() | constants['SEEDS']
   constants['SEEDS'] = _check_seeds(file, seeds)
@@ -241,7 +253,7 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   _check_ranges(file, constants)
   _check_sizes_and_workloads(file, constants)
 
-  # A file may leave out what follows from the rest of it.
+  # Complete what a file may leave out, because it follows from the rest.
   constants['TUNING'] = _make_tuning(file, constants['TUNING'], sweep.base)
   _check_overlaps(file, sweep, constants)
   workloads = constants['WORKLOADS']
@@ -254,8 +266,15 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
 
 
 def _check_type_of_constant(file: str, name: str, value: Any) -> None:
-  """Raises RequestError for a constant of another type than its default, or
-  than _TYPE_AND_EXAMPLE says."""
+  """Raises RequestError if a constant of a study's file is not of the right
+  type, which is that of its default, or the one that _TYPE_AND_EXAMPLE gives.
+
+  Args:
+    file: the path of the file, for messages.
+    name: the name of the constant.
+    value: its value in the file.
+  """
+  # A fraction may be written as an integer.
   default = DEFAULT_OF_CONSTANT[name]
   if name in _TYPE_AND_EXAMPLE:
     expected_type, example = _TYPE_AND_EXAMPLE[name]
@@ -268,10 +287,15 @@ def _check_type_of_constant(file: str, name: str, value: Any) -> None:
 
 
 def _check_seeds(file: str, seeds: Mapping[str, Any]) -> dict[str, int]:
-  """Returns the number of seeds of each phase, in the order of the phases.
+  """Checks the number of seeds of each phase of a study, and returns them in
+  the order in which the phases run.
+
+  Args:
+    file: the path of the study's file, for messages.
+    seeds: the number of seeds by the name of the phase.
 
   Raises:
-    RequestError: for a phase that is none, and for a number out of its range.
+    RequestError: for an unknown phase, and for a number out of its range.
   """
   for name in seeds:
     check_choice('phase of SEEDS', name, phases.PHASES)
@@ -312,8 +336,17 @@ def _check_ranges(file: str, constants: Mapping) -> None:
 
 
 def _check_sizes_and_workloads(file: str, constants: Mapping) -> None:
-  """Raises RequestError for sizes or workloads of another form, for too few
-  sizes, and where the first workload is not the text."""
+  """Checks the sizes of the model and the workloads (the text, and probes) of a
+  study's file.
+
+  Args:
+    file: the path of the file, for messages.
+    constants: the constants of the file.
+
+  Raises:
+    RequestError: if they are not written as {name: {field: value}}, if there
+      are too few sizes, or if the first workload is not the text.
+  """
   for constant in ('SIZES', 'WORKLOADS'):
     for name, fields in constants[constant].items():
       is_name = re.fullmatch(r'[\w=+-]+', str(name)) is not None
@@ -322,7 +355,8 @@ def _check_sizes_and_workloads(file: str, constants: Mapping) -> None:
               f'{shorten(fields)}: write a name of letters and digits, and the '
               "fields that it changes, as 'small': {'model.d_model': 64}")
 
-  # The largest size may be one that is predicted by the others.
+  # If the study has the phase `largest`, its largest size is predicted from the
+  # others, which must be enough without it.
   fewest = FEWEST_SIZES
   if 'largest' in constants['SEEDS']:
     fewest += 1
@@ -344,15 +378,17 @@ def _default_measure(workload: str) -> dict[str, str]:
 
 
 def _make_tuning(file: str, entries: Mapping, base) -> plans.Tuning:
-  """Returns how fields are tuned, by what TUNING of a file says.
+  """Checks TUNING of a study's file, which says how fields such as the learning
+  rate are tuned, and completes it with defaults.
 
   Args:
     file: the path of the file, for messages.
-    entries: TUNING; without 'fields', three learning rates are tried.
+    entries: TUNING. Without 'fields', the base's learning rate, its half and
+      its double are tried.
     base: the config of the base.
 
   Raises:
-    RequestError: for values that cannot be tried, or a search that cannot be.
+    RequestError: for values that cannot be tried, or numbers out of range.
   """
   for key in entries:
     check_choice('entry of TUNING', key, ('fields', 'keep', 'rungs', 'extend'))
@@ -360,7 +396,8 @@ def _make_tuning(file: str, entries: Mapping, base) -> plans.Tuning:
   fields = entries.get('fields', {'optim.lr': (rate / 2, rate, 2 * rate)})
   tuning = plans.Tuning(**{**entries, 'fields': fields})
 
-  # The values of each field.
+  # Check the values of each field. `extend` tries further values beyond the
+  # edges, for which the values must be positive and rise.
   for field, values in fields.items():
     subject = f'{file}: TUNING of {field}'
     are_several = isinstance(values, tuple | list) and len(values) > 1
@@ -370,7 +407,7 @@ def _make_tuning(file: str, entries: Mapping, base) -> plans.Tuning:
     for value in values:
       spec.apply_changes(base, {field: value}, subject)
 
-  # The numbers of the search.
+  # Check the numbers of the search.
   is_search = (_is_integer_within(tuning.rungs, 1, 10) and 0 < tuning.keep < 1
                and _is_integer_within(tuning.extend, 0, 10))
   require(is_search, f'{file}: TUNING is {shorten(entries)}: keep '
@@ -389,14 +426,19 @@ def _is_integer_within(value: Any, least: int, most: int) -> bool:
 
 
 def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
-  """Raises RequestError for a field of the config that two parts of a study
-  would set, or by which variants would not see the same data.
+  """Checks that no two parts of a study set the same field of the config, and
+  that all variants see the same data for as many steps.
 
   Args:
     file: the path of the study's file, for messages.
     sweep: the base and its variants.
     constants: the constants of the file.
+
+  Raises:
+    RequestError: for the first field that is set twice, or that changes the
+      data of a variant.
   """
+  # The names and fields that the study uses itself.
   changes_by_variant = {point.name: point.changes for point in sweep.points}
   require(plans.SECOND_BASE not in changes_by_variant,
           f'{file}: a variant is called '
@@ -407,19 +449,21 @@ def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
     require(not value, f'{file}: get_config() sets {field} to '
             f'{value!r}, which the study sets itself: leave it out')
 
-  # The fields that each part sets. The order matters: the first of two that set
-  # a field is the one to whom a message leaves it.
+  # Collect the fields that each part sets. The order matters: if two parts set
+  # a field, the message leaves it to the earlier one.
   fields_of_setter = {
       'the study itself': [_FIELDS_OF_STUDY],
       'TUNING': [constants['TUNING'].fields],
       'a size': constants['SIZES'].values(),
       'a workload': constants['WORKLOADS'].values(),
       'a variant': changes_by_variant.values()}
+
+  # Compare the fields of each part with those of the parts before it.
   setter_of_field: dict[str, str] = {}
   for setter, groups_of_fields in fields_of_setter.items():
     fields = set(itertools.chain(*groups_of_fields))
     for field in fields:
-      # Variants may be the base with other first parameters.
+      # A variant may be the base with other initial parameters.
       if field == 'init_seed' and setter == 'a variant':
         continue
       earlier = setter_of_field.get(field)
@@ -434,25 +478,35 @@ def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
 
 
 def _check_points(sweep: spec.Sweep, constants: Mapping) -> list[dict]:
-  """Returns a row for each variant, size and workload, once its config is
-  checked, those of the base first (FrozenPlan.points).
+  """Checks the config of each variant at each size of the model and on each
+  workload (the text, or a probe), and returns a row for each of them, those of
+  the base first (FrozenPlan.points).
+
+  Args:
+    sweep: the base and its variants.
+    constants: the constants of the study's file.
 
   Raises:
-    RequestError: for the first that cannot run, and for sizes that do not rise.
+    RequestError: for the first config that cannot be trained, and for sizes
+      that do not rise.
   """
+  # List all combinations. The sort keeps their order but puts the base first,
+  # since False sorts before True.
   combinations = []
   for size in constants['SIZES']:
     points = _match_points_at_size(sweep, constants, size)
     for workload in constants['WORKLOADS']:
       combinations += [(size, workload, point) for point in points]
   combinations.sort(key=lambda row: row[2].name != sweep.base_name)
+
+  # Check each of them.
   rows = []
   for size, workload, point in progress.show_items(combinations,
                                                    'points checked'):
     rows.append(_check_point(sweep=sweep, constants=constants, size=size,
                              workload=workload, point=point))
 
-  # Sizes are written from small to large.
+  # Check that the sizes are written from small to large.
   params = [row['params'] for row in rows if row['workload'] == plans.TEXT
             and row['variant'] == sweep.base_name]
   params_text = ', '.join(f'{number:,}' for number in params)
@@ -464,9 +518,16 @@ def _check_points(sweep: spec.Sweep, constants: Mapping) -> list[dict]:
 
 def _match_points_at_size(sweep: spec.Sweep, constants: Mapping, size: str
                           ) -> tuple[spec.Point, ...]:
-  """Returns the variants as they are at a size, with the field that makes their
-  cost equal to the base's. It is solved for on the text, and is the same on
-  every workload."""
+  """Returns the variants at one size of the model, with the field set by which
+  they cost what the base costs, if the study matches costs.
+
+  Args:
+    sweep: the base and its variants.
+    constants: the constants of the study's file.
+    size: the name of the size.
+  """
+  # The field is solved for on the text. It keeps its value on the other
+  # workloads, so that the model is the same on all.
   subject = f'{sweep.file}, size {size!r}'
   changes = _changes_of_workload(sweep=sweep, constants=constants, size=size,
                                  workload=plans.TEXT)
@@ -483,14 +544,16 @@ def _match_points_at_size(sweep: spec.Sweep, constants: Mapping, size: str
 def _changes_of_workload(sweep: spec.Sweep, constants: Mapping, size: str,
                          workload: str, tasks: tuple[str, ...] = ()
                          ) -> dict[str, Any]:
-  """Returns what a size and a workload (the text, or a probe) change in the
-  config of the base.
+  """Returns the fields of the base's config that a size of the model and a
+  workload change, {field: value}.
 
   Args:
     sweep: the base and its variants.
     constants: the constants of the study's file.
-    size, workload: the names of both.
-    tasks: the evaluation tasks that its measures need.
+    size: the name of the size.
+    workload: the name of the workload, which is the text or a probe (a
+      synthetic task).
+    tasks: the evaluation tasks that the measures of the workload need.
   """
   base, fields = sweep.base, constants['WORKLOADS'][workload]
   changes = dict(constants['SIZES'][size])
@@ -499,7 +562,7 @@ def _changes_of_workload(sweep: spec.Sweep, constants: Mapping, size: str,
   if workload == plans.TEXT:
     return changes | fields
 
-  # A probe: what its objective does not read is as if it were not set.
+  # For a probe, reset the fields that its objective does not read.
   for name in objectives.OBJECTIVES['probe'].ignores:
     changes[name] = base_config.FIELDS[name].default
 
@@ -507,7 +570,8 @@ def _changes_of_workload(sweep: spec.Sweep, constants: Mapping, size: str,
     """Returns the value that the size, or else the base, gives a field."""
     return changes.get(name, base[name])
 
-  # A schedule is as much longer as the run; reports are as a size has them.
+  # The schedule keeps its proportions if the run is longer or shorter than that
+  # on the text. Reports come at the end, unless the size says otherwise.
   steps = fields.get('train.steps', value_at_size('train.steps'))
   length_ratio = steps / value_at_size('train.steps')
   schedule = {name: round(value_at_size(name) * length_ratio)
@@ -516,7 +580,7 @@ def _changes_of_workload(sweep: spec.Sweep, constants: Mapping, size: str,
              'log.every_steps': max(steps // 10, 1)}
   probe = {'objective': 'probe', 'data.source': f'probe:{workload}',
            'model.vocab_size': 0, 'model.max_len': 0}
-  # The file's own words about the workload go before all else.
+  # Later fields win: what the file says about the workload wins over all else.
   return reports | changes | schedule | probe | fields
 
 
@@ -583,14 +647,20 @@ def _check_tuned_values(config, tuning: plans.Tuning) -> None:
 
 
 def _check_halves_of_held_out_text(config) -> float:
-  """Reads the text that is held out; returns the number of bytes of a token.
+  """Checks that a study has held-out text, and that it can be split in halves.
+  Variants are screened on the first half and confirmed on the second, so that
+  they are not confirmed on the text that they were chosen by.
 
-  The screening is evaluated on one half of it, and the confirmation on the
-  other (Phase.part).
+  Args:
+    config: the config of the base.
+
+  Returns:
+    The mean number of bytes of a token in the second half.
 
   Raises:
-    RequestError: where it has no two halves.
+    RequestError: if there is no held-out text, or a half of it is empty.
   """
+  # Reading a half fails if it is empty.
   tokenizer = tokenizers.load(config.data.tokenizer)
   require(bool(config.data.holdout_every or config.data.eval_source),
           'data.holdout_every is 0: a study needs text that is held out')
@@ -598,7 +668,8 @@ def _check_halves_of_held_out_text(config) -> float:
     half = spec.apply_changes(config, {'eval.part': part}, 'it')
     loaders = pipeline.make_evaluation_loaders(half, tokenizer)
 
-  # The mean over the sources of the second half, each by its share.
+  # Average over the sources of the second half, which the loop has read last,
+  # weighted by their shares.
   sum_of_shares = sum(loader.share for loader in loaders)
   weighted_bytes = sum(loader.share * loader.bytes_per_token
                        for loader in loaders)

@@ -40,25 +40,28 @@ def main(args) -> int:
 
 
 def compare_items(base: str, variant: str) -> list[dict[str, Any]]:
-  """Returns a paired test of each figure of which base and variant have the
-  scores of the same items, such as questions; corrected by Holm (1979).
+  """Tests whether a variant differs from a base in the scores of single items,
+  such as the questions of a benchmark. Each figure, such as an accuracy, gets a
+  paired test, whose p-value is corrected for their number by Holm (1979).
 
   Args:
-    base, variant: the files or folders of both.
+    base: the file or folder with the scores of the base.
+    variant: the file or folder with those of the variant.
 
   Returns:
-    A row for each figure, with 'base', 'variant', 'effect', 'low', 'high',
-    'test', 'p', 'p_corrected', and the numbers of 'items' and 'seeds'.
+    A row for each figure that both have for the same items: its 'base',
+    'variant', 'effect' (their difference) with 'low' and 'high', 'test', 'p',
+    'p_corrected', and the numbers of 'items' and 'seeds'.
 
   Raises:
-    RequestError: where there is no such figure.
+    RequestError: if there is no such figure.
   """
   rows = compare_records(_read_records_by_seed(base),
                          _read_records_by_seed(variant))
   require(rows, f'{base} and {variant} have no figure of the same items of the '
           'same seeds')
 
-  # Each as one of several.
+  # Correct the p-values for the number of tests.
   corrected_ps = statistics.correct_p_values([row['p'] for row in rows])
   for row, p_corrected in zip(rows, corrected_ps):
     row['p_corrected'] = p_corrected
@@ -68,18 +71,23 @@ def compare_items(base: str, variant: str) -> list[dict[str, Any]]:
 def compare_records(base_records: Mapping[str, Mapping[str, dict]],
                     variant_records: Mapping[str, Mapping[str, dict]]
                     ) -> list[dict[str, Any]]:
-  """Returns the rows of `compare_items` before their correction.
+  """Tests each figure, such as an accuracy, by the scores of single items that
+  base and variant have for the same seeds. The p-values are not corrected.
 
   Args:
-    base_records, variant_records: the scores of the items of each figure, by
-      seed and by the name of the figure.
+    base_records: the scores of the base, {seed: {figure: record}}.
+    variant_records: the scores of the variant, in the same form.
+
+  Returns:
+    The rows of `compare_items`, without 'p_corrected'.
   """
+  # Find the figures, in the order of the base's records.
   seeds = [seed for seed in base_records if seed in variant_records]
-  figures: dict[str, None] = {}  # in the order of the base's records
+  figures: dict[str, None] = {}
   for seed in seeds:
     figures |= dict.fromkeys(base_records[seed])
 
-  # The test of each figure.
+  # Test each figure whose items are the same on both sides.
   rows = []
   for figure in figures:
     record_pairs = []
@@ -95,11 +103,11 @@ def compare_records(base_records: Mapping[str, Mapping[str, dict]],
 
 
 def _read_records_by_seed(name: str) -> dict[str, dict[str, dict]]:
-  """Returns the scores of the items of each figure, by seed; those of a single
-  run are of seed ''.
+  """Reads the scores of single items, {seed: {figure: record}}.
 
   Args:
-    name: the file or folder.
+    name: a folder with a folder seed-N for each seed; or the file or folder of
+      a single run, whose seed is then called ''.
   """
   path = pathlib.Path(name)
   require(path.exists(), f'there is no {path}')
@@ -111,21 +119,24 @@ def _read_records_by_seed(name: str) -> dict[str, dict[str, dict]]:
 
 def _test_figure(base_SQ: np.ndarray, variant_SQ: np.ndarray,
                  weights_Q: Sequence[float] | None) -> dict[str, Any]:
-  """Returns the paired test of a figure by the scores of its items.
+  """Tests the difference of a variant from a base by the scores of single
+  items, which are paired.
 
-  Of right and wrong items of one run each it is McNemar's exact test (1947), of
-  other scores Student's over the items, and of several seeds one over seeds and
-  items crossed (statistics.estimate_over_seeds_and_items).
+  With several seeds, it is a test over seeds and items crossed
+  (statistics.estimate_over_seeds_and_items). With one seed, it is McNemar's
+  exact test (1947) if each item is right or wrong, and otherwise Student's
+  t-test over the items.
 
   Args:
-    base_SQ, variant_SQ: the scores of base and variant, by S seeds and Q items.
+    base_SQ: the scores of the base, [seeds, items].
+    variant_SQ: the scores of the variant, [seeds, items].
     weights_Q: the weights of the items; None: all count alike.
   """
   num_seeds, num_items = variant_SQ.shape
   difference = statistics.estimate_over_seeds_and_items(variant_SQ - base_SQ,
                                                         weights_Q)
 
-  # The test that fits the scores.
+  # Choose the test that fits the scores.
   score_values = {*base_SQ.flat, *variant_SQ.flat}
   are_right_or_wrong = score_values <= {0.0, 1.0}
   if num_seeds > 1:
@@ -135,6 +146,7 @@ def _test_figure(base_SQ: np.ndarray, variant_SQ: np.ndarray,
   else:
     test, p = 'items', difference.p
 
+  # The figure itself is the weighted mean over the items.
   base_mean = np.average(base_SQ.mean(0), weights=weights_Q)
   variant_mean = np.average(variant_SQ.mean(0), weights=weights_Q)
   return {

@@ -82,13 +82,15 @@ class Runner:
     self._has_told_tenth = False  # of the runs that were left at the start
 
   def run(self, wait: bool = False) -> None:
-    """Trains and evaluates the runs of the sweep until none of them is pending.
+    """Trains and evaluates the runs of the sweep until none of them is pending
+    in the ledger, the database that all runners (processes like this one, also
+    on other machines) share.
 
     Args:
-      wait: whether to wait for the runs that other runners have, too.
+      wait: whether to wait for the runs of other runners too.
 
     Raises:
-      Stopped: after a signal, where a run is still pending.
+      Stopped: after a signal, if a run is still pending.
     """
     unended_states = [layout.PENDING]
     if wait:
@@ -99,22 +101,22 @@ class Runner:
     self._trained_at_start = self._count_trained()
     num_pending = len(self._ledger.runs(layout.PENDING))
     progress.print_milestone(f'began: {num_pending} runs of {self._workdir}')
-    # A signal is only counted: it may come while a job is being started.
+
+    # A signal is only counted here, because it may come while a job is being
+    # started.
     with signals.handle_signals(self._signals.add):
       try:
-        # Each round does what is due, and waits for no job: it records in the
-        # ledger that this runner lives, and frees the runs of dead ones; prints
-        # the progress; passes signals on to the jobs and writes how those went
-        # that have ended; and starts jobs in the slots that are free.
+        # Each round does what is due, and waits for no job (a process that
+        # trains or evaluates some runs). The order matters: a job that has
+        # ended frees its slot for one that is started in the same round.
         while True:
-          # The order matters: a job that ends here frees its slot for one that
-          # is started in the same round.
           self._record_heartbeat()
           self._print_progress()
           self._end_jobs()
           self._start_jobs()
-          # Nothing runs here. Where runs are left, others hold them and may
-          # free them yet; after a signal no job is started any more.
+
+          # Without jobs, this runner is done unless runs are left that others
+          # hold and may still free. After a signal no job is started any more.
           if not self._jobs:
             if not self._ledger.runs(*unended_states):
               return
@@ -122,8 +124,8 @@ class Runner:
               raise Stopped
           time.sleep(POLL_SECONDS)
       finally:
-        # There are jobs left only after an error of ours, which must leave
-        # nothing running.
+        # Jobs are left only after an error of this program. Kill them, so that
+        # nothing goes on running without a runner.
         for job in self._jobs:
           job.process.kill()
 
@@ -155,24 +157,29 @@ class Runner:
     job.num_signals = num_signals
 
   def _record_heartbeat(self) -> None:
-    """Records every BEAT_SECONDS that this runner lives, and makes the runs of
-    dead runners pending again, so that they go on here."""
+    """Records in the ledger every BEAT_SECONDS that this runner is alive. Runs
+    of
+    runners that have stopped doing so become pending again."""
     if time.monotonic() - self._time_of_heartbeat < layout.BEAT_SECONDS:
       return
     self._time_of_heartbeat = time.monotonic()
-    # If this process stood still for long, others have taken it for dead and
-    # claimed its runs. Two processes must not write into one folder.
+
+    # If this process stood still for long, others took it for dead and may have
+    # claimed its runs. Two processes must not write into one folder, so jobs
+    # that have lost all their runs are killed.
     ids_of_our_runs = self._ledger.record_heartbeat(self._name)
     for job in self._jobs:
       if not any(run.id in ids_of_our_runs for run in job.runs):
         job.process.kill()
+
+    # Free the runs of dead runners.
     for run in self._ledger.free_runs_of_dead_runners():
       print(f'{run}: its runner died; it goes on here', flush=True)
 
   def _count_trained(self) -> float:
-    """Returns how many runs are trained, with fractions for those that are
-    trained in part. A run that failed counts as a whole one, since nothing is
-    left to do for it."""
+    """Returns the number of runs that are trained, with fractions for those
+    that are trained in part. A run that failed counts as a whole one, since
+    nothing is left to do for it."""
     num_trained = 0.0
     for run in self._ledger.runs():
       if run.state in (layout.DONE, layout.FAILED):
@@ -195,43 +202,48 @@ class Runner:
     num_trained, num_runs = self._count_trained(), len(self._ledger.runs())
     line = f'{num_trained:.1f} of {num_runs} runs are trained'
     trained_since_start = num_trained - self._trained_at_start
-    # No time is told before anything was trained here.
+
+    # Estimate the remaining time, once anything was trained here.
     if trained_since_start > 0:
       seconds_since_start = now - self._start_time
       seconds_left = ((num_runs - num_trained) * seconds_since_start
                       / max(trained_since_start, 1e-9))
       line += f', some {progress.format_seconds(seconds_left)} left'
     print(line, flush=True)
-    # The first line that tells a time, once a tenth of what was left is done.
+
+    # The first estimate that is worth a notification comes once a tenth of the
+    # work is done.
     tenth = (num_runs - self._trained_at_start) / 10
     if trained_since_start >= tenth and not self._has_told_tenth:
       self._has_told_tenth = True
       progress.print_milestone(line)
 
   def _start_job(self) -> bool:
-    """Claims pending runs and starts a process that trains or evaluates them.
+    """Claims a group of pending runs, and starts a process that trains or
+    evaluates them.
 
     Returns:
       Whether there was a run to take.
     """
+    # The description of the sweep must be read after the ledger, so that it has
+    # the points of all these runs.
     pending_runs = self._ledger.runs(layout.PENDING)
-    # Read later than the ledger, it has all of these points.
     self._description = layout.load_sweep_description(self._workdir)
     for group in self._group_runs(pending_runs):
-      # Another runner may have taken some of them, or all.
+      # Claim them. Another runner may have been faster with some or all.
       ids = [run.id for run in group]
       claimed_ids = self._ledger.claim_runs(ids, self._name)
       runs = [run for run in group if run.id in claimed_ids]
       if not runs:
         continue
 
-      # A run is trained first, and evaluated once all runs of its job are
-      # trained: then the runs need a job that evaluates. Those that are trained
-      # already stay in a job that trains the others, and become pending again
-      # when it ends.
+      # A job either trains or evaluates. If some runs of the group are not yet
+      # trained, it trains these. The trained ones stay in it without being
+      # trained, and become pending again when it ends, to be evaluated then.
       untrained = [run for run in runs if not self._is_trained(run)]
       evaluates = not untrained and bool(runs[0].tasks)
-      # The lowest free slot, by which the job gets its cores and GPUs.
+
+      # The lowest free slot says which cores and GPUs the job gets.
       slots_in_use = {job.slot for job in self._jobs}
       slot = min(set(range(self._parallel)) - slots_in_use)
       process = self._start_process(
@@ -242,22 +254,20 @@ class Runner:
     return False
 
   def _group_runs(self, runs: list[layout.Run]) -> list[list[layout.Run]]:
-    """Returns runs in groups, each of which is trained as one program. Runs
-    that must train alone come last, each in a group of its own.
-
-    Args:
-      runs: the runs.
-    """
+    """Splits runs into groups that are each trained as one program. Runs that
+    must be trained alone come last, each in a group of its own."""
+    # A run is trained alone after a program that it was in has failed.
     single_groups, groupable = [], []
     for run in runs:
       if run.alone or self._group == 1:
         single_groups.append([run])
       else:
         groupable.append(run)
+
+    # Runs can share a program if their configs differ in nothing that is
+    # compiled into it. Split these into groups of at most self._group runs.
     groups = []
     configs = [self._config(run) for run in groupable]
-    # Runs can share a program where their configs differ in nothing that is
-    # compiled into it. They are split again into groups of self._group at most.
     for indices in vectorised.group_configs(configs):
       for start in range(0, len(indices), self._group):
         indices_of_group = indices[start:start + self._group]
@@ -330,25 +340,25 @@ class Runner:
     """Writes into the ledger, the database of runs, how each run of an ended
     job went, and prints it.
 
-    Where a program of several runs ended in an error of all, each of them is
-    pending again and trains alone from now on, so that the error is that of one
-    run.
+    If a program of several runs failed as a whole, it is not known which run is
+    to blame. Each of them becomes pending again and is trained alone from then
+    on, so that only the one to blame fails.
 
     Args:
       job: the job, whose process has ended.
     """
+    # The program failed as a whole unless its exit code says that each log
+    # tells how its run ended, or a signal had told it to stop.
     code = job.process.returncode
-    # Exit code 0 or EXIT_CODE_UNFINISHED means that each log says how its run
-    # ended. After a signal, the runs were told to stop.
     is_error_of_all = (
         len(job.runs) > 1 and code not in (0, EXIT_CODE_UNFINISHED)
         and not self._signals.n)
     for run in job.runs:
-      # Another process may add tasks that a run owes. The transaction keeps it
-      # from doing so between the reading of the tasks and the writing of a
-      # state that is right for these only.
+      # Another process may add evaluation tasks to a run. The transaction keeps
+      # it from doing so between reading the tasks here, and writing a state
+      # that is right only for them. The tasks are read anew, because `run` is
+      # the row as it was when the job claimed it.
       with self._ledger.transaction():
-        # The row of the job is that of when it was claimed.
         run_by_id = {row.id: row for row in self._ledger.runs()}
         state, error = self._state_after_job(
             run=run, owed_tasks=run_by_id[run.id].owed_tasks,
@@ -359,7 +369,9 @@ class Runner:
         is_settled = self._ledger.settle_run(
             id=run.id, runner=self._name, state=state,
             error='' if goes_on_alone else error, alone=goes_on_alone)
-      # Another runner took this one for dead and has the run now.
+
+      # Nothing was written if another runner took this one for dead and has the
+      # run now. Otherwise say how the run went.
       if not is_settled:
         continue
       if state in (layout.DONE, layout.FAILED):
@@ -374,22 +386,26 @@ class Runner:
 
   def _state_after_job(self, run: layout.Run, owed_tasks: list[str],
                        was_evaluated: bool, code: int) -> tuple[str, str]:
-    """Returns the state of a run whose process ended, and why it failed.
+    """Returns the state of a run after its process has ended, and the reason if
+    it failed.
 
-    The order matters: a run that is done is so even after a signal.
+    The order of the checks matters: a run that is done is done even if a signal
+    came.
 
     Args:
       run: the run as it was when it was claimed.
-      owed_tasks: the names of the evaluations that it owes by now.
-      was_evaluated: whether its process was to evaluate it.
+      owed_tasks: the names of the evaluations that are missing now. Another
+        process may have added some since then.
+      was_evaluated: whether the process was started to evaluate the run, and
+        not to train it.
       code: the exit code of the process; -N where signal N killed it.
 
     Returns:
-      The state, which is PENDING where the run is trained and owes evaluations;
-      and the error, or ''.
+      The state, which is PENDING if the run is trained but not evaluated; and
+      the error, or ''.
     """
-    # A folder that holds another run, as where the file of the sweep was
-    # changed. Its results must not count, however complete they are.
+    # A folder may hold another run, because the file of the sweep was changed.
+    # Its results must not count, however complete they are.
     folder = self._folder(run)
     if (folder / 'config.json').exists():
       error = layout.why_not_of_sweep(self._description, workdir=self._workdir,
@@ -438,8 +454,8 @@ def _environment_of_slot(slot: int, parallel: int) -> dict[str, str]:
 
 
 def main() -> int:
-  """Trains several runs of a sweep as one program, or evaluates them, as the
-  command line says.
+  """Trains several runs of a sweep as one program, or evaluates them one after
+  the other, as the command line says.
 
   Returns:
     The exit code: 0, or EXIT_CODE_UNFINISHED where a run did not end and its
@@ -461,8 +477,8 @@ def main() -> int:
   folders = [layout.run_folder(args.workdir, point, seed)
              for point, seed in runs]
 
-  # Evaluation reads the config from each run's folder; training from
-  # sweep.json.
+  # Evaluation reads the config of a run from its folder. Training reads it from
+  # sweep.json, because the folder may be empty.
   if args.evaluate:
     return _evaluate_runs(folders, args.evaluate.split(','))
   description = layout.load_sweep_description(args.workdir)
@@ -473,15 +489,15 @@ def main() -> int:
 
 def _train_as_one_program(configs: Sequence, folders: Sequence[pathlib.Path]
                           ) -> int:
-  """Trains runs as one program, and writes into the log of each why it did not
-  reach its last step.
+  """Trains runs as one program. If a run does not reach its last step, the
+  reason is written into its log.
 
   Args:
     configs: the config of each run.
     folders: the folder of each run, in the same order.
 
   Returns:
-    The exit code: 0, or EXIT_CODE_UNFINISHED where a run is not over.
+    The exit code: 0, or EXIT_CODE_UNFINISHED if a run is not over.
   """
   exit_code = 0
   for writer in vectorised.train_group(configs, folders):
@@ -489,29 +505,31 @@ def _train_as_one_program(configs: Sequence, folders: Sequence[pathlib.Path]
     if not writer.sentence:
       continue
     line = writer.sentence
-    # The runner reads the reason of a failure from a line of this form.
+
+    # The process that started this one reads the reason of a failure from a
+    # line of this form.
     if writer.code == DIVERGED:
       line = f'error: {line}'
     layout.append_to_log(writer.workdir, line)
-    # A run that ended early has all that it was to have (training/loop.py).
+    # A run that was stopped early on purpose (eval.patience) is over.
     if writer.code != ENDED_EARLY:
       exit_code = EXIT_CODE_UNFINISHED
   return exit_code
 
 
 def _evaluate_runs(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
-  """Evaluates runs one after the other, each into the eval.json of its folder
-  and with what it prints in its own log.
+  """Evaluates runs one after the other. The results of a run are written to
+  eval.json in its folder, and what is printed goes to its log.
 
   Args:
     folders: the folder of each run.
-    tasks: the names of the evaluations to do.
+    tasks: the names of the evaluation tasks.
 
   Returns:
-    The exit code: 0, or EXIT_CODE_UNFINISHED where one of them failed.
+    The exit code: 0, or EXIT_CODE_UNFINISHED if an evaluation failed.
   """
-  # Compiled programs, which runs of the same model and data share: the dict is
-  # filled by the first of them.
+  # Runs of the same model and data share compiled programs. The first of them
+  # fills this dict.
   exit_code, compiled_programs = 0, {}
   for folder in folders:
     with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(
@@ -521,7 +539,8 @@ def _evaluate_runs(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
             storage.checked_path(folder), names=tasks, options=None, step=None,
             programs=compiled_programs)
       except (RequestError, EnvironmentFailure, OSError) as error:
-        print(f'error: {error}')  # of this run: the others go on
+        # A failure concerns this run alone, and the others go on.
+        print(f'error: {error}')
         exit_code = EXIT_CODE_UNFINISHED
       else:
         evals.write_figures(storage.checked_path(folder / 'eval.json'), figures)
