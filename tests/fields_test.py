@@ -97,9 +97,9 @@ def test_a_run_refuses_it_before_any_other_work(case):
 
 
 @pytest.mark.parametrize('selector', [
-    'position', *(pytest.param(name, marks=pytest.mark.long)
+    'residual', *(pytest.param(name, marks=pytest.mark.long)
                   for name in tables.TABLES
-                  if '.' not in name and name != 'position')])
+                  if '.' not in name and name != 'residual')])
 def test_two_parts_make_a_model_or_are_refused(selector):
   pairs = [{selector: part, name: other} for part in tables.TABLES[selector]
            for name, table in tables.TABLES.items() for other in table

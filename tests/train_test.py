@@ -126,8 +126,8 @@ def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', [
-    0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
+@pytest.mark.long
+@pytest.mark.parametrize('seed', range(3))
 def test_kill_at_a_random_moment_then_resume(seed, straight, texts, tmp_path):
   words = command(tmp_path / 'run', texts, '--config.checkpoint.every_steps=3')
 

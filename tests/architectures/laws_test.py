@@ -46,7 +46,8 @@ ATTENTIONS = {
                   qk_clip=0.5, attention_difference=0.5,
                   qk_norm_over='projection', attention_out_bias=False,
                   attention_gate='elementwise'),
-    'latent': dict(mixer='latent', attention_gate='elementwise'),
+    'latent': dict(mixer='latent', attention_gate='elementwise',
+                   residual='attention', streams=dict(block_size=3)),
     'indexed': dict(indexer=dict(top_k=5), pattern='indexed', kinds=dict(
         indexed=dict(attention='indexed'))),
     'blocks': dict(indexer=dict(top_k=4, block=2), pattern='indexed',

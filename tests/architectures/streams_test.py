@@ -174,17 +174,6 @@ def test_mixing_neither_adds_nor_takes():
   assert np.isfinite(grad).all()
 
 
-@pytest.mark.slow
-def test_a_loop_and_single_tokens_are_the_scan_over_a_row():
-  (module, params), (loop, _) = (models.make_model(
-      'llama', **KINDS['blocks'], scan_layers=scan) for scan in (True, False))
-  tokens = models.random_tokens(2, 4)
-  want = jax.jit(lambda t: models.logits(module, params, t))(tokens)
-  models.assert_trees_close(models.decode_with_cache(module, params, tokens, 1,
-                                                     stepped=loop), want,
-                            rtol=3e-5)
-
-
 @pytest.mark.parametrize('kind', ['hyper', 'blocks'])
 def test_what_streams_cost(kind):
   """Compares parameters, FLOPs and what a layer keeps with counts by hand."""

@@ -148,7 +148,8 @@ def test_no_effects_are_found_as_rarely_as_promised(diverge, monkeypatch):
 @pytest.mark.parametrize('studies', [
     100, pytest.param(2000, marks=pytest.mark.long)])
 @pytest.mark.parametrize('tail, effect, screens', [
-    (lambda draws: (draws.random() < 0.2) - 0.2, 0.7, 5),
+    pytest.param(lambda draws: (draws.random() < 0.2) - 0.2, 0.7, 5,
+                 marks=pytest.mark.long),
     # None of 25 runs ends on the plateau in 7 % of the screenings, and of 30 in
     # 4 %.
     (lambda draws: (draws.random() < 0.1) - 0.1, 0.5, 6),
