@@ -61,7 +61,7 @@ STATES = [name for name in blocks.MIXERS if name not in ('attention', 'latent')]
 # The other networks are these two with another function.
 ALIKE = {'relu', 'relu2', 'leaky_relu2', 'gelu_tanh', 'silu', 'reglu', 'geglu',
          'geglu_tanh', 'swiglu_clamped'}
-FFNS = ('gelu', 'swiglu', 'gelu', 'swiglu', 'gelu', 'moe', 'swiglu',
+FFNS = ('gelu', 'moe', 'swiglu', 'gelu', 'swiglu', 'gelu', 'swiglu',
         *[name for name in layers.FFNS
           if name not in {'gelu', 'swiglu', *ALIKE}])
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
