@@ -17,19 +17,24 @@ _KEYS_OF_MEASURE = ('workload', 'figure', 'better', 'name', 'chance')
 
 def complete_measures(entries: Sequence, workloads: Collection[str], file: str
                       ) -> list[dict]:
-  """Returns the measures of a study's file with all that their entries leave
-  out, but for the score of guessing ('chance').
+  """Checks the measures that a study's file lists, such as the loss on text,
+  and adds what their entries leave out, except for the score of guessing
+  ('chance').
 
   Args:
-    entries: the entries of MEASURES.
-    workloads: the names of the workloads: the text and the probes that models
-      are trained on.
-    file: the file, for messages.
+    entries: the entries of MEASURES in the file.
+    workloads: the names of the workloads, on which models are trained: the
+      text, and probes (synthetic tasks).
+    file: the path of the file, for messages.
+
+  Returns:
+    The entries with 'workload', 'better' ('lower' or 'higher') and 'name'.
 
   Raises:
-    RequestError: for an entry that is no measure, and for workloads without
-      one.
+    RequestError: for an entry that is no measure, and for a workload that has
+      no measure.
   """
+  # Complete each entry.
   measures: list[dict] = []
   for entry in entries:
     subject = f'{file}: the measure {shorten(entry)}'
@@ -44,7 +49,7 @@ def complete_measures(entries: Sequence, workloads: Collection[str], file: str
     measures.append(
         entry | {'workload': workload, 'better': better, 'name': name})
 
-  # The first one decides, and each workload is for one.
+  # The first measure decides, and is of the text. Each workload has a measure.
   measured_workloads = [measure['workload'] for measure in measures]
   first_workload = measured_workloads[0]
   require(first_workload == plans.TEXT, f'{file}: the first measure is of '
@@ -58,11 +63,12 @@ def complete_measures(entries: Sequence, workloads: Collection[str], file: str
 
 
 def _check_entry(entry, subject: str) -> None:
-  """Raises RequestError for an entry of MEASURES that is of another form.
+  """Raises RequestError unless an entry of a study's MEASURES has the right
+  form: a dict with 'figure', whose values are texts, or a number for 'chance'.
 
   Args:
     entry: the entry.
-    subject: what the message is about.
+    subject: the words that a message begins with.
   """
   require(isinstance(entry, dict) and 'figure' in entry, f'{subject} has no '
           "figure: write {'workload': 'text', 'figure': 'loss'}")
@@ -79,13 +85,17 @@ def _check_entry(entry, subject: str) -> None:
 
 
 def _better_direction(entry: dict, subject: str) -> str:
-  """Returns whether a lower or a higher value of a measure is better: as its
-  entry says, or as is known of its figure.
+  """Returns whether a lower or a higher value of a measure is better. Its entry
+  may say so; for losses, accuracies and the like it is known.
 
   Args:
-    entry: the entry of MEASURES.
-    subject: what a message is about.
+    entry: the entry of a study's MEASURES.
+    subject: the words that a message begins with.
+
+  Returns:
+    plans.LOWER or plans.HIGHER.
   """
+  # A figure of an evaluation task is named TASK/FIGURE.
   figure = entry['figure'].rpartition('/')[2]
   if 'better' in entry:
     check_choice('better of a measure', entry['better'],
@@ -102,10 +112,18 @@ def _better_direction(entry: dict, subject: str) -> str:
 
 def _name_measure(entry: dict, workload: str, names_in_use: Collection[str]
                   ) -> str:
-  """Returns what a measure is called: as its entry says, or by its figure on
-  the text, and by its probe elsewhere; by both where that is in use."""
+  """Returns the name of a measure in a report.
+
+  Args:
+    entry: the entry of a study's MEASURES, which may have a 'name'.
+    workload: the workload of the measure: the text, or a probe.
+    names_in_use: the names of the measures before it.
+  """
   if 'name' in entry:
     return entry['name']
+
+  # On text it is named after its figure, and on a probe after the probe. If
+  # that name is in use, it is named after both.
   figure = entry['figure']
   name = workload
   if workload == plans.TEXT:
@@ -128,14 +146,18 @@ def tasks_of_workload(measures: Sequence[dict], workload: str
 
 
 def check_task_has_figure(measure: dict, config, subject: str) -> None:
-  """Raises RequestError where a measure is a figure of an evaluation task, and
-  a run cannot do the task, or the task does not give the figure.
+  """Checks that a measure which is a figure of an evaluation task can be
+  measured: that the run can do the task, and that the task has the figure.
 
   Args:
     measure: the measure, as `complete_measures` returns it.
     config: the config of the run.
-    subject: the run, for messages.
+    subject: the name of the run in messages.
+
+  Raises:
+    RequestError: if it cannot be measured.
   """
+  # A figure of a task is named TASK/FIGURE. Others need no task.
   task_name, slash, figure = measure['figure'].partition('/')
   if not slash:
     return
@@ -144,8 +166,11 @@ def check_task_has_figure(measure: dict, config, subject: str) -> None:
   task = evals.check_task_without_flags(task_name, measure_text)
   reason = task.why_unfit(config)
   require(not reason, f'{measure_text}, which {subject} cannot have: {reason}')
+
+  # A task may list patterns for the names of its figures. If it does not, any
+  # name is accepted.
   if task.figure_names is None:
-    return  # the task does not say which it has
+    return
   is_known = any(fnmatch.fnmatchcase(figure, pattern)
                  for pattern in task.figure_names)
   require(is_known, f'{measure_text}, which {subject} cannot have: the figures '
@@ -153,17 +178,20 @@ def check_task_has_figure(measure: dict, config, subject: str) -> None:
 
 
 def loss_of_guessing(measures: Sequence[dict], config, vocab: int) -> float:
-  """Returns the loss of a model that guesses, above which a run counts as
-  diverged.
+  """Returns the loss of a model that guesses. A run that ends near this loss
+  has learnt nothing, and counts as diverged.
 
   Args:
-    measures: the measures of its workload, as `complete_measures` returns them.
+    measures: the measures of the run's workload, as `complete_measures` returns
+      them.
     config: the config of the run.
     vocab: the size of the vocabulary of its model.
 
   Raises:
-    RequestError: where the objective has no such loss, and no measure says it.
+    RequestError: if the loss is not known for this objective, and no measure
+      states it as 'chance'.
   """
+  # Use the loss of a uniform guess, or else the 'chance' of the measure `loss`.
   loss = _uniform_loss(config, vocab)
   if loss is None:
     stated_losses = [measure.get('chance') for measure in measures
@@ -186,17 +214,20 @@ def _uniform_loss(config, vocab: int) -> float | None:
 def score_of_guessing(
     measure: dict, config, vocab: int, bytes_per_token: float, file: str
     ) -> float:
-  """Returns the value of a measure that guessing gives: of losses, that of a
-  model that gives all answers the same probability; of a probe, the score of
-  the best constant answer.
+  """Returns the score that a model without knowledge gets in a measure. For a
+  loss, it is that of a model that gives all answers the same probability. For a
+  probe (a synthetic task), it is that of the best constant answer.
 
   Args:
     measure: the measure, as `complete_measures` returns it.
-    config: the config of a run that has it.
+    config: the config of a run that has the measure.
     vocab: the size of the vocabulary of its model.
-    bytes_per_token: the bytes of a token of the text that is held out; 0 where
-      there is no text.
-    file: the file, for messages.
+    bytes_per_token: the mean number of bytes of a token of the held-out text; 0
+      if the workload is not text.
+    file: the path of the study's file, for messages.
+
+  Raises:
+    RequestError: if the score is not known, and the file does not state it.
   """
   if 'chance' in measure:
     return float(measure['chance'])
@@ -214,7 +245,8 @@ def score_of_guessing(
   if figure == 'bits_per_byte' and bytes_per_token:
     return math.log2(vocab) / bytes_per_token
 
-  # Figures of a probe, and an accuracy among more answers than are counted.
+  # Figures of a probe, and an accuracy among so many answers that guessing
+  # scores about 0.
   is_probe = objective.record_kind == probes.KIND_OF_SOURCE
   if is_probe and figure in probe_task.CONSTANT_FIGURES:
     return probe_task.score_constant_answer(config, figure)
@@ -225,15 +257,16 @@ def score_of_guessing(
 
 def format_unit(frozen: plans.FrozenPlan, measure: plans.Measure,
                 before: str = '', after: str = '') -> str:
-  """Returns the unit of a measure, such as 'nats a token', between two texts;
-  '' where it has none, as an accuracy, or where it is not known, as of a task's
-  own figure.
+  """Returns the unit of a measure, such as 'nats a token', between two texts.
+  Returns '' if it has no unit, as an accuracy, or an unknown one.
 
   Args:
-    frozen: the plan that has the measure.
+    frozen: the plan of the study that has the measure.
     measure: the measure.
-    before, after: the texts that stand around a unit.
+    before: the text before a unit.
+    after: the text after a unit.
   """
+  # The unit of a loss depends on the objective that the workload trains with.
   point = frozen.point(frozen.plan.base, frozen.plan.sizes[0], measure.workload)
   objective = (frozen.base_config | point['changes'])['objective']
   unit = ''

@@ -17,19 +17,20 @@ GUESSING = 1.2
 def read_outcomes(frozen: plans.FrozenPlan, sweep: curves.Sweep,
                   runs: Sequence[phases.Run]
                   ) -> tuple[list[plans.Outcome], list[str]]:
-  """Returns the outcome of each run that has one, and why the others have none.
+  """Reads the outcomes of the runs of one phase of a study (such as tuning),
+  and the reasons why other runs have no outcome.
 
-  A run that diverged is an outcome. One that failed otherwise is none, and its
-  phase cannot decide without it.
+  A run that diverged has an outcome. A run that failed for another reason has
+  none, and the phase cannot decide without it.
 
   Args:
     frozen: the plan of the study.
-    sweep: the sweep of the folder of the phase, as it lies on disk.
-    runs: the runs as the phase asked for them.
+    sweep: the runs as they lie in the folder of the phase.
+    runs: the runs that the phase asked for.
 
   Returns:
-    The outcomes in the order of the runs, and a sentence for each run that has
-    none.
+    The outcomes in the order of `runs`, and a sentence for each run without an
+    outcome.
   """
   points = {point.name: point for point in sweep.points}
   outcomes, failed = [], []
@@ -38,6 +39,8 @@ def read_outcomes(frozen: plans.FrozenPlan, sweep: curves.Sweep,
     if point is None or run.seed not in point.runs:
       failed.append(f'{run.point}, seed {run.seed}: it was not run')
       continue
+
+    # A run without an outcome has not ended, or was not evaluated.
     result = point.runs[run.seed]
     if result.state in (layout.PENDING, layout.RUNNING):
       failed.append(f'{run.point}, seed {run.seed}: it has not ended')
@@ -53,16 +56,17 @@ def read_outcomes(frozen: plans.FrozenPlan, sweep: curves.Sweep,
 
 def _outcome(frozen: plans.FrozenPlan, run: phases.Run, point: curves.Point,
              result: curves.Run) -> plans.Outcome:
-  """Returns the outcome of a run, by which its phase decides.
+  """Collects from the files of a run what its phase of the study decides by:
+  its values, whether it diverged, and what it cost.
 
   Args:
     frozen: the plan of the study.
-    run: the run as its phase asked for it.
-    point: its point (a variant at a size on a workload), as it lies on disk.
-    result: its result, as it lies on disk.
+    run: the run that the phase asked for.
+    point: the point of the run (a variant at a size on a workload) on disk.
+    result: the run on disk.
   """
-  # A run also counts as diverged where it ended near the loss of guessing: it
-  # has learnt nothing. A run without a loss has an infinite one.
+  # A run also counts as diverged if it ended near the loss of guessing, because
+  # it has learnt nothing. A run without a loss has an infinite one.
   planned_point = frozen.point_of_run(run)
   loss = result.final_loss
   if loss is None:
@@ -70,8 +74,8 @@ def _outcome(frozen: plans.FrozenPlan, run: phases.Run, point: curves.Point,
   learnt = math.isfinite(loss) and loss <= GUESSING * planned_point['guess']
   diverged = result.has_ended_badly or not learnt
 
-  # The figures of the run, and the scores of single items (documents,
-  # questions), which no verdict of the phases noise and tune is on.
+  # The values of its measures, and the scores of single items (documents,
+  # questions). The phases noise and tune do not use the latter.
   values, scores = {}, {}
   keeps_items = run.phase not in ('noise', 'tune')
   for measure in frozen.plan.measures_of_workload(run.workload):
@@ -80,8 +84,8 @@ def _outcome(frozen: plans.FrozenPlan, run: phases.Run, point: curves.Point,
     if keeps_items and measure.figure in result.items:
       scores[measure.name] = result.items[measure.figure]
 
-  # The compute and the time up to its last step, which end the curve of
-  # training.
+  # The compute and the time up to its last step are the last entries of its
+  # training curve.
   spent = {'flops': 0.0, 'seconds': math.nan}
   for name, column in point.curve(run.seed, 'train').items():
     spent[name] = column[-1]
@@ -100,24 +104,25 @@ def _outcome(frozen: plans.FrozenPlan, run: phases.Run, point: curves.Point,
 
 def _value(run: phases.Run, measure: plans.Measure, result: curves.Run,
            diverged: bool) -> float:
-  """Returns the value of a measure of a run; that of guessing where the run
-  diverged.
+  """Returns the value of a measure, such as the held-out loss, in a run. A run
+  that diverged gets the value of guessing.
 
   Args:
-    run: the run as its phase asked for it.
+    run: the run that the phase of the study asked for.
     measure: the measure.
-    result: its result, as it lies on disk.
+    result: the run on disk, with the figures that it reported.
     diverged: whether it diverged.
 
   Raises:
-    RequestError: where the run has not reported it.
+    RequestError: if the run has not reported the measure.
   """
   # A run that diverged counts as one that guesses, whatever it reported.
   value = result.held_out.get(measure.figure)
   if diverged:
     value = measure.chance
-  # A loss that is not finite is None, but such a run diverged. So what is no
-  # number here was never measured, and nothing is known in its place.
+
+  # A loss that is not finite is None, but such a run diverged. So a value that
+  # is no number here was never measured.
   reported = ', '.join(result.held_out) or 'nothing'
   require(isinstance(value, int | float), f'measure {measure.name!r} is '
           f'{measure.figure!r}, which {run.point}, seed {run.seed}, has '

@@ -68,9 +68,9 @@ class Table(NamedTuple):
     return {heading: _meanings().get(heading, '') for heading in self.rows[0]}
 
   def text(self) -> str:
-    """Returns the table as lines for a terminal. Where the terminal is too
-    narrow, the last columns are left out and named below."""
-    # A file or pipe has no width.
+    """Returns the table as lines for a terminal. If the terminal is too narrow,
+    the last columns are left out, and named below the table."""
+    # A file or pipe has no limit.
     width = math.inf
     if sys.stdout.isatty():
       width = os.get_terminal_size().columns
@@ -80,7 +80,8 @@ class Table(NamedTuple):
       rows.append([cell.text for cell in row.values()])
     num_shown = len(headings)
     lines = layout.align_columns(rows, left=num_shown)
-    # Columns are dropped from the right until the longest line fits.
+
+    # Drop columns from the right until the longest line fits.
     while num_shown > 1 and max(map(len, lines)) > width:
       num_shown -= 1
       lines = layout.align_columns(
@@ -91,18 +92,19 @@ class Table(NamedTuple):
 
 
 def table(name: str, title: str, rows: Sequence[Mapping[str, Cell]]) -> Table:
-  """Returns a table without the columns that say nothing in any row.
+  """Makes a table, and leaves out columns whose cells are all empty or unknown.
 
   Args:
     name: the anchor of the table on the page.
-    title: its title.
-    rows: the cells of each row by heading, the same headings in all of them.
+    title: the title of the table.
+    rows: the cells of each row by heading. All rows have the same headings.
   """
   headings_shown = set()
   for row in rows:
     for heading, cell in row.items():
       if cell.text not in ('', UNKNOWN):
         headings_shown.add(heading)
+
   # The columns keep the order that the rows give them.
   kept_rows = []
   for row in rows:
@@ -149,14 +151,15 @@ class Section(NamedTuple):
 
 
 def html(sections: Sequence[Section], **words: Any) -> str:
-  """Returns the HTML page of a report; tables, plots and sections that are
-  empty are left out.
+  """Renders a report as one HTML page. Empty tables, plots and sections are
+  left out.
 
   Args:
-    sections: the sections.
-    **words: the other words of the template: title, about, answer, warnings.
+    sections: the sections of the report.
+    **words: the other variables of the template: title, about, answer and
+      warnings.
   """
-  # The sections that have any content, and the plots of all of them.
+  # Keep the sections that have any content, and collect all plots.
   kept_sections, plots = [], []
   for section in sections:
     section = section._replace(

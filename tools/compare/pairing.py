@@ -58,8 +58,13 @@ def pair_with_base(runs: Runs, variant: str, base: str, size: str,
 
 
 def ended_seeds(pairs_by_size: Sequence[Pairs]) -> list[int]:
-  """Returns the seeds of which no run diverged at any size. A seed that lacks a
-  size is left out, since its mean over the sizes would be another figure."""
+  """Returns the seeds that have runs at all sizes of the model, none of which
+  diverged. Other seeds cannot be averaged over the sizes.
+
+  Args:
+    pairs_by_size: for each size, the pairs of a run of the variant and one of
+      the base, by seed.
+  """
   shared = set.intersection(*map(set, pairs_by_size))
   ended = []
   for seed in sorted(shared):
@@ -73,8 +78,18 @@ def ended_seeds(pairs_by_size: Sequence[Pairs]) -> list[int]:
 
 def differences_by_seed(pairs_by_size: Sequence[Pairs], measure: Measure
                         ) -> dict[int, list[float]]:
-  """Returns the differences at each size, variant minus base, of the seeds
-  whose runs ended at all of them."""
+  """Returns by how much a variant differs from the base, for each seed at each
+  size of the model.
+
+  Args:
+    pairs_by_size: for each size, the pairs of a run of the variant and one of
+      the base, by seed.
+    measure: the measure whose values are subtracted.
+
+  Returns:
+    The differences, variant minus base, at each size, {seed: [size]}. A seed of
+    which a run is missing or diverged is left out.
+  """
   differences = {}
   for seed in ended_seeds(pairs_by_size):
     row = []

@@ -342,15 +342,22 @@ def _write_with_ledger(ledger, workdir, frozen: FrozenPlan) -> None:
 
 
 def load_frozen_plan(workdir) -> FrozenPlan:
-  """Returns the frozen plan of a study, as study.json holds it.
+  """Reads the plan of a study from its study.json. The plan is frozen: it was
+  written down before anything was trained.
+
+  Args:
+    workdir: the folder of the study.
 
   Raises:
-    RequestError: where there is none, or where the ledger of the study has
-      another one.
+    RequestError: if there is no plan, or if the study's ledger (a database that
+      keeps a copy of it) has another one.
   """
   path = pathlib.Path(workdir) / 'study.json'
   require(path.is_file(), f'{path} is missing: no study was run in this '
           'workdir')
+
+  # Another process may write both files. The transaction keeps it from doing so
+  # between the two reads.
   tree = last = layout.load_with_checksum(path)
   if path.with_name(layout.StudyLedger.file_name).is_file():
     with layout.StudyLedger(workdir) as ledger, ledger.transaction():
@@ -491,16 +498,21 @@ def _check_unchanged(workdir, changed: Sequence[str], reason: str) -> None:
 
 def _check_no_other_plans(workdir, others: Mapping[str, Sequence[str]],
                           reason: str) -> None:
-  """Raises RequestError where runs or results are of other plans, without a
-  reason.
+  """Refuses to go on with a study whose folder has runs or results that were
+  made by other plans, unless the user gives a reason.
 
   Args:
     workdir: the folder of the study.
-    others: where they are, by the hash of their plan.
-    reason: why they are of this study.
+    others: the folders and files of these runs and results, by the hash of
+      their plan.
+    reason: the reason why they belong to this study, or ''.
+
+  Raises:
+    RequestError: if there are any, and no reason.
   """
   if not others or reason:
     return
+  # Say for each plan what was made by it.
   each = []
   for hash, where in others.items():
     each.append(f'{", ".join(where)} by {_name_of_plan(hash)}')
@@ -513,12 +525,13 @@ def _check_no_other_plans(workdir, others: Mapping[str, Sequence[str]],
 
 def record_prediction(workdir, frozen: FrozenPlan, phase: str,
                       rows: Sequence) -> dict:
-  """Records in study.json and in its ledger what a phase is predicted to find,
-  before it runs. Only the first prediction of a plan counts.
+  """Records what a phase of a study is predicted to find, before it runs, in
+  study.json and in the ledger (the database beside it). Only the first
+  prediction of a plan counts: later calls change nothing, and return it.
 
   Args:
     workdir: the folder of the study.
-    frozen: its plan, whose predictions are updated.
+    frozen: the plan of the study, whose predictions are updated.
     phase: the name of the phase.
     rows: the prediction, as efficiency.predict returns it.
 
@@ -532,7 +545,7 @@ def record_prediction(workdir, frozen: FrozenPlan, phase: str,
       if record is None and before['plan'] == frozen.hash:
         record = before
     if record is None:
-      # It is blind where no run of what it predicts has begun.
+      # The prediction is blind if none of the runs that it is about has begun.
       is_blind = phase not in _count_begun_seeds(workdir, ledger, frozen.plan)
       record = {
           'time': time.time(), 'plan': frozen.hash,
@@ -549,13 +562,18 @@ def _name_of_plan(hash: str) -> str:
 
 
 def _results_of_other_plans(workdir, known: set[str]) -> dict[str, list[str]]:
-  """Returns the folders and files of a study that were made by other plans, by
-  the hash of their plan; '' where they have none.
+  """Finds the runs and results in a study's folder that were made by plans
+  which the study never had.
 
   Args:
     workdir: the folder of the study.
     known: the hashes of the plans that the study has had.
+
+  Returns:
+    The names of folders and files, by the hash of their plan; '' is the hash of
+    runs that no study started.
   """
+  # The runs, and then the results.
   others: dict[str, list[str]] = {}
   for path in sorted(pathlib.Path(workdir).glob('*/sweep.json')):
     for hash in sorted(layout.plan_hashes_of_runs(path.parent) - known):
@@ -569,9 +587,17 @@ def _results_of_other_plans(workdir, known: set[str]) -> dict[str, list[str]]:
 
 
 def _count_begun_seeds(workdir, ledger, plan: Plan) -> dict[str, int]:
-  """Returns the number of seeds of each phase of which a run has begun, also
-  where the run is deleted since; a phase without one is left out."""
-  begun = set()  # pairs of a phase and a seed
+  """Counts, for each phase of a study, the seeds of which a run has begun. Runs
+  that were deleted since then count too, because the ledger (a database) has
+  noted their beginning. Phases without any are left out.
+
+  Args:
+    workdir: the folder of the study.
+    ledger: the open ledger of the study.
+    plan: the plan of the study.
+  """
+  # Collect pairs of a phase and a seed, from the folders and from the ledger.
+  begun = set()
   for path in pathlib.Path(workdir).glob('*/points/*/seed-*'):
     seed = int(path.name.removeprefix('seed-'))
     begun.add((phase_of_folder(path.parents[2]), seed))
@@ -597,8 +623,13 @@ def _fixed_by_plan(frozen: FrozenPlan) -> dict:
 
 
 def to_json(value: Any) -> Any:
-  """Returns dataclasses and Outcomes as plain dicts and lists; figures that
-  are not finite as null."""
+  """Turns a value with dataclasses and named tuples in it into plain dicts and
+  lists, which JSON can hold. Numbers that are not finite become None.
+
+  Args:
+    value: any nesting of dataclasses, named tuples, mappings, lists, tuples and
+      plain values.
+  """
   if dataclasses.is_dataclass(value):
     tree = {}
     for field in dataclasses.fields(value):

@@ -57,12 +57,18 @@ class Plot(TypedDict):
 
 
 def curve_plots(comparison: Comparison) -> list[Plot]:
-  """Returns a plot of the loss curves at each size of model: the mean over the
-  seeds of each variant, and each seed."""
+  """Returns a plot of the curves at each size of the model, for the script of a
+  report's page. Each variant has a line for the mean over its seeds, and one
+  for each seed. A reader can choose the figure, such as the held-out loss.
+
+  Args:
+    comparison: the comparison that the report is about.
+  """
   plots = []
   for i, size in enumerate(comparison.plan.sizes):
     all_series = _series_at_size(comparison, size)
-    # A reader chooses from the figures of which there is a line.
+
+    # A reader chooses among the figures of which there is a line.
     drawn_figures: set[str] = set()
     for series in all_series:
       drawn_figures |= series['mean'].keys()
@@ -84,7 +90,12 @@ def curve_plots(comparison: Comparison) -> list[Plot]:
 
 
 def _series_at_size(comparison: Comparison, size: str) -> list[Series]:
-  """Returns the lines of each variant that has curves at a size of model."""
+  """Returns the lines of each variant that has curves at a size of the model.
+
+  Args:
+    comparison: the comparison that the report is about.
+    size: the name of the size.
+  """
   all_series = []
   for variant in comparison.variants:
     curves_by_seed = {}
@@ -100,12 +111,13 @@ def _series_at_size(comparison: Comparison, size: str) -> list[Series]:
 def _curve_series(comparison: Comparison, variant: str,
                   curves_by_seed: Mapping[int, Mapping[str, Mapping]]
                   ) -> Series:
-  """Returns the lines of a variant, of each figure that all its seeds have.
+  """Returns the lines of a variant: for each figure that all its seeds have,
+  the mean over the seeds, and the curve of each seed.
 
   Args:
-    comparison: the comparison.
+    comparison: the comparison that the report is about.
     variant: the name of the variant.
-    curves_by_seed: by seed, the curve of each figure by the figure's name.
+    curves_by_seed: the curves, {seed: {figure: curve}}.
   """
   mean_by_figure: dict[str, Line] = {}
   lines_by_seed: dict[int, dict[str, Line]] = {
@@ -131,8 +143,15 @@ def _curve_series(comparison: Comparison, variant: str,
 
 
 def tuning_plot(comparison: Comparison) -> Plot:
-  """Returns a plot of the loss on text by the learning rate, from the last rung
-  of tuning, with the interval over seeds where there is one."""
+  """Returns a plot of the loss on text over the learning rate, as tuning found
+  it, with 95 % intervals over seeds where there are any.
+
+  Tuning goes in rungs: each trains fewer learning rates for longer. The plot
+  has the last one.
+
+  Args:
+    comparison: the comparison that the report is about.
+  """
   plan = comparison.plan
   all_series = []
   for tuned in comparison.results['tuned']:
@@ -161,12 +180,17 @@ def tuning_plot(comparison: Comparison) -> Plot:
 
 
 def _loss_by_learning_rate(tuned: Mapping[str, Any], last_rung: int) -> Line:
-  """Returns the trials of the last rung of tuning, and of those after it, by
-  rising learning rate: 'lr', the measure 'y', and its interval 'low', 'high'.
+  """Returns the losses of the last rung of tuning over the learning rate.
+  Tuning goes in rungs: each trains fewer learning rates for longer. Trials
+  beyond the edges come in rungs after the last planned one, and count too.
 
   Args:
     tuned: what tuning found for one variant, as plans.Tuned has it.
-    last_rung: the number of the last rung.
+    last_rung: the number of the last planned rung.
+
+  Returns:
+    Lists by rising learning rate: 'lr', the measure 'y', and the ends 'low' and
+    'high' of its interval (None: there is none).
   """
   trials = []
   for trial in tuned['tried']:
@@ -184,8 +208,16 @@ def _loss_by_learning_rate(tuned: Mapping[str, Any], last_rung: int) -> Line:
 
 
 def thin_curve(curve: Mapping[str, Sequence]) -> Line:
-  """Returns a curve as a line of at most MAX_POINTS_OF_LINE points, evenly
-  chosen, the first and the last one among them."""
+  """Thins a curve out to MAX_POINTS_OF_LINE points at most, so that a page with
+  many curves stays small. The points are evenly spaced, and the first and the
+  last one are among them.
+
+  Args:
+    curve: the columns of the curve, by name.
+
+  Returns:
+    The columns of the chosen points: one for each axis, and 'y', the loss.
+  """
   num_points = len(curve['step'])
   positions = np.linspace(0, num_points - 1,
                           min(num_points, MAX_POINTS_OF_LINE))

@@ -52,8 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
+  """Publishes the verdicts of studies: writes a bundle (a tar.gz of the plan,
+  results and metrics) for each, and a page about all bundles in the folder.
+
+  Args:
+    args: the arguments of the command: the folders of the studies, the folder
+      of the bundles, and the file of the page.
+
+  Returns:
+    The exit code, 0.
+  """
   folder, target = pathlib.Path(args.bundles), pathlib.Path(args.page)
-  # Anything but an ended study is refused before anything is written.
+  # Refuse anything but a finished study before anything is written.
   content_of_bundle = {}
   for source in args.workdirs:
     with _folder_of_study(pathlib.Path(source)) as workdir:
@@ -65,7 +75,8 @@ def main(args) -> int:
       name = f'{comparison.plan.name}-{comparison.frozen.hash}.tar.gz'
       content_of_bundle[name] = bundle_study(workdir, comparison.results)
 
-  # The bundles, and then the page, of all that there are.
+  # Write the bundles, and then the page about all bundles in the folder, the
+  # newest study first.
   for name, content in content_of_bundle.items():
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_file(folder / name, content)
@@ -81,22 +92,28 @@ def main(args) -> int:
 
 
 def bundle_study(workdir, results: Mapping[str, Any]) -> bytes:
-  """Returns a tar.gz of the plan, results and metrics of a study, without its
-  checkpoints; the same bytes for the same files and results.
+  """Packs the plan, results and metrics of a study into a tar.gz, without its
+  checkpoints. Equal files and results give equal bytes, so no time of packing
+  is in it.
 
   Args:
     workdir: the folder of the study.
     results: its results, computed from the runs (recompute.recompute_results).
   """
+  # Read the files of the study.
   workdir, file = pathlib.Path(workdir), io.BytesIO()
   content_of_file = {}
   for pattern in PATTERNS_OF_BUNDLED_FILES:
     for path in workdir.glob(pattern):
       name = path.relative_to(workdir).as_posix()
       content_of_file[name] = path.read_bytes()
-  # Warnings about the saved results are no part of new ones.
+
+  # Replace results.json by the results that follow from the runs, without the
+  # warnings about the saved ones.
   results = {**results, 'unlike_saved': []}
   content_of_file[results_lib.FILE] = layout.format_with_checksum(results)
+
+  # Pack them. A time of 0 and sorted names make the bytes reproducible.
   with (gzip.GzipFile(fileobj=file, mode='wb', mtime=0) as packed,
         tarfile.open(fileobj=packed, mode='w') as tar):
     for name, content in sorted(content_of_file.items()):
@@ -107,18 +124,22 @@ def bundle_study(workdir, results: Mapping[str, Any]) -> bytes:
 
 
 def _load_bundle(path: pathlib.Path) -> Comparison:
-  """Returns the study that a bundle holds, as the report reads it, with the
-  name of the code that has computed its results.
+  """Reads a published study from its bundle (a tar.gz), and checks that its
+  verdicts follow from its runs.
+
+  Args:
+    path: the path of the bundle.
 
   Raises:
-    RequestError: where the file is no bundle, or this code does not compute
-      the verdicts that it holds.
+    RequestError: if the file is no bundle, or if this version of the code
+      computes other verdicts from the runs.
   """
   with _folder_of_study(path) as folder:
     comparison = comparison_lib.load_comparison(folder)
     published = results_lib.load(folder)
 
-  # Equal figures are those of the code that the bundle names.
+  # The verdicts are equal, so the code that the bundle names as their author
+  # is kept.
   statistics = published['statistics']
   codes = ', '.join(statistics['codes']) or 'code of no known commit'
   others = '; '.join(comparison.results['unlike_saved'])

@@ -33,8 +33,9 @@ def write(workdir, frozen: plans.FrozenPlan, state: phases.StudyState) -> None:
     frozen: its plan.
     state: the outcomes and decisions so far.
   """
-  # A study that is started again walks through all of its phases from the first
-  # on, and may be told to end early. Its file must not lose the later ones.
+  # A study that is started again walks through all its phases from the first
+  # on, and may be told to end early. The file must not lose later phases that
+  # were finished before.
   saved = load(workdir)
   finished = {
       phase for phase, row in saved['phases'].items() if row['finished']}
@@ -64,19 +65,21 @@ def describe_provenance(workdir) -> dict[str, Any]:
 
 def make_tree(workdir, frozen: plans.FrozenPlan, state: phases.StudyState,
               provenance: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what results.json is to hold.
+  """Puts the contents of results.json together: the outcomes of a study's runs,
+  what its phases found, what they cost, and which code was used.
 
   Args:
     workdir: the folder of the study.
-    frozen: its plan.
+    frozen: the plan of the study.
     state: the outcomes and decisions so far.
-    provenance: what has trained the runs, as `describe_provenance` returns it.
+    provenance: the code and machines that trained the runs, as
+      `describe_provenance` returns them.
   """
   phases_spent = {}
   for phase in phases.phases_of_study(frozen.plan.seeds):
     phases_spent[phase.name] = _spent(frozen, phase, state)
-  # The records of the phases are keys of their own, beside the outcomes that
-  # they were found from.
+  # The records of the phases, such as 'tuned' and 'confirm', are keys of their
+  # own.
   return {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
       'outcomes': plans.to_json(state.outcomes),
@@ -131,17 +134,18 @@ def folders(workdir, phase: str = '') -> list[pathlib.Path]:
 
 def _spent(frozen: plans.FrozenPlan, phase: phases.Phase, state
            ) -> dict[str, Any]:
-  """Returns the runs, tokens, FLOPs and time that a phase has taken so far.
+  """Sums the runs, tokens, FLOPs and time that a phase of a study has taken so
+  far.
 
   Args:
-    frozen: the plan.
+    frozen: the plan of the study.
     phase: the phase.
     state: the outcomes and decisions so far.
 
   Returns:
-    The entry of the phase in `phases` of results.json: how many runs were
-    'planned' at most, are 'done' and 'failed'; the sums of 'tokens', 'flops'
-    and 'seconds'; and whether it is 'finished'.
+    The entry of the phase in `phases` of results.json: the numbers of runs that
+    were 'planned' at most, are 'done', and 'failed' (diverged); the sums of
+    'tokens', 'flops' and 'seconds'; and whether the phase is 'finished'.
   """
   num_done = num_failed = 0
   tokens, flops, seconds = 0.0, 0.0, 0.0
@@ -150,10 +154,11 @@ def _spent(frozen: plans.FrozenPlan, phase: phases.Phase, state
       continue
     num_done += 1
     num_failed += run.diverged
-    # A run may have trained a part of its planned steps: its FLOPs tell.
+    # A run may have trained only a part of its planned steps, so its tokens
+    # follow from its FLOPs.
     tokens += run.flops / frozen.point_of_run(run)['flops_per_token']
     flops += run.flops
-    # The time of a run is not always known; the sum is of those that are.
+    # The time of a run is not always known. The others are summed.
     if not math.isnan(run.seconds):
       seconds += run.seconds
   return {'planned': len(phase.largest_set_of_runs(frozen)), 'done': num_done,
@@ -220,22 +225,22 @@ def _count_runs_of_ledger(workdir) -> tuple[dict[str, int], int, int]:
     workdir: the folder of the study.
 
   Returns:
-    How many times runs of each phase were begun anew, for phases with such
-    runs; how many runs are on disk that the ledger does not know; and of how
-    many with figures it does not know with which they ended.
+    Three counts: by phase, how many times its runs were begun again; how many
+    runs on disk the ledger did not see begin; and how many runs with figures it
+    did not see end, so that it has no hash of these figures.
   """
   with layout.StudyLedger(workdir) as ledger:
     begun_runs = ledger.begun_runs()
     ended_runs = ledger.hash_of_ended_runs()
 
-  # Each row of the ledger is one beginning: the first of a run is none anew.
+  # Each row of the ledger is one beginning of a run. All but the first count.
   repeated: dict[str, int] = {}
   for (folder, _, _), num_times in collections.Counter(begun_runs).items():
     if num_times > 1:
       phase = plans.phase_of_folder(pathlib.Path(folder))
       repeated[phase] = repeated.get(phase, 0) + num_times - 1
 
-  # The runs on disk, in the form of the rows of the ledger.
+  # Collect the runs on disk in the form of the ledger's rows.
   on_disk = set()
   with_figures = set()
   for folder in folders(workdir):
@@ -278,15 +283,15 @@ class Cost(NamedTuple):
 
 def costs(frozen: plans.FrozenPlan, group: int, times: Times | None
           ) -> list[Cost]:
-  """Returns the costs of all phases of a study, at most: every variant is
-  confirmed. Where tuning may go beyond the values that were planned, the `note`
-  of a cost says how much that adds.
+  """Returns the highest possible cost of each phase of a study: every variant
+  passes the screening and is confirmed. If tuning may go beyond the planned
+  values, the `note` of a cost says how much that adds.
 
   Args:
-    frozen: the plan.
-    group: how many runs one program holds at most.
-    times: the seconds of a step at each size on each workload; None: not
-      measured.
+    frozen: the plan of the study.
+    group: the most runs that are trained as one program.
+    times: the seconds of a training step, {(size, workload): seconds}; None: it
+      was not measured.
   """
   cost_of_phases = []
   for phase in phases.phases_of_study(frozen.plan.seeds):
@@ -297,20 +302,23 @@ def costs(frozen: plans.FrozenPlan, group: int, times: Times | None
 
 def _cost(frozen: plans.FrozenPlan, group: int, times: Times | None,
           phase: phases.Phase) -> Cost:
-  """Returns the largest cost that a phase can have.
+  """Returns the highest possible cost of a phase of a study.
 
   Args:
-    frozen: the plan.
-    group: how many runs one program holds at most.
-    times: the seconds of a step at each size on each workload; None: not
-      measured.
+    frozen: the plan of the study.
+    group: the most runs that are trained as one program.
+    times: the seconds of a training step, {(size, workload): seconds}; None: it
+      was not measured.
     phase: the phase.
   """
+  # Sum over the runs. `runs_of_program` counts the runs that could be trained
+  # as one program, because they differ in nothing that is compiled into it.
   runs = phase.largest_set_of_runs(frozen)
   tokens = flops = seconds = 0.0
   runs_of_program: collections.Counter[tuple] = collections.Counter()
   for run in runs:
-    # A run may train a part of the steps of its point (a variant at a size).
+    # A run of tuning may train a part of the steps of its point (a variant at a
+    # size).
     planned_point = frozen.point_of_run(run)
     steps = frozen.steps(run.changes)
     share = steps / frozen.steps(planned_point['changes'])
@@ -319,8 +327,8 @@ def _cost(frozen: plans.FrozenPlan, group: int, times: Times | None,
     if times:
       seconds += steps * times[run.size, run.workload]
     runs_of_program[_program(run)] += 1
-  # Runs of one program differ in nothing that is compiled, and there are
-  # `group` of them at most.
+
+  # Split them into programs of `group` runs at most.
   programs = sum(
       math.ceil(number / group) for number in runs_of_program.values())
   return Cost(
@@ -345,26 +353,28 @@ def _program(run: phases.Run) -> tuple:
 
 
 def times_of(workdir, frozen: plans.FrozenPlan) -> Times | None:
-  """Returns the mean seconds of a training step at each size on each workload,
-  as the finished runs of a study took them.
+  """Returns the mean time of a training step, as the finished runs of a study
+  took it.
 
   Args:
     workdir: the folder of the study.
-    frozen: its plan; runs of sizes, workloads and variants that it does not
-      have are left out.
+    frozen: the plan of the study. Runs of sizes, workloads (the text, or
+      probes) and variants that it does not have are left out.
 
   Returns:
-    The seconds by size and workload; None where one of them is not known.
+    The seconds, {(size, workload): seconds}, or None if one of them is not
+    known.
   """
   plan = frozen.plan
   variants = (plan.base, plans.SECOND_BASE, *plan.variants)
-  # Sums over runs. Keys that stay 0 are sizes and workloads of which no run has
-  # finished.
+
+  # Sum steps and seconds over the runs. Sums that stay 0 are of sizes and
+  # workloads of which no run has finished.
   steps, seconds = {}, {}
   for size in plan.all_sizes:
     for workload in plan.workloads:
       steps[size, workload] = seconds[size, workload] = 0.0
-  # Runs that diverged may have ended early, and say little of a step.
+  # Runs that diverged may have ended early, and say little about a step.
   for row in load(workdir)['outcomes']:
     run = plans.outcome_from_json(row)
     key = run.size, run.workload
@@ -374,52 +384,56 @@ def times_of(workdir, frozen: plans.FrozenPlan) -> Times | None:
       continue
     steps[key] += frozen.steps(run.changes)
     seconds[key] += run.seconds
-  # Hours are told for all phases or for none.
+
+  # Times are given for everything or for nothing.
   if not all(steps.values()):
     return None
   return {key: seconds[key] / steps[key] for key in steps}
 
 
-def table(each: Sequence[Cost], parallel: int) -> str:
-  """Returns the costs of phases and their sum as a table for a terminal.
+def table(cost_of_phases: Sequence[Cost], parallel: int) -> str:
+  """Returns the costs of a study's phases and their sum as a table for a
+  terminal.
 
   Args:
-    each: the cost of each phase.
-    parallel: how many processes run at once, by which the hours are divided.
+    cost_of_phases: the cost of each phase.
+    parallel: the number of processes that run at once, by which the hours are
+      divided.
   """
+  # The first row has the headings, which have no note.
   rows = [('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours')]
-  notes = ['']  # the headings have none
-  for cost in [*each, _in_all(each)]:
+  notes = ['']
+  for cost in [*cost_of_phases, _in_all(cost_of_phases)]:
     hours = 'unknown'
     if cost.seconds is not None:
       hours = f'{cost.seconds / parallel / 3600:.2f}'
     rows.append((cost.phase, f'{cost.runs:,}', f'{cost.programs:,}',
                  f'{cost.tokens:,.0f}', f'{cost.flops:.3g}', hours))
     notes.append(cost.note)
-  # Notes stand behind the columns, as they are too long for one.
+
+  # Notes stand behind the columns, because they are too long for one.
   lines = []
   for line, note in zip(layout.align_columns(rows), notes):
     lines.append(f'{line}  {note}'.rstrip())
   return '\n'.join(lines)
 
 
-def _in_all(each: Sequence[Cost]) -> Cost:
-  """Returns the sum of some costs. Its time is known only where that of each
-  is.
+def _in_all(cost_of_phases: Sequence[Cost]) -> Cost:
+  """Returns the sum of the costs of a study's phases. Its time is known only if
+  that of every phase is.
 
   Args:
-    each: the costs.
+    cost_of_phases: the cost of each phase.
   """
   runs = programs = 0
   tokens = flops = 0.0
-  # None once it is not known.
   seconds: float | None = 0.0
-  for cost in each:
+  for cost in cost_of_phases:
     runs += cost.runs
     programs += cost.programs
     tokens += cost.tokens
     flops += cost.flops
-    # Once one time is unknown, so is the sum.
+    # Once one time is unknown (None), so is the sum.
     if seconds is None or cost.seconds is None:
       seconds = None
     else:

@@ -15,6 +15,9 @@ LAUNCHERS = ('local', 'slurm', 'print')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of the command `run`, which trains a sweep or a study.
+  """
+  # Arguments that `check` has too, and those of sweeps and studies alike.
   check.add_file_arguments(parser)
   parser.add_argument('--workdir', required=True,
                       help='of the whole sweep or study')
@@ -30,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       'runners; default: one a run that waits, 1 of a study')
   parser.add_argument('--slurm', default='', help='of slurm: what submitit '
                       'is told, as slurm_partition=gpu,timeout_min=60')
+
+  # Arguments of studies alone.
   check.add_flag_of_kind(
       parser, 'study', '--until', default=plan.REPORT,
       help=f'its last phase, of freeze, {", ".join(phases.PHASES)}, '
@@ -52,7 +57,13 @@ def main(args) -> int:
 
 
 def run_sweep_or_study(args) -> int:
-  """Trains what is not done yet of a sweep or study; returns the exit code."""
+  """Trains the runs of a sweep or a study that are not done yet, and prints how
+  they went. Returns the exit code.
+
+  Args:
+    args: the arguments that `add_arguments` defines.
+  """
+  # Check the arguments.
   is_study = check.check_arguments(args)
   launchers = ('local', 'slurm') if is_study else LAUNCHERS
   check_choice('--launcher', args.launcher, launchers)
@@ -60,13 +71,20 @@ def run_sweep_or_study(args) -> int:
   for flag in ('jobs', 'slurm'):
     require(args.launcher == 'slurm' or not getattr(args, flag), f'--{flag} is '
             f'of --launcher=slurm, which is {args.launcher}: leave it out')
+
+  # A study runs its phases itself.
   if is_study:
     from tools.compare import study
     return study.run(args, submit)
+
+  # Check every point of the sweep before anything is trained.
   layout.check_workdir(args.workdir)
   description = check.describe_sweep(args)
   if args.match and not args.milestones:
     print(check.render_cost_table(description), file=sys.stderr)
+
+  # Enter the runs into the ledger (the database of their states), and train
+  # those that wait, or print or submit commands that do.
   with layout.Ledger(args.workdir) as ledger:
     if args.retry:
       ledger.retry_failed_runs()
@@ -106,8 +124,15 @@ def _print_verdicts(workdir) -> None:
 
 
 def submit(args, jobs: int) -> None:
-  """Submits an array of runners on one ledger, each of which does what this
-  command would do here."""
+  """Submits an array of jobs to SLURM. Each repeats this command with
+  --launcher=local, and they share the runs of the sweep through its ledger, the
+  database of runs.
+
+  Args:
+    args: the arguments of the command.
+    jobs: the number of jobs.
+  """
+  # Leave out the words of this command that are not meant for the jobs.
   of_this_command = cli.Parser(add_help=False)
   for flag in ('--launcher', '--jobs', '--slurm', '--amend'):
     of_this_command.add_argument(flag)
@@ -120,8 +145,18 @@ def submit(args, jobs: int) -> None:
 
 
 def _summary(args, runs: list[layout.Run], description: dict) -> int:
-  """Prints the states of all runs, not to stdout where that holds commands;
-  returns the exit code."""
+  """Prints how the runs of a sweep went, to the standard error, because
+  --launcher=print writes commands to the standard output.
+
+  Args:
+    args: the arguments of the command.
+    runs: all runs of the sweep's ledger.
+    description: the contents of sweep.json.
+
+  Returns:
+    The exit code: 1 if a run failed, STOPPED if runs are left that were to be
+    trained here, and otherwise 0.
+  """
   codes = layout.codes_of_runs(args.workdir, description)
   failed = status.failed(runs)
   lines = [f'{args.workdir}: {status.states(runs)}']

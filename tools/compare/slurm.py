@@ -46,8 +46,10 @@ class Work:
     return self._process.returncode
 
   def checkpoint(self):
-    """Has the command save and end, before submitit queues the job again; it
-    calls this in its signal handler."""
+    """Makes the command save and end, and returns the job that submitit queues
+    in its place. submitit calls this in its signal handler, when the time of
+    the job is nearly over."""
+    # SIGTERM asks the command to save. If it takes too long, it is killed.
     import submitit
     if self._process:
       self._process.terminate()
@@ -61,19 +63,23 @@ class Work:
 
 def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
            name: str, cluster: str = 'slurm') -> list:
-  """Submits an array of jobs to SLURM, prints their names, and returns them.
+  """Submits an array of jobs to SLURM by the library submitit, prints their
+  names, and returns them.
 
   Args:
     commands: the command of each job.
     folder: the folder for the scripts and logs of the jobs.
-    options: the options of submitit's executor, as
-      slurm_partition=gpu,timeout_min=60.
+    options: the options of submitit's executor, such as
+      'slurm_partition=gpu,timeout_min=60'.
     name: the name of the array.
-    cluster: 'slurm'; tests run 'local'.
+    cluster: submitit's name of the cluster. Tests use 'local'.
 
   Raises:
-    ValueError: where submitit is missing or refuses.
+    RequestError: if submitit is missing, or refuses the options.
+    EnvironmentFailure: if sbatch refuses the jobs.
   """
+  # Parse the options. A job is told to save so many seconds before its end,
+  # and needs some of them to be queued again.
   try:
     import submitit
   except ImportError as error:
@@ -86,6 +92,8 @@ def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
   require(type(delay) is int and delay > QUEUE_SECONDS, '--slurm has '
           f'slurm_signal_delay_s={delay}: a job is told so many seconds before '
           f'its end, and needs {QUEUE_SECONDS} of them to be queued again')
+
+  # Submit the jobs.
   try:
     executor = submitit.AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(name=name, **parsed)

@@ -103,6 +103,16 @@ class PointCollector:
 
   @check_argument_types
   def __call__(self, name: str, **changes: Any) -> None:
+    """Adds a point, which is a variant of the sweep's base config.
+
+    Args:
+      name: the name of the point, which also becomes the name of a folder.
+      **changes: the fields of the config that it changes, by dotted name.
+
+    Raises:
+      RequestError: for a name that is in use or cannot be one, and for a field
+        that must be the same for all points.
+    """
     is_name = re.fullmatch(r'[^\W_][\w.=+-]*', name) is not None
     require(is_name, f'{self._file}: a point is called {shorten(name)}: begin '
             'with a letter or a digit, and go on with these and . _ = + - '
@@ -118,16 +128,16 @@ class PointCollector:
   @check_argument_types
   def system(self, arch: str, size: str = 'tiny', name: str = '',
              **changes: Any) -> None:
-    """Adds the base as another system: the fields of its model that
-    configs/ARCH.py has otherwise, but for its sizes
-    (training/costs/systems.py).
+    """Adds a point with the architecture of another system, such as 'llama', at
+    the sizes of the base. It takes all fields of configs/ARCH.py that are not
+    sizes (training/costs/systems.py).
 
     Args:
       arch: the system, as model.arch names it.
-      size: the size of configs/ARCH.py whose parts are taken, and the sizes of
-        what the base has no part for, such as experts.
-      name: the name of the point; default: arch.
-      **changes: values by dotted key, made after these.
+      size: the size of configs/ARCH.py whose fields are taken. It also gives
+        the sizes of parts that the base does not have, such as experts.
+      name: the name of the point; '' stands for arch.
+      **changes: further fields to change, by dotted name. They win.
     """
     from training.costs import systems
     name = name or arch
@@ -204,13 +214,14 @@ def apply_changes(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   """Returns a locked copy of a config in which some fields are changed.
 
   Args:
-    base: the config.
-    changes: the values by dotted key, such as {'model.norm': 'rmsnorm'}.
-    subject: what sets these values, named in messages.
+    base: the config, which stays as it is.
+    changes: the new values by dotted name, such as {'model.norm': 'rmsnorm'}.
+    subject: the name of what sets these values, with which a message begins.
 
   Raises:
-    RequestError: for a key that is no field, or a value of another type.
+    RequestError: for a name that is no field, or a value of another type.
   """
+  # Set one field after the other. A field must be declared before it is set.
   config = base.copy_and_resolve_references()
   for key, value in changes.items():
     value = run_config.lists_to_tuples(value)
@@ -244,13 +255,17 @@ def load_sweep_module(file: str):
 
 
 def _include_base(sweep: Sweep) -> Sweep:
-  """Returns a sweep in which one point is the base: the point that changes
-  nothing, or one that is put before the others.
+  """Makes sure that one point of a sweep is the base, with which the others are
+  compared: the point that changes nothing, or a new one before the others.
+
+  Args:
+    sweep: the sweep as its file adds the points (variants of the config).
 
   Raises:
-    RequestError: for a sweep of nothing but the base, or with two points that
+    RequestError: if the sweep has nothing but the base, or two points that
       train the same model in the same way.
   """
+  # Find or add the base.
   points = list(sweep.points)
   base = _point_equal_to_base(sweep)
   if base is None:
@@ -262,7 +277,8 @@ def _include_base(sweep: Sweep) -> Sweep:
     points.insert(0, base)
   require(len(points) > 1,
           f'{sweep.file}: sweep(add) adds nothing but the base')
-  # No two points may train the same.
+
+  # Refuse two points that train the same. Each is compared with all before it.
   trained_before: list[tuple[str, Any]] = []
   for point in points:
     trained_model = _trained_model(sweep.config_of_point(point))
@@ -286,13 +302,14 @@ def _point_equal_to_base(sweep: Sweep) -> Point | None:
 
 
 def _trained_model(config: ml_collections.ConfigDict) -> tuple[dict, dict]:
-  """Returns all that decides on what a config trains, but for the name of its
-  system: two configs that train the same give equal values.
+  """Returns everything that decides what a config trains, so that two configs
+  can be compared: if they train the same, the results are equal. The name of
+  the system (model.arch) alone changes nothing, and is left out.
 
   Returns:
-    The config as a tree without model.arch; and what the page of its system in
-    architectures/ holds beside names and parts, such as the scorer of an
-    encoder.
+    The config as nested dicts, without model.arch; and the values that the
+    system's module in architectures/ defines besides its name and parts, such
+    as the scorer of an encoder.
   """
   import architectures
   tree = config.to_dict()

@@ -20,13 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
+  """Prints how far a sweep or a study is: a table with a row for each point (a
+  variant of the config), and the runs that failed. Returns the exit code, 0."""
   workdir = layout.parse_workdir(args)
   if layout.is_study(workdir):
     return _study(workdir, args.json)
-  # Two files tell: sweep.json what was asked for, the ledger how far it is.
+
+  # sweep.json says what was asked for, and the ledger how far each run is.
   description = layout.load_sweep_description(workdir)
   runs = layout.load_ledger_runs(workdir)
-  # A row of HEADINGS for each point (a variant of the config).
+
+  # Print a row for each point, with the columns of HEADINGS.
   points = rows(description, workdir, runs)
   if args.json:
     print(json.dumps({
@@ -96,11 +100,13 @@ def _study(workdir, as_json: bool) -> int:
 def _print_plan_and_phases(
     frozen: plans.FrozenPlan,
     phases: Sequence[tuple[Any, list[layout.Run]]]) -> None:
-  """Prints the plan of a study with its amendments, and how far each phase is.
+  """Prints the name of a study's plan, how the plan was changed since it was
+  written down, and how far each phase is.
 
   Args:
     frozen: the plan.
-    phases: the cost of each phase, and the runs that it has begun.
+    phases: for each phase, its highest possible cost (results.Cost) and the
+      runs that it has begun.
   """
   print(f'study {frozen.plan.name}, plan {frozen.hash}, frozen on '
         f'{plans.format_date(frozen.time)}')
@@ -117,13 +123,16 @@ def _print_plan_and_phases(
 
 def _seconds_left(phases: Sequence[tuple[Any, list[layout.Run]]],
                   saved: Mapping[str, Any]) -> float | None:
-  """Returns the seconds of training that a study has left at most, on one
-  process; None where the time of its steps is not known.
+  """Returns the most seconds of training that a study has left, if one process
+  does all of it; None if the time of a step is not known.
 
   Args:
-    phases: the cost of each phase, and the runs that it has begun.
-    saved: what its results.json holds.
+    phases: for each phase, its highest possible cost (results.Cost) and the
+      runs that it has begun.
+    saved: the contents of results.json.
   """
+  # A phase that is finished needs no more, even if it had fewer runs than were
+  # planned. Of the others, the share of runs that are not done is left.
   seconds_left = 0.0
   for cost, runs in phases:
     if saved['phases'].get(cost.phase, {}).get('finished'):
@@ -137,15 +146,15 @@ def _seconds_left(phases: Sequence[tuple[Any, list[layout.Run]]],
 
 def _saved_verdicts(plan: plans.Plan, saved: Mapping[str, Any]
                     ) -> dict[str, str]:
-  """Returns the last verdict that a study has saved on each variant, by the
-  first measure; variants that no phase has compared are left out.
+  """Returns the newest verdict on each variant of a study, {variant: verdict},
+  by the primary measure. Variants that no phase has compared are left out.
 
   Args:
     plan: the plan of the study.
-    saved: what its results.json holds.
+    saved: the contents of results.json.
   """
   verdicts = {}
-  # Later phases come later, and win.
+  # The phases are in their order, so that the verdict of a later one wins.
   for phase in ('screen', 'rescreen', 'confirm'):
     for row in saved.get(phase, ()):
       if row['measure'] == plan.primary.name:
@@ -168,19 +177,22 @@ def rows(description: dict, workdir, runs: list[layout.Run]
     that is trained, the mean held-out loss, and that minus the base's, seed by
     seed.
   """
+  # Group the runs by their point.
   by_point = collections.defaultdict(list)
   for run in runs:
     by_point[run.point].append(run)
-  names = [point['name'] for point in description['points']]
-  # The base comes first (False sorts before True), since the others are
+
+  # The base must come first (False sorts before True), because the others are
   # compared with its losses.
+  names = [point['name'] for point in description['points']]
   names.sort(key=lambda name: name != description['base'])
   base_losses: dict[int, float] = {}
   rows_of_table = []
   for name in names:
     shares, losses = _trained(description, workdir=workdir, point=name,
                               runs=by_point[name])
-    # Only seeds that both have ended; none for the base itself.
+    # Compare the seeds that point and base have both finished. base_losses is
+    # still empty for the base itself.
     differences = [loss - base_losses[seed] for seed, loss in losses.items()
                    if seed in base_losses]
     if name == names[0]:
@@ -193,8 +205,8 @@ def rows(description: dict, workdir, runs: list[layout.Run]
 
 def _trained(description: dict, workdir, point: str, runs: list[layout.Run]
              ) -> tuple[list[float], dict[int, float]]:
-  """Returns how far the runs of one point of a sweep (a variant of the config)
-  are.
+  """Reads from their metrics how far the runs of one point of a sweep (a
+  variant of the config) are.
 
   Args:
     description: the content of sweep.json.
@@ -206,7 +218,7 @@ def _trained(description: dict, workdir, point: str, runs: list[layout.Run]
     The share of its steps that each run has trained, and by seed the held-out
     loss of those that have finished.
   """
-  # Seeds differ in nothing but the seed, so that any one tells the steps.
+  # All seeds have the same number of steps, so that any seed will do.
   num_steps = layout.config_of_run(description, point, 0).train.steps
   shares, losses = [], {}
   for run in runs:
