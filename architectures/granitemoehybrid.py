@@ -94,14 +94,6 @@ def _write_ffn(config: ModelConfig) -> dict:
       shared_intermediate_size=moe.shared_experts * moe.d_ff)
 
 
-def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns table rows that name the Hugging Face tensor of each parameter of a
-  layer's Mamba-2, or of its attention."""
-  if config.mixer == 'mamba2':
-    return hf.prefix_rows('attention', 'mamba', *mamba2.MIXER_ROWS)
-  return llama.attention_rows()
-
-
 ROWS = llama.embedding_and_head_rows() + llama.layer_rows(
     *llama.norm_rows(),
     *hf.prefix_rows(
@@ -120,6 +112,7 @@ ROWS = llama.embedding_and_head_rows() + llama.layer_rows(
 class HF(llama.Family):
   model_type = 'granitemoehybrid'
   architecture = 'GraniteMoeHybridForCausalLM'
+  names = ROWS
   fields = hf.fields_with_defaults(
       hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
       num_key_value_heads=hf.default_num_kv_heads, head_dim=hf.default_head_dim,
@@ -136,22 +129,12 @@ class HF(llama.Family):
   only = dict(hidden_act='silu', mamba_proj_bias=False)
   fields_without_effect = ('mamba_chunk_size',)
 
-  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the table by which our parameters are converted to the tensors of
-    a Hugging Face file, and back.
-
-    Args:
-      config: our config of the model.
-
-    Returns:
-      Rows of four strings: the path and the axes of our parameter, and the name
-      and the axes of its tensor. Letters name axes, such as D d_model, H heads
-      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
-      axes, of which the first is our H and K joined. {n} in a name is the
-      number of the layer. Rows of parameters that the model lacks are skipped.
-    """
-    return ROWS + hf.rows_of_each_block(config, layer_prefix='model.layers.{n}',
-                                        rows_of_layer=_mixer_rows)
+  def rows_of_layer(self, layer: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns table rows that name the Hugging Face tensor of each parameter of
+    a layer's Mamba-2, or of its attention."""
+    if layer.mixer == 'mamba2':
+      return hf.prefix_rows('attention', 'mamba', *mamba2.MIXER_ROWS)
+    return llama.attention_rows()
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Translates a Hugging Face config.json to fields of our config.model.

@@ -83,18 +83,6 @@ class NemotronH(Decoder):
       moe=dict(router='sigmoid', top_k=6, ffn='relu2', shared_experts=2))
 
 
-def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns table rows that name the Hugging Face tensor of each parameter of a
-  layer's Mamba-2, or of its attention."""
-  if config.mixer == 'mamba2':
-    return hf.prefix_rows('attention', 'mixer', *mamba2.MIXER_ROWS)
-  return hf.prefix_rows(
-      'attention', 'mixer', ('query', 'DHK', 'q_proj.weight', 'HK D'),
-      ('key', 'DJK', 'k_proj.weight', 'JK D'),
-      ('value', 'DJK', 'v_proj.weight', 'JK D'),
-      ('out', 'HKD', 'o_proj.weight', 'D HK'))
-
-
 # transformers counts a mixer and a network as a layer each: {m}.
 LAYER_PREFIX = 'backbone.layers.{m}'
 ROWS = (
@@ -145,6 +133,8 @@ def _read_letters(reader: hf.Reader) -> list[str]:
 class HF(hf.HuggingFace):
   model_type = 'nemotron_h'
   architecture = 'NemotronHForCausalLM'
+  names = ROWS
+  layer_prefix = LAYER_PREFIX
   fields = hf.fields_with_defaults(
       hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
       head_dim=128, intermediate_size=21504, vocab_size=131072,
@@ -174,22 +164,16 @@ class HF(hf.HuggingFace):
   module = ('backbone.', 'model.')
   optional = qwen3_next.HF.optional
 
-  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the table by which our parameters are converted to the tensors of
-    a Hugging Face file, and back.
-
-    Args:
-      config: our config of the model.
-
-    Returns:
-      Rows of four strings: the path and the axes of our parameter, and the name
-      and the axes of its tensor. Letters name axes, such as D d_model, H heads
-      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
-      axes, of which the first is our H and K joined. {n} in a name is the
-      number of the layer. Rows of parameters that the model lacks are skipped.
-    """
-    return ROWS + hf.rows_of_each_block(config, layer_prefix=LAYER_PREFIX,
-                                        rows_of_layer=_mixer_rows)
+  def rows_of_layer(self, layer: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns table rows that name the Hugging Face tensor of each parameter of
+    a layer's Mamba-2, or of its attention."""
+    if layer.mixer == 'mamba2':
+      return hf.prefix_rows('attention', 'mixer', *mamba2.MIXER_ROWS)
+    return hf.prefix_rows(
+        'attention', 'mixer', ('query', 'DHK', 'q_proj.weight', 'HK D'),
+        ('key', 'DJK', 'k_proj.weight', 'JK D'),
+        ('value', 'DJK', 'v_proj.weight', 'JK D'),
+        ('out', 'HKD', 'o_proj.weight', 'D HK'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Translates a Hugging Face config.json to fields of our config.model.

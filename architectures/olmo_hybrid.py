@@ -46,14 +46,6 @@ BASE_ROWS = olmo2.BASE_ROWS + llama.layer_rows(
     ('ffn_norm/scale', 'D', 'feedforward_layer_norm.weight', 'D'))
 
 
-def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns table rows that name the Hugging Face tensor of each parameter of a
-  layer's gated DeltaNet, or of its attention."""
-  if config.mixer == 'deltanet':
-    return DELTANET_ROWS
-  return olmo2.ATTENTION_ROWS
-
-
 def _default_key_dim(fields: dict) -> int:
   """Returns linear_key_head_dim where a config.json does not say."""
   return int(0.75 * fields['d_model'] / fields['deltanet.key_heads'])
@@ -62,6 +54,7 @@ def _default_key_dim(fields: dict) -> int:
 class HF(llama.Family):
   model_type = 'olmo_hybrid'
   architecture = 'OlmoHybridForCausalLM'
+  names = BASE_ROWS
   fields = olmo2.HF.fields | hf.fields_with_defaults(
       hidden_size=3840, num_attention_heads=30, vocab_size=100352,
       max_position_embeddings=65536, rms_norm_eps=1e-6,
@@ -80,22 +73,12 @@ class HF(llama.Family):
   spellings = (*llama.HF.spellings, ('post_attention_layernorm',
                                      'feedforward_layer_norm'))
 
-  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the table by which our parameters are converted to the tensors of
-    a Hugging Face file, and back.
-
-    Args:
-      config: our config of the model.
-
-    Returns:
-      Rows of four strings: the path and the axes of our parameter, and the name
-      and the axes of its tensor. Letters name axes, such as D d_model, H heads
-      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
-      axes, of which the first is our H and K joined. {n} in a name is the
-      number of the layer. Rows of parameters that the model lacks are skipped.
-    """
-    return BASE_ROWS + hf.rows_of_each_block(
-        config, layer_prefix='model.layers.{n}', rows_of_layer=_mixer_rows)
+  def rows_of_layer(self, layer: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns table rows that name the Hugging Face tensor of each parameter of
+    a layer's gated DeltaNet, or of its attention."""
+    if layer.mixer == 'deltanet':
+      return DELTANET_ROWS
+    return olmo2.ATTENTION_ROWS
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Translates a Hugging Face config.json to fields of our config.model.

@@ -28,22 +28,10 @@ class Qwen35(Decoder):
   PARTS = qwen3_next.HYBRID_PARTS
 
 
-def mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns table rows that name the Hugging Face tensor of each parameter of a
-  layer's gated DeltaNet, or of its attention."""
-  if config.mixer != 'deltanet':
-    return qwen3_next.attention_rows(config)
-  return hf.prefix_rows(
-      'attention', 'linear_attn',
-      ('query|key|value', 'DJK|DJK|DHU', 'in_proj_qkv.weight', 'JK+JK+HU D'),
-      ('output_gate', 'DHU', 'in_proj_z.weight', 'HU D'),
-      ('rate', 'DH', 'in_proj_b.weight', 'H D'),
-      ('decay', 'DH', 'in_proj_a.weight', 'H D'), *qwen3_next.STATE_ROWS)
-
-
 class HF(llama.Family):
   model_type = 'qwen3_5_text'
   architecture = 'Qwen3_5ForCausalLM'
+  names = qwen3_next.BASE_ROWS
   fields = hf.fields_with_defaults(
       hidden_size=4096, num_hidden_layers=32, num_attention_heads=16,
       num_key_value_heads=4, head_dim=256, intermediate_size=12288,
@@ -54,22 +42,17 @@ class HF(llama.Family):
   optional = qwen3_next.HF.optional
   heads = hf.task_heads('Qwen3_5Text', only=('sequence',))
 
-  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the table by which our parameters are converted to the tensors of
-    a Hugging Face file, and back.
-
-    Args:
-      config: our config of the model.
-
-    Returns:
-      Rows of four strings: the path and the axes of our parameter, and the name
-      and the axes of its tensor. Letters name axes, such as D d_model, H heads
-      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
-      axes, of which the first is our H and K joined. {n} in a name is the
-      number of the layer. Rows of parameters that the model lacks are skipped.
-    """
-    return qwen3_next.BASE_ROWS + hf.rows_of_each_block(
-        config, layer_prefix='model.layers.{n}', rows_of_layer=mixer_rows)
+  def rows_of_layer(self, layer: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns table rows that name the Hugging Face tensor of each parameter of
+    a layer's gated DeltaNet, or of its attention."""
+    if layer.mixer != 'deltanet':
+      return qwen3_next.attention_rows(layer)
+    return hf.prefix_rows(
+        'attention', 'linear_attn',
+        ('query|key|value', 'DJK|DJK|DHU', 'in_proj_qkv.weight', 'JK+JK+HU D'),
+        ('output_gate', 'DHU', 'in_proj_z.weight', 'HU D'),
+        ('rate', 'DH', 'in_proj_b.weight', 'H D'),
+        ('decay', 'DH', 'in_proj_a.weight', 'H D'), *qwen3_next.STATE_ROWS)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Translates a Hugging Face config.json to fields of our config.model.

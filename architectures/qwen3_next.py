@@ -99,32 +99,6 @@ def attention_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
   return tuple(rows)
 
 
-def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns table rows that name the Hugging Face tensors of a layer's gated
-  DeltaNet, or its attention.
-
-  A fused tensor of the DeltaNet goes head of keys by head of keys. For each of
-  the J heads it has the query, the key, and the values and the gates of the R
-  heads of values that belong to it.
-
-  Args:
-    config: our config of the layer.
-
-  Returns:
-    Rows of four strings: the path and the axes of our parameter, and the name
-    and the axes of its tensor (parts/hf/tensor_map.py explains the axes).
-  """
-  if config.mixer != 'deltanet':
-    return attention_rows(config)
-  num_key_heads = config.part(DeltaNetConfig).key_heads
-  return hf.prefix_rows(
-      'attention', 'linear_attn',
-      ('query|key|value|output_gate', 'DJK|DJK|DHU|DHU',
-       'in_proj_qkvz.weight', 'J(K+K+RU+RU) D'),
-      ('rate|decay', 'DH', 'in_proj_ba.weight', f'J={num_key_heads}(R+R) D'),
-      *STATE_ROWS)
-
-
 DELTANET_FIELDS = hf.fields_with_defaults(
     linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
     linear_value_head_dim=128, linear_conv_kernel_dim=4)
@@ -135,6 +109,7 @@ SWIGLU_FIELD = 'hidden_act', 'silu', {'silu': 'swiglu'}
 class HF(llama.Family):
   model_type = 'qwen3_next'
   architecture = 'Qwen3NextForCausalLM'
+  names = BASE_ROWS
   fields = hf.fields_with_defaults(
       hidden_size=2048, num_hidden_layers=48, num_attention_heads=16,
       num_key_value_heads=2, head_dim=256, intermediate_size=5632,
@@ -147,22 +122,30 @@ class HF(llama.Family):
   optional = {'module that predicts a second token': r'mtp\..*'}
   heads = hf.task_heads('Qwen3Next', tokens='score', span=llama.SPAN_PREFIXES)
 
-  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the table by which our parameters are converted to the tensors of
-    a Hugging Face file, and back.
+  def rows_of_layer(self, layer: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns table rows that name the Hugging Face tensors of a layer's gated
+    DeltaNet, or its attention.
+
+    A fused tensor of the DeltaNet goes head of keys by head of keys. For each
+    of the J heads it has the query, the key, and the values and the gates of
+    the R heads of values that belong to it.
 
     Args:
-      config: our config of the model.
+      layer: our config of the layer.
 
     Returns:
       Rows of four strings: the path and the axes of our parameter, and the name
-      and the axes of its tensor. Letters name axes, such as D d_model, H heads
-      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
-      axes, of which the first is our H and K joined. {n} in a name is the
-      number of the layer. Rows of parameters that the model lacks are skipped.
+      and the axes of its tensor (parts/hf/tensor_map.py explains the axes).
     """
-    return BASE_ROWS + hf.rows_of_each_block(
-        config, layer_prefix='model.layers.{n}', rows_of_layer=_mixer_rows)
+    if layer.mixer != 'deltanet':
+      return attention_rows(layer)
+    num_key_heads = layer.part(DeltaNetConfig).key_heads
+    return hf.prefix_rows(
+        'attention', 'linear_attn',
+        ('query|key|value|output_gate', 'DJK|DJK|DHU|DHU',
+         'in_proj_qkvz.weight', 'J(K+K+RU+RU) D'),
+        ('rate|decay', 'DH', 'in_proj_ba.weight', f'J={num_key_heads}(R+R) D'),
+        *STATE_ROWS)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Translates a Hugging Face config.json to fields of our config.model.

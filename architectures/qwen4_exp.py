@@ -21,7 +21,7 @@ has split_ngram_parts=1.
 
 import numpy as np
 
-from architectures import qwen3_5, qwen3_5_moe, qwen3_next
+from architectures import qwen3_5_moe, qwen3_next
 from architectures.parts import hf, lookup
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
@@ -80,22 +80,12 @@ NGRAM_ROWS = hf.prefix_rows(
       for name in ('key', 'query', 'conv')))
 
 
-def _layer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns table rows that name the Hugging Face tensor of each parameter of a
-  layer, with those of an indexer and of n-grams, which some layers have."""
-  indexer_rows = hf.prefix_rows(
-      'attention/indexer', 'self_attn.indexer',
-      ('query|key', 'DHK|DK', 'index_qk_proj.weight', 'HK+K D'),
-      ('query_norm/offset', 'K', 'q_layernorm.weight', 'K'),
-      ('key_norm/offset', 'K', 'k_layernorm.weight', 'K'))
-  return (*_stream_rows('attention_streams', 'attn_hyper_connection'),
-          *_stream_rows('ffn_streams', 'mlp_hyper_connection'), *NGRAM_ROWS,
-          *indexer_rows, *qwen3_5.mixer_rows(config))
-
-
 class HF(qwen3_5_moe.HF):
   model_type = 'qwen4_exp_text'
   architecture = 'Qwen4ExpForCausalLM'
+  names = (
+      *qwen3_next.BASE_ROWS,
+      *_stream_rows('decoder/final_streams', 'model.hyper_connection_mixer'))
   fields = qwen3_5_moe.HF.fields | hf.fields_with_defaults(
       num_experts=512, num_experts_per_tok=10, norm_topk_prob=True) | {
           'streams.count': ('hc_count', 4),
@@ -115,25 +105,17 @@ class HF(qwen3_5_moe.HF):
                            'number_of_conv_states')
   fixed_token_ids = ('eos_token_id',)
 
-  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the table by which our parameters are converted to the tensors of
-    a Hugging Face file, and back.
-
-    Args:
-      config: our config of the model.
-
-    Returns:
-      Rows of four strings: the path and the axes of our parameter, and the name
-      and the axes of its tensor. Letters name axes, such as D d_model, H heads
-      and K features of a head. 'DHK' and 'HK D' say that the tensor has two
-      axes, of which the first is our H and K joined. {n} in a name is the
-      number of the layer. Rows of parameters that the model lacks are skipped.
-    """
-    return (
-        *qwen3_next.BASE_ROWS,
-        *hf.rows_of_each_block(config, layer_prefix='model.layers.{n}',
-                               rows_of_layer=_layer_rows),
-        *_stream_rows('decoder/final_streams', 'model.hyper_connection_mixer'))
+  def rows_of_layer(self, layer: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns table rows that name the Hugging Face tensor of each parameter of
+    a layer, with those of an indexer and of n-grams, which some layers have."""
+    indexer_rows = hf.prefix_rows(
+        'attention/indexer', 'self_attn.indexer',
+        ('query|key', 'DHK|DK', 'index_qk_proj.weight', 'HK+K D'),
+        ('query_norm/offset', 'K', 'q_layernorm.weight', 'K'),
+        ('key_norm/offset', 'K', 'k_layernorm.weight', 'K'))
+    return (*_stream_rows('attention_streams', 'attn_hyper_connection'),
+            *_stream_rows('ffn_streams', 'mlp_hyper_connection'), *NGRAM_ROWS,
+            *indexer_rows, *super().rows_of_layer(layer))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Translates a Hugging Face config.json to fields of our config.model.

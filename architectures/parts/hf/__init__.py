@@ -10,7 +10,7 @@ parts/hf/rope_fields.py has what a config.json says of rotary positions, and
 parts/hf/layer_types.py what it says of the type of each layer.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import dataclasses
 import re
 from typing import Any
@@ -84,7 +84,7 @@ class HuggingFace:
   the next layer; {e} is the number of an expert, axis E of ours. In our path,
   'query|key|value' are several parameters in one tensor of theirs, and
   decoder/layers/block_2 stands for one block of the period alone
-  (`rows_of_each_block`). A row is passed over where the model has no such
+  (`rows_of_layer`). A row is passed over where the model has no such
   parameter with as many axes, so that a dense and an expert ffn/up may both
   have one.
 
@@ -98,6 +98,8 @@ class HuggingFace:
     architecture: the name of transformers' class, under `architectures` in a
       config.json.
     names: the rows of every model of the system; see `rows_of_model`.
+    layer_prefix: what the names of a layer's tensors begin with, with the
+      number of the layer as {n}; see `rows_of_layer`.
     fields: {field of config.model: (field of config.json, default)}, or with
       {their word: ours} as a third item. Of 'a|b' the import takes the first
       that is there, and the export writes the last. A default is what
@@ -129,6 +131,7 @@ class HuggingFace:
   model_type: str
   architecture: str
   names: Sequence[Row] = ()
+  layer_prefix: str = 'model.layers.{n}'
   fields: Mapping[str, tuple] = {}
   only: Mapping[str, Any] = {}
   more_model_types: Sequence[str] = ()
@@ -163,9 +166,31 @@ class HuggingFace:
 
   def rows_of_model(self, config: ModelConfig) -> Sequence[Row]:
     """Returns the rows that name the tensor of each parameter of a model,
-    without those of a task's head. A system replaces this method where they
-    depend on the config."""
-    return self.names
+    without those of a task's head: `names`, and `rows_of_layer` for each block
+    of the period of layers that is scanned. A system replaces this method where
+    other rows depend on the config."""
+    rows = list(self.names)
+    # Our parameters of layer i of each period are stacked in the folder
+    # block_i.
+    for section in config.sections(config.num_layers):
+      for i, kind in enumerate(section.kinds):
+        folder = f'decoder/{section.name}/block_{i}'
+        rows += prefix_rows(folder, self.layer_prefix,
+                            *self.rows_of_layer(config.layer_config(kind.name)))
+    return tuple(rows)
+
+  def rows_of_layer(self, layer: ModelConfig) -> Sequence[Row]:
+    """Returns the rows of a layer, whose names begin within it, of a decoder
+    whose kinds of layer differ in more than which parameters they have.
+
+    Args:
+      layer: the config of its kind of layer.
+
+    Returns:
+      Rows of four strings: the path and the axes of our parameter, and the name
+      and the axes of its tensor.
+    """
+    return ()
 
   def constants(self, config: ModelConfig) -> dict[str, Any]:
     """Returns the tensors of a folder, by name, whose values follow from the
@@ -312,36 +337,6 @@ def prefix_rows(our_folder: str, hf_module: str, *rows: Row) -> tuple[Row, ...]:
     prefixed.append((f'{our_folder}/{our_path}', our_axes,
                      f'{hf_module}.{hf_name}', hf_axes))
   return tuple(prefixed)
-
-
-def rows_of_each_block(
-    config: ModelConfig, layer_prefix: str,
-    rows_of_layer: Callable[[ModelConfig], Iterable[Row]]) -> tuple[Row, ...]:
-  """Returns the rows that give the Hugging Face names of a decoder whose kinds
-  of layer differ in more than which parameters they have, block by block of the
-  period that is scanned.
-
-  Args:
-    config: the model.
-    layer_prefix: what the names of a layer's tensors begin with, with {n}.
-    rows_of_layer: a function that returns the rows of a layer, whose names
-      begin within it, for the config of its kind.
-
-  Returns:
-    Rows of four strings: the path and the axes of our parameter, and the name
-    and the axes of its tensor. Letters name axes, such as D d_model, H heads
-    and K features of a head; {n} in a name is the number of the layer. 'DHK'
-    and 'HK D' say that the tensor has two axes, of which the first is our H and
-    K joined.
-  """
-  # Our parameters of layer i of each period are stacked in the folder block_i.
-  all_rows: list[Row] = []
-  for section in config.sections(config.num_layers):
-    for i, kind in enumerate(section.kinds):
-      layer = config.layer_config(kind.name)
-      folder = f'decoder/{section.name}/block_{i}'
-      all_rows += prefix_rows(folder, layer_prefix, *rows_of_layer(layer))
-  return tuple(all_rows)
 
 
 def norm_rows(ours: str, theirs: str) -> tuple[Row, Row]:
