@@ -142,21 +142,21 @@ def measure_noise(plan: Plan, outcomes: pairing.Outcomes, phase='noise'
 
 def signal_to_noise(plan: Plan, runs: pairing.Runs, measure: Measure
                     ) -> float | None:
-  """Returns the signal-to-noise ratio of a measure (Heineman et al. 2025, arXiv
-  2508.13144).
+  """Returns the signal-to-noise ratio of a measure, such as the loss (Heineman
+  et al. 2025, arXiv 2508.13144).
 
-  The signal is the range of the means of the sizes. The noise is the standard
-  deviation of a run, sqrt(mean over sizes of its variance).
+  The signal is the range of the means at the sizes of the model. The noise is
+  the standard deviation of a run, sqrt(mean over sizes of the variance).
 
   Args:
     plan: the plan of the study.
-    runs: the runs of base and base-again.
+    runs: the runs of the base, and of the base with other initial parameters.
     measure: the measure.
 
   Returns:
-    signal / noise; None where a size has fewer than two runs that ended.
+    signal / noise, or None if a size has fewer than two runs that ended well.
   """
-  # The mean and the variance of the runs of each size.
+  # Compute the mean and the variance of the runs at each size.
   mean_by_size, variance_by_size = [], []
   for size in plan.sizes:
     values = []
@@ -170,7 +170,7 @@ def signal_to_noise(plan: Plan, runs: pairing.Runs, measure: Measure
     mean_by_size.append(np.mean(values))
     variance_by_size.append(np.var(values, ddof=1))
 
-  # Runs without any noise have an infinite ratio, unless sizes are alike, too.
+  # Without any noise the ratio is infinite, unless the signal is 0 too.
   signal = float(np.ptp(mean_by_size))
   noise = math.sqrt(np.mean(variance_by_size))
   if noise:
@@ -180,10 +180,11 @@ def signal_to_noise(plan: Plan, runs: pairing.Runs, measure: Measure
 
 def drop_noisy_measures(plan: Plan, snr_by_measure: Mapping[str, float | None]
                         ) -> Plan:
-  """Returns the plan without the measures whose signal-to-noise ratio is lower
-  than it wants, and without the workloads that no measure needs then.
+  """Returns the plan of a study without the measures whose signal-to-noise
+  ratio is below the least one that it allows. Workloads (the text, or probes)
+  that no other measure needs are dropped too.
 
-  The primary measure stays, and so does one whose ratio is not known.
+  The primary measure stays, and so does a measure whose ratio is not known.
 
   Args:
     plan: the plan of the study.
@@ -300,11 +301,11 @@ def is_irregular(row: Noise) -> bool:
 
 
 def announce_power(plan: Plan, rows: Sequence[Noise]) -> AnnouncedPower:
-  """Returns with which probability the study finds the effect that its plan
-  wants, and the sentences that announce it.
+  """Returns the power of a study, which is the probability that it finds the
+  effect that its plan asks for, and the sentences that announce it.
 
-  An effect is found where it passes the screening and then the confirmation,
-  so the power of the study is the product of the powers of both tests.
+  An effect must pass two tests, the screening and then the confirmation, so the
+  power of the study is the product of their powers.
 
   Args:
     plan: the plan of the study.
@@ -312,13 +313,14 @@ def announce_power(plan: Plan, rows: Sequence[Noise]) -> AnnouncedPower:
   """
   screen, confirm = _tests_of_primary(plan, rows)
 
-  # The power of both tests together; where it is not known, none.
+  # Multiply the powers of both tests. An unknown power counts as 0.
   screen_power = screen.power or 0.0
   confirm_power = confirm.power or 0.0
   power = screen_power * confirm_power
   is_enough = power >= plan.power
 
-  # The sentences: the power, what it takes for more, and of what it holds.
+  # The sentences: the power, what it would take to have enough, and what the
+  # power assumes.
   sentences = [_describe_power(plan, screen_power, confirm_power)]
   if not is_enough:
     screen_needs = _describe_needed_seeds(plan, screen)

@@ -62,22 +62,24 @@ class Interval(NamedTuple):
 
 def half_width_of_interval(values: Sequence[float], level: float = 0.05,
                            pooled: PooledDeviation | None = None) -> float:
-  """Returns half of the width of Student's confidence interval of a mean: t(1 -
-  level / 2, df) sd / sqrt(n), with the quantile t of Student's distribution.
+  """Returns half of the width of Student's confidence interval of a mean,
+    t(1 - level / 2, df) sd / sqrt(n),
+  where t is the quantile of Student's distribution, and sd a standard deviation
+  with df degrees of freedom.
 
   Args:
     values: the value of each of n seeds, two or more.
-    level: the probability that the true mean lies outside.
+    level: the probability that the true mean lies outside of the interval.
     pooled: a standard deviation over all variants of a comparison, for noise
-      that is not normal; None: it is not used.
+      that is not normal; None: there is none.
 
   Returns:
-    The half width: by the values' own deviation, or by `pooled` where that is
+    The half width, by the deviation of the values or by `pooled`, whichever is
     wider.
   """
+  # One width for each deviation: that of the values, and `pooled`, if given.
   from scipy.special import stdtrit
   widths = []
-  # One width for each deviation: the own one, and `pooled` if there is one.
   for sd, df in _deviations_to_pass(values, pooled):
     quantile = float(stdtrit(df, 1 - level / 2))
     widths.append(quantile * sd / math.sqrt(len(values)))
@@ -100,15 +102,16 @@ def student_interval(values: Sequence[float],
                      pooled: PooledDeviation | None = None,
                      level: float = 0.05,
                      shifts: np.ndarray | None = None) -> Interval:
-  """Returns the mean of some values and Student's t interval around it.
+  """Returns the mean of some values and Student's t interval around it. With
+  the options, the widest of several intervals is taken.
 
   Args:
     values: the value of each seed.
     pooled: a standard deviation over all variants of a comparison, for noise
-      that is not normal; the wider of both intervals is taken.
-    level: the probability that the true mean lies outside.
-    shifts: by how much the values may all be off, drawn many times (as
-      _shifted_tail takes them); the wider interval, with or without, is taken.
+      that is not normal; None: there is none.
+    level: the probability that the true mean lies outside of the interval.
+    shifts: [draws], random draws of an error that all values share, such as
+      that of a learning rate that was not tuned exactly; None: there is none.
 
   Returns:
     The mean, the ends of its interval, and the number of seeds. The ends are
@@ -118,12 +121,16 @@ def student_interval(values: Sequence[float],
   num_seeds, mean = len(values), float(np.mean(values))
   if num_seeds < MIN_SEEDS or _are_all_alike(values):
     return Interval(mean=mean, low=None, high=None, seeds=num_seeds)
+
+  # The interval without a shared error.
   half_width = half_width_of_interval(values, level, pooled)
   lows, highs = [mean - half_width], [mean + half_width]
+
+  # The interval with it, for each deviation.
   if shifts is not None:
     for deviation in _deviations_to_pass(values, pooled):
       standard_error = deviation.sd / math.sqrt(num_seeds)
-      # The upper end is the lower one of the values turned round.
+      # The upper end is minus the lower end for the negated values.
       lows.append(_lower_end_with_shifts(
           mean=mean, standard_error=standard_error, df=deviation.df,
           shifts=shifts, level=level))
@@ -135,19 +142,19 @@ def student_interval(values: Sequence[float],
 
 def _shifted_tail(distance: float, standard_error: float, df: float,
                   shifts: np.ndarray) -> float:
-  """Returns the one-sided p of a mean that may be off by a shift which is known
-  by its distribution alone: the mean over the draws s of the shift of
-  P(T <= (distance - s) / standard_error), with Student's T.
+  """Returns the one-sided p-value of a mean that has a systematic error (a
+  shift) besides its noise. Only the distribution of the shift is known, by
+  random draws s. The p-value averages Student's over them:
+    mean over s of P(T <= (distance - s) / standard_error).
 
-  It is the distribution of the sum of two independent parts, the noise of the
-  mean and the shift, each by what the data tell of it (a generalised p-value:
-  Tsui and Weerahandi 1989).
+  The error of the mean is thus the sum of two independent parts, each by what
+  the data tell about it (a generalised p-value: Tsui and Weerahandi 1989).
 
   Args:
-    distance: the mean minus what it is tested against.
+    distance: the mean minus the value that it is tested against.
     standard_error: the standard error of the mean.
-    df: its degrees of freedom.
-    shifts: the draws, [draws]: how far the mean lies above the true one.
+    df: the degrees of freedom of the standard error.
+    shifts: [draws], how far the mean may lie above the true one.
   """
   from scipy.special import stdtr
   return float(np.mean(stdtr(df, (distance - shifts) / standard_error)))
@@ -155,9 +162,17 @@ def _shifted_tail(distance: float, standard_error: float, df: float,
 
 def _lower_end_with_shifts(mean: float, standard_error: float, df: float,
                            shifts: np.ndarray, level: float) -> float:
-  """Returns the lower end of the interval of a mean that may be off by a shift:
-  the value which the mean exceeds with a one-sided p (_shifted_tail) of
-  level / 2."""
+  """Returns the lower end of the interval of a mean that has a systematic error
+  (a shift) besides its noise: the value that the true mean is below with a
+  one-sided p-value (`_shifted_tail`) of level / 2.
+
+  Args:
+    mean: the mean.
+    standard_error: its standard error.
+    df: the degrees of freedom of the standard error.
+    shifts: [draws], how far the mean may lie above the true one.
+    level: the probability that the true mean lies outside of the interval.
+  """
   from scipy.optimize import brentq
   from scipy.special import stdtrit
   half_width = float(stdtrit(df, 1 - level / 2)) * standard_error
@@ -168,36 +183,39 @@ def _lower_end_with_shifts(mean: float, standard_error: float, df: float,
                          df=df, shifts=-shifts)
     return tail - level / 2
 
-  # With the largest shift in all draws the end would be the lowest, and with
-  # the smallest one the highest. The slack is for rounding.
+  # Find the end at which the excess is 0. It lies between the ends for the
+  # largest and for the smallest of the shifts. The standard error is a margin
+  # for rounding.
   lowest = mean - half_width - float(np.max(shifts)) - standard_error
   highest = mean - half_width - float(np.min(shifts)) + standard_error
   return float(brentq(excess_of_tail, lowest, highest))
 
 
 def logit_interval(values: Sequence[float]) -> Interval:
-  """Returns the mean of shares, such as accuracies, and an interval around it
-  that ends between 0 and 1.
+  """Returns the mean m of fractions, such as accuracies, and an interval around
+  it that stays between 0 and 1.
 
-  It is Student's interval of logit(m) of the mean m, mapped back by the
-  logistic function. By the delta method its half width is that of the mean over
-  m (1 - m), since the derivative of the logit is 1 / (m (1 - m)) (for shares of
-  clusters in surveys: Lumley 2010, svyciprop in R).
+  It is Student's interval on the scale of logit(m) = log(m / (1 - m)), mapped
+  back by the logistic function. By the delta method, its half width on that
+  scale is that of the mean, divided by m (1 - m), since the derivative of the
+  logit is 1 / (m (1 - m)) (Lumley 2010, svyciprop in R).
 
   Args:
     values: the share of each seed, between 0 and 1.
   """
   interval = student_interval(values)
-  # Shares that are all alike have no interval; so a mean of 0 or 1, at which
-  # the logit is infinite, ends here.
+  # Values that are all equal have no interval. Among them are those with a mean
+  # of 0 or 1, at which the logit would be infinite.
   if interval.low is None:
     return interval
   from scipy.special import expit, logit
   mean = interval.mean
-  # From the scale of shares to that of logits.
+
+  # Go to the scale of logits.
   half_width = (interval.high - interval.low) / 2
   half_width_of_logit = half_width / (mean * (1 - mean))
-  # And back, where neither end can pass 0 or 1.
+
+  # Go back, where neither end can pass 0 or 1.
   return Interval(
       mean=mean,
       low=float(expit(logit(mean) - half_width_of_logit)),
@@ -300,21 +318,22 @@ def mcnemar_p_value(ours: Sequence[float], theirs: Sequence[float],
 def student_p_value(values: Sequence[float],
                     pooled: PooledDeviation | None = None,
                     shifts: np.ndarray | None = None) -> float | None:
-  """Returns the two-sided p-value of Student's t-test that a mean is 0.
+  """Returns the two-sided p-value of Student's t-test that a mean is 0. With
+  the options, the largest of several p-values is taken.
 
-  Values that are all alike have no deviation to be measured by, as where a task
-  is solved wholly at every seed or not at all. Their p is that of the sign
-  test: 2^(1 - n), and 1 where they are all 0.
+  Values that are all equal have no standard deviation, as when a task is solved
+  at every seed. Their p-value is that of the sign test: 2^(1 - n), and 1 if
+  they are all 0.
 
   Args:
     values: the value of each of n seeds.
     pooled: a standard deviation over all variants of a comparison, for noise
-      that is not normal; the larger p of both is taken.
-    shifts: by how much the values may all be off, drawn many times; the larger
-      p, with or without, is taken.
+      that is not normal; None: there is none.
+    shifts: [draws], random draws of an error that all values share; None: there
+      is none.
 
   Returns:
-    The p; None for fewer than MIN_SEEDS values.
+    The p-value, or None for fewer than MIN_SEEDS values.
   """
   tails = _one_sided_p_values(values, 0.0, pooled, shifts)
   if tails is None:
@@ -327,32 +346,36 @@ def equivalence_p_values(values: Sequence[float], margin: float, sign: int,
                          pooled: PooledDeviation | None = None,
                          shifts: np.ndarray | None = None
                          ) -> tuple[float | None, float | None]:
-  """Returns the p-values of two tests of a mean difference against a margin:
-  that it is as good as none, and that it is no worse than the margin.
+  """Returns the p-values of two tests of a mean difference against a margin.
+
+  Equivalence says that -margin < mean < margin. Its p-value is the larger one
+  of two one-sided t-tests (TOST: Schuirmann 1987). Non-inferiority says that
+  the mean is worse than none by less than the margin. It is one of these tests.
 
   Args:
     values: the difference of each seed.
-    margin: the difference that still counts as none, more than 0.
-    sign: 1 where a positive difference is an improvement, else -1.
+    margin: the largest difference that still counts as none, above 0.
+    sign: 1 if a positive difference is an improvement, else -1.
     pooled: a standard deviation over all variants of a comparison, for noise
-      that is not normal.
-    shifts: by how much the values may all be off, drawn many times.
+      that is not normal; None: there is none.
+    shifts: [draws], random draws of an error that all values share; None: there
+      is none.
 
   Returns:
-    The p of equivalence, that is of -margin < mean < margin: the larger one of
-    two one-sided tests (TOST: Schuirmann 1987). And the p of non-inferiority,
-    that is of a mean which is worse by less than the margin. None and None
-    where there are fewer than MIN_SEEDS values.
+    The p-value of equivalence, and that of non-inferiority. Both are None for
+    fewer than MIN_SEEDS values.
   """
   at_low_end = _one_sided_p_values(values, -margin, pooled, shifts)
   at_high_end = _one_sided_p_values(values, margin, pooled, shifts)
   if at_low_end is None or at_high_end is None:
     return None, None
-  # Each test has the p of a mean below its end and of one above it. The mean
-  # must be above the low end and below the high one.
+
+  # A test has two p-values: that the mean is below the end, and that it is
+  # above. The mean must be above the low end and below the high end.
   _, p_above_low_end = at_low_end
   p_below_high_end, _ = at_high_end
-  # Worse is the low end where larger is better, and else the high one.
+
+  # If larger is better, the low end is the worse one, and else the high end.
   p_not_worse = p_above_low_end if sign > 0 else p_below_high_end
   return max(p_above_low_end, p_below_high_end), p_not_worse
 
@@ -416,13 +439,14 @@ def _one_sided_p_values(values: Sequence[float], center: float,
 
 
 def permutation_p_value(values: Sequence[float]) -> float | None:
-  """Returns the p-value of a permutation test that paired differences have no
-  effect: the share of all flips of their signs that give a trimmed mean at
-  least as large (Fisher 1935).
+  """Returns the p-value of a permutation test that the mean of paired
+  differences is 0 (Fisher 1935). The signs of the values are flipped in all
+  ways. The p-value is the share of flips whose trimmed mean is at least as
+  large, in absolute value, as that of the data.
 
-  It asks for noise that is symmetric, and for no further shape. A fifth of the
-  values is trimmed at each end; of six values none is, since no trimmed mean of
-  six has a p below 0.06. More than 12 values get 4,096 random flips.
+  It assumes only that the noise is symmetric. A fifth of the values is trimmed
+  at each end. Of six values none is trimmed, because the p-value could not be
+  below 0.06 then. More than 12 values get 4,096 random flips.
 
   Args:
     values: the difference of each seed.
@@ -433,9 +457,10 @@ def permutation_p_value(values: Sequence[float]) -> float | None:
   n = len(values)
   if n < MIN_SEEDS_OF_PERMUTATION:
     return None
-  # Which values are flipped, [flips, n]. The bits of 0, 1, ..., 2^n - 1 are all
-  # choices there are. The first is the data as they are, which flips none: it
-  # counts as one of the flips, so that p is never 0.
+
+  # List which values are flipped, [flips, n]. The bits of 0, 1, ..., 2^n - 1
+  # are all possible choices. The first must flip none: the data as they are
+  # count as one of the flips, so that p is never 0.
   if n <= 12:
     is_flipped = np.arange(2 ** n)[:, None] >> np.arange(n) & 1
   else:
@@ -443,12 +468,13 @@ def permutation_p_value(values: Sequence[float]) -> float | None:
     is_flipped[0] = 0
   signs = 1 - 2 * is_flipped
 
-  # The trimmed mean under each of these signs.
+  # Compute the trimmed mean for each of these choices.
   num_trimmed = n // 5 if n > MIN_SEEDS_OF_PERMUTATION else 0
   ordered = np.sort(np.asarray(values) * signs, axis=1)
   means = np.abs(ordered[:, num_trimmed:n - num_trimmed].mean(1))
-  # Flips that give the very mean of the data must count as such, though their
-  # sums round otherwise.
+
+  # The factor lets flips count that give the same mean as the data, although
+  # their sums are rounded in another way.
   mean_of_data = means[0] * (1 - 1e-12)
   return float(np.mean(means >= mean_of_data))
 
@@ -492,9 +518,16 @@ class MeanDifference(NamedTuple):
     return _sum_of_quantiles(self.df, level, power) * self.standard_error
 
   def runs_needed(self, level: float, power: float) -> int | None:
-    """Returns how many runs of each group would find a difference as large as
-    this one at a two-sided level with the probability `power`; None where
-    MAX_SEEDS are too few."""
+    """Returns the number of runs of each group with which a t-test would find a
+    difference as large as this one.
+
+    Args:
+      level: the two-sided level of the test.
+      power: the probability to find the difference.
+
+    Returns:
+      The smallest such number, or None if MAX_SEEDS are too few.
+    """
     def is_enough(runs: int) -> bool:
       """Returns whether that many runs of each group find it."""
       df = self.df_per_run * (runs - 1)
@@ -502,7 +535,8 @@ class MeanDifference(NamedTuple):
       least = _sum_of_quantiles(df, level, power) * standard_error
       return least <= abs(self.mean)
 
-    # Where the deviation is not measured by these runs, two of them will do.
+    # The power rises with the number of runs, so bisection finds the first
+    # number that is enough. Two may be enough, if the deviation is known.
     numbers = range(2, MAX_SEEDS + 1)
     index = bisect.bisect_left(numbers, True, key=is_enough)
     return numbers[index] if index < len(numbers) else None
@@ -515,11 +549,15 @@ def _sum_of_quantiles(df: float, level: float, power: float) -> float:
 
 
 def difference_of_pairs(differences: Sequence[float]) -> MeanDifference | None:
-  """Returns the mean of the differences of pairs of runs; None for fewer than
-  MIN_SEEDS of them, or for differences that are all alike.
+  """Returns the mean difference of pairs of runs with its standard error, as
+  the paired t-test needs it.
 
   Args:
-    differences: the difference of each pair, such as the runs of one seed.
+    differences: the difference of each pair, such as the two runs of a seed.
+
+  Returns:
+    The mean difference, or None if there are fewer than MIN_SEEDS pairs or all
+    differences are equal, which does not tell how much they vary.
   """
   if len(differences) < MIN_SEEDS or _are_all_alike(differences):
     return None
@@ -555,13 +593,18 @@ def describe_group(values: Sequence[float]) -> GroupOfRuns:
 
 def difference_of_groups(group: GroupOfRuns, base: GroupOfRuns
                          ) -> MeanDifference | None:
-  """Returns the difference of the means of two groups of runs that have nothing
-  in common, whose deviations may differ (Welch 1947); None where a deviation is
-  not known, or that of fewer than MIN_SEEDS runs.
+  """Returns the difference of the means of two independent groups of runs with
+  its standard error, as Welch's t-test (1947) needs it. Their standard
+  deviations s1 and s2 may differ:
+    standard_error^2 = s1^2 / n1 + s2^2 / n2.
 
   Args:
     group: one group.
     base: the group that is subtracted.
+
+  Returns:
+    The difference, or None if a deviation is not known, or a group has fewer
+    than MIN_SEEDS runs.
   """
   squares, variances, df_of_squares = [], [], 0.0
   for runs in (group, base):
@@ -570,7 +613,9 @@ def difference_of_groups(group: GroupOfRuns, base: GroupOfRuns
     variances.append(runs.deviation ** 2)
     squares.append(runs.deviation ** 2 / runs.num_runs)
     df_of_squares += squares[-1] ** 2 / (runs.num_runs - 1)
-  # Welch and Satterthwaite's degrees of freedom.
+
+  # The degrees of freedom are those of Welch and Satterthwaite. A difference of
+  # single runs has the variance s1^2 + s2^2.
   return MeanDifference(
       mean=group.mean - base.mean,
       standard_error=math.sqrt(sum(squares)),
@@ -580,13 +625,14 @@ def difference_of_groups(group: GroupOfRuns, base: GroupOfRuns
 
 def difference_with_deviation(group: GroupOfRuns, base: GroupOfRuns,
                               pooled: PooledDeviation) -> MeanDifference:
-  """Returns the difference of the means of two groups of runs of which each run
-  has the same standard deviation.
+  """Returns the difference of the means of two independent groups of runs that
+  share a standard deviation sd. Its standard error is sd sqrt(1 / n1 + 1 / n2).
 
   Args:
     group: one group.
     base: the group that is subtracted.
-    pooled: the deviation of a run; its `df` is infinite where it is known.
+    pooled: the deviation of a run. Its degrees of freedom `df` are infinite if
+      it is known exactly.
   """
   share = math.sqrt(1 / group.num_runs + 1 / base.num_runs)
   return MeanDifference(
@@ -688,16 +734,17 @@ class NoiseShape(NamedTuple):
 
   def pooled_deviation(self, statistic: Callable[[np.ndarray], np.ndarray]
                        ) -> PooledDeviation | None:
-    """Returns the standard deviation of a statistic of a seed, pooled over all
-    variants, for tests that shall hold where the noise is not normal.
+    """Returns the standard deviation of a figure over seeds, pooled over all
+    variants. Tests that must hold for noise which is not normal use it besides
+    the deviation of a single variant.
 
     Args:
       statistic: a function that maps the differences of a variant, [seeds,
         sizes], to the figure of each seed that is tested, [seeds].
 
     Returns:
-      The deviation with its degrees of freedom; None where the noise looks
-      normal, and needs no pooling.
+      The deviation with its degrees of freedom; None if the noise looks normal,
+      and needs no pooling.
     """
     if self.p > MAX_P_OF_IRREGULAR:
       return None
@@ -709,12 +756,13 @@ class NoiseShape(NamedTuple):
     return PooledDeviation(sd=math.sqrt(sum_of_squares / df), df=df)
 
   def pooled_deviation_at_size(self, size: int) -> PooledDeviation | None:
-    """Returns the standard deviation at one size of model, pooled over all
-    variants, for tests that shall hold where the noise is not normal.
+    """Returns the standard deviation over seeds at one size of the model,
+    pooled over all variants, for tests that must hold for noise which is not
+    normal.
 
-    A tail of the noise may have been seen at another size alone. So the
-    deviation at this size, in units of its median distance from the mean, is
-    made no less than the root mean square over all sizes.
+    Outliers may have been seen only at another size. So the deviation at this
+    size, in units of the median distance from the mean, is raised to the root
+    mean square over all sizes, if it is lower.
 
     Args:
       size: the index of the size.
@@ -736,21 +784,21 @@ class NoiseShape(NamedTuple):
 
 
 def measure_noise_shape(groups: Sequence[np.ndarray]) -> NoiseShape | None:
-  """Tests whether the noise of paired differences is normal, by its skewness
-  and its largest value, against simulated normal noise of as many seeds.
+  """Tests whether the noise of paired differences is normal. Its skewness and
+  its largest value are compared with those of simulated normal noise of as many
+  seeds.
 
   Args:
-    groups: the differences of each variant from one base, [seeds, sizes of
-      model]. Groups of too few or too many seeds, or without noise, are left
-      out.
+    groups: the differences of each variant from one base, [seeds, sizes of the
+      model].
 
   Returns:
-    The p-value that normal noise is as skewed, that of a largest value as
-    large, and the groups that were used. None where no group is left.
+    The p-value of the skewness, that of the largest value, and the groups that
+    were used. None if no group can be used.
   """
+  # Leave out groups without noise, of too few seeds, and of so many that their
+  # mean is normal whatever the noise is.
   usable_groups = []
-  # A mean over many seeds is normal whatever the noise is, and values that are
-  # all alike have none.
   for group in groups:
     has_no_noise = all(_are_all_alike(column) for column in group.T)
     is_right_length = MIN_SEEDS <= len(group) <= MAX_SEEDS_OF_NOISE_SHAPE
@@ -758,18 +806,19 @@ def measure_noise_shape(groups: Sequence[np.ndarray]) -> NoiseShape | None:
       usable_groups.append(group)
   if not usable_groups:
     return None
-  # The noise of each variant around its own effect. The median is the effect,
-  # since outliers, which are looked for, would move a mean.
+
+  # Subtract the effect of each variant, so that only its noise is left. The
+  # effect is taken to be the median, because outliers would move a mean.
   residuals = np.concatenate(
       [group - np.median(group, axis=0) for group in usable_groups])
   skewness, largest = _skewness_and_largest(residuals)
 
-  # How often normal noise of as many seeds has as large ones.
+  # Find how often normal noise of as many seeds is as skewed or has as large a
+  # value.
   lengths = tuple(len(group) for group in usable_groups)
   normal_skewness, normal_largest = _simulate_normal_shapes(
       lengths, residuals.shape[1])
-  # The factor lets a draw that equals what was seen count as one as large,
-  # though it rounds otherwise.
+  # The factor lets draws count that equal the data but for rounding.
   p_of_skewness = np.mean(normal_skewness >= skewness * (1 - 1e-9))
   p_of_largest = np.mean(normal_largest >= largest * (1 - 1e-9))
   return NoiseShape(skew=float(p_of_skewness), outliers=float(p_of_largest),
@@ -788,7 +837,7 @@ def _skewness_and_largest(residuals: np.ndarray
     The skewness and the largest |z|, both of shape [...].
   """
   z = _scale_by_median_distance(residuals)
-  # The medians were 0; skewness is that around the mean.
+  # The medians are 0, but skewness is defined around the mean.
   z = z - np.mean(z, (-2, -1), keepdims=True)
   # Residuals that are all 0 have a skewness of 0, and not of NaN.
   mean_square = np.maximum(np.mean(z ** 2, (-2, -1)), 1e-300)
@@ -808,25 +857,28 @@ def _scale_by_median_distance(residuals: np.ndarray) -> np.ndarray:
 @functools.lru_cache(maxsize=32)
 def _simulate_normal_shapes(lengths: tuple[int, ...], num_sizes: int
                             ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the skewness and the largest value of many draws of normal noise,
-  as a study of this form would see them.
+  """Simulates many studies with normal noise, and returns the skewness and the
+  largest value that each of them would see.
 
   Args:
     lengths: the number of seeds of each variant.
-    num_sizes: the number of sizes of model.
+    num_sizes: the number of sizes of the model.
 
   Returns:
     Two arrays of [draws], as `_skewness_and_largest` finds them.
   """
   rng = np.random.default_rng(0)
   values_per_draw = sum(lengths) * num_sizes
-  # Fewer draws of a large study, for the sake of memory.
+  # A large study gets fewer draws, to save memory.
   num_draws = min(NUM_SIMULATED_STUDIES, max(4_000_000 // values_per_draw, 200))
-  # All variants are compared with the same base, which ties them together.
+
+  # All variants are compared with the same base, so their differences are
+  # correlated.
   base = rng.normal(size=(num_draws, max(lengths), num_sizes))
+
+  # Treat the draws as `measure_noise_shape` treats the data: subtract the base
+  # from each variant, and then the median over the seeds.
   residuals = []
-  # The draws go the way of the data: a variant minus the base, minus the median
-  # over seeds.
   for length in lengths:
     variant = rng.normal(size=(num_draws, length, num_sizes))
     group = variant - base[:, :length]
@@ -835,17 +887,17 @@ def _simulate_normal_shapes(lengths: tuple[int, ...], num_sizes: int
 
 
 def least_significant_mean(seeds: int, level: float) -> tuple[float, float]:
-  """Returns the least mean, and the least p-value, that tests over so many
-  seeds can show.
+  """Returns what tests over some number of seeds can show at best.
 
   Args:
     seeds: the number of seeds, n.
     level: the two-sided level of the test.
 
   Returns:
-    The least mean that Student's t-test finds, in standard deviations of a
-    paired difference: t(1 - level / 2, n - 1) / sqrt(n). And the least p that
-    the test of signs can have: 2^(1 - n).
+    The smallest mean that Student's t-test finds significant, in standard
+    deviations of a paired difference: t(1 - level / 2, n - 1) / sqrt(n), where
+    t is the quantile of Student's distribution. And the smallest p-value that
+    the sign test can have: 2^(1 - n).
   """
   from scipy.special import stdtrit
   quantile = float(stdtrit(seeds - 1, 1 - level / 2))
@@ -865,11 +917,11 @@ def correct_p_values(p: Sequence[float | None], method: str = 'holm'
   Returns:
     The corrected p-values, in the order of `p` and with its None.
   """
-  # A test that could not be done counts as one that shows nothing.
+  # A test that could not be done counts as one with p = 1.
   corrected = np.array([1.0 if x is None else x for x in p])
   if method == 'holm':
-    # The smallest times n, the next times n - 1, and so on; none falls below
-    # the one before it.
+    # Multiply the smallest p by n, the next by n - 1, and so on. None may be
+    # below the one before it, or above 1.
     order = np.argsort(corrected)
     factors = np.arange(len(corrected), 0, -1)
     rising = np.maximum.accumulate(corrected[order] * factors)
@@ -973,19 +1025,19 @@ def fit_power_law(compute: Sequence[float], loss: Sequence[float]
 
 
 def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
-  """Returns how many times the compute of one curve another one needs to reach
-  the same loss.
+  """Returns how many times faster one loss curve reaches the same loss than
+  another: the compute of the other, divided by its own.
 
-  The loss is the higher one of the two at the ends of the curves. Both have
-  reached it, so neither curve is read where it was not measured.
+  The loss is the higher one of the two last losses. Both curves have reached
+  it, so that neither is extrapolated.
 
   Args:
-    ours: the law of our curve; None where none could be fitted.
-    theirs: the law of the other curve.
+    ours: the power law fitted to our curve; None: none could be fitted.
+    theirs: the power law fitted to the other curve.
 
   Returns:
-    The ratio, above 1 where our curve needs less; None where either curve is
-    None, or they share no loss.
+    The ratio, which is above 1 if our curve needs less; None if either law is
+    None, or if the curves have no loss in common.
   """
   if ours is None or theirs is None:
     return None
@@ -1002,16 +1054,17 @@ def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
 
 def mean_speed_up(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
                   ) -> tuple[Interval | None, float | None]:
-  """Returns the geometric mean over seeds of the speed-up of a variant, the
-  ratio of compute that it saves.
+  """Averages the speed-up of a variant over seeds, by the geometric mean. A
+  speed-up is the base's compute over the variant's to the same loss.
 
   Args:
-    pairs: for each seed the law of the variant's curve and that of the base's.
+    pairs: for each seed, the power law of the variant's loss curve and that of
+      the base's.
 
   Returns:
-    The mean with its interval, and the largest error of the fits in nats. None
-    and None where any seed gives no speed-up: the seeds that do are those that
-    went well, whose mean would flatter the variant.
+    The mean with its interval, and the largest error of the fits in nats. Both
+    are None if any seed has no speed-up. The others are those that went well,
+    so that their mean would be too good.
   """
   ratios = [speed_up(ours, theirs) for ours, theirs in pairs]
   # A speed-up exists only where both laws do, so none is None below.
@@ -1092,7 +1145,9 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
   y = loss.ravel() - pinned_floor
 
   def fit_floor_and_scale(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fits the floor and the scale of the law, which are a linear fit.
+    """Fits the floor and the scale of the law L = floor + scale C^-exponent by
+    linear least squares, which is possible once the exponent, and the variant's
+    multiplier of the compute C, are given.
 
     Args:
       theta: the logarithms of exponent and multiplier.
@@ -1142,12 +1197,12 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
 
 def multiplier_at_each_size(law: PowerLaw, compute: np.ndarray,
                             loss: np.ndarray) -> np.ndarray:
-  """Returns the compute multiplier of a variant at each size of model alone:
-  how many times its compute the base would need for the same gain.
+  """Returns the compute multiplier of a variant at each size of the model: how
+  many times the variant's compute the base would need for the variant's loss.
 
-  It is the compute with which the base, by its law, would differ from its own
-  loss at this size by as much as the variant does, over the compute of the
-  variant.
+  The scaling law of the base, L(C) = floor + scale / C^exponent, gives the
+  compute at which the base's loss would be lower by the difference that was
+  measured at this size. It is divided by the compute of the variant.
 
   Args:
     law: the scaling law of the base.
@@ -1155,20 +1210,21 @@ def multiplier_at_each_size(law: PowerLaw, compute: np.ndarray,
     loss: [2, sizes], their losses.
 
   Returns:
-    [sizes]. NaN where no compute is enough, or where that compute lies more
+    [sizes]. It is NaN if no compute is enough, or if that compute lies more
     than MAX_EXTRAPOLATION times beyond what the law was fitted to.
   """
   base_compute, variant_compute = compute
   base_loss, variant_loss = loss
-  # How far the law is above its floor, and the share of that which is wanted.
-  # Differences are measured from the law, so that its error at this size
-  # cancels.
+  # Find how far the law is above its floor, and to which share of that the
+  # variant's difference would bring it. The difference is added to the law and
+  # not to the base's loss, so that the error of the fit at this size cancels.
   above_floor = np.maximum(law.loss(base_compute) - law.floor, 1e-300)
   wanted_above_floor = above_floor + variant_loss - base_loss
   share = np.maximum(wanted_above_floor / above_floor, 1e-300)
-  # scale / C^exponent is `share` times as much where C is share^(-1 / exponent)
-  # times as much. A share of 0, where a loss below the floor is wanted, became
-  # 1e-300 above and a huge factor here, which is outside.
+
+  # scale / C^exponent becomes `share` times as large if C becomes
+  # share^(-1 / exponent) times as large. For a loss below the floor, the share
+  # is 1e-300, which makes the factor so huge that the compute is outside.
   factor = np.exp(np.minimum(-np.log(share) / law.exponent, 50))
   needed_compute = base_compute * factor
   is_inside = ((needed_compute >= law.first / MAX_EXTRAPOLATION)
@@ -1196,7 +1252,8 @@ def jackknife_scaling_figures(compute: np.ndarray, losses: np.ndarray,
     All are NaN where the loss does not fall with compute.
   """
   def figures_of_mean(mean_losses: np.ndarray) -> np.ndarray:
-    """Returns the figures of a mean over seeds.
+    """Returns the figures for losses that are averaged over seeds, in the order
+    that the outer function states.
 
     Args:
       mean_losses: [2, sizes], the losses of the base and of the variant.
@@ -1207,7 +1264,8 @@ def jackknife_scaling_figures(compute: np.ndarray, losses: np.ndarray,
     # The variant follows the law of the base at `multiplier` times its compute.
     base_loss, variant_loss = law.loss(ahead * [1.0, multiplier])
     at_sizes = multiplier_at_each_size(law, compute, mean_losses)
-    # Ratios are more nearly normal as logarithms, which the interval asks for.
+    # The interval assumes normal noise, and logarithms of ratios are more
+    # nearly normal than ratios.
     log_multipliers = np.log([multiplier, *at_sizes])
     return np.array([law.floor, base_loss, variant_loss - base_loss,
                      *log_multipliers])
@@ -1255,13 +1313,14 @@ def _normal_points(dims: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1024)
 def _draw_relative_deviations(df: float, column: int, dims: int) -> np.ndarray:
-  """Returns draws of a standard deviation that is estimated with df degrees of
-  freedom, over the true one: sqrt(chi2_df / df).
+  """Draws how far an estimated standard deviation is from the true one: the
+  quotient of both, which is sqrt(chi2 / df), where chi2 has a chi-squared
+  distribution with df degrees of freedom.
 
   Args:
     df: the degrees of freedom.
-    column: the column of quasi-random points that is used: draws that shall be
-      independent take different ones.
+    column: the column of quasi-random (Sobol) points that is used. Draws that
+      must be independent take different columns.
     dims: the number of columns.
 
   Returns:
@@ -1274,8 +1333,9 @@ def _draw_relative_deviations(df: float, column: int, dims: int) -> np.ndarray:
     variance = 2 / (9 * df)
     z = _normal_points(dims)[:, column]
     return (1 - variance + z * variance ** 0.5) ** 1.5
-  # Else the quantile of chi2 at a uniform point u: twice the inverse of the
-  # regularised gamma function of df / 2.
+
+  # For fewer degrees of freedom, take the quantile of chi2 at a uniform point
+  # u: twice the inverse of the regularised gamma function of df / 2.
   from scipy.special import gammaincinv
   u = _sobol_points(dims)[:, column]
   return np.sqrt(2 * gammaincinv(df / 2, u) / df)
@@ -1371,30 +1431,34 @@ def simulate_least_effects(
 
 def _resample_means(seen: np.ndarray, sds: np.ndarray, num_ended: np.ndarray
                     ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the means of simulated studies that are drawn from paired
-  differences that were seen.
+  """Simulates studies by drawing from the paired differences of real runs, and
+  returns their means.
 
   Args:
-    seen: [pairs, sizes], the differences.
-    sds: [sizes], the standard deviation that each size shall have.
+    seen: [pairs, sizes], the differences of real pairs of runs at each size of
+      the model.
+    sds: [sizes], the standard deviation that the draws have at each size.
     num_ended: [studies] or [1], the number of seeds of each study whose runs
-      ended well.
+      did not diverge.
 
   Returns:
     [studies, sizes], the mean at each size; and [studies], the standard
     deviation over seeds of a seed's mean over the sizes.
   """
-  # [studies, seeds, sizes]
+  # Draw differences, [studies, seeds, sizes].
   differences = _resample_differences(seen, sds, int(num_ended.max()))
   num_studies, num_seeds, _ = differences.shape
-  # All studies are drawn with as many seeds as the largest one has; each takes
-  # the first of them, and the mask [studies, seeds] is 0 for the others.
+
+  # All studies are drawn with as many seeds as the largest one has. Each uses
+  # its first num_ended seeds, and the mask [studies, seeds] is 0 for the rest.
   has_seed = np.arange(num_seeds) < num_ended[:, None]
   mask = has_seed * np.ones((num_studies, num_seeds))
-  # d: studies, n: seeds, s: sizes.
+
+  # Average over the seeds. d: studies, n: seeds, s: sizes.
   means = (np.einsum('dns,dn->ds', differences, mask)
            / num_ended[:, None])
-  # The variance of a seed's means over the sizes.
+
+  # The variance over seeds of a seed's mean over the sizes.
   residuals = differences.mean(2) - means.mean(1)[:, None]
   variance = (residuals ** 2 * mask).sum(1) / (num_ended - 1)
   return means, np.sqrt(variance)
@@ -1416,10 +1480,10 @@ def _resample_differences(seen: np.ndarray, sds: np.ndarray, num_seeds: int
   rng = np.random.default_rng(0)
   # The sizes of a pair stay together: their noise may be correlated.
   pairs = rng.integers(len(seen), size=(NUM_SIMULATED_STUDIES, num_seeds))
-  # Which of the two runs of a pair is the first says nothing, so each is drawn
-  # with either sign; the mean of all draws is then 0.
+  # Each difference is drawn with a random sign, because it means nothing which
+  # run of a pair comes first. The mean of all draws is then 0.
   signs = rng.choice((-1, 1), size=(NUM_SIMULATED_STUDIES, num_seeds, 1))
-  # The root mean square at each size becomes its standard deviation.
+  # Scale the draws, so that the root mean square at each size becomes `sds`.
   scale = sds / np.sqrt(np.mean(seen ** 2, axis=0))
   return seen[pairs] * signs * scale
 
@@ -1474,19 +1538,19 @@ def simulate_false_positive_rate(seen: np.ndarray, sds: Sequence[float],
 
 def _correlate_sizes(sd: float, sds: np.ndarray
                      ) -> tuple[int, np.ndarray, float]:
-  """Makes the standard deviations at some sizes of model agree with that of a
-  seed's mean over them, by a correlation between the sizes.
-
-  For k sizes with a correlation r of each two, sd^2 = (1 - r) sum(sds^2) / k^2
-  + r (sum(sds) / k)^2. This is solved for r.
+  """Finds the correlation r between sizes of the model that makes the standard
+  deviations at the single sizes agree with that of the mean over them. If each
+  two of k sizes have the correlation r,
+    sd^2 = (1 - r) sum(sds^2) / k^2 + r (sum(sds) / k)^2.
+  This is solved for r.
 
   Args:
     sd: the standard deviation of the mean over the sizes.
     sds: the standard deviation at each size.
 
   Returns:
-    The number of sizes, their deviations, and r. Where even r = 0 gives the
-    mean a larger deviation than `sd`, the deviations are scaled down to it.
+    The number of sizes, their deviations, and r. If even r = 0 gives the mean a
+    larger deviation than `sd`, r is 0 and the deviations are scaled down.
   """
   num_sizes = len(sds)
   variance_if_independent = np.sum(sds ** 2) / num_sizes ** 2
@@ -1523,20 +1587,21 @@ def smallest_effect(wanted: float, *args, **kwargs) -> float | None:
 
 def seeds_needed(effect: float, wanted: float, sd: float, sds, df: float,
                  level: float, **kwargs) -> int | None:
-  """Returns the least number of seeds with which a test finds an effect with a
-  given power.
+  """Returns the smallest number of seeds with which a test finds an effect with
+  a given power, which is the probability to find it.
 
   Args:
-    effect: the true difference that shall be found.
-    wanted: the power, that is the probability to find it.
-    sd: the standard deviation of a seed's mean difference over the sizes.
-    sds: the standard deviation at each size of model.
+    effect: the true difference that the test should find.
+    wanted: the power.
+    sd: the standard deviation of a seed's mean difference over the sizes of the
+      model.
+    sds: the standard deviation of a seed's difference at each size.
     df: the degrees of freedom with which these deviations are known.
     level: the level of the test.
-    **kwargs: the further arguments of `simulate_least_effects`.
+    **kwargs: further arguments of `simulate_least_effects`.
 
   Returns:
-    The number of seeds; None where MAX_SEEDS are too few.
+    The number of seeds, or None if MAX_SEEDS are too few.
   """
   def is_enough(seeds: int) -> bool:
     """Returns whether this many seeds give the power that is wanted."""

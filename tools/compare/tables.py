@@ -53,17 +53,17 @@ def other_table(comparison: Comparison) -> Table:
 def estimate_table(comparison: Comparison, name: str, title: str,
                    rows: Sequence[Mapping[str, Any]]) -> Table:
   """Returns a table of means and differences from the base. Rows of which
-  nothing is known are left out, and so are columns that are empty.
+  nothing is known are left out, and so are empty columns.
 
   Args:
     comparison: the sweep or study.
     name: the anchor of the table on the page.
-    title: its title.
-    rows: the rows, as Comparison.estimates has them: a measure of a variant at
-      a size in a phase.
+    title: the title of the table.
+    rows: the estimates, as Comparison.estimates has them. Each is about one
+      measure of one variant, at one size of the model and in one phase.
   """
-  # A row is known where the variant has a run, a verdict, or pairs with the
-  # base.
+  # Something is known of a row if the variant has a run, a verdict, or pairs
+  # with the base.
   rows = [row for row in rows
           if row['runs'] or row['verdict'] or row['n'] is not None]
   measures = {row['measure'] for row in rows}
@@ -144,11 +144,11 @@ def _with_interval(row: Mapping[str, Any], prefix: str = '') -> Cell:
 
 
 def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
-  """Returns the cell of a speed-up, the factor of compute or time that a
-  variant saves, with its interval: '1.2 [1.1, 1.3]'.
+  """Returns the cell of a speed-up with its interval, '1.2 [1.1, 1.3]': how
+  many times less compute or time a variant needs than the base.
 
-  A ~ stands before it where the fit of the curves errs by more than the
-  difference of the losses, and brackets around it where no difference is shown.
+  It is written as '~1.2' if the fit of the curves errs by more than the losses
+  differ, and as '(1.2)' if no difference of the losses is shown.
 
   Args:
     row: the estimate of the variant, as Comparison.estimates has it.
@@ -177,12 +177,14 @@ def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
 def find_first_evaluation_below(
     curve_of_seeds: Sequence[Mapping[str, Sequence]], target: float
     ) -> dict[str, float | None]:
-  """Returns what runs spend until their mean held-out loss is below a target.
+  """Finds the evaluation from which on the mean held-out loss of some runs is
+  below a target, and returns what the runs had spent by then.
 
-  The last evaluation is tested first, then the one before it, until one is not
-  below by Student's one-sided test at TARGET_LEVEL. In an order that is fixed
-  beforehand no test has to be corrected (Maurer et al. 1995): that any step is
-  named too early has a probability of at most TARGET_LEVEL.
+  Each evaluation is tested by Student's one-sided t-test over the seeds at
+  TARGET_LEVEL. The last one is tested first, then the one before it, until one
+  test fails. Because this order is fixed beforehand, the tests need no
+  correction (Maurer et al. 1995): the step found is too early with a
+  probability of at most TARGET_LEVEL.
 
   Args:
     curve_of_seeds: the curve of held-out loss of each seed, as
@@ -190,12 +192,11 @@ def find_first_evaluation_below(
     target: the loss.
 
   Returns:
-    'step', 'tokens', 'seconds' and 'p' of the first evaluation from which on
-    the loss is below; where there is none, the 'p' of the last one alone, which
-    is None where no evaluation is shared by all seeds.
+    The 'step', 'tokens', 'seconds' and 'p' of that evaluation. If not even the
+    last one is below, only 'p', that of the last one; and {'p': None} if the
+    seeds share no evaluation.
   """
-  # A p-value for each evaluation that all seeds have; at each of them, the loss
-  # of each seed.
+  # Test each evaluation that all seeds have, by the losses of the seeds there.
   mean_curve = curves.mean_curve(curve_of_seeds)
   losses_of_seeds = []
   for curve in curve_of_seeds:
@@ -206,26 +207,26 @@ def find_first_evaluation_below(
   if not p_values:
     return {'p': None}
 
-  # From the last one back. `first` is the first of those that are below;
-  # len(p_values) means that not even the last one is.
-  first = len(p_values)
-  while (first and p_values[first - 1] is not None
-         and p_values[first - 1] < TARGET_LEVEL):
-    first -= 1
-  if first == len(p_values):
+  # Go back from the end, as long as the evaluation before is below the target.
+  # All evaluations from first_below on are; there is none yet at the start.
+  first_below = len(p_values)
+  while (first_below and p_values[first_below - 1] is not None
+         and p_values[first_below - 1] < TARGET_LEVEL):
+    first_below -= 1
+  if first_below == len(p_values):
     return {'p': p_values[-1]}
-  return {'step': float(mean_curve['step'][first]),
-          'tokens': float(mean_curve['tokens'][first]),
-          'seconds': float(mean_curve['seconds'][first]), 'p': p_values[first]}
+  return {'step': float(mean_curve['step'][first_below]),
+          'tokens': float(mean_curve['tokens'][first_below]),
+          'seconds': float(mean_curve['seconds'][first_below]),
+          'p': p_values[first_below]}
 
 
 def target_table(comparison: Comparison) -> Table:
-  """Returns the table of the steps, tokens and time that each variant takes to
-  a target loss, at each size of model.
+  """Returns the table of the steps, tokens and time that each variant needs to
+  reach a target loss, at each size of the model.
 
   Args:
-    comparison: the sweep or study, with its target; the table is empty where
-      the target is None.
+    comparison: the sweep or study. If its target is None, the table is empty.
   """
   title = f'To a held-out loss of {comparison.target}'
   if comparison.target is None:
@@ -235,8 +236,8 @@ def target_table(comparison: Comparison) -> Table:
   for size in reversed(comparison.plan.sizes):
     for variant in comparison.variants:
       curve_of_seeds = _curves_of_held_out_loss(comparison, variant, size)
-      # A run that diverged or failed never reaches the target, and so neither
-      # does its variant: the mean over the other seeds would flatter it.
+      # A variant with a run that diverged or failed does not reach the target.
+      # The mean over its other seeds would be too good.
       spent_to_target = {}
       if curve_of_seeds and not _has_lost_runs(comparison, variant, size):
         spent_to_target = find_first_evaluation_below(
@@ -275,19 +276,20 @@ def _has_lost_runs(comparison: Comparison, variant: str, size: str) -> bool:
 
 
 def cost_table(comparison: Comparison) -> Table:
-  """Returns the table of what each variant changes in the config, and of what
-  it costs at each size: parameters, FLOPs, tokens and time.
+  """Returns the table of what each variant changes in the config, and what it
+  costs at each size of the model: parameters, FLOPs, tokens and time.
 
   Args:
     comparison: the sweep or study.
   """
   rows = []
   for point in comparison.frozen.points:
-    # A variant is planned once for each workload; its costs are shown for text.
+    # A variant is planned once for each workload (the text, and probes). The
+    # table has its costs on text.
     if point['workload'] != plans.TEXT:
       continue
-    # Active parameters, those that a token uses, are shown where they are not
-    # all.
+    # Active parameters, which are those that a token uses, are shown if they
+    # are not all.
     active_params = Cell('')
     if point['active_params'] != point['params']:
       active_params = _beside_base(comparison, point, 'active_params')
@@ -332,13 +334,15 @@ def _beside_base(comparison: Comparison, point: Mapping[str, Any],
   """
   if not page.known(point[cost]):
     return Cell(UNKNOWN)
-  # In thousands, millions and so on: each division by 1000 takes the next unit.
+  # Scale the number: each division by 1000 takes the next unit.
   scaled, units = point[cost], ['', 'k', 'M', 'G', 'T']
   while abs(scaled) >= 1000 and len(units) > 1:
     scaled /= 1000
     units.pop(0)
   text = f'{scaled:.4g}{units[0]}'
-  # A difference that would be shown as 0.0 % is left out; that of the base is.
+
+  # Add the difference from the base, unless it would be shown as 0.0 %, as it
+  # is for the base itself.
   base = comparison.frozen.point(comparison.plan.base, point['size'],
                                  point['workload'])
   difference = point[cost] / base[cost] - 1
@@ -348,12 +352,12 @@ def _beside_base(comparison: Comparison, point: Mapping[str, Any],
 
 
 def change_table(comparison: Comparison) -> Table:
-  """Returns the table of main effects of a factorial sweep, which combines
-  several changes of the config.
+  """Returns the table of main effects of a factorial sweep, whose variants
+  combine several changes of the config.
 
   The main effect of a change is the mean difference of all pairs of variants
-  that differ in it and in nothing else, but for fields that were solved for to
-  match costs. A change of fewer than 2 pairs has no row.
+  that differ in this change alone. (Fields that were set to match costs may
+  differ too.) A change with fewer than 2 pairs has no row.
 
   Args:
     comparison: the sweep.
@@ -362,14 +366,14 @@ def change_table(comparison: Comparison) -> Table:
   for change, pairs in _pairs_by_change(comparison).items():
     if len(pairs) < 2:
       continue
-    # Only seeds that all pairs have: others would give their pairs more weight.
+    # Use only the seeds that all pairs have, so that all pairs weigh the same.
     seeds = set.intersection(*map(set, pairs))
     if not seeds:
       continue
 
-    # The mean over the pairs of each seed, whose interval is over the seeds;
-    # and the mean over the seeds of each pair, whose range shows whether the
-    # effect hangs on the other changes.
+    # For each seed, average over the pairs. The interval is over the seeds. For
+    # each pair, average over the seeds. The range of these means shows whether
+    # the effect depends on the other changes.
     by_seed = []
     for seed in seeds:
       differences = [pair[seed] for pair in pairs]
@@ -390,20 +394,19 @@ def change_table(comparison: Comparison) -> Table:
 
 def _pairs_by_change(comparison: Comparison
                      ) -> dict[str, list[dict[int, float]]]:
-  """Returns, for each change of one config field, the pairs of variants that
-  differ in it alone.
+  """Finds, for each change of one config field, the pairs of variants that
+  differ in this change alone.
 
   Args:
     comparison: the sweep.
 
   Returns:
-    By the change, such as 'model.norm=rmsnorm', a list of pairs. Each is the
-    loss of the variant with the change minus that of its partner without it, by
-    seed.
+    For each change, such as 'model.norm=rmsnorm', a list with an entry for each
+    pair: the loss of the variant with the change minus that of its partner
+    without it, {seed: difference}.
   """
-  # The changes that each variant declares. Fields that were solved for, to
-  # match the costs of the base, differ between variants by themselves and do
-  # not count.
+  # Collect the changes that each variant declares. Fields that were set to
+  # match the costs of the base do not count: they differ between any variants.
   declared = {}
   for point in comparison.frozen.points:
     changes = dict(point['changes'])
@@ -411,12 +414,14 @@ def _pairs_by_change(comparison: Comparison
       changes.pop(field, None)
     declared[point['variant']] = changes
 
-  # The partner of a variant for a change declares all of its others.
+  # The losses of each variant, by seed.
   losses = {variant: comparison.values('confirm', variant, '',
                                        comparison.plan.primary)
             for variant in comparison.variants}
   pairs: dict[str, list[dict[int, float]]] = {}
-  # The partner of a variant for a change declares all of its other changes.
+
+  # Pair each variant, for each of its changes, with the variant that declares
+  # exactly its other changes.
   for variant, changes in declared.items():
     for field, value in changes.items():
       pairs_of_change = pairs.setdefault(format_changes({field: value}), [])
@@ -511,16 +516,17 @@ def _on_fresh_seeds(comparison: Comparison, row: Mapping[str, Any],
 def _next_best(comparison: Comparison, row: Mapping[str, Any],
                measure: plans.Measure
                ) -> Cell:
-  """Returns the cell of how much worse the second best values are than those
-  that tuning chose: the paired difference over the seeds of tuning.
+  """Returns the cell that says how much worse the second-best values of tuning
+  are than the chosen ones: their mean difference, paired by seed.
 
   Args:
     comparison: the study.
-    row: the fields of a plans.Tuned, with a trial for each candidate in
-      'tried'.
+    row: what tuning found for one variant, with the fields of plans.Tuned. Its
+      'tried' has a trial for each candidate.
     measure: the measure that was tuned for.
   """
-  # The trials of the last rung on, which alone are of whole runs.
+  # Tuning goes in rungs of rising length, and only the trials from the last one
+  # on are of whole runs.
   trials = []
   for trial in row['tried']:
     is_whole = trial['rung'] >= comparison.plan.tuning.rungs - 1
@@ -538,8 +544,8 @@ def _next_best(comparison: Comparison, row: Mapping[str, Any],
   differences = np.subtract(
       next_best.get('values', [next_best['value']]),
       chosen.get('values', [chosen['value']]))
-  # The interval is over seeds. A trial without the values of its seeds has its
-  # mean alone, which gives no interval.
+
+  # The interval is over seeds. If a trial has only its mean, there is none.
   mean, low, high, _ = statistics.student_interval(differences)
   return page.estimate(mean=mean, low=low, high=high)
 
@@ -554,18 +560,18 @@ def noise_table(comparison: Comparison) -> Table:
 
 
 def _noise_cells(row: Mapping[str, Any]) -> dict[str, Cell]:
-  """Returns the cells of one row of the table of noise, by heading.
+  """Returns the cells of one row of the table of noise, by heading: how much a
+  measure varies from seed to seed, and what that means for the tests.
 
   Args:
-    row: the fields of a noise.Noise, the noise of a measure at a size: the
-      standard deviation of paired differences, and what it means for the power
-      of the tests. A study of an earlier version may lack some.
+    row: the fields of a noise.Noise. It is about one measure at one size of the
+      model. Some fields may be missing.
   """
   cells = {}
   for name in ('measure', 'size', 'phase'):
     cells[name] = label(row[name])
-  # How the differences vary, and which effect can be found by as many seeds as
-  # are planned, or how many would be needed.
+  # The standard deviation of paired differences; the smallest effect that the
+  # planned seeds can find, and the seeds that the planned effect needs.
   cells['pairs'] = page.count(row['pairs'])
   cells['standard deviation'] = page.number(row['sd'])
   cells['smallest effect'] = page.number(row['smallest_effect'])
@@ -585,9 +591,9 @@ def _noise_cells(row: Mapping[str, Any]) -> dict[str, Cell]:
 
 
 def multiplier_table(comparison: Comparison) -> Table:
-  """Returns the table of compute multipliers, the factor by which the base
-  needs more compute than a variant for the same loss: at each size alone, and
-  by one law fitted to all sizes.
+  """Returns the table of compute multipliers: how many times the compute of a
+  variant the base needs for the same loss. They are given at each size of the
+  model alone, and by one scaling law fitted to all sizes.
 
   Args:
     comparison: the study.
@@ -611,16 +617,17 @@ def multiplier_table(comparison: Comparison) -> Table:
 
 
 def rank_table(comparison: Comparison) -> Table:
-  """Returns the table of how well small models rank the variants: Kendall's tau
-  between the order of the variants at each size, the base among them, and their
-  order at the largest size. It is 1 for the same order, and -1 for the reverse.
+  """Returns the table that says how well small models rank the variants. For
+  each size it has Kendall's tau between the order of the variants there and
+  their order at the largest size: 1 if the orders are equal, and -1 if one is
+  the reverse of the other. The base counts as a variant.
 
   Args:
     comparison: the study.
   """
   from scipy.stats import kendalltau
-  # The difference of each variant from the base, by size: in the order of the
-  # plan, the base first, NaN where it is not known.
+  # At each size, collect the difference of each variant from the base: the base
+  # itself first, and NaN for what is not known.
   by_size = {}
   for size in comparison.plan.all_sizes:
     phase = 'largest' if size == comparison.plan.largest else 'confirm'
@@ -631,8 +638,8 @@ def rank_table(comparison: Comparison) -> Table:
       differences.append(effect.get('effect'))
     by_size[size] = np.array(differences, float)
 
-  # The sizes at which two variants or more are known beside the base, the least
-  # first; the last of them is what the others are compared with.
+  # Keep the sizes at which two variants or more are known besides the base. The
+  # largest of them comes last, and the others are compared with it.
   ordered = [size for size, values in by_size.items()
              if np.isfinite(values).sum() > 2]
   rows = []
@@ -646,18 +653,20 @@ def rank_table(comparison: Comparison) -> Table:
 
 
 def prediction_table(comparison: Comparison) -> Table:
-  """Returns the table of losses that the scaling law of the smaller sizes
-  predicted for the largest size, beside what was observed there.
+  """Returns the table of the predictions that were made for the largest size of
+  the model, by a scaling law of the smaller sizes, beside what was observed
+  there.
 
   Args:
-    comparison: the study; the table is empty where nothing was predicted.
+    comparison: the study. If nothing was predicted, the table is empty.
   """
   prediction = comparison.results['predicted']
   title = f'{comparison.plan.largest}, by the law of the other sizes'
   if not prediction:
     return page.table('predictions', title, [])
-  # The figures that were observed: the loss of the base, and the differences
-  # of the variants from it, which are what was predicted.
+
+  # Collect what was observed in the same terms as the predictions: the loss of
+  # the base, and the difference of each variant from it.
   observations = {}
   for row in comparison.estimates:
     if (row['phase'], row['measure']) == ('largest',
@@ -665,16 +674,17 @@ def prediction_table(comparison: Comparison) -> Table:
       is_base = row['variant'] == comparison.plan.base
       observations[row['variant']] = (
           row['mean'] if is_base else row['effect'])
+
+  # Compare each prediction with it. An array of floats turns None into NaN, and
+  # so a difference from an unknown value is NaN too.
   rows = []
   for row in prediction['rows']:
-    # The values become floats, so that None becomes NaN, and so does each
-    # difference from it.
     observed, predicted, low, high = np.array(
         [observations.get(row['variant']), row['value'], row['low'],
          row['high']],
         float)
     inside = 'yes' if low <= observed <= high else 'no'
-    # It is neither inside nor outside where one of both is not known.
+    # If either is not known, it is neither inside nor outside.
     if np.isnan(observed - low):
       inside = ''
     rows.append({
@@ -711,11 +721,11 @@ def excluded_table(comparison: Comparison) -> Table:
 
 
 def spent_table(comparison: Comparison) -> Table:
-  """Returns the table of runs, tokens, FLOPs and time that each phase took, and
-  all phases together.
+  """Returns the table of the runs, tokens, FLOPs and time that each phase of a
+  study took, and all phases together.
 
   Args:
-    comparison: the study; the table is empty for a sweep, which has no phases.
+    comparison: the study. For a sweep, which has no phases, the table is empty.
   """
   # The sum comes last, below the phases in their order.
   phases = dict(comparison.results['phases'])
@@ -743,12 +753,14 @@ def _sums(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
 
 
 def certificate_table(comparison: Comparison) -> Table:
-  """Returns the table of what each variant and the base were given (its
-  certificate), but for the fields of configs, which other tables have.
+  """Returns the table of what each variant and the base were given, such as
+  tokens, trials of tuning and devices, so that a reader can see whether the
+  comparison is fair. The fields of configs are in other tables.
 
   Args:
-    comparison: the sweep or study.
+    comparison: the sweep or study. Its certificates list what each was given.
   """
+  # Quantities with a tolerance are numbers. Of the others, some are texts.
   rows = []
   for variant, given in comparison.certificates.items():
     cells = {'variant': label(variant)}
@@ -771,15 +783,15 @@ def config_table(comparison: Comparison) -> Table:
 
 
 def provenance_table(comparison: Comparison) -> Table:
-  """Returns the table of what trained the runs: code, devices, versions of
-  packages, and hashes of the data.
+  """Returns the table of what the runs were trained with: the code, devices,
+  versions of packages, and hashes of the data.
 
   Args:
     comparison: the sweep or study.
   """
+  # A row is a kind of thing, and which one it is. There may be several rows of
+  # a kind.
   provenance = comparison.results['provenance']
-  # Pairs of the kind of thing and which one it is; there may be several of a
-  # kind.
   rows = []
   # Only a study was planned beforehand.
   if comparison.is_study:
