@@ -59,7 +59,6 @@ class HF(transformer.HF):
   names = (*transformer.HF.names, *_embedding_rows('', 'encoder'),
            *_embedding_rows(BART.DECODER_EMBED, 'decoder'))
   fields = transformer.FIELDS | hf.fields_with_defaults(vocab_size=50265) | {
-      'num_decoder_layers': ('decoder_layers', 12),
       'ffn': ('activation_function', 'gelu', hf.FFN_OF_ACTIVATION)}
   only = dict(is_encoder_decoder=True, tie_word_embeddings=True,
               normalize_before=False, normalize_embedding=True,

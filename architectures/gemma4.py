@@ -70,7 +70,7 @@ def _read_heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
     numbers = []
     for n, layer_type in enumerate(types):
       if layer_type == FULL:
-        numbers.append(str(n))
+        numbers.append(n)
     sizes_of_each = _find_sizes_of_each(per_layer_config, numbers=numbers,
                                         known_names=sizes.keys())
     require(sizes_of_each is not None, f'config.json has per_layer_config '
@@ -82,7 +82,7 @@ def _read_heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
               num_kv_heads=sizes['num_key_value_heads'])
 
 
-def _find_sizes_of_each(per_layer_config: dict, numbers: list[str],
+def _find_sizes_of_each(per_layer_config: dict, numbers: list[int],
                         known_names: Collection[str]) -> dict[str, int] | None:
   """Returns the sizes that some layers of a Hugging Face config.json have in
   common, where it lists them layer by layer.
@@ -95,10 +95,13 @@ def _find_sizes_of_each(per_layer_config: dict, numbers: list[str],
   Returns:
     The sizes by name; None where layers differ, or something else stands there.
   """
-  # The right layers, known sizes, the same in all layers, and whole numbers.
-  if per_layer_config.keys() != set(numbers):
+  # The right layers, of which transformers writes 5 as 05 where there are ten
+  # or more; known sizes, the same in all layers, and whole numbers.
+  if not all(number.isdecimal() for number in per_layer_config):
     return None
-  sizes = per_layer_config[numbers[0]]
+  if sorted(int(number) for number in per_layer_config) != numbers:
+    return None
+  sizes = next(iter(per_layer_config.values()))
   if not isinstance(sizes, dict) or not sizes.keys() <= known_names:
     return None
   if any(entry != sizes for entry in per_layer_config.values()):

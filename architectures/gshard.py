@@ -107,7 +107,10 @@ class HF(hf.HuggingFace):
     """
     # The last of every few layers has experts, alike in both stacks.
     interval = reader('encoder_sparse_step', 4)
-    reader.require_values(decoder_sparse_step=interval)
+    interval_of_decoder = reader('decoder_sparse_step', 4)
+    require(interval_of_decoder == interval, 'config.json has '
+            f'decoder_sparse_step {interval_of_decoder}: only {interval}, that '
+            'of the encoder, is known here')
     dropout = reader('moe_token_dropout', 0.2)
     require(dropout == 0, f'config.json has moe_token_dropout {dropout}, '
             'which scales the experts in evaluation too: only 0 is known here')

@@ -60,6 +60,8 @@ class HF(mistral.HF):
     """
     bias = reader('use_bias', True)
     model_fields = super().read(reader, fields)  # Mistral's: rope and window
+    if not reader.has('sliding_window'):  # where a mistral has 4096
+      model_fields |= dict(attention='global', sliding_window=0)
     model_fields['attention_bias'] = bias
     model_fields['ffn_bias'] = bias
     return model_fields

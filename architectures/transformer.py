@@ -96,8 +96,7 @@ def write_stacks(config: ModelConfig) -> dict:
 FIELDS = hf.fields_with_defaults(d_model=1024, max_position_embeddings=1024) | {
     'num_heads': ('encoder_attention_heads', 16),
     'd_ff': ('encoder_ffn_dim', 4096), 'num_layers': ('encoder_layers', 12),
-    'num_decoder_layers': ('decoder_layers',
-                           lambda fields: fields['num_layers'])}
+    'num_decoder_layers': ('decoder_layers', 12)}
 # Fields that matter in training alone.
 LAYERDROP_FIELDS = ('encoder_layerdrop', 'decoder_layerdrop')
 

@@ -113,7 +113,7 @@ def changes(tree: dict[str, Any], more: set[str]
     others = [None, *OBJECTS.get(name, ())]
     if name in FOREIGN:
       others.append(FOREIGN[name])
-    others += _others(name, value) if name in tree else ANY
+    others += other_values(name, value) if name in tree else ANY
     for other in others:
       changed = copy.deepcopy(tree)
       changed[name] = other
@@ -122,7 +122,7 @@ def changes(tree: dict[str, Any], more: set[str]
       yield f'no {name}', {k: v for k, v in tree.items() if k != name}
 
 
-def _others(name: str, value) -> list:
+def other_values(name: str, value) -> list:
   """Returns other values of the type of `value`."""
   if isinstance(value, bool):
     return [not value]
@@ -132,7 +132,7 @@ def _others(name: str, value) -> list:
     return [0.5 * value, value + 0.5]
   if isinstance(value, dict):
     return [value | {key: other} for key in value
-            for other in _others(key, value[key])]
+            for other in other_values(key, value[key])]
   if isinstance(value, list):
     return [[x] * len(value) for x in value if value.count(x) < len(value)]
   if isinstance(value, str):

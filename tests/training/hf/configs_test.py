@@ -135,6 +135,9 @@ def test_phi3_for_long_texts_has_the_factors_of_its_file():
   assert (rope.scaling, rope.factor, rope.original_len) == (
       'longrope', 32.0, 4096)
   assert rope.long_factor == (1, *[20.5] * 47) and c.max_len == 131072
+  for word in 'su', 'yarn', 'longrope':  # in files of three ages
+    assert c == hf_config.model_of_config_json(PHI3_LONG | dict(
+        rope_scaling=PHI3_LONG['rope_scaling'] | dict(type=word)))
   written = hf_config.config_json_of_model(c)
   assert written['original_max_position_embeddings'] == 4096
   hf_config.check_same_function(c, hf_config.model_of_config_json(written),
@@ -213,17 +216,14 @@ def test_mamba2_has_the_bounds_of_its_file(bounds, steps):
       'written')
 
 
-@pytest.mark.parametrize('every', [
-    16, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
 @pytest.mark.parametrize('system', recording.systems())
-def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
-    system, every):
+def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(system):
   """Whichever field of a config.json is another one."""
   classes = pytest.importorskip('transformers').CONFIG_MAPPING
   tree = recording.load_recording(recording.files(system)[0]).config
   seen = set()
-  for words, changed in itertools.islice(
-      readings.changes(tree, readings.asked(tree)), 0, None, every):
+  for words, changed in readings.changes(tree, readings.asked(tree)):
     try:
       c = hf_config.model_of_config_json(changed)
     except RequestError:
@@ -236,6 +236,86 @@ def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
     hf_config.check_same_function(c, hf_config.model_of_config_json(
         json.loads(theirs.to_json_string())), words)
   assert seen
+
+
+# Fields of the recordings that others overrule, as layer_types does, or whose
+# other values mean the same.
+WITHOUT_EFFECT = frozenset((
+    'architectures', 'attn_scale', 'attn_temperature_tuning',
+    'block_ffn_dim_multiplier', 'compress_ratios', 'compress_rope_theta',
+    'decoder_sparse_step', 'encoder_sparse_step', 'head_dim',
+    'hybrid_override_pattern', 'index_skip_topk_offset', 'indexer_types',
+    'intermediate_size', 'max_window_layers', 'no_rope_layers',
+    'normalize_router_prob_before_dropping', 'num_experts_per_tok',
+    'num_hidden_layers', 'num_kv_heads', 'num_nextn_predict_layers',
+    'partial_rotary_factor', 'qk_head_dim', 'rope_theta',
+    'router_aux_loss_coef', 'tie_word_embeddings', 'use_sliding_window'))
+
+
+def is_read(tree, name, others):
+  """Returns whether some other value of a field is refused, or gives another
+  model, which is written as it was read."""
+  model = hf_config.model_of_config_json(tree)
+  for other in others:
+    try:
+      changed = hf_config.model_of_config_json(tree | {name: other})
+    except RequestError:
+      return True
+    if changed != model:
+      hf_config.config_json_of_model(changed)  # which reads what it wrote
+      return True
+  return False
+
+
+@pytest.mark.parametrize('system', recording.systems())
+def test_a_field_that_a_page_asks_for_is_read_and_written_or_refused(system):
+  """And each entry of those that are objects."""
+  tree = recording.load_recording(recording.files(system)[0]).config
+  page = architectures.hugging_face(system)
+  hf_config.config_json_of_model(hf_config.model_of_config_json(tree))
+  for name in readings.asked(tree) - {*page.fields_without_effect}:
+    value = tree.get(name)
+    ways = [readings.other_values(name, value) or readings.ANY]
+    if isinstance(value, dict) and name != 'rope_parameters':
+      ways = []
+      for key, entry in value.items():
+        ways.append([value | {key: other} for other in (
+            readings.other_values(key, entry) or readings.ANY)])
+    for others in ways:
+      assert name in WITHOUT_EFFECT or is_read(tree, name, others), name
+
+
+# Fields whose default in transformers fits no other size, or which say nothing
+# of the function.
+ALWAYS_GIVEN = {'architectures', 'model_type', 'num_key_value_heads',
+                'split_ngram_parts'}
+
+
+@pytest.mark.parametrize('system', recording.systems())
+def test_what_a_file_leaves_out_is_what_transformers_takes_for_it(system):
+  """As its own class of the config.json fills it in: defaults, and what each
+  layer is; and a null is what it takes a null for."""
+  classes = pytest.importorskip('transformers').CONFIG_MAPPING
+  text = json.dumps(recording.load_recording(recording.files(system)[0]).config)
+  tree = json.loads(text.replace('{"__float__": "Infinity"}', 'Infinity'))
+  trees = {name: x for name, x in PUBLISHED.items()
+           if name.partition(':')[0] == system}
+  # And seven layers, of which nothing says what each is.
+  trees['seven layers'] = dict(num_hidden_layers=7) | {
+      key: x for key, x in tree.items() if not isinstance(x, list)
+      and key not in ('num_hidden_layers', 'per_layer_config')}
+  for name in (readings.asked(tree) & tree.keys()) - ALWAYS_GIVEN:
+    trees[f'no {name}'] = {key: x for key, x in tree.items() if key != name}
+    trees[f'{name} null'] = tree | {name: None}
+  for words, changed in trees.items():
+    try:
+      ours = hf_config.model_of_config_json(copy.deepcopy(changed))
+      theirs = classes[changed['model_type']].from_dict(copy.deepcopy(changed))
+    except Exception:  # of any kind: what one of us refuses is not compared
+      continue
+    filled_in = hf_config.model_of_config_json(
+        json.loads(theirs.to_json_string()))
+    hf_config.check_same_function(ours, filled_in, words)
 
 
 @pytest.mark.parametrize('tree, fields', [
