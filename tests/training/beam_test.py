@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import architectures
+from architectures.parts import blocks
 from tests.helpers import models
 from training import generate
 
@@ -159,3 +161,20 @@ def test_every_penalty_of_a_length_is_as_by_the_book(penalty, alpha, stops,
         lambda text, log_p=log_p: log_p[len(text), (0, *text)[-1]], count,
         _divisor(penalty, alpha), stops, 6)
     expect(tokens[0], scores[0], expected, stops)
+
+
+@pytest.mark.parametrize('mixer', blocks.MIXERS)
+def test_a_text_takes_all_that_was_kept_of_the_text_that_it_extends(mixer):
+  """Every array of every layer's cache, of three rows each of which has its own
+  number in it."""
+  chosen = dict(attention='indexed', indexer=dict(top_k=4, block=2))
+  cache = architectures.init_cache(models.small_config(
+      'llama', mixer=mixer, branch_conv=3, memory='engram', attention_conv=3,
+      position='none', **chosen if mixer in ('attention', 'latent') else {}),
+                                   3, 8)
+  numbered = jax.tree.map(lambda x: np.broadcast_to(np.arange(3).reshape(
+      1, 3, *[1] * (x.ndim - 2)), x.shape), cache)
+  parents = jnp.array([2, 0, 0])
+  for x in jax.tree.leaves(generate._reorder_cache(numbered, parents, 1)):
+    rows = np.unique(np.moveaxis(np.asarray(x), 1, 0).reshape(3, -1), axis=1)
+    assert rows.tolist() == [[2], [0], [0]]

@@ -400,6 +400,45 @@ def test_a_rehearsal_counts_the_evaluations_that_a_run_makes(train, cheap,
       _steps(member, 'eval'))
 
 
+def test_a_rehearsal_says_how_long_a_run_takes(train, monkeypatch):
+  """By the median of the steps after the first, which is slow."""
+  seconds = iter([9.0, 2.0, 4.0, 3.0, 30.0, 3.0, 0.5])
+  config = base.base()
+  config.train.steps = 100
+  config.data.update(batch_size=1, length=4)
+  config.eval.update(every_steps=50, batches=2)
+  monkeypatch.setattr(loop, 'Program', lambda run, hooks: Fake([{}], config))
+  monkeypatch.setattr(Fake, 'new_state', lambda self: _state(0))
+  monkeypatch.setattr(loop.CompiledPerShape, 'run_timed', lambda *_: (
+      (_state(0), None), next(seconds)))
+  monkeypatch.setattr(
+      loop.CompiledPerShape, 'bytes_per_device', lambda self: 2**30)
+  data = types.SimpleNamespace(first=lambda most: most, batch=lambda n: {})
+  lines = loop.rehearse_run(
+      types.SimpleNamespace(config=config), Loader(), [data])
+  assert lines[1:] == [
+      'a step: 3 s, 1 tokens/s, 1.00 GiB on each device',
+      'about 302 s in all, without saving and eval.tasks: steps 0:05:00, '
+      'evaluating 0:00:02, compiling 0:00:00']
+
+
+def test_a_step_of_a_ramp_is_as_much_work_as_it_has_rows(train, monkeypatch):
+  config = base.base()
+  config.data.update(batch_size=4, length=4, batch_ramp='2:1,4:2')
+  config.train.steps = STEPS
+  monkeypatch.setattr(Loader, 'batch', lambda *_: dict(tokens=jnp.ones((1, 4))))
+  batches = steps.TrainingBatches(Fake([{}], config), [Loader()], 1)
+  noted = []
+  monkeypatch.setattr(batches.meter, 'note_work',
+                      lambda step, tokens, flops: noted.append((step, tokens)))
+  batches.start_streams(0)
+  for n in range(STEPS):
+    batches.batch_after(n)
+  assert noted == [(1, 4), (2, 4), (3, 8), (4, 8), (5, 16), (6, 16)]
+  assert [batches.tokens_before(n) for n in range(STEPS)] == [
+      0, 4, 8, 16, 24, 40]
+
+
 def test_a_signal_meanwhile_trains_no_further(
     train, cheap, monkeypatch):
   """Otherwise the evaluation of that step would never be done."""

@@ -16,7 +16,7 @@ from architectures.parts import layers, sharding
 from architectures.parts.context import Context
 from architectures.parts.moe import dispatch
 from architectures.parts.moe.layer import MoE
-from architectures.parts.moe.routing import MoEConfig
+from architectures.parts.moe.routing import MoEConfig, Routing
 from configs import base, sharding as tables
 from tests.helpers import models
 from tools.plan.collectives import parse_groups
@@ -275,4 +275,15 @@ def test_groups_are_whole_on_shards_or_shards_in_groups():
     dispatch._check_routing_groups(64, 2, 4, experts_choose=True)
 
 
-
+def test_zero_experts_have_a_share_of_the_room():
+  """Of 32 choices among 4 experts and 4 that return what they read, an even
+  load is 4 each."""
+  moe = MoEConfig(num_experts=4, zero_experts=4, top_k=2)
+  assert dispatch.slots_of_expert(moe, 1.0, 16, groups=1, shards=1) == 4
+  routed = Routing(
+      expert_A=jnp.zeros(32, jnp.int32), gate_A=jnp.ones(32),
+      token_A=jnp.arange(32) // 2, probs_TE=jnp.ones((16, 4)), choices=2)
+  routed = dispatch._void_choices_over_capacity(
+      moe, factor=1.0, tokens=16, groups=1, axes=dispatch.MixtureAxes(), T=16,
+      routed=routed)
+  assert (routed.expert_A < 4).tolist() == [True, False] * 4 + [False] * 24

@@ -89,8 +89,10 @@ def _delta(p, x_LD, m):
         S = (np.eye(len(S)) - np.outer(key, erase[h, i, t] * key)) @ S
         S = S + np.outer(key, write[h, i, t] * v[h, i, t])
       o[h, t] = S.T @ q[h, t] / np.sqrt(len(S))
-  return _normed(p, o, _silu_gate(p, x_LD) if 'output_gate' in p else
-                 SIGMOID(_low_rank(p, 'gate', x_LD)))
+  if 'output_gate' not in p:
+    return _normed(p, o, SIGMOID(_low_rank(p, 'gate', x_LD)))
+  z = np.einsum('ld,dhk->hlk', x_LD, p['output_gate'])
+  return _normed(p, o, dict(silu=SILU, sigmoid=SIGMOID)[m.gate](z), m.norm_eps)
 
 
 def _gla(p, x_LD, m):
@@ -219,7 +221,7 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
 
 @pytest.mark.parametrize('mixer, sizes', [
     ('deltanet', {}), ('deltanet', dict(negative=True, conv=1, key_heads=4)),
-    ('deltanet', dict(decay=False)),
+    ('deltanet', dict(decay=False, gate='sigmoid', norm_eps=0.01)),
     ('deltanet', dict(householders=3, negative=True)),
     ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),
     ('gdn2', {}), ('gdn2', dict(negative=True, conv=0, key_heads=4)),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts.recurrent import recurrence
+from architectures.parts.recurrent import mamba, recurrence
 from configs import sharding as tables
 from tests.helpers import models, recurrences
 from tests.helpers.recurrences import apply_layer, make_empty_cache
@@ -43,6 +43,7 @@ def short_pieces(monkeypatch):
   """A row is computed in pieces of 4 places at most."""
   monkeypatch.setattr(recurrence, 'run_recurrence', functools.partial(
       recurrence.run_recurrence, places=4))
+  monkeypatch.setattr(mamba, 'PLACES', 4)
 
 
 def stepwise(layer, params, x_BLD, first=0):
@@ -88,7 +89,7 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 
 # With the delta rule and without it.
 @parametrize_mixers(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6)
-def test_padding_is_no_part_of_a_state(mixer):
+def test_padding_is_no_part_of_a_state(mixer, short_pieces):
   layer, p = recurrences.make_layer(mixer)
   x_BLD = recurrences.random_inputs(2, 7)
   apply = jax.jit(lambda x, **how: apply_layer(

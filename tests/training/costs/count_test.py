@@ -122,6 +122,45 @@ def test_parts_add_up_and_costs_are_gpt2s():
   json.dumps(figures)
 
 
+@pytest.mark.parametrize('tied', [True, False])
+def test_what_is_looked_up_is_told_from_what_multiplies(tied):
+  """A table that is the matrix of the head as well is both."""
+  config = gpt.get_config('tiny')
+  config.model.tie_embeddings = tied
+  model = runs.resolve_model_without_tokenizer(config)
+  tokens = model.vocab_size * model.d_model
+  positions = model.max_len * model.d_model
+  total, _ = totals.count_parameters(model)
+  multiplied, looked_up = totals.count_parameters_by_use(model)
+  assert looked_up == tokens + positions
+  assert multiplied == total - positions - (0 if tied else tokens)
+
+
+def test_a_prefix_lm_reads_its_prompt_in_both_directions():
+  config = gpt.get_config('tiny')
+  config.objective = 'prefix'
+  model = runs.resolve_model_without_tokenizer(config)
+  layer = 4 * model.d_model * 32 ** 2  # all pairs of 32 tokens
+  parts = flops.forward_flops(model, 32, prompt=True)
+  assert parts['attention'] == model.num_layers * layer
+  assert totals.count_costs(config, 32)['flops_per_token']['prefill'] == (
+      pytest.approx(sum(parts.values()) / 32))
+
+
+def test_the_memory_of_an_encoder_is_kept_by_each_layer_of_the_decoder():
+  """Also by one that reads the keys of its own tokens from another layer."""
+  config = t5.get_config('tiny')
+  config.model.update(pattern='own,reads', kinds=dict(
+      own={}, reads=dict(kv_sharing=True)))
+  model = runs.resolve_model_without_tokenizer(config)
+  size = 2 * model.num_heads * model.head_dim * 4
+  figures = totals.count_costs(config, 32)
+  assert figures['memory_cache_bytes_per_token'] == (
+      size * model.num_decoder_layers)
+  assert figures['kv_cache_bytes_per_token'] == (
+      size * model.num_decoder_layers // 2)
+
+
 @pytest.mark.slow
 def test_a_count_says_where_a_model_is_not_the_system_that_it_names():
   words = '-m', 'tools.count', '--config=configs/gpt.py:tiny'

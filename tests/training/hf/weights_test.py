@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import architectures
-from architectures.parts import paths
+from architectures.parts import layers, paths
 from architectures.parts.hf import tensor_map
 from common.errors import RequestError
 from tests.helpers import models
@@ -363,3 +363,15 @@ def test_an_export_may_be_made_again(gpt, tmp_path):
                 generation=how)
   with pytest.raises(RequestError, match='holds .model-00001-of'):
     weights.to_hf(*gpt[:2], tmp_path / '20000', generation=how)
+
+
+@pytest.mark.parametrize('system', ['t5', 'mt5', 'umt5'])
+def test_networks_of_one_form_have_the_same_tensors(system):
+  """Whatever function their hidden units go through."""
+  page = architectures.hugging_face(system)
+  _, _, words = page.fields['ffn']
+  names = {True: set(), False: set()}
+  for ffn in words.values():
+    config = architectures.resolve(models.small_config(system, ffn=ffn))
+    names[layers.FFNS[ffn].gated].add(tuple(page.rows_of_model(config)))
+  assert all(len(rows) <= 1 for rows in names.values())

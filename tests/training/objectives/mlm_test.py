@@ -2,6 +2,7 @@
 a text, and their losses."""
 
 import itertools
+import types
 
 import chex
 import jax
@@ -101,8 +102,12 @@ def test_fifteen_percent_are_told_eighty_ten_ten(texts):
   ids = rng.integers(97, 123, 20000).astype(np.int32)
   special = np.zeros(len(ids), bool)
   special[:1000] = True
-  masked, chosen = mlm.mask_tokens(ids, special, rng, BYTES, rate=0.15,
-                                   whole_words=False)
+  config = files.make_run_config('', 'mlm')
+  config.model.vocab_size = 200  # fewer than the tokenizer has
+  row = mlm._mask_row(ids, special, rng, config, BYTES)
+  masked, chosen = row['tokens'], row['weights']
+  drawn = masked[(masked != ids) & (masked != BYTES.mask_id)]
+  assert set(drawn) <= {*range(200)} and len(set(drawn)) > 100
   assert not chosen[:1000].any() and chosen.sum() == round(0.15 * 19000)
   assert (masked[~chosen] == ids[~chosen]).all()
   shares = [(masked[chosen] == BYTES.mask_id).mean(),
@@ -150,6 +155,14 @@ def test_masked_documents_are_kept_apart(texts):
     assert not row['positions'][starts].any()
     assert (np.diff(row['positions'])[~starts[1:]] == 1).all()
   assert 'positions' not in _rows(texts)[0]
+  # The mark at the end begins no document where it also stands between them.
+  marks = types.SimpleNamespace(cls_id=1, sep_id=2, separator_id=2)
+  ids, is_special, segments = mlm.frame_text(
+      causal.Window(np.array([2, 5, 2, 6, 7]), 5),
+      files.make_run_config(texts, 'mlm', document_mask=True), marks)
+  assert ids.tolist() == [1, 5, 2, 6, 7, 2]
+  assert is_special.tolist() == [True, False, True, False, False, True]
+  assert segments['segment_ids'].tolist() == [1, 1, 2, 2, 2, 2]
 
 
 def test_whole_words_are_masked_whole():

@@ -155,14 +155,16 @@ def test_denoising_masks_spans_of_the_whole_text(n, arch):
   assert n < 64 or 6 < np.mean(masks) < 8  # of 19 tokens, 3 each
 
 
-def test_sentences_change_places_whole():
+@pytest.mark.parametrize('share, count', [
+    (1.0, 24), (0.3, 7), (0.25, 1)])  # all, two at most, and one of the four
+def test_sentences_change_places_whole(share, count):
   text = b'One. Two two! Three? Four'
   ids = np.frombuffer(text, np.uint8).astype(np.int32)
   is_end = seq2seq._find_sentence_ends(TOKENIZER)
   assert {*np.flatnonzero(is_end)} == {*b'.!?', END}
   ends = is_end[ids]
   seen = {bytes(seq2seq.permute_sentences(
-      ids, ends, 1.0, np.random.default_rng(seed)).astype(np.uint8))
+      ids, ends, share, np.random.default_rng(seed)).astype(np.uint8))
           for seed in range(200)}
-  assert len(seen) == 24
-  assert {text, b' Four Three?One. Two two!'} <= seen
+  assert len(seen) == count and text in seen
+  assert (b' Four Three?One. Two two!' in seen) == (share == 1)

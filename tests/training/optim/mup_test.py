@@ -113,6 +113,24 @@ def test_rates_agree_with_the_shapes(system, parts):
     assert got == [adam, adam, sgd], path
 
 
+def test_what_does_not_grow_with_the_width_is_divided_by_it():
+  """Of a model four times as wide as the base, which is the standard form with
+  such products a quarter as large."""
+  parts = PARTS | dict(moe=dict(shared_experts=1, shared_gate=True))
+  plain = architectures.build(models.small_config('mixtral', **parts))
+  ours = architectures.build(models.small_config(
+      'mixtral', parametrization='mup', mup_base_width=BASE // 4,
+      mup_base_head_dim=8, **parts))
+  params = models.draw_parameters(nn.meta.unbox(abstract_params(plain)))
+  wide = jax.tree.map(lambda role, x: 4 * x if role.kind == 'logits' else x,
+                      parameter_roles(ours), params)
+  tokens = models.random_tokens()
+  def logits(module, params):
+    return jax.jit(lambda p: module.apply({'params': p}, tokens).logits)(params)
+  np.testing.assert_allclose(logits(plain, params), logits(ours, wide),
+                             rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('name', sorted(
     optimizers.OPTIMIZERS.keys() - mup.FACTOR_OF_OPTIMIZER.keys()))
 def test_an_optimizer_without_rules_is_refused(name):
