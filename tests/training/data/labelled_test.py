@@ -37,7 +37,7 @@ def _loader(*args, **fields):
 
 def test_records_stand_where_they_say(tmp_path):
   for name, text in {
-      'a.tsv': 'a "quoted text\t1\n\na second\t0\r\nthe last\t1',
+      'a.tsv': 'a "quoted text\t1\n\na second\t 0\r\nthe last\t1',
       'b.csv': 'id,first,second,gold\n7,"one, two",three,yes\n'
                f'8,"of ""two""\nlines",{"x" * 200_000},no\n',
       'c.jsonl': '{"text": "p", "label": 1}\n\n{"text": "q", "label": "0"}\n',

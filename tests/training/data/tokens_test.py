@@ -174,7 +174,7 @@ def test_documents_of_parts_and_wide_ids(tmp_path):
     def encode_batch(self, texts):
       return [ids + 69_000 for ids in super().encode_batch(texts)]
 
-  (tmp_path / 'p.tsv').write_text('ab\tcde\n\tf\n' * 2)
+  (tmp_path / 'p.tsv').write_text('ab\tcde\n\tf\r\n' * 2)
   _, cached = entry(f'parallel:{tmp_path}/p.tsv', tmp_path, Wide())
   documents = tokens.Documents(tokens.Split(cached, 2, 'train', '', 0))
   (source, ids), (target, more) = documents[0]
