@@ -417,8 +417,8 @@ class AnswerStream:
 
   def _decode(self, is_complete: bool) -> str:
     """Decodes all tokens of the answer so far. The lead is removed: a fixed
-    text, such as 'Assistant: ', with which the model may begin an answer and
-    which is not shown.
+    text, such as a space, with which the model may begin an answer and which
+    is not shown.
 
     Args:
       is_complete: whether no token follows. If not, a last character is left

@@ -78,15 +78,15 @@ Messages = Sequence[dict[str, str]]
 
 
 def parse_turns(turns: Sequence, location: str) -> list[tuple[str, str]]:
-  """Reads the turns of a conversation as (role, text).
+  """Reads the turns of a conversation in either of the two published spellings:
+  role and content, or from and value.
 
   Args:
-    turns: the turns as a file has them, objects with role and content, or with
-      from and value.
-    location: where the conversation stands, for messages.
+    turns: the turns as the file has them, a list of objects.
+    location: the file and the line of the conversation, for messages.
 
   Returns:
-    The turns, whose roles are system, user and assistant.
+    (role, text) of each turn. The roles are system, user and assistant.
 
   Raises:
     RequestError: for a turn without a known role or without text.
@@ -95,7 +95,6 @@ def parse_turns(turns: Sequence, location: str) -> list[tuple[str, str]]:
   for turn in turns:
     require(isinstance(turn, dict), f'{location} holds {shorten(turn)}, and no '
             'turn: an object with role and content, or from and value')
-    # Both spellings are published: role and content, from and value.
     role = turn.get('role', turn.get('from'))
     role = str(role)
     check_choice(f'role in {location}', value=role, choices=ROLE_OF_SPELLING)
@@ -140,14 +139,16 @@ class JinjaLayout(Layout):
   """
 
   def __init__(self, template: 'Template'):
-    """Makes the key: a hash of everything that decides on the ids of a text.
+    """Computes `key`, by which the tokens of conversations are found in the
+    cache: a hash of everything that decides into which tokens a conversation
+    is turned.
 
     Args:
       template: the chat template, with its tokenizer.
     """
-    # Tokens in the cache are found by this key, so nothing that changes them
-    # may be missing: the template, how special tokens are written, and which
-    # added tokens are spelt out. Sets are sorted, as they have no order.
+    # Nothing may be missing that changes the tokens: the template, how special
+    # tokens are written, and which added tokens are spelt letter by letter.
+    # Sets are sorted, as they have no order.
     tokenizer = template.tokenizer
     special, special_or_written = template.tokens_to_spell
     described = json.dumps([
@@ -201,15 +202,15 @@ PUBLISHED_LAYOUT = PublishedLayout()
 
 def lay_out_vicuna_turns(turns: list[tuple[str, str]]
                          ) -> list[tuple[str, str]]:
-  """Lays out a conversation by Vicuna's template.
+  """Lays out a conversation by Vicuna's template, as questions and answers.
 
   Args:
-    turns: the (role, text) turns of `parse_turns`.
+    turns: (role, text) of each turn. The roles are system, user and assistant.
 
   Returns:
-    The (kind, text) parts, the kinds `question` and `answer` in turn. Joined,
-    with the tokenizer's separator after each answer, they are the text of the
-    template.
+    (kind, text) of parts whose kinds are alternately 'question', all text
+    before an answer, and 'answer'. Joined, with the tokenizer's separator after
+    each answer, the texts are what the template writes.
   """
   # A conversation without a system message of its own begins with Vicuna's.
   parts = []
@@ -292,16 +293,16 @@ class Template:
 
   @functools.cached_property
   def tokens_to_spell(self) -> tuple[frozenset[int], frozenset[int]]:
-    """The tokens that are spelt out, letter by letter, where somebody says
-    them, so that nobody can end a turn or speak for another.
+    """The tokens that are spelt letter by letter where they occur in a message,
+    so that nobody can end a turn or speak for another participant.
 
     Returns:
-      The ids that are spelt in what the assistant says, which are the special
-      tokens; and those that are spelt in what all others say, which are also
-      the added tokens that stand in the text of the template.
+      Two sets of ids. The first are spelt in messages of the assistant: the
+      special tokens. The second are spelt in all other messages: also those
+      added tokens that the template writes.
     """
-    # Some templates begin a turn with an added token that is not special. The
-    # assistant may say it, as in the mark of a tool call, and nobody else.
+    # Some templates begin a turn with an added token that is not special. Only
+    # the assistant may write it, for instance to begin a call of a tool.
     id_of_added_text = self.tokenizer.id_of_added_text
     special_ids = set()
     for text in self.tokenizer.special_texts:
@@ -338,18 +339,20 @@ class Template:
     return text
 
   def split_into_parts(self, messages: Messages) -> list[tuple[str, str]]:
-    """Renders a conversation, and cuts its text into what the assistant says
-    and all else, as (kind, text) parts.
+    """Renders a conversation by the template, and splits the text into what the
+    assistant says and everything else.
 
-    The kind `said` is what the assistant says, and `shown` is all else. Joined,
-    the parts are the text of `render`, with the marks around spelt text.
-
-    The assistant says what stands in the template's {% generation %} blocks. In
-    a template without these, it says what an answer adds to the text that asks
-    for it, up to the last special token of that, where there is one.
+    The assistant says what stands in the template's {% generation %} blocks. If
+    the template has none, an answer is the text that it adds to the text before
+    it, which asks for the answer, up to the last special token.
 
     Args:
       messages: dicts with role and content.
+
+    Returns:
+      (kind, text) of the parts, in order. The kind 'said' is what the assistant
+      says, and 'shown' is everything else. Joined, the texts are that of
+      `render`, with marks around what is spelt letter by letter.
 
     Raises:
       RequestError: where the text with an answer does not begin with the text
@@ -360,8 +363,8 @@ class Template:
     if not _PATTERN_OF_ANSWER_BLOCK.search(self.text):
       spans = self._find_answers_by_difference(messages, text)
 
-    # Shown and said parts take turns, and a shown one, perhaps empty, is first
-    # and last. encode_rendered_parts relies on this.
+    # Shown and said parts alternate. The first and the last one must be shown
+    # parts, perhaps empty ones, as encode_rendered_parts relies on it.
     parts = []
     end_of_last = 0
     for first, end in spans:
@@ -413,10 +416,10 @@ class Template:
     for i, message in enumerate(messages):
       if message['role'] != 'assistant':
         continue
-      # Render the conversation up to this answer, without the answer and with
-      # it. What the second text adds is the answer, if the first is its
-      # beginning, and if it begins the whole text itself, so that places in it
-      # are places in `text`.
+      # Render the conversation up to this answer, without it and with it. What
+      # the second text adds to the first is the answer. This needs two things:
+      # the second text begins with the first, and the whole text begins with
+      # the second, so that places in it are also places in `text`.
       text_before = self.render(messages[:i], answer=True)
       text_with_answer = self.render(messages[:i + 1])
       can_be_told = (text_with_answer.startswith(text_before)
@@ -432,18 +435,20 @@ class Template:
     return spans
 
   def _find_end_of_answer(self, text: str, start: int) -> int:
-    """Finds where an answer ends, in a text whose last turn it is.
+    """Finds where an answer ends in a rendered text whose last turn it is:
+    after the last special token that follows it, by which the template ends a
+    turn.
 
     Args:
-      text: a rendered text, with marks around what is spelt.
-      start: the first character of the answer.
+      text: the rendered text, with marks around what is spelt letter by letter.
+      start: the index of the first character of the answer.
 
     Returns:
-      The character after the last special token that follows, which is the end
-      of the assistant's turn; where none does, the end of the text.
+      The index of the character after that token; the end of the text if there
+      is no such token.
     """
-    # Text that a template writes after that token, such as a line break, is
-    # not said by the assistant.
+    # Find the last special token. What the template writes after it, such as a
+    # line break, does not belong to the answer.
     ends = []
     for special in self.tokenizer.special_texts:
       if special in text[start:]:
@@ -452,8 +457,8 @@ class Template:
       return len(text)
     end = max(ends)
 
-    # That special token may be one that the assistant said itself, and that is
-    # spelt. Then the mark that ends spelt text follows it.
+    # The token may stand in what the assistant itself says, and be spelt. Then
+    # the mark that ends spelt text follows it, and it ends no turn.
     if MARKS_OF_SPELT_TEXT[1] in text[end:]:
       return len(text)
     return end
@@ -519,14 +524,14 @@ def read_template(spec: str, tokenizer: Tokenizer) -> Template:
 
 
 def read_template_text(spec: str) -> tuple[str, str]:
-  """Reads the Jinja template that data.chat_template names.
+  """Reads the Jinja chat template that data.chat_template names.
 
   Args:
-    spec: a Jinja file, a Hugging Face folder, or 'jinja:' and the text of the
-      template itself.
+    spec: the path of a Jinja file, a Hugging Face folder, or 'jinja:' and the
+      text of the template itself.
 
   Returns:
-    Where the template is from, for messages; and its text.
+    Where the template comes from, for messages; and its text.
 
   Raises:
     RequestError: where there is no template.
@@ -594,23 +599,25 @@ def read_template_of_folder(folder: Any) -> str | None:
 
 def mark_special_tokens(text: str, tokenizer: Tokenizer, tokens: Set[int]
                         ) -> str:
-  """Marks in what somebody says each part that would be read as a special
-  token, so that it is spelt when the text is encoded.
+  """Puts marks around the parts of a message that the tokenizer would read as
+  special tokens. When the text is encoded, marked parts are spelt letter by
+  letter, so that nobody can end a turn by writing a special token.
 
-  The tokenizer finds these parts however they are written: its normaliser may
-  turn other letters into a special token's.
+  The tokenizer itself finds these parts, since its normaliser may turn other
+  letters into a special token.
 
   Args:
-    text: what a participant of the conversation says.
+    text: the message.
     tokenizer: the tokenizer of the run.
-    tokens: the ids that nobody may say.
+    tokens: the ids of the tokens that the message may not contain.
 
   Returns:
     The text with MARKS_OF_SPELT_TEXT around each such part.
   """
-  # Find the parts that the tokenizer reads as one of the tokens, and does not
-  # when it spells: an unknown word is [UNK] either way and needs no mark. Marks
-  # that somebody wrote are removed first, or they could end ours.
+  # Remove marks that the message itself contains, which could end ours. Then
+  # find the parts that the tokenizer reads as one of the tokens, but not when
+  # it spells special tokens. (An unknown word is [UNK] either way, and needs no
+  # mark.)
   text = remove_marks(text)
   ids_T, spans_T2 = tokenizer.encode_with_special_tokens(text)
   spans = _find_spans_of_tokens(tokens, ids_T=ids_T, spans_T2=spans_T2)
@@ -618,7 +625,7 @@ def mark_special_tokens(text: str, tokenizer: Tokenizer, tokens: Set[int]
     ids_T, spans_T2 = tokenizer.encode_without_special_tokens(text)
     spans -= _find_spans_of_tokens(tokens, ids_T=ids_T, spans_T2=spans_T2)
 
-  # Mark the last part first, since a mark moves the text behind it.
+  # Mark the last part first: a mark moves all text behind it.
   begin_mark, end_mark = MARKS_OF_SPELT_TEXT
   for start, end in sorted(spans, reverse=True):
     spelt_part = f'{begin_mark}{text[start:end]}{end_mark}'
@@ -628,13 +635,16 @@ def mark_special_tokens(text: str, tokenizer: Tokenizer, tokens: Set[int]
 
 def _find_spans_of_tokens(tokens: Set[int], ids_T: np.ndarray,
                           spans_T2: np.ndarray) -> set[tuple[int, int]]:
-  """Returns the (first character, end) of each token of a text that is in a
-  set.
+  """Finds where certain tokens stand in an encoded text.
 
   Args:
     tokens: the ids to find.
-    ids_T: the ids of the text.
-    spans_T2: the first character of each id, and the one after its last.
+    ids_T: the ids of the T tokens of the text.
+    spans_T2: [T, 2], the first character of each token, and the one after its
+      last.
+
+  Returns:
+    (first character, end) of each such token.
   """
   spans = set()
   for token, (start, end) in zip(ids_T.tolist(), spans_T2.tolist()):
@@ -707,16 +717,14 @@ def encode_rendered_parts(parts: Sequence[str],
 
 
 def special_tokens_of_template(tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns the special tokens as transformers gives them to a chat template.
+  """Returns the special tokens of a tokenizer in the form in which transformers
+  passes them to a chat template, {'bos_token': '<s>', ...}.
 
   Args:
     tokenizer: the tokenizer of the run.
-
-  Returns:
-    {'bos_token': '<s>', ...}: those that the tokenizer's own files name, or
-    where they name none, those of the tokenizer.
   """
-  # A tokenizer is named by its file or by its folder, or as bytes without any.
+  # The files of a tokenizer may name its special tokens. The tokenizer is
+  # called by the path of its file or folder; one of bytes has neither.
   folder = pathlib.Path(tokenizer.name)
   if not folder.is_dir():
     folder = folder.parent

@@ -10,17 +10,18 @@ _ANY_DEPTH = '**'
 
 
 def find_files(pattern: str) -> tuple[str, ...]:
-  """Finds the files that a pattern matches, sorted by their paths.
+  """Finds the files that a glob pattern matches, sorted by their paths.
 
-  In the pattern ** stands for no folder, or several, whose names do not begin
-  with a dot. Links are followed. A file to which several paths lead is there
-  once, by a path that ends in no link where there is one.
+  In the pattern, ** stands for any number of nested folders, also for none.
+  Folders whose names begin with a dot are left out. Links are followed. A file
+  to which several paths lead is returned once, if possible by a path that does
+  not end in a link.
 
   Args:
     pattern: an absolute path with * and **.
   """
-  # Paths that end in no link come before other paths to the same file, which
-  # setdefault then leaves out. A file is known by its inode.
+  # Sort paths that end in a link behind all others. Of several paths to the
+  # same file, which has one inode, setdefault keeps the first.
   paths = sorted({*filter(os.path.isfile, _find_paths(pattern))})
   paths.sort(key=os.path.islink)
   path_of_inode: dict[tuple[int, int], str] = {}
@@ -30,7 +31,7 @@ def find_files(pattern: str) -> tuple[str, ...]:
 
 
 def _find_paths(pattern: str) -> Iterator[str]:
-  """Yields the paths that a pattern matches, some perhaps twice.
+  """Yields the paths that a glob pattern matches. Some may come twice.
 
   Args:
     pattern: an absolute path with * and **.
@@ -39,8 +40,9 @@ def _find_paths(pattern: str) -> Iterator[str]:
   if _ANY_DEPTH not in parts:
     yield from glob.iglob(pattern)
     return
-  # Match what stands before the first ** to folders, and what stands after it
-  # in each folder below these; it may have another **, hence the recursion.
+  # Find the folders that match the part before the first **, and match the part
+  # after it in each folder below these. It may contain another **, hence the
+  # recursion.
   place = parts.index(_ANY_DEPTH)
   pattern_above = os.sep.join(parts[:place]) or os.sep
   pattern_below = os.sep.join(parts[place + 1:]) or '*'
@@ -49,16 +51,17 @@ def _find_paths(pattern: str) -> Iterator[str]:
 
 
 def _walk_folders(tops: list[str]) -> Iterator[str]:
-  """Yields some folders and all folders below them, each once. A folder to
-  which a link leads comes last, and only where no other path leads to it.
+  """Yields some folders and all folders below them, each one once. Links to
+  folders are followed last, so that a folder is reached by a link only if no
+  other path leads to it.
 
   Args:
     tops: the folders to begin with.
   """
   seen = set()
-  # `folders` is a stack, whose last one is next. Links wait until no folder is
-  # left. Folders that were seen are known by inode, so that a link which leads
-  # round in a circle ends.
+  # `folders` is a stack, whose last entry is visited next. Links wait until it
+  # is empty. Folders are recognised by their inodes, so that links which lead
+  # round in a circle come to an end.
   folders = [*reversed(tops)]
   links = []
   while folders or links:
@@ -71,7 +74,8 @@ def _walk_folders(tops: list[str]) -> Iterator[str]:
     seen.add(_inode_of_path(folder))
     yield folder
 
-    # The folders in it come before its neighbours, in the order of the names.
+    # Visit the folders in it next, in the order of their names: the stack needs
+    # them in reverse.
     inner = _list_folders(folder)
     for path in inner:
       if os.path.islink(path):
@@ -82,12 +86,17 @@ def _walk_folders(tops: list[str]) -> Iterator[str]:
 
 
 def _list_folders(folder: str) -> list[str]:
-  """Returns the folders in a folder, and the links to folders, sorted. A folder
-  that may not be read has none, as the shell has it."""
+  """Lists the folders in a folder, and the links to folders, sorted. Those
+  whose names begin with a dot are left out. A folder that may not be read has
+  none, as in the shell.
+
+  Args:
+    folder: the path of the folder.
+  """
   inner = []
   with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
     for entry in entries:
-      # For a link, is_dir would raise where it leads round in a circle.
+      # For a link that leads round in a circle, entry.is_dir would raise.
       if entry.is_symlink():
         is_folder = os.path.isdir(entry.path)
       else:

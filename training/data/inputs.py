@@ -74,17 +74,20 @@ def arguments_of_module(stack: str, values: Mapping[str, Any], vocab_size: int
 
 
 def array_of_rows(name: str, value: Any) -> Any:
-  """Returns numbers as an array [B, L], of jax or of numpy; one row may be [L].
+  """Converts numbers to an array [B, L], B rows of L numbers. A single row may
+  be given as [L].
 
   Args:
     name: the name of the input, for messages.
-    value: the numbers, as a list, lists of lists or an array.
+    value: the numbers, as a list, lists of lists or an array. An array of JAX
+      stays one, all else becomes one of numpy.
 
   Raises:
     RequestError: for a value that is not such an array.
   """
-  # An array of jax stays one, as it may be traced. Rows of unequal lengths make
-  # no array; one without axes stands for it, which is refused below.
+  # An array of JAX may be traced, and is left as it is. Rows of unequal lengths
+  # do not make an array: an array without axes takes its place, which is
+  # refused below.
   array = value
   if not isinstance(value, jax.Array):
     try:

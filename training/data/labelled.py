@@ -137,12 +137,15 @@ def has_nothing_to_predict(record: Any) -> bool:
 
 
 def check_all_labelled(name: str, records: Iterable[Any]) -> None:
-  """Raises RequestError where a record has no label or answer, so that nothing
-  can be learned or measured of it.
+  """Checks that all records have a label or an answer, without which nothing
+  can be learned or measured.
 
   Args:
-    name: the name of the source.
+    name: the name of the data source.
     records: the records of the source.
+
+  Raises:
+    RequestError: where a record has none.
   """
   if any(map(has_nothing_to_predict, records)):
     raise RequestError(
@@ -152,29 +155,31 @@ def check_all_labelled(name: str, records: Iterable[Any]) -> None:
 
 
 def parse_fields(name: str, written: str) -> tuple[str, ...]:
-  """Returns the columns that the FIELDS of `labelled:GLOB:FIELDS` name.
+  """Parses the FIELDS of a data source `labelled:GLOB:FIELDS`, which name the
+  columns of a table that are read.
 
   Args:
     name: the name of the source, for messages.
-    written: FIELDS; '': it is left out.
+    written: FIELDS, such as 'premise+hypothesis+label'; '': it is left out.
 
   Returns:
-    The columns of the texts and, last, of the label, which is '' where rows
-    have none; () where FIELDS is left out.
+    The columns of one text or two and, last, of the label, which is '' if rows
+    have no label; () where FIELDS is left out.
 
   Raises:
-    RequestError: unless these are two or three, all names or all numbers.
+    RequestError: unless these are one to three columns, all names or all
+      numbers.
   """
   if not written:
     return ()
   fields = tuple(written.split('+'))
 
-  # One column is a text without a label, which is what '' at the end says.
+  # A single column has texts without labels, for which '' is added.
   if len(fields) == 1:
     fields = (*fields, '')
   *text_columns, label_column = fields
 
-  # A text may not be left out, and numbers and names may not be mixed.
+  # No text may be left out, and numbers and names must not be mixed.
   named = [*text_columns, label_column] if label_column else text_columns
   are_numbers = {field.isdigit() for field in named}
   if len(fields) not in (2, 3) or not all(named) or len(are_numbers) != 1:
@@ -187,13 +192,16 @@ def parse_fields(name: str, written: str) -> tuple[str, ...]:
 
 
 def parse_columns(name: str, written: str) -> tuple[int, ...]:
-  """Returns the numbers of the columns that the COLUMNS of `conll:GLOB:COLUMNS`
-  name: of words and of their labels, or of words alone.
+  """Parses the COLUMNS of a data source `conll:GLOB:COLUMNS`: the number of the
+  column of words and, behind a +, that of their labels.
 
   Args:
     name: the name of the source, for messages.
-    written: COLUMNS; '': it is left out, and the first column has the words and
-      the last one their labels.
+    written: COLUMNS, such as '0+3', where negative numbers count from the last
+      column; '': the first column has the words and the last one the labels.
+
+  Returns:
+    The two numbers; only the first if words have no labels.
 
   Raises:
     RequestError: unless these are one number or two.
@@ -311,11 +319,14 @@ def _find_named_columns(location: str, row: dict[str, str],
 
 
 def advice_for_line_of_names(location: str) -> str:
-  """Returns advice, as the end of a message, where a record of a table may be
-  the line that names its columns; '' where it cannot be that.
+  """Returns advice for a message about a record that may not be a record at
+  all: the first line of a table may have the names of its columns.
 
   Args:
     location: the file and the line of the record.
+
+  Returns:
+    A sentence for the end of the message; '' for any other line.
   """
   match = re.fullmatch(r'(.*), line 1,?', location)
   if match is None or not match[1].endswith(texts.TABLE_ENDINGS):
@@ -329,16 +340,17 @@ def _record_of_row(location: str, row: dict[str, Any], columns: Sequence[str],
   """Makes a labelled record of one text or two from a row of a table.
 
   Args:
-    location: the file and the line, for messages.
-    row: the cells of the row, {column: cell}.
-    columns: the columns of the texts and, last, of the label; '': there is
-      none.
+    location: the file and the line of the row, for messages.
+    row: {column: cell} of the row.
+    columns: the columns of the texts and, last, of the label; '': there is no
+      label.
     names: the names of these columns, for messages.
 
   Raises:
     RequestError: for a cell that is missing or empty.
   """
-  # Take the cells of the texts and, last, of the label, which may be a number.
+  # Take the cells of the texts and, last, of the label. A label may be a
+  # number.
   location = f'{location},'
   *text_columns, label_column = columns
   texts.check_columns(row, names=filter(None, columns), location=location)
@@ -346,8 +358,8 @@ def _record_of_row(location: str, row: dict[str, Any], columns: Sequence[str],
   if label_column:
     values.append(_label_as_text(row[label_column], location))
 
-  # Each must be text that can be written as UTF-8, and none may be empty. Both
-  # are checked for all cells, the kind of a value first.
+  # Check that all cells are text that can be written as UTF-8, and then that
+  # none is empty.
   cells = []
   for name, value in zip(names, values):
     cells.append(texts.check_text(value, f'{location} field {name!r},'))
@@ -370,19 +382,19 @@ def _label_as_text(value: Any, location: str) -> str:
 
 def read_dataset_rows(name: str, fields: Sequence[str],
                       dataset: Any) -> texts.Rows:
-  """Reads the rows of a data set of the package datasets. A label that is a
-  number, of which the data set knows the name, becomes the name.
+  """Reads the rows of a data set of the Hugging Face package `datasets`. A
+  label that is a number is replaced by its name, if the data set knows it.
 
   Args:
     name: the name of the source, for messages.
-    fields: the columns that are read; an `id` is read, too.
+    fields: the columns to read. A column `id` is read as well.
     dataset: the data set, a datasets.Dataset.
 
   Yields:
-    For each row where it stands, and {column: value}.
+    (location, {column: value}) of each row. The location is for messages.
   """
-  # Find the names of the labels of each column that has some. The type of a
-  # list has that of its elements as `feature`, and a ClassLabel has `names`.
+  # Find the names of the labels of each column. A column's type has `names` if
+  # it is a ClassLabel; that of lists has the type of its elements as `feature`.
   label_names = {}
   for column, feature in dataset.features.items():
     feature_of_value = getattr(feature, 'feature', feature)
@@ -417,25 +429,26 @@ def _name_of_label(label: int, names: Sequence[str], location: str) -> str:
 def choose_reader_of_rows(
     name: str, fields: tuple[str, ...], features: Any
     ) -> tuple[str, Callable[[texts.Rows], Iterator[Any]]]:
-  """Chooses how the rows of a data set become records: columns that are lists
-  have words and their labels, and others texts and theirs.
+  """Chooses how the rows of a data set become labelled records: questions with
+  answers, sentences with a label for each word (columns of lists), or texts
+  with one label.
 
   Args:
     name: the name of the source, for messages.
-    fields: the columns; a last one of '' says that texts have no label.
-    features: the type of each column, as the package datasets has it.
+    fields: the columns to read. If the last one is '', texts have no label.
+    features: {column: type}, as the package `datasets` has it.
 
   Returns:
-    The kind of the records, and a function that makes records of rows.
+    The kind of the records; and a function that turns rows into records.
 
   Raises:
-    RequestError: for columns that are partly lists.
+    RequestError: where only some of the columns are lists.
   """
   if fields == SQUAD_FIELDS:
     return QUESTIONS, _read_questions_of_rows
 
-  # Columns without lists are texts and their label, as in a table. A type of
-  # lists has the type of its elements as `feature`.
+  # Find the columns of lists, whose type has that of their elements as
+  # `feature`. If there are none, rows are texts and their label.
   named = [field for field in fields if field]
   are_lists = [hasattr(features[field], 'feature') for field in named]
   if not any(are_lists):
@@ -447,7 +460,7 @@ def choose_reader_of_rows(
         yield _record_of_row(location, row=row, columns=fields, names=fields)
     return TEXTS, records
 
-  # Sentences have words and, for each word, a label.
+  # Otherwise there must be a list of words, and one of their labels.
   if not all(are_lists) or len(fields) != 2:
     raise RequestError(f'data source {name!r} names the fields '
                        f'{"+".join(fields)}: write one of lists of words and '
@@ -461,18 +474,19 @@ def choose_reader_of_rows(
 
 
 def _read_questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
-  """Yields the paragraphs of a data set with the fields of SQuAD, whose rows
-  are questions. Neighbours with the same context are of one paragraph.
+  """Reads questions with the columns of SQuAD from the rows of a data set, and
+  yields the paragraphs that they are about. Questions in successive rows with
+  the same context belong to one paragraph.
 
   Args:
-    rows: (where it stands, {column: value}) of each row.
+    rows: (location, {column: value}) of each row. The location is for messages.
   """
   def asked() -> Iterator[_WrittenQuestion]:
-    """Yields the question of each row as SQuAD's files have it."""
+    """Yields the question of each row in the form that SQuAD's files have."""
     for location, row in rows:
-      # The data set has the answers' texts and starts in two lists, and the
-      # files have an object for each answer. No answer at all means there that
-      # the question is impossible.
+      # The data set has two lists, of the answers' texts and of their starts;
+      # the files have an object for each answer. In the data set, a question
+      # without an answer is one that cannot be answered.
       answers = []
       for text, start in zip(row['answers']['text'],
                              row['answers']['answer_start']):
@@ -487,16 +501,15 @@ def _read_questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
 
 def _sentence_of_words(location: str, words: list[Any], labels: list[Any]
                        | None = None) -> Sentence:
-  """Makes a record of the words of a sentence, with a label for each word or
-  none at all.
+  """Makes a record of a sentence from its words and their labels.
 
   Args:
     location: the row, for messages.
     words: the words of the sentence.
-    labels: the labels, in the order of the words; None: there are none.
+    labels: the label of each word, in the same order; None: there are none.
 
   Raises:
-    RequestError: for no words, or another number of labels.
+    RequestError: for a sentence without words, or another number of labels.
   """
   require(bool(words), f'{location}, has no words')
   if labels is None:
@@ -505,7 +518,7 @@ def _sentence_of_words(location: str, words: list[Any], labels: list[Any]
     raise RequestError(f'{location}, has {len(words)} words and {len(labels)} '
                        'labels: there is one for each word')
 
-  # The place of each word is kept for messages about it or its label.
+  # Keep the place of each word, for messages about it or its label.
   sentence = Sentence(words=[], labels=[], lines=[])
   for number, word in enumerate(words, 1):
     sentence.words.append(texts.check_text(word, f'{location},'))
@@ -516,17 +529,17 @@ def _sentence_of_words(location: str, words: list[Any], labels: list[Any]
 
 
 def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
-  """Reads pairs of texts, such as sentences and their translations.
+  """Reads pairs of texts from a file, such as sentences and their translations.
 
   Args:
-    path: a file with a source, a tab and a target a line, or a .jsonl with an
-      object that has both.
+    path: a file with a source, a tab and a target on each line, or a .jsonl
+      whose objects have the fields `source` and `target`.
 
   Yields:
-    The (kind, text) parts of each pair, a source and a target.
+    For each pair a list of two (kind, text): those of its source and target.
 
   Raises:
-    RequestError: naming the line that is no pair.
+    RequestError: for a line that is no pair.
   """
   # A .jsonl has objects with a source and a target.
   if path.endswith('.jsonl'):
@@ -604,18 +617,21 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
 def _word_and_label(fields: Sequence[str], columns: tuple[int, ...],
                     location: str
                     ) -> list[str]:
-  """Returns the word and, if it has one, the label of a line.
+  """Takes a word and, if it has one, its label from a line of a table.
 
   Args:
     fields: the cells of the line.
-    columns: the columns that `parse_columns` returns.
+    columns: the number of the column of words, and that of labels if there is
+      one. Negative numbers count from the last column.
     location: the file and the line, for messages.
 
+  Returns:
+    [word, label] or [word].
+
   Raises:
-    RequestError: for a line without one of these columns.
+    RequestError: for a line in which one of these is missing or empty.
   """
-  # A column may be counted from the last one, as -1. One that is missing is
-  # taken as empty, which is refused.
+  # A missing column is treated like an empty one, which is refused.
   cells = []
   for column in columns:
     is_there = -len(fields) <= column < len(fields)
@@ -638,7 +654,8 @@ def check_entities(sentence: Sentence) -> None:
   Raises:
     RequestError: naming the line of a label that does not.
   """
-  # An I-TYPE follows B-TYPE or I-TYPE. 'O' has no type, so that it fits none.
+  # Before I-TYPE there must be B-TYPE or I-TYPE with the same TYPE. 'O' has
+  # none: 'O'[2:] is '', which is never equal.
   previous_label = 'O'
   for label, location in zip(sentence.labels, sentence.lines):
     require(bool(_PATTERN_OF_ENTITY_LABEL.fullmatch(label)),
@@ -660,7 +677,7 @@ def marks_entities(labels: Sequence[str]) -> bool:
 
 
 def read_questions(path: str) -> Iterator[Paragraph]:
-  """Reads the paragraphs of a file of SQuAD that have questions, in order.
+  """Reads the paragraphs of a SQuAD file that have questions, in order.
 
   Args:
     path: a file in the JSON format of SQuAD (Rajpurkar et al. 2016).
@@ -669,10 +686,11 @@ def read_questions(path: str) -> Iterator[Paragraph]:
     Each paragraph, with its questions and their answers.
 
   Raises:
-    RequestError: for a file that is not of this form, or an answer that does
-      not stand in its context where it says.
+    RequestError: for a file of another form, and for an answer that does not
+      stand in its paragraph where it says.
   """
-  # A file of another form fails somewhere in here, at a key or a type.
+  # Parse everything first. A file of another form fails here, at a missing key
+  # or a wrong type.
   document = texts.parse_json(texts.read_text(path), path)
   try:
     paragraphs = list(_group_into_paragraphs(_read_written_questions(document,
@@ -681,9 +699,9 @@ def read_questions(path: str) -> Iterator[Paragraph]:
     raise RequestError(f'{path} is no file of SQuAD: {type(error).__name__}: '
                        f'{error}.') from error
 
-  # Predictions are written by id, so no two questions may share one. Answers
-  # must be known of all questions or of none: `()` is a question that has none,
-  # and None one whose answer is not known.
+  # Predictions are written by id, so no two questions may share one. The
+  # answers must be known for all questions (`()` if a question has no answer),
+  # or for none (None).
   ids = []
   are_unknown = set()
   for paragraph in paragraphs:
@@ -724,7 +742,13 @@ def _read_written_questions(document: Any,
 
 def _group_into_paragraphs(
     questions_of_file: Iterable[_WrittenQuestion]) -> Iterator[Paragraph]:
-  """Yields the paragraphs of questions, of which neighbours may share one."""
+  """Yields the paragraphs that questions are about. Successive questions with
+  the same `paragraph` belong to one.
+
+  Args:
+    questions_of_file: the questions in the order of the file, each with the
+      text of its paragraph (`context`).
+  """
   groups = itertools.groupby(questions_of_file, lambda row: row.paragraph)
   for _, group in groups:
     rows = list(group)
@@ -740,25 +764,27 @@ def _group_into_paragraphs(
 
 def _check_question(question: dict[str, Any], context: str, path: str
                     ) -> Question:
-  """Reads a question of SQuAD, and checks that its answers stand in the text.
+  """Makes a Question from the fields that a SQuAD file has, and checks that its
+  answers stand in the paragraph.
 
   Args:
-    question: the fields id, question, answers and is_impossible, as a file has
-      them.
+    question: the fields id, question, answers and is_impossible.
     context: the text of the paragraph.
     path: the file, for messages.
 
   Raises:
-    RequestError: for an answer that does not stand where it says, or none.
+    RequestError: for an answer that does not stand where it says; and where
+      there is neither an answer nor is_impossible.
   """
+  # If neither field is there, the answer is not known and is to be predicted.
   location = f'{path}, question {shorten(question["id"])}'
   if 'answers' not in question and 'is_impossible' not in question:
     return Question(id=_check_not_empty(question['id'], location),
                     question=_check_not_empty(question['question'], location),
                     answers=None, where=location)
 
-  # Check each answer against the characters at its start. For an impossible
-  # question, a file may hold answers that only look right; they do not count.
+  # Compare each answer with the characters at its start. Answers to a question
+  # that cannot be answered are wrong on purpose, and are ignored.
   is_impossible = bool(question.get('is_impossible', False))
   written_answers = [] if is_impossible else question['answers']
   answers = []
@@ -771,8 +797,8 @@ def _check_question(question: dict[str, Any], context: str, path: str
             f'context has {shorten(text_there)} at answer_start={start}')
     answers.append((text, start))
 
-  # A question without an answer must say that it is impossible: otherwise it
-  # may only be one whose answer is not known.
+  # A question with an empty list of answers must say that it is impossible, or
+  # it is not clear whether its answer is just not known.
   require(is_impossible or bool(answers), f'{location}, has no answer, and '
           'is_impossible is not true: leave out `answers` where they are not '
           'known')

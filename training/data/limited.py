@@ -38,30 +38,32 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def call_with_limits(subject: str, function: str, *args: Any,
                      keep: bool = False) -> Any:
-  """Calls a function of this file in a process with limits of time and memory,
-  for work on files that anybody may have published.
+  """Calls a function of this file in another process, with limits of time and
+  memory. It is for work on files that anybody may have published, such as chat
+  templates.
 
   Args:
     subject: the beginning of a message, which says what fails.
     function: the name of the function.
-    *args: its arguments, as JSON has them.
-    keep: whether the process stays for the next call. Else its memory is free
-      again, of which a large vocabulary takes much.
+    *args: its arguments, which must fit into JSON.
+    keep: whether the process stays alive for the next call. If not, its memory
+      is freed, of which a large vocabulary takes much.
 
   Returns:
-    What the function returns, as JSON has it: tuples become lists.
+    What the function returns, after a way through JSON: tuples become lists.
 
   Raises:
-    RequestError: with `subject`, and why: an exception, or a limit.
+    RequestError: where the function fails or runs into a limit.
   """
-  # The process answers in the order of its calls, so threads take turns. It is
-  # ended if it gave no answer: a late one would be taken for the next call's.
+  # Threads take turns, as the process answers one call after another. If it has
+  # not answered, for instance because of Ctrl-C, it is killed: a late answer
+  # would be taken for that to the next call.
   with _ONE_AT_A_TIME:
     process = _start_limited_process(os.getpid())
     reply = ''
     try:
-      # One line goes in, and one line comes out. Of a process that has ended,
-      # the line that comes out is empty.
+      # Write the call as one line, and read one line as the reply. It is empty
+      # if the process has ended.
       with contextlib.suppress(BrokenPipeError):
         print(json.dumps([function, *args]), file=process.stdin, flush=True)
       reply = process.stdout.readline()
@@ -71,7 +73,7 @@ def call_with_limits(subject: str, function: str, *args: Any,
         process.communicate()
         _start_limited_process.cache_clear()
 
-  # A process that has ended wrote no line: it ran into a limit.
+  # A process that has ended without a reply has run into a limit.
   value, why = json.loads(reply or '[null, "MemoryError"]')
   require(
       why != 'MemoryError',
@@ -83,10 +85,11 @@ def call_with_limits(subject: str, function: str, *args: Any,
 
 @functools.cache
 def _start_limited_process(_: int) -> Any:
-  """Starts the process with limits, once for each process that calls it.
+  """Starts the process with limits of time and memory, or returns it if it runs
+  already (the function has a cache).
 
   Args:
-    _: the id of the calling process, so that a fork starts a process of its
+    _: the id of the calling process. It makes a forked process start one of its
       own.
   """
   paths = os.pathsep.join(map(os.path.abspath, sys.path))
@@ -102,16 +105,16 @@ def _start_limited_process(_: int) -> Any:
 
 def render(template: str, chat: Sequence[Mapping[str, str]],
            options: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-  """Renders a conversation by a Jinja template.
+  """Renders a conversation by a Jinja chat template, as transformers does.
 
   Args:
-    template: the text of the Jinja template.
-    chat: the messages, {key: text}.
-    options: the keywords of transformers' render_jinja_template.
+    template: the text of the template.
+    chat: the messages, each as {field: text}, such as role and content.
+    options: the keyword arguments of transformers' render_jinja_template.
 
   Returns:
-    The text, and the (first character, end) of each {% generation %} block in
-    it.
+    The text; and the (first character, end) of each part of it that stands in a
+    {% generation %} block of the template.
 
   Raises:
     RequestError: for a text that is far longer than the messages.
@@ -121,8 +124,8 @@ def render(template: str, chat: Sequence[Mapping[str, str]],
   (text,), spans = utils.render_jinja_template(
       [chat], chat_template=template, **options)
 
-  # A template may write far more than it is given, which would fill the memory
-  # of the process that asks.
+  # A malicious template may write so much that it fills the memory of the
+  # process that has called this one.
   num_chars = 0
   for message in chat:
     num_chars += sum(map(len, message.values()))
@@ -142,15 +145,15 @@ def read_json(file: str) -> None:
 
 def read_others(folder: str, kinds: Sequence[str]
                 ) -> tuple[str, dict[str, int | None]]:
-  """Reads a folder without a tokenizer.json by transformers.
+  """Reads a tokenizer by transformers, from a folder without a tokenizer.json.
 
   Args:
     folder: the path of the folder.
     kinds: kinds of special tokens, such as eos.
 
   Returns:
-    The tokenizer.json that transformers makes of it; and the id of each kind of
-    special token, or None.
+    The text of the tokenizer.json that transformers makes of it; and {kind: id}
+    of its special tokens, with None for those that it lacks.
   """
   transformers = texts.import_extra('transformers', subject='it', extra='hf')
   hf_tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -161,8 +164,8 @@ def read_others(folder: str, kinds: Sequence[str]
 
 
 def _try_tokenizer(pipeline: Any) -> None:
-  """Tries a tokenizer, so that one that takes too much time or memory runs into
-  the limits of this process.
+  """Uses a tokenizer once in this process, which has limits. A tokenizer that
+  takes too much time or memory fails here.
 
   Args:
     pipeline: the tokenizer, of the package tokenizers.
@@ -176,39 +179,45 @@ def _try_tokenizer(pipeline: Any) -> None:
     require(size <= MOST_GROWTH * len(_LONG_TEXT),
             f'it makes {size:,} characters ' f'of {len(_LONG_TEXT):,}')
 
-  # A tokenizer of a smaller alphabet may refuse the long text, which is right.
+  # A tokenizer with a small alphabet may refuse the long text. That is no
+  # fault.
   with contextlib.suppress(Exception):
     pipeline.decode(pipeline.encode(_LONG_TEXT).ids)
 
 
 def main() -> None:
-  """Answers calls, one a line, until the process that asks has ended."""
+  """Runs the process with limits: reads one call a line from standard input
+  and writes one reply a line, until the process that calls has ended.
+
+  A reply is the JSON list [what the function returns, why it has failed].
+  """
   seconds, size, at_most = map(int, sys.argv[1:])
-  # Set limits that hold until the process ends. Signals are for the process
-  # that asks, which ends this one. A crash leaves no file of the memory.
+  # Set the limits that hold for all calls: no core dump, and little memory.
+  # Ignore signals from the terminal: the calling process ends this one.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   resource.setrlimit(resource.RLIMIT_DATA, (size, size))
   _, most = resource.getrlimit(resource.RLIMIT_CPU)
 
-  # Lines that a library prints must not be taken for a reply.
+  # Lines that a library prints must not be taken for a reply: send them to
+  # standard error.
   replies = sys.stdout
   sys.stdout = sys.stderr
   for line in sys.stdin:
     function, *args = json.loads(line)
-    # Limit the call in the processor's time, to which that of earlier calls is
-    # added, and by an alarm in all time, for one that only waits.
+    # Limit the processor time of this call; the system counts it from the start
+    # of the process. An alarm limits the time of a call that only waits.
     until = int(sum(os.times()[:2])) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (until, most))
     signal.alarm(at_most)
     try:
       reply = json.dumps([globals()[function](*args), ''])
     except BaseException as error:
-      # Everything becomes a reply; a panic of Rust is no Exception.
+      # Reply to all errors. A panic of Rust is a BaseException.
       why = ' '.join(str(error).split())[:200] or type(error).__name__
       reply = json.dumps([None, why])
-    signal.alarm(0)  # no call is under way
+    signal.alarm(0)  # the call is over
     print(reply, file=replies, flush=True)
 
 

@@ -48,7 +48,7 @@ def read_training_records(config: Any) -> list[Any]:
   """
   data = config.data
   training_records = []
-  # Evaluation data of their own make it unnecessary to hold any record out.
+  # If the run has separate evaluation data, no record is held out.
   every = 0 if data.eval_source else data.holdout_every
   for _, source in sources.parse_sources(data.source):
     records = list(source.records())
@@ -103,12 +103,12 @@ def describe_labels(views: Sequence[Any]) -> list[str]:
   """Describes how often each class label occurs in the training data.
 
   Args:
-    views: the rows of a run's training data, one sequence for each source.
+    views: the rows of a run's training data, one sequence for each data source.
 
   Returns:
-    Lines for the log: one with the number of rows (or words, where each word
-    has a label) of each label, and perhaps a warning of labels that occur once
-    or never. [] for data without labels.
+    Lines for the log: the number of rows of each label (of words, if each word
+    has a label), and perhaps a warning about labels that occur at most once. []
+    for data without labels.
   """
   # Count each label over all sources, and remember where it stands last. Rows
   # of other kinds, such as plain text, have no labels and are passed over.
@@ -143,20 +143,20 @@ def describe_labels(views: Sequence[Any]) -> list[str]:
 
 def _warn_of_rare_labels(rare: Sequence[str],
                          location_of_label: Mapping[str, str]) -> str:
-  """Returns a warning that some labels occur once in the training data, or
+  """Returns a warning about labels that occur once in the training data, or
   never.
 
   Args:
     rare: these labels, at least one.
-    location_of_label: {label: the file and line where it stands}; a label that
-      occurs nowhere is not a key.
+    location_of_label: {label: the file and line where it occurs}. A label that
+      never occurs is not a key.
   """
   shown_labels = []
   for label in rare[:NUM_SHOWN_RARE_LABELS]:
     shown_labels.append(f'{label!r} ({location_of_label.get(label, "none")})')
 
-  # A label in the first line of a file may be the name of its column. The
-  # advice is '' for any other place; one piece of advice is enough.
+  # A label in the first line of a file may be the name of its column. Give
+  # advice for the first such label; it is '' for any other place.
   advice = ''
   for label in rare:
     if label in location_of_label:
@@ -353,34 +353,36 @@ class Texts(Rows):
 def _cut_texts_to_row(record: labelled.Record, rows: Sequence[np.ndarray],
                       corpus: sources.Corpus, between: int) -> list[np.ndarray]:
   """Truncates the tokens of a text, or of a pair of texts, so that they fit
-  into an input row together with the special tokens.
+  into a row together with the special tokens.
 
   Args:
     record: the labelled example, for messages.
     rows: the token ids [T] of each of its texts, one or two.
-    corpus: the corpus that it is of; its data.length is the length of a row.
+    corpus: the data that it belongs to. The config in it has data.length, the
+      length of a row.
     between: the number of separators between two texts.
 
   Returns:
     The first token ids of each text.
 
   Raises:
-    RequestError: for a text without a token, or a row without room for a token.
+    RequestError: for a text without a token, and if a row has no room for a
+      token of each text.
   """
-  # A text of which no token is left would be predicted from nothing.
+  # A text without a token would have to be classified from nothing.
   for text_ids, column in zip(rows, record.names):
     require(len(text_ids) > 0,
             f'{record.where} column {column!r}, has no token that '
             f'the tokenizer {corpus.tokenizer.name!r} knows')
 
-  # Special tokens take up a part of the row; each text needs a token at least.
+  # Compute how many tokens a row has room for beside the special ones.
   length = corpus.config.data.length
   num_special = count_special_tokens(len(rows), between)
   room = length - num_special
   require(room >= len(rows), f'data.length is {length}: a row of '
           f'{len(rows)} text(s) needs {num_special + len(rows)} or more')
 
-  # Each text loses its end, the longer text of a pair first.
+  # Cut off the ends of the texts, that of the longer one first.
   kept_sizes = cut_sizes([len(text_ids) for text_ids in rows], room)
   return [text_ids[:size] for text_ids, size in zip(rows, kept_sizes)]
 
@@ -401,10 +403,13 @@ class Classes(Texts):
   def target(self, record: labelled.Record) -> int:
     """Returns the class number of a record's label.
 
+    Args:
+      record: a labelled text, or a pair of texts.
+
     Raises:
       RequestError: for a label that is none of the run's.
     """
-    # The place ends in a comma where a message goes on about the record.
+    # record.where, the file and the line, ends with a comma.
     location = record.where.rstrip(',')
     try:
       check_choice(f'label in {location}:', value=record.label,
@@ -423,12 +428,15 @@ class Numbers(Texts):
   """Texts with a number."""
 
   def target(self, record: labelled.Record) -> float:
-    """Returns a record's label as a number.
+    """Returns a record's label as a number, for regression.
+
+    Args:
+      record: a labelled text, or a pair of texts.
 
     Raises:
       RequestError: for a label that is not a finite number.
     """
-    # A label that cannot be read, such as 'good', is refused as NaN is.
+    # A label that is no number, such as 'good', is refused like NaN.
     try:
       number = float(record.label)
     except ValueError:
@@ -539,29 +547,34 @@ def _align_words(words: Sequence[str], ids: np.ndarray, spans_T2: np.ndarray
                  ) -> Words:
   """Finds the word that each token of a sentence belongs to.
 
+  The suffixes name axes: W words and T tokens of the sentence.
+
   Args:
-    words: the words of the sentence, of which there are W.
-    ids: int32 [T], the token ids of the words, joined by a space.
-    spans_T2: int [T, 2], the first character that each of the T tokens stands
-      for, and the one after its last.
+    words: the words of the sentence.
+    ids: int32 [T], the token ids of the words, which were joined by spaces.
+    spans_T2: int [T, 2], the first character that each token stands for, and
+      the one after its last.
 
   Returns:
-    The ids with the word of each, and which of them begin a word.
+    The ids; the number of the word of each token, NO_WORD for a token of none;
+    and whether each token begins a word.
   """
-  # The character after each word, which is the space before the next one.
+  # Find the end of each word: the index of the space that follows it.
   ends_W = np.cumsum([1 + len(word) for word in words]) - 1
 
-  # A token belongs to the word in which it begins. One that begins with a space
-  # (GPT-2's do) begins a character later: the space is between two words. The
-  # word is the number of words that have ended by then, hence 'right'. A token
-  # that is a space alone has nothing left and belongs to no word.
+  # A token belongs to the word in which it begins. If it begins with the space
+  # between two words, as GPT-2's tokens do, it is taken to begin one character
+  # later. The number of its word is the number of words that end at or before
+  # its beginning, hence 'right'. A token that is only a space belongs to no
+  # word.
   start_T = spans_T2[:, 0]
   end_T = spans_T2[:, 1]
   begin_T = start_T + np.isin(start_T, ends_W)
   words_T = np.searchsorted(ends_W, begin_T, 'right')
   words_T = np.where(begin_T < end_T, words_T, NO_WORD)
 
-  # np.unique gives the first place of each word; NO_WORD is none.
+  # Mark the first token of each word. np.unique also gives that of NO_WORD,
+  # which is removed again.
   first_T = np.zeros(len(ids), bool)
   _, first_places = np.unique(words_T, return_index=True)
   first_T[first_places] = True
@@ -603,7 +616,7 @@ class Sentences(Rows):
       corpus: the sentences of one split, with a label for each word.
     """
     # Read the sentences, and check their labels before the slow part begins.
-    # Labels of entities (B-PER, I-PER, ...) must follow each other rightly.
+    # Labels of entities (B-PER, I-PER, ...) must have a valid order.
     config = corpus.config
     self.records = list(corpus.records)
     self.bare = any(map(labelled.has_nothing_to_predict, self.records))
@@ -616,8 +629,8 @@ class Sentences(Rows):
     require(room > 0, f'data.length is {config.data.length}: a row of a '
             f'sentence needs {SPECIAL_TOKENS_OF_SENTENCE + 1} or more')
 
-    # Tokenise all sentences, and cut each into rows. `number` goes into the
-    # rows, so that predictions can be put together by sentence again.
+    # Tokenise all sentences, and cut each into rows. The rows have the number
+    # of their sentence, by which its predictions are joined again.
     tokenised = tokenize_words([sentence.words for sentence in self.records],
                                corpus.tokenizer)
     self.items: list[Piece] = []
@@ -646,19 +659,21 @@ class Sentences(Rows):
 
 def _cut_sentence(sentence: int, words: Words, numbers: np.ndarray,
                   shared: int, room: int) -> list[Piece]:
-  """Cuts the tokens of one sentence into overlapping rows.
+  """Cuts the tokens of a sentence into rows, which overlap if there are
+  several.
 
   Args:
     sentence: the number of the sentence.
     words: its tokens, with the word of each.
-    numbers: int [words], the class number of the label of each of its words.
+    numbers: int [words], the class number of the label of each word.
     shared: the number of tokens that two neighbouring rows share.
-    room: the most tokens of a row, special tokens not counted.
+    room: the largest number of tokens of a row, without special tokens.
 
   Returns:
-    The rows from the first to the last token; each word counts in one of them.
+    The rows, from the first to the last token. Each word is predicted in
+    exactly one of them.
   """
-  # A token that several rows show is owned by the one with the most context.
+  # Of several rows that show a token, the one with the most context owns it.
   num_tokens = len(words.ids)
   windows = cut_into_windows(num_tokens, room=room, stride=shared)
   owner_T = find_owners(windows, num_tokens)
@@ -806,17 +821,16 @@ def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
 
 
 def choose_stride(config: Any, room: int, location: str) -> int:
-  """Returns how many tokens two neighbouring parts (windows) of a long text
-  share.
+  """Returns how many tokens two neighbouring windows of a long text share.
 
   Args:
-    config: the config of a run: its data.stride, or where that is 0 a third of
-      data.length, as in BERT's 128 of 384, but at most half a window.
-    room: the most tokens of a window.
-    location: names the text that is cut, for messages.
+    config: the config of a run. If data.stride is 0, they share a third of
+      data.length, as in BERT (128 of 384), but at most half a window.
+    room: the largest number of tokens of a window.
+    location: the text that is cut, for messages.
 
   Raises:
-    RequestError: where nothing of a window would be new.
+    RequestError: for a data.stride so large that a window has nothing new.
   """
   data = config.data
   if not data.stride:
@@ -829,16 +843,16 @@ def choose_stride(config: Any, room: int, location: str) -> int:
 
 def cut_into_windows(size: int, room: int, stride: int) -> list[tuple[int,
                                                                       int]]:
-  """Cuts a text into overlapping parts (windows), as few as show all of it.
+  """Cuts a text into as few overlapping windows as show all of it.
 
   Args:
     size: the number of tokens of the text.
-    room: the most tokens of a window.
-    stride: the tokens that two neighbours share; it must be less than room.
+    room: the largest number of tokens of a window.
+    stride: how many tokens two neighbouring windows share; less than `room`.
 
   Returns:
-    The first token of each window, and the one after its last. All but the last
-    window have `room` tokens.
+    (first token, end) of each window. All windows but the last have `room`
+    tokens.
   """
   assert 0 <= stride < room, (stride, room)
   # The first window shows `room` tokens and each other one room - stride new
@@ -849,22 +863,21 @@ def cut_into_windows(size: int, room: int, stride: int) -> list[tuple[int,
 
 
 def find_owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
-  """Finds the part (window) of a text in which each token has the most context.
-
-  The context of a token is the number of tokens on the side where it has fewer,
-  as in BERT's code (run_squad.py, _check_is_max_context). The first of several
-  windows wins.
+  """Finds the window of a text in which each token has the most context. That
+  is the number of tokens on the side where it has fewer, as in BERT's code
+  (run_squad.py, _check_is_max_context).
 
   Args:
-    windows_W2: the first token of each of the W windows, and the one after its
-      last. Together they show every token.
+    windows_W2: (first token, end) of each of W windows, which together show
+      every token.
     size: the number of tokens of the text.
 
   Returns:
-    int32 [size], the number of each token's window.
+    int32 [size], the number of the window for each token; the first one if
+    several are equal.
   """
-  # The context of each token in each window, [W windows, T tokens]: `before`
-  # and `after` are the tokens that a window has on either side of it.
+  # Compute the context of each of T tokens in each of W windows: the smaller of
+  # the numbers of tokens that the window shows before and after it.
   place_1T = np.arange(size)[None]
   bounds_W2 = np.array(windows_W2)
   first_W1 = bounds_W2[:, :1]
@@ -883,18 +896,18 @@ def find_owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
 
 def find_tokens(spans_T2: np.ndarray, start: int, end: int
                 ) -> tuple[int, int] | None:
-  """Finds the tokens that a stretch of characters of a text consists of.
+  """Finds the tokens that stand for some characters of a text.
 
   Args:
     spans_T2: int [T, 2], the first character that each of the T tokens of the
       text stands for, and the one after its last.
-    start, end: the first character of the stretch, and the one after its last.
+    start, end: the first of the characters, and the one after the last.
 
   Returns:
-    The numbers of its first and its last token; None where no token stands for
-    any of its characters.
+    The indices of the first and the last of these tokens; None if there are
+    none.
   """
-  # A token that shares one character with the stretch is a part of it.
+  # A token counts if it stands for at least one of the characters.
   spelt_T = (spans_T2[:, 0] < end) & (spans_T2[:, 1] > start)
   places = np.flatnonzero(spelt_T)
   if not len(places):

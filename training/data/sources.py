@@ -182,21 +182,20 @@ class Corpus:
 
 def hold_out_end_of_text(source: Source, every: int | None,
                          part: str = '') -> Source:
-  """Cuts a source that is a single file of text in two documents.
-
-  Document 0, which is the one that is held out, is the last 1/every of the
-  text, in characters and rounded up; document 1 is all that comes before it.
-  Another source is returned as it is.
+  """Prepares a data source that is one text to have its end held out: it is
+  then read as two documents. Document 0, which is held out, is the last 1/every
+  of the characters, rounded up. Document 1 is the text before it.
 
   Args:
-    source: the source as it was parsed.
+    source: a data source. If it has several documents, it is returned as it is.
     every: data.holdout_every; None or less than 2: nothing is held out.
-    part: eval.part: document 0 is this half of the last part; '': all of it.
+    part: eval.part: only this half of document 0 is read, 'first' or 'second';
+      '': all of it.
 
   Returns:
-    The source, which reads its file in two documents. `is_cut` says so.
+    The source that reads two documents. Its `is_cut` is true.
   """
-  # A source of several documents has some of them held out as a whole.
+  # Of several documents, some are held out as a whole.
   is_one_text = source.is_text and len(source.files) == 1
   if not is_one_text or every is None or every < 2:
     return source
@@ -208,7 +207,7 @@ def hold_out_end_of_text(source: Source, every: int | None,
       path: the path of the file.
     """
     for text in source.read(path):
-      # Document 1 is the same whatever `part` is: training reads it. -(-a // b)
+      # Document 1, which training reads, must not depend on `part`. -(-a // b)
       # rounds the quotient up.
       held_out_size = -(-len(text) // every)
       start = len(text) - held_out_size
@@ -218,8 +217,8 @@ def hold_out_end_of_text(source: Source, every: int | None,
       yield text[slice_of_part[part]]
       yield text[:start]
 
-  # The name of the reader is part of what names the tokens in the cache, so
-  # each way to cut has tokens of its own there.
+  # Tokens are found in the cache by the reader's name, among other things. So
+  # each way of cutting must have its own name.
   reader = f'{source.reader}, the last 1/{every} first {part}'.rstrip()
   return dataclasses.replace(source, read=read, is_cut=True, reader=reader)
 
@@ -233,19 +232,20 @@ def parse_sources(
     spec: str, layout: Callable[
         [], conversations.Layout] = _published_layout) -> list[tuple[float,
                                                                      Source]]:
-  """Reads a mixture of data sources, written as 'A' or '0.7*A,0.3*B'.
+  """Parses a mixture of data sources, written as 'A' or '0.7*A,0.3*B'.
 
   Args:
-    spec: the text of data.source, or of data.eval_source.
-    layout: a function that returns the layout of conversations. It is called
-      only where a source may have some, as it may read a template's files.
+    spec: the text, data.source or data.eval_source.
+    layout: returns the layout (template) by which conversations become text. It
+      is only called if a source may have conversations, as it may read files.
 
   Returns:
-    The weight and the source of each part, in order. One source alone needs no
-    weight and has 1.
+    (weight, source) of each source, in order. A single source needs no weight,
+    and has 1.
 
   Raises:
-    RequestError: for an unknown prefix, a bad weight, a glob without a match.
+    RequestError: for an unknown prefix, a bad weight, or a glob without a
+      match.
   """
   pieces = spec.split(',')
   pairs: list[tuple[float, Source]] = []
@@ -263,8 +263,9 @@ def parse_sources(
           f'data source {name!r} has no weight above 0: write a mixture as '
           "'0.7*A,0.3*B', with no other commas")
 
-    # Read the source. Tokens in a folder were laid out when they were made. A
-    # name may stand once, as figures of a source are told by its name.
+    # Make the source. Conversations are laid out, unless they are tokens
+    # already. Each name may occur only once, as it identifies the figures of a
+    # source.
     source = _parse_source(name)
     if TURNS in source.holds and not source.tokens:
       source = _lay_out_conversations(source, layout())
@@ -276,15 +277,15 @@ def parse_sources(
 
 
 def _parse_source(name: str) -> Source:
-  """Returns the data source of a name such as text:GLOB.
+  """Makes the data source that a name such as text:GLOB describes.
 
   Args:
-    name: a prefix of SOURCES, and what the prefix asks for after a colon.
+    name: a prefix of SOURCES, and after a colon what the prefix asks for.
 
   Raises:
     RequestError: for an unknown prefix.
   """
-  # A form whose usage has a colon needs one; no other may have one.
+  # The usage of a prefix, such as text:GLOB, says whether a colon must follow.
   prefix, colon, rest = name.partition(':')
   form = SOURCES.get(prefix)
   if form is None or bool(colon) != (':' in form.usage):
@@ -295,17 +296,18 @@ def _parse_source(name: str) -> Source:
 
 
 def _suggest_source(name: str) -> str:
-  """Suggests the data source that an unknown name may stand for.
+  """Suggests the data source that the user may have meant by an unknown name.
 
   Args:
-    name: the name as the user wrote it.
+    name: the name as the user has written it.
 
   Returns:
-    A question, as the end of a message: whether a source of files was meant,
-    where `name` is a path or is written as one; or else the source whose prefix
-    is spelt most like it; '' where there is none.
+    A question for the end of a message. If the name is a path, or looks like
+    one, it suggests a source of files; else the source with the most similar
+    prefix. '' if there is none.
   """
-  # Suggest a source of files, by the ending of the path.
+  # If the name is or looks like a path, suggest a source of files by its
+  # ending.
   path = os.path.expanduser(name)
   end = pathlib.Path(name).suffix[1:]
   is_there = bool(glob.glob(path, recursive=True))
@@ -318,7 +320,7 @@ def _suggest_source(name: str) -> str:
       hint += f' There is no {name} yet.'
     return hint
 
-  # Suggest the prefix that is most alike.
+  # Otherwise suggest the most similar prefix.
   similar = difflib.get_close_matches(name.partition(':')[0], SOURCES, n=1)
   if not similar:
     return ''
@@ -327,11 +329,12 @@ def _suggest_source(name: str) -> str:
 
 def _lay_out_conversations(source: Source,
                            layout: conversations.Layout) -> Source:
-  """Returns a source whose conversations are laid out as (kind, text) parts.
+  """Returns a data source that lays its conversations out by a template. Each
+  becomes (kind, text) parts, such as questions and answers.
 
   Args:
     source: a source that may have conversations.
-    layout: the layout, by a template.
+    layout: the layout, which knows the template.
   """
   def read(path: str) -> Iterator[Document]:
     """Yields the documents of a file, laid out.
@@ -339,8 +342,8 @@ def _lay_out_conversations(source: Source,
     Args:
       path: the path of the file; '' where the source has no files.
     """
-    # A template may refuse a conversation, and knows nothing of the file: the
-    # number of the conversation helps to find it.
+    # A template may refuse a conversation. Its message does not name the file,
+    # so add the file and the number of the conversation.
     for number, document in enumerate(source.read(path), 1):
       try:
         yield layout.lay_out(document)
@@ -373,14 +376,14 @@ def _parse_text(name: str, pattern: str) -> Source:
 
 
 def _parse_column(name: str, rest: str) -> Source:
-  """Returns a source of files of rows, each of which has a document in one
-  field.
+  """Makes a data source of files of rows, jsonl or parquet, which have a
+  document in one field of each row.
 
   Args:
-    name: the name of the source: its prefix, jsonl or parquet, and the rest.
+    name: the name of the source: its prefix, jsonl or parquet, and `rest`.
     rest: GLOB:FIELD. The field has text, or the turns of a conversation.
   """
-  # The part behind the last colon is the field; a glob may have colons, too.
+  # The field is what follows the last colon, as a glob may have colons as well.
   prefix = name.partition(':')[0]
   form = SOURCES[prefix]
   pattern, _, field = rest.rpartition(':')
@@ -395,17 +398,18 @@ def _parse_column(name: str, rest: str) -> Source:
       rows = _read_parquet_rows(name, field, path)
     return _read_field(rows, field)
 
-  # How a file is read is part of the source's name in the cache.
+  # The reader's name is part of the source's name in the cache, so it must have
+  # the field.
   return Source(name=name, reader=f'{prefix}:{field}', read=read,
                 holds=form.holds, files=_find_files(name, pattern))
 
 
 def _read_field(rows: texts.Rows, field: str) -> Iterator[Document]:
-  """Yields the documents that rows have in a field; a null is an empty
+  """Yields the document that each row has in a field. A null is an empty
   document.
 
   Args:
-    rows: (where it stands, row) of each row.
+    rows: (location, row) of each row. The location is for messages.
     field: the name of the field.
   """
   for location, row in rows:
@@ -421,26 +425,26 @@ def _read_field(rows: texts.Rows, field: str) -> Iterator[Document]:
 
 
 def _read_parquet_rows(name: str, field: str, path: str) -> texts.Rows:
-  """Reads one field of a parquet file, row by row.
+  """Reads one column of a parquet file, row by row.
 
   Args:
     name: the name of the source, for messages.
-    field: the field that is read.
+    field: the name of the column.
     path: the path of the file.
 
   Yields:
-    For each row where it stands, and {field: value}.
+    (location, {field: value}) of each row. The location is for messages.
 
   Raises:
-    RequestError: for a file that is not parquet, lacks the field, or would
-      unpack to far more than it holds.
+    RequestError: for a file that is no parquet file, lacks the column, or would
+      unpack to far more than it has.
   """
   parquet = texts.import_extra('pyarrow.parquet',
                                subject=f'data source {name!r}', extra='data')
   import pyarrow
 
-  # Check what the file says of itself before anything is unpacked. Then read
-  # some rows at a time, of the one column that is wanted.
+  # Check the metadata before anything is unpacked. Then read some rows at a
+  # time, and only this column.
   try:
     file = parquet.ParquetFile(path)
     texts.check_columns(file.schema_arrow.names, names=[field], location=path)
@@ -451,19 +455,20 @@ def _read_parquet_rows(name: str, field: str, path: str) -> texts.Rows:
         number += 1
         yield f'{path}, row {number}', row
   except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-    # An OSError with a number is the disk's, and not about what is in the file.
+    # An OSError with an error number is a failure of the disk. pyarrow raises
+    # others for the content of the file.
     if isinstance(error, OSError) and error.errno:
       raise
     raise RequestError(f'{path} is not a parquet file: {error}.') from error
 
 
 def _check_unpacked_size(metadata: Any, field: str, path: str) -> None:
-  """Refuses a parquet file of which a few bytes would unpack to so many rows,
-  or so long ones, that they are no data.
+  """Refuses a parquet file in which a few bytes would unpack to so many or such
+  long rows that it cannot be real data, but would fill the memory.
 
   Args:
-    metadata: the file's metadata, of pyarrow.
-    field: the field that is read.
+    metadata: the metadata of the file, of pyarrow.
+    field: the name of the column that is read.
     path: the path of the file.
 
   Raises:
