@@ -197,14 +197,15 @@ def _gpu(monkeypatch):
     (dict(), '__cudnn$fmhaSoftmax'),
     (dict(attention='banded', sliding_window=40, num_kv_heads=2),
      '__cudnn$fmhaSoftmax'),
-    (dict(attention_softcap=5.0), None),
+    (dict(attention_softcap=5.0), None), (dict(attention_dropout=0.5), None),
     pytest.param(dict(dtype='float32'), None, marks=pytest.mark.long),
 ], ids=str)
 def test_auto_is_cudnn_in_a_gpu_program(monkeypatch, changes, call):
   _gpu(monkeypatch)
   module, params = models.make_model(**dict(dtype='bfloat16') | changes)
   loss = lambda p, t, ids: jnp.square(module.apply(
-      {'params': p}, t, segment_ids_BL=ids).logits).sum()
+      {'params': p}, t, segment_ids_BL=ids, deterministic=False,
+      rngs=dict(dropout=jax.random.key(0))).logits).sum()
   step = jax.jit(jax.grad(loss))
   tokens = models.random_tokens()
   plain, packed = (step.trace(params, tokens, ids).lower(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import bert, llama, modernbert
+from configs import bert, llama, mixtral, modernbert
 from training import runs
 from training.costs import memory
 
@@ -21,6 +21,14 @@ def one_layer(made, length: int, **fields) -> tuple[int, int]:
   run = memory.run_on_described_mesh(config, c, shape)
   account = memory.estimate_peak_bytes(run, (1, 0), 'tpu')
   return account['one_layer'], 2 * 4 * ROWS * length ** 2 * c.num_heads
+
+
+def test_a_token_has_the_hidden_units_of_each_of_its_experts():
+  """What top_k 2 takes more than 1: three arrays of d_ff numbers a token."""
+  sizes = dict(num_experts=8, d_ff=9000)
+  one, _ = one_layer(mixtral, 512, moe=sizes | dict(top_k=1))
+  two, _ = one_layer(mixtral, 512, moe=sizes | dict(top_k=2))
+  assert two - one == 3 * 4 * ROWS * 512 * 9000
 
 
 @pytest.mark.parametrize('made, length, fields, fused', [

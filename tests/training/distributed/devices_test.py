@@ -44,11 +44,17 @@ def test_only_data_goes_over_the_slices_of_cpu_devices():
   assert sorted(rows(mesh)[2:].flat) == ids[4:]
 
 
+@pytest.mark.parametrize('length, pieces', [(12, 2 * 6), (16, 2 * 2)])
+def test_a_row_is_cut_over_as_many_axes_as_divide_it(length, pieces):
+  shape = dict(data=2, fsdp=1, expert=1, context=2, tensor=3)
+  assert devices.num_stream_shards(shape, 'default', length) == pieces
+
+
 def test_slices_are_what_the_devices_say():
   """In whatever order they come: half of `data` is one slice, half the other,
   as jax's create_hybrid_device_mesh has it."""
   from jax.experimental import mesh_utils
-  chips = [Chip(id=i, slice_index=i % 2) for i in range(8)]
+  chips = [Chip(id=i, slice_index=1 - i % 2) for i in range(8)]
   grid = np.concatenate([
       mesh_utils.create_device_mesh((2, 2, 1, 1), group)
       for group in devices.group_by_slice(chips, 0)])

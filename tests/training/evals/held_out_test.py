@@ -117,6 +117,8 @@ def test_the_loss_of_a_mixture_is_the_mean_of_its_sources(folder, a, b):
   each."""
   c = config_of(folder, f'{a}*text:{{0}}/a.txt,{b}*text:{{0}}/b.txt')
   figures = judged(c, lambda ids: ids * (ids < 256))
+  assert [loader.share for loader in pipeline.make_evaluation_loaders(
+      c, BYTES)] == pytest.approx([a / (a + b), b / (a + b)])
   losses = [40 * 97 / 41, 120 * 98 / 121]
   assert figures[f'loss/text:{folder}/a.txt'] == pytest.approx(losses[0])
   assert figures[f'loss/text:{folder}/b.txt'] == pytest.approx(losses[1])

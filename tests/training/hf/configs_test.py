@@ -23,6 +23,7 @@ import jax
 import architectures
 from architectures.parts import flat
 from architectures.parts.hf import layer_types
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.positions import LearnedConfig, RopeConfig
 from architectures.parts.recurrent.mamba2 import Mamba2Config
 from common import fields as declared, kinds
@@ -142,6 +143,13 @@ def test_phi3_for_long_texts_has_the_factors_of_its_file():
   assert written['original_max_position_embeddings'] == 4096
   hf_config.check_same_function(c, hf_config.model_of_config_json(written),
                                 'written')
+
+
+def test_a_null_of_deepseek_says_no():
+  c = hf_config.model_of_config_json(dict(
+      model_type='deepseek_v3', rope_interleave=None, norm_topk_prob=None))
+  assert not c.part(RopeConfig).interleaved
+  assert not c.part(MoEConfig).normalize_gates
 
 
 @pytest.mark.parametrize('name, theta', [
