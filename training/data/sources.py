@@ -105,14 +105,14 @@ class Source:
     return self.holds == (labelled.PROBE_ROWS,)
 
   def records(self) -> Iterator[Any]:
-    """Yields every record, or document that is not empty, in order.
+    """Yields all labelled records or documents of the source, in order, without
+    empty documents.
 
     Raises:
-      RequestError: for a file without any.
+      RequestError: for a file that has none.
     """
-    # A source without files is read once, by its name. A list is the (kind,
-    # text) parts of a document; a document or a record of another type counts
-    # as one part.
+    # A source without files is read once, with ''. A document may be a list of
+    # (kind, text) parts. Anything else is treated as a single part.
     for path in self.files or ('',):
       is_empty = True
       for item in self.read(path):
@@ -134,13 +134,14 @@ class Source:
         yield item
 
   def digest(self) -> str:
-    """Returns a hash of all content, for which it reads every byte of every
-    file.
+    """Computes a hash of the content of the source, which takes reading every
+    byte of its files.
 
-    A source without files is hashed by its rows: the fingerprint of a Hugging
-    Face dataset also changes where its files were only copied or touched."""
-    # Hash the files in several threads. The reader is hashed too, as the same
-    # file has other documents where another field is read.
+    Of a source without files, such as a Hugging Face dataset, the rows are
+    hashed. (Its fingerprint would also change if files are copied.)
+    """
+    # Hash the files in several threads. The name of the reader is a part of the
+    # hash: a file has other documents if another field of it is read.
     with futures.ThreadPoolExecutor(8) as pool:
       digests = list(pool.map(_digest_file, self.files))
     content = self.content
@@ -480,8 +481,9 @@ def _check_unpacked_size(metadata: Any, field: str, path: str) -> None:
           f'{metadata.num_rows:,} rows of {size:,} bytes: it is no file of '
           'texts')
 
-  # A group of rows is unpacked as a whole into memory, and its size is known
-  # before. A field of lists has several columns, FIELD.list.element and so on.
+  # The rows are stored in groups, each of which is unpacked into memory as a
+  # whole. Check the unpacked size of each group. A field of lists has several
+  # columns, FIELD.list.element and so on.
   most = max(MOST_UNPACKED_TIMES * size, ALLOWED_UNPACKED_BYTES)
   for number in range(metadata.num_row_groups):
     group = metadata.row_group(number)
@@ -543,7 +545,8 @@ def _parse_probe(name: str, _: str) -> Source:
 
 
 def _parse_tokens(name: str, folder: str) -> Source:
-  """Returns a source of token ids that tools.tokenize has written.
+  """Makes a data source of a folder of token ids, which tools.tokenize has
+  written.
 
   Args:
     name: the name of the source.
@@ -561,7 +564,8 @@ def _parse_tokens(name: str, folder: str) -> Source:
                        'here: name the source that they were made of, '
                        f'{begun["source"]!r}')
 
-  # The tables alone tell whether the tokens have changed.
+  # The files whose content is hashed are only the small tables: they have
+  # checksums of the token ids.
   files = []
   for i in range(begun['shards']):
     files.append(f'{folder_of_tokens.folder}/{i:05}.table')
@@ -570,14 +574,15 @@ def _parse_tokens(name: str, folder: str) -> Source:
 
 
 def _parse_hugging_face(name: str, rest: str) -> Source:
-  """Returns a source that is a dataset of the Hugging Face hub, or a local
-  folder of one. It is downloaded whole, where it is not here.
+  """Makes a data source of a dataset of the Hugging Face hub, or of a local
+  folder of one. The whole dataset is downloaded unless it is on disk already.
 
   Args:
     name: the name of the source.
-    rest: the name behind hf:, NAME[:CONFIG[:SPLIT[:FIELDS]]].
+    rest: what follows `hf:`, NAME[:CONFIG[:SPLIT[:FIELDS]]].
   """
-  # Parts that are left out are '' by the three empty texts, and have a default.
+  # Fill up with empty texts the parts that are left out, and take their
+  # defaults.
   path, config, split, written = (rest.split(':') + [''] * 3)[:4]
   split = split or 'train'
   written = written or 'text'
@@ -606,23 +611,23 @@ def _parse_hugging_face(name: str, rest: str) -> Source:
     """Yields the documents or records of the dataset."""
     return of_rows(labelled.read_dataset_rows(name, fields, dataset))
 
-  # The package gives a split a fingerprint by its cached files, which are built
-  # once for the same content. It names the tokens in our cache.
+  # The package `datasets` gives each dataset a fingerprint. It identifies the
+  # content, by which tokens are found in our cache.
   return Source(name=name, reader=f'hf:{path}:{config}:{split}:{written}',
                 read=read, holds=holds, content=dataset._fingerprint)
 
 
 def _load_dataset(name: str, path: str, config: str, split: str) -> Any:
-  """Returns a dataset of the package datasets.
+  """Loads a dataset of the Hugging Face package `datasets`.
 
   Args:
     name: the name of the source, for messages.
-    path: its name on the hub, or its folder.
-    config: which of its configurations; '': its only one.
-    split: the name of one of its splits, such as train.
+    path: the name of the dataset on the hub, or its folder.
+    config: which of its configurations to load; '': its only one.
+    split: which of its splits to load, such as train.
 
   Raises:
-    RequestError: where there is none.
+    RequestError: where there is no such dataset.
     EnvironmentFailure: where the network fails.
   """
   datasets = texts.import_extra('datasets', subject=f'data source {name!r}',
@@ -680,11 +685,12 @@ SOURCES = {  # by prefix
 
 
 def list_forms(reads: Sequence[str] = ()) -> str:
-  """Lists how data sources are written, such as text:GLOB, for messages.
+  """Lists the forms in which data sources are written, such as text:GLOB, for
+  messages.
 
   Args:
-    reads: kinds of documents or records, one of which a source must hold; ():
-      all sources are listed.
+    reads: the kinds of documents or records that are wanted. Only sources that
+      have one of them are listed; (): all are.
 
   Returns:
     The forms, with commas between them.
@@ -697,19 +703,20 @@ def list_forms(reads: Sequence[str] = ()) -> str:
 
 
 def _find_files(name: str, pattern: str) -> tuple[str, ...]:
-  """Returns the files that the pattern of a source matches, none of them empty.
+  """Finds the files that the pattern of a data source matches, and checks that
+  none is empty.
 
   Args:
     name: the name of the source, for messages.
     pattern: a path with * and **.
 
   Raises:
-    RequestError: for no file, or an empty one.
+    RequestError: where no file matches, or one is empty.
   """
   absolute_pattern = os.path.abspath(os.path.expanduser(pattern))
   paths = globs.find_files(absolute_pattern)
 
-  # A folder that is named as a source gets advice how to name its files.
+  # If the user has named a folder, advise on how to name its files.
   if not paths:
     message = f'data source {name!r} matches no file'
     if os.path.isdir(absolute_pattern):
@@ -719,7 +726,8 @@ def _find_files(name: str, pattern: str) -> tuple[str, ...]:
       message += f', but a folder: write {suggested}'
     raise RequestError(message)
 
-  # Files of the kernel, as in /proc, have the size 0, and perhaps no end.
+  # This also refuses files of the kernel, as in /proc. Their size is 0, and
+  # they may have no end.
   for path in paths:
     require(os.stat(path).st_size > 0,
             f'data source {name!r} is empty: {path} holds nothing')
@@ -746,11 +754,12 @@ def _digest_rows(rows: Iterable[Any]) -> str:
 
 def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
                 ) -> tuple[list[Source], list[int]]:
-  """Divides the files of a source among shards: files of tokens that can be
-  written by several machines.
+  """Divides the files of a data source among shards: files of tokens, which
+  several machines can write at the same time.
 
-  Neighbouring files make a shard, so many that they have `shard_bytes` of text,
-  or a MOST_SHARDS-th of all. A source without files is one shard.
+  Successive files make a shard, as many as have `shard_bytes` of text, or more
+  if there would be more than MOST_SHARDS shards. A source without files is one
+  shard.
 
   Args:
     source: the source of documents, with its files.
@@ -760,14 +769,16 @@ def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
     For each shard, in order, a source of its files; and the bytes of these
     files.
   """
-  # Without files, nothing tells the size; 1 is the share of the one shard.
+  # The size of a source without files is not known. Any number above 0 will do
+  # for a single shard.
   if not source.files:
     return [source], [1]
   sizes = [os.stat(path).st_size for path in source.files]
   target = max(shard_bytes, sum(sizes) // MOST_SHARDS)
 
   # Add files to a shard until the next one would make it larger than the
-  # target. So the plan depends on the files alone, and all machines have it.
+  # target. The plan must depend on the files alone, so that all machines make
+  # the same.
   parts: list[list[str]] = []
   totals: list[int] = []
   for path, size in zip(source.files, sizes):
@@ -832,29 +843,29 @@ def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
 
 def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
                 begun: dict[str, Any]) -> tokens.Table:
-  """Tokenises the documents of a shard (some neighbouring files of a source)
-  and writes their token ids.
-
-  The table is written last: without it, the shard is not finished.
+  """Tokenises the documents of one shard (some of the files of a data source),
+  and writes their token ids to NUMBER.tokens and a table of them to
+  NUMBER.table.
 
   Args:
     folder: the folder of the tokens.
     i: the number of the shard.
     part: the files of the shard, as a source.
     tokenizer: the tokenizer, as tokenizers.load returns it.
-    begun: the content of begun.json.
+    begun: the content of begun.json, which describes the whole folder.
 
   Returns:
-    The table of the shard: the sizes and kinds of its documents.
+    The table: the sizes and kinds of the documents.
 
   Raises:
-    EnvironmentFailure: where it cannot be written, or the files were written
-      meanwhile.
+    EnvironmentFailure: where the shard cannot be written, or the source files
+      have changed meanwhile.
   """
   print(f'tokenising {part.name}, shard {i + 1} of {begun["shards"]}',
         file=sys.stderr, flush=True)
-  # Compare the sizes and times of the files before and after, since a reader
-  # locks none. Only a whole file of ids gets its name (write_atomically).
+  # Write the ids. The source files are not locked, so compare their sizes and
+  # times before and after. The file of ids gets its name only when it is
+  # complete.
   before = file_stats(part)
   with storage.write_atomically(folder / f'{i:05}.tokens') as write:
     table = _write_tokens(write, part=part, tokenizer=tokenizer,
@@ -864,7 +875,7 @@ def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
         f'data source {part.name!r} changed while it was being read: start '
         'again when its files are complete')
 
-  # The table comes last: it says that the shard is whole.
+  # Write the table last: if it exists, the shard is complete.
   file = io.BytesIO()
   np.savez_compressed(file, **table._asdict())
   data = file.getvalue()
@@ -938,10 +949,11 @@ def _checksums(data: bytes) -> list[int]:
 
 def _group_documents(documents: Iterable[Document]
                      ) -> Iterator[list[list[tuple[str, str]]]]:
-  """Collects documents into chunks that are encoded at once.
+  """Groups documents into chunks that are encoded together.
 
   Args:
-    documents: texts, or lists of (kind, text) parts.
+    documents: texts, or lists of (kind, text) parts, such as questions and
+      answers.
 
   Yields:
     Lists of documents, each a list of (kind, text) parts. A list has about
@@ -966,24 +978,22 @@ def _group_documents(documents: Iterable[Document]
 
 def encode_parts(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
                  ) -> Iterator[tuple[np.ndarray, str]]:
-  """Encodes some documents, which may consist of several parts, such as
+  """Encodes several documents, each of which may consist of parts, such as
   questions and answers.
 
-  A question and its answer are encoded as one text, and the answer has the ids
-  from the first one on that it changes. A conversation that a Jinja template
-  rendered is encoded as one text, too. The library of a tokenizer encodes
-  several texts at the same time.
+  A question and its answer are encoded as one text, and then divided. A
+  conversation that a Jinja template has rendered is also encoded as one text.
 
   Args:
     tokenizer: the tokenizer, as tokenizers.load returns it.
     chunk: documents, each a list of (kind, text) parts.
 
   Yields:
-    The token ids [T] and the text of each part, in the order of the documents.
+    The token ids [T] and the text of each part, in order.
   """
-  # Encode all texts in one call. For an answer this is the text of its question
-  # and itself, and for any other part its own. The second loop takes them from
-  # the iterator in the same order.
+  # Encode all texts in one call, which the library runs in parallel. The text
+  # of an answer is its question and itself, joined. The second loop takes the
+  # encoded texts from the iterator in the same order.
   all_texts: list[str] = []
   for parts in chunk:
     if not _is_rendered(parts):
@@ -1001,9 +1011,10 @@ def encode_parts(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
     ids_of_parts = [next(encoded_texts) for _ in parts]
     for i in range(len(parts)):
       if _answers_part_before(parts, i):
-        # Encoded by itself, an answer might have other tokens than after its
-        # question, such as at a space. The ids that the question alone and
-        # question with answer begin with alike are the question's.
+        # Encoded alone, an answer might have other tokens than after its
+        # question, for instance at the space between them. So the question is
+        # encoded alone and with the answer. The ids with which both begin are
+        # the question's; those that follow are the answer's.
         question_and_answer = ids_of_parts[i]
         num_shared = count_shared_ids(question_and_answer, ids_of_parts[i - 1])
         ids_of_parts[i - 1] = question_and_answer[:num_shared]
@@ -1092,8 +1103,8 @@ def _has_all_shards(path: epath.Path) -> bool:
 
 def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
                      ) -> tokens.Tokens:
-  """Returns the token ids of a source, which is tokenised unless the cache has
-  them.
+  """Returns the token ids of a data source. If the cache does not have them
+  yet, the source is tokenised and added to the cache.
 
   Args:
     source: a source of text or conversations, as parse_sources returns it.
@@ -1101,17 +1112,18 @@ def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
     cache_dir: data.cache_dir, the folder of the cache of tokens.
 
   Raises:
-    RequestError: if a document cannot be read, naming the file and line.
+    RequestError: for a document that cannot be read, with its file and line.
   """
-  # An entry of the cache that is whole is read as it is, without a lock.
+  # A complete entry of the cache is read without a lock.
   path = _folder_of_entry(source, tokenizer=tokenizer, cache_dir=cache_dir)
   if _has_all_shards(path):
     return tokens.load_tokens(str(path), source.name)
 
-  # Make the entry, one process at a time. Others wait for the lock, and then
-  # find it whole, which is why that is asked again. A process that was killed
-  # leaves finished shards, which are kept. The first document is read before
-  # all bytes are hashed, so that what is no text is refused at once.
+  # Otherwise make the entry, under a lock. A process that has waited for the
+  # lock finds the entry complete, so this is checked again. Shards that a
+  # killed process has finished are kept. The first document is read before the
+  # hash of all bytes is computed, so that a file which is no text is refused at
+  # once.
   parts, _ = plan_shards(source)
   storage.check_folder_is_writable(path.parent, 'data.cache_dir')
   with _share_as_folder(cache_folder(cache_dir)), _lock_entry(path,
@@ -1129,8 +1141,8 @@ def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
 
 
 def content_digest(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
-  """Returns the hash of the content of a source, which is read unless the cache
-  of tokens has it.
+  """Returns a hash of the content of a data source. The cache of tokens may
+  have it; else the whole source is read.
 
   Args:
     source: a source of text or conversations, as parse_sources returns it.
@@ -1145,17 +1157,17 @@ def content_digest(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
 
 @contextlib.contextmanager
 def _share_as_folder(folder: pathlib.Path) -> Iterator[None]:
-  """Makes new files and folders writable for others as a folder is, for the
-  time of a `with` block: a cache may have several users.
+  """Within a `with` block, gives new files and folders the permissions that
+  others have in a certain folder, as a cache may have several users.
 
   Args:
-    folder: the folder whose rights are taken; it is made where it is not there.
+    folder: the folder with these permissions. It is made if it does not exist.
   """
   with storage.explain_write_failures(folder):
     folder.mkdir(parents=True, exist_ok=True)
 
-  # Where others may not write, the user's own mask is right. Else the mask,
-  # which is of the whole process, is set back at the end.
+  # If others may not write to the folder, change nothing. Else set the mask of
+  # permissions, which belongs to the whole process, and restore it at the end.
   mode = folder.stat().st_mode
   if not mode & _MODE_OTHERS_WRITE:
     yield
@@ -1169,11 +1181,11 @@ def _share_as_folder(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock_entry(path: epath.Path, name: str) -> Iterator[None]:
-  """Lets one process at a time make an entry of the cache of tokens, for the
-  time of a `with` block.
+  """Within a `with` block, keeps other processes from making the same entry of
+  the cache of tokens. They wait here.
 
-  The lock ends with the process that holds it, however that ends. Where the
-  file system has no locks, every process makes the entry.
+  The lock is released when the process ends, for whatever reason. On a file
+  system without locks, each process makes the entry.
 
   Args:
     path: the folder of the entry.
@@ -1182,11 +1194,11 @@ def _lock_entry(path: epath.Path, name: str) -> Iterator[None]:
   with storage.explain_write_failures(str(path)):
     path.mkdir(parents=True, exist_ok=True)
     lock = path / '.lock'
-    # Where the file is another user's, Linux may refuse the mode that would
-    # create it.
+    # If the file exists and belongs to another user, Linux may refuse a mode
+    # that creates files.
     file = open(lock, 'r+' if lock.exists() else 'a+')
 
-  # Wait for the lock, which closing the file gives up.
+  # Wait for the lock. Closing the file releases it.
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX)

@@ -39,24 +39,23 @@ Rows = Iterator[tuple[str, dict[str, Any]]]  # where it stands, and what it has
 
 
 def decode_text(content: bytes, location: str) -> str:
-  """Decodes UTF-8 bytes, and refuses those that were not written as text.
+  """Decodes UTF-8 bytes, and refuses bytes that are no text.
 
   Args:
     content: the bytes of the text.
     location: the file and the line, for messages.
 
   Raises:
-    RequestError: for bytes that are not UTF-8, or hold so many control
-      characters that they were not written as text.
+    RequestError: for bytes that are not UTF-8, or that have so many control
+      characters that they cannot be text.
   """
-  # A file of another form, such as one that is compressed, is known by how it
-  # begins.
+  # Recognise compressed files and the like by their first bytes.
   for first_bytes, advice in _ADVICE_FOR_FIRST_BYTES.items():
     require(not content.startswith(first_bytes), f'{location} is {advice}')
 
-  # Damaged and binary data may be valid UTF-8, too. Count the control
-  # characters of each stretch, so that a damaged end is found in a long text; a
-  # few, or a twentieth, are allowed.
+  # Damaged and binary data may also be valid UTF-8. Count the control
+  # characters, for each part of the text separately, so that a damaged end of a
+  # long text is found. A few of them, or a twentieth, are allowed.
   for start in range(0, len(content), _CHECKED_BYTES):
     part = content[start:start + _CHECKED_BYTES]
     controls = len(part) - len(part.translate(None, _CONTROL_CHARACTERS))
@@ -72,12 +71,15 @@ def decode_text(content: bytes, location: str) -> str:
 
 
 def check_size(location: str, size: int) -> None:
-  """Raises RequestError for a file, or a part of one, that does not fit into
-  this machine's memory twice: as bytes, and as text.
+  """Checks that a file, or a part of one, fits into this machine's memory
+  twice: as bytes, and as text.
 
   Args:
     location: the file or the part, for messages.
-    size: its bytes, which are read at once.
+    size: the number of bytes, which are read at once.
+
+  Raises:
+    RequestError: for a file that is too large.
   """
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   require(2 * size <= memory, f'{location} has {size / 2**30:,.1f} GiB, which '
@@ -96,17 +98,18 @@ def read_text(path: str) -> str:
 
 
 def read_lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
-  """Yields (where it stands, text) of the lines of a UTF-8 file.
+  """Yields the lines of a UTF-8 file, as (location, text). The location is the
+  file and the line, for messages.
 
   Args:
     path: the path of the file.
-    all_lines: whether lines without text are yielded too.
+    all_lines: whether to yield empty lines too.
 
   Raises:
-    RequestError: naming the line that is not text.
+    RequestError: for a line that is no text.
   """
-  # Lines are read as bytes, so that one that is not UTF-8 can be named. There
-  # is a limit to each, as a file without lines might not fit into memory.
+  # Read the lines as bytes, so that a message can name one that is not UTF-8.
+  # Limit their length: a file without line breaks might not fit into memory.
   with open(path, 'rb') as file:
     number = 0
     while line := file.readline(MOST_BYTES_OF_LINE):
@@ -137,8 +140,8 @@ def parse_json(data: bytes | str, location: str) -> Any:
 
 
 def check_text(text: Any, location: str) -> str:
-  """Returns a string, after a check that it can be written as UTF-8: JSON may
-  hold half of a surrogate pair.
+  """Checks that a value is a string that can be written as UTF-8, and returns
+  it. JSON may have strings that cannot, with half of a surrogate pair.
 
   Args:
     text: the value to check.
@@ -157,15 +160,18 @@ def check_text(text: Any, location: str) -> str:
 
 
 def read_rows(path: str, names: bool = True) -> Rows:
-  """Yields (where it stands, {column: value}) of each row of a file: a .tsv, a
-  .csv, or JSON with the objects of a list, or one object a line.
+  """Yields the rows of a file as (location, {column: value}). The location is
+  the file and the line, for messages.
+
+  The file is a table (.tsv or .csv), a JSON list of objects, or JSON Lines,
+  with one object on each line.
 
   Args:
     path: the path of the file.
-    names: whether the first line of a table names its columns.
+    names: whether the first line of a table has the names of its columns.
 
   Raises:
-    RequestError: naming the row that is broken.
+    RequestError: for a row that cannot be read.
   """
   if path.endswith(TABLE_ENDINGS):
     yield from _read_table(path, names)
@@ -193,14 +199,16 @@ def _read_json_lines(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_table(path: str, names: bool) -> Rows:
-  """Yields (where it stands, {column: cell}) of each row of a .tsv or a .csv.
+  """Yields the rows of a .tsv or a .csv as (location, {column: cell}). The
+  location is the file and the line, for messages.
 
   Args:
     path: the path of the file.
-    names: whether the first line names the columns.
+    names: whether the first line has the names of the columns. If not, they are
+      called '0', '1', and so on.
   """
-  # In a .tsv quotes mean nothing, as in the files of GLUE. The limit is one of
-  # the whole module csv, which would refuse a field of 131,073 characters.
+  # In a .tsv, quotes have no meaning, as in the files of GLUE. By default the
+  # module csv refuses a cell of more than 131,072 characters.
   csv.field_size_limit(2**31 - 1)
   dialect: dict[str, Any] = {}
   if path.endswith('.tsv'):
@@ -208,9 +216,9 @@ def _read_table(path: str, names: bool) -> Rows:
   text = io.StringIO(read_text(path).removeprefix('\ufeff'), newline='')
   reader = csv.reader(text, strict=True, **dialect)
 
-  # The first line with text may name the columns; else they are named '0', '1',
-  # and so on. A quoted cell may have several lines, so messages name the line
-  # that a row begins at: the one after the last line of the row before.
+  # Skip empty lines. A quoted cell may have several lines, so the location is
+  # the line at which a row begins: the one after the last line of the row
+  # before.
   columns = None
   first_line = 1
   try:
@@ -230,12 +238,15 @@ def _read_table(path: str, names: bool) -> Rows:
 
 def check_columns(columns: Iterable[str], names: Iterable[str], location: str
                   ) -> None:
-  """Raises RequestError for a name that none of the columns has.
+  """Checks that a row or a file has all columns that are to be read.
 
   Args:
-    columns: the columns of a row or a file.
-    names: the columns that are read.
+    columns: the columns that it has.
+    names: the columns that are to be read.
     location: the row or the file, for messages.
+
+  Raises:
+    RequestError: for a column that is missing.
   """
   for name in names:
     require(name in columns, f'{location} has no field {name!r}: it has '

@@ -144,11 +144,12 @@ class Tokenizer:
 
   @property
   def least_vocab_size(self) -> int:
-    """The number of ids that a model must have at least.
+    """The least number of ids that a model with this tokenizer must have.
 
-    This is vocab_size, less the special tokens at its end that have no use
-    here, such as Gemma 3's <image_soft_token>. Only
-    `encode_with_special_tokens` gives these, of a text that has them."""
+    It is vocab_size without special tokens at the end of the vocabulary that
+    are not used here, such as Gemma 3's <image_soft_token>. Only
+    `encode_with_special_tokens` returns them, for a text that contains them.
+    """
     used_ids = {*self.special_ids.values(), *self.sentinel_ids}
     unused_ids = self.ids_outside_vocabulary - used_ids
     size = self.vocab_size
@@ -199,15 +200,18 @@ class Bytes(Tokenizer):
   def __init__(self, size: int = USUAL):
     """Divides the ids among the digits of bytes, special tokens and sentinels.
 
+    With 256 ids for it, a byte is one token. With fewer, it is written in
+    several digits: with 16 in two, with 4 in four, and with 2 in eight.
+
     Args:
-      size: how many ids there are.
+      size: the number of ids.
     """
     self.name = 'bytes' if size == self.USUAL else f'bytes:{size}'
     self.vocab_size = size
     self.fingerprint = f'bytes-{size}'
 
-    # A byte is written as 1, 2, 4 or 8 digits, as few as leave room for the
-    # special tokens: a digit of b bits needs 2 ** b ids.
+    # Choose the most bits of a digit that leave room for the special tokens. A
+    # digit of b bits needs 2 ** b ids.
     num_special = len(self.SPECIAL)
     bits = max(b for b in (1, 2, 4, 8) if 2 ** b + num_special <= size)
     self._base = 2 ** bits
@@ -240,14 +244,15 @@ class Bytes(Tokenizer):
     return rows
 
   def encode_spans(self, texts: Sequence[str]):
-    """Returns the ids of each text, and the character that each stands for.
+    """Encodes texts, and tells to which character each token belongs.
 
     Args:
       texts: the texts.
 
     Returns:
-      For each text its ids, int32 [T], and spans, int32 [T, 2]: the number of
-      the character that each token is of, and the one after it.
+      For each text its ids, int32 [T]; and the spans of its T tokens, int32
+      [T, 2]: the index of the first character of each, and the one after its
+      last.
     """
     encoded = []
     for text, ids in zip(texts, self.encode_batch(texts)):
@@ -263,12 +268,14 @@ class Bytes(Tokenizer):
     return encoded
 
   def decode_bytes(self, ids: Iterable[int]):
-    """Returns the bytes of ids; special tokens spell nothing.
+    """Returns the bytes that ids stand for. Special tokens, and bytes of which
+    some digits are missing, are left out.
 
-    Digits of a byte that is not complete are left out.
+    Args:
+      ids: the token ids.
     """
     text = bytearray()
-    # Add up the digits of a byte, the highest first, until it is complete.
+    # Add up the digits of a byte, the highest one first, until it is complete.
     byte = 0
     num_digits = 0
     for token in ids:
@@ -292,8 +299,8 @@ class Bytes(Tokenizer):
     return f'<{token}>'
 
   def save(self, path):
-    """Writes this tokenizer as a byte-level BPE without merges. Each byte must
-    have one id.
+    """Writes this tokenizer as a tokenizer.json: a byte-level BPE without
+    merges. It must have one token for each byte.
 
     Args:
       path: the file to write.
@@ -317,9 +324,16 @@ class Bytes(Tokenizer):
     pipeline.save(str(path))
 
   def encode_with_special_tokens(self, text: str):
-    """Returns the ids and spans of a text in which special tokens are obeyed.
+    """Encodes a text in which special tokens are read as such.
+
+    Args:
+      text: the text.
+
+    Returns:
+      The ids, int32 [T]; and the first character of each token and the one
+      after its last, int32 [T, 2].
     """
-    # Special tokens, and the text between them.
+    # Split the text into special tokens and the text between them.
     patterns = [re.escape(written) for written in self.id_of_added_text]
     pieces = re.split(f'({"|".join(patterns)})', text)
     ids = []
@@ -401,13 +415,14 @@ class HuggingFace(Tokenizer):
                                        digest_size=16).hexdigest()
 
   def _pattern_of_mask(self, mask_id: int) -> str:
-    """Returns a regular expression for a mask in a text: the vocabulary's
-    spelling, or [MASK]. RoBERTa's takes the space before it along.
+    """Returns a regular expression that finds masks in a text. A mask may be
+    written as in the vocabulary, or as [MASK].
 
     Args:
       mask_id: the id of the mask.
     """
-    # `lstrip` and `rstrip` say that a token swallows the spaces beside it.
+    # Some masks include the spaces before (lstrip) or after them (rstrip), such
+    # as RoBERTa's.
     added = self._added.get(mask_id)
     before = r'\s*' if getattr(added, 'lstrip', False) else ''
     after = r'\s*' if getattr(added, 'rstrip', False) else ''
@@ -463,16 +478,17 @@ class HuggingFace(Tokenizer):
     return self._tokenizer.get_vocab(with_added_tokens=False)
 
   def _copy_pipeline(self, spells: bool) -> Any:
-    """Returns a copy of the pipeline that spells or obeys all added tokens.
+    """Returns a copy of the tokenizer that treats added tokens, such as special
+    ones, differently.
 
     Args:
-      spells: whether it spells them all; else it obeys them, as transformers
-        does.
+      spells: whether a token in a text is encoded letter by letter, like any
+        other text. If not, it is read as the token, as in transformers.
     """
     import tokenizers
     pipeline = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-    # The library spells only special tokens when it is asked to spell. To spell
-    # all added tokens, they are made special in this copy.
+    # encode_special_tokens concerns only special tokens. To spell all added
+    # tokens, make them special in this copy.
     pipeline.add_special_tokens([*self.id_of_added_text] if spells else [])
     pipeline.encode_special_tokens = spells
     return pipeline
@@ -499,14 +515,14 @@ class HuggingFace(Tokenizer):
 
 
 def load(spec: str) -> Tokenizer:
-  """Returns the tokenizer that data.tokenizer names.
+  """Loads the tokenizer that data.tokenizer names.
 
   Args:
-    spec: `bytes`, `bytes:N`, a tokenizer.json, a Hugging Face folder, or
-      hf://ORG/NAME.
+    spec: `bytes` or `bytes:N`, where tokens are bytes or parts of them; a
+      tokenizer.json; a Hugging Face folder; or hf://ORG/NAME.
 
   Raises:
-    RequestError: if there is no such file, or it is not a tokenizer.
+    RequestError: if there is no such file, or it is no tokenizer.
   """
   # `bytes` and `bytes:N` need no file.
   if re.fullmatch(r'bytes(:\d{1,3})?', spec):
@@ -515,9 +531,9 @@ def load(spec: str) -> Tokenizer:
             f'from bytes:{Bytes.LEAST} to bytes:{Bytes.USUAL}')
     return Bytes(size)
 
-  # A folder is read by its tokenizer.json, or where it has none by the class of
-  # transformers that it names. A name on the hub becomes a folder of its cache,
-  # for which this downloads the files.
+  # Download the files if the name is one of the Hugging Face hub. A folder is
+  # read by its tokenizer.json; if it has none, by the class of transformers
+  # that it names.
   spec = str(hub.download_if_on_hub(spec, weights=False))
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
@@ -529,8 +545,9 @@ def load(spec: str) -> Tokenizer:
       return _read_with_transformers(spec, folder=path, names=names)
     path = path / 'tokenizer.json'
 
-  # A tokenizer.json is tried in a process with limits first: the package may
-  # crash at a damaged one, or take all memory, which no `except` catches.
+  # First try the tokenizer.json in another process, with limits of time and
+  # memory: the package may crash at a damaged file, or take all memory, which
+  # no `except` catches.
   if not path.is_file() or path.suffix != '.json':
     raise RequestError(
         f'unknown tokenizer {spec!r}, which is no such file or folder: choose '
@@ -553,16 +570,17 @@ def find_tokenizer_files(folder: pathlib.Path) -> tuple[str, ...]:
 
 
 def read_special_tokens(folder: pathlib.Path) -> dict[str, str]:
-  """Returns {'bos_token': '<s>', ...} as the files of a folder name them.
+  """Returns the special tokens that the files of a tokenizer's folder name, as
+  {'bos_token': '<s>', ...}.
 
-  These are its tokenizer_config.json and, for what that leaves out, a
-  special_tokens_map.json, as folders of earlier versions of transformers have
-  one.
+  They stand in tokenizer_config.json. Folders of earlier versions of
+  transformers may also have a special_tokens_map.json, which is read for tokens
+  that the other file does not name.
 
   Args:
-    folder: the folder of a tokenizer; it need not have these files.
+    folder: the folder of a tokenizer. It need not have these files.
   """
-  # The tokenizer_config.json is read last, so that it wins.
+  # Read tokenizer_config.json last, so that its tokens overwrite the others.
   special_tokens = {}
   for name in ('special_tokens_map.json', CONFIG_FILE):
     if not (folder / name).is_file():
@@ -577,13 +595,14 @@ def read_special_tokens(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _read_tokenizer_json(spec: str, path: pathlib.Path) -> Tokenizer:
-  """Reads a tokenizer.json, whose special tokens the files beside it name.
+  """Reads a tokenizer from a tokenizer.json. Other files beside it may name its
+  special tokens.
 
   Args:
     spec: the value of data.tokenizer, for messages.
     path: the path of the tokenizer.json.
   """
-  # The special tokens of the pipeline, {text: id}.
+  # Find the special tokens of the tokenizer.json, {text: id}.
   import tokenizers
   pipeline = tokenizers.Tokenizer.from_file(str(path))
   id_of_special = {}
@@ -591,9 +610,9 @@ def _read_tokenizer_json(spec: str, path: pathlib.Path) -> Tokenizer:
     if token.special:
       id_of_special[token.content] = i
 
-  # For each kind, take the token that the files beside it name, if it is in the
-  # vocabulary, or else the first usual name that is. None: there is no token of
-  # this kind.
+  # For each kind, such as eos, take the token that the other files name, if it
+  # is in the vocabulary. Else take the first of the usual names that is. None:
+  # there is no token of this kind.
   token_of_key = read_special_tokens(path.parent)
   ids: dict[str, int | None] = {}
   for kind, usual_names in SPECIAL_NAMES.items():
@@ -609,13 +628,13 @@ def _read_tokenizer_json(spec: str, path: pathlib.Path) -> Tokenizer:
 
 def _read_with_transformers(
     spec: str, folder: pathlib.Path, names: tuple[str, ...]) -> Tokenizer:
-  """Returns the tokenizer of a folder that has no tokenizer.json.
+  """Reads the tokenizer of a folder without a tokenizer.json, by the class of
+  transformers that the folder names.
 
   Args:
     spec: the value of data.tokenizer, for messages.
     folder: the path of the folder.
-    names: the names of the files that the class of transformers reads, which
-      the folder names.
+    names: the names of the files that this class reads, for messages.
 
   Raises:
     RequestError: where transformers cannot read them.
@@ -630,19 +649,21 @@ def _read_with_transformers(
 
 
 def _find_cls_and_sep(tokenizer: Any) -> dict[str, int]:
-  """Finds the special tokens [CLS] and [SEP] that a pipeline puts around texts.
+  """Finds the special tokens [CLS] and [SEP] that a tokenizer puts around
+  texts, by trying it on one text and on two.
 
-  BERT and RoBERTa have cls, a text, sep; and for two texts cls, a text, one sep
-  or two, another text, sep.
+  BERT and RoBERTa write one text as [CLS] text [SEP]. They write two texts as
+  [CLS] text [SEP] text [SEP], or with two [SEP] between them.
 
   Args:
-    tokenizer: the pipeline of the package tokenizers.
+    tokenizer: the tokenizer, of the package tokenizers.
 
   Returns:
-    {'cls': id, 'sep': id}; {} for a pipeline that does otherwise.
+    {'cls': id, 'sep': id}; {} for a tokenizer that puts other tokens around
+    texts.
   """
-  # Encode one text and two, and look where special tokens stand: the mask is 1
-  # there. The digits are a pattern of it, '10+1' for [CLS] text [SEP].
+  # Encode one text and two. The mask is 1 at special tokens, so its digits must
+  # fit '10+1' for [CLS] text [SEP], where 0+ is the text.
   frames = set()
   one_text = tokenizer.encode('a')
   two_texts = tokenizer.encode('a', 'b')
@@ -658,8 +679,7 @@ def _find_cls_and_sep(tokenizer: Any) -> dict[str, int]:
     for separator in separators:
       frames.add((cls, separator))
 
-  # All must be the same two tokens, or they mean something else. A pipeline
-  # that has one token in both places has no [CLS].
+  # They must be the same two tokens everywhere, and different ones.
   if len(frames) > 1:
     return {}
   [(cls, sep)] = frames
@@ -695,18 +715,19 @@ def _byte_of_character() -> dict[str, int]:
 
 def _bytes_of_byte_level_ids(tokenizer: Any, vocab: dict[str, int]
                              ) -> dict[int, bytes] | None:
-  """Finds the bytes that each token of a byte-level BPE spells.
+  """Returns the bytes that each token of a byte-level BPE stands for.
 
-  Such a vocabulary writes each byte as one printable character, so a token's
-  bytes are known exactly even where a window cuts a character in two.
+  Such a vocabulary writes each byte as one printable character. So the bytes of
+  a token are known exactly, even if it ends in the middle of a character of the
+  text.
 
   Args:
-    tokenizer: the pipeline of the package tokenizers.
-    vocab: the id of each token.
+    tokenizer: the tokenizer, of the package tokenizers.
+    vocab: {token: id}.
 
   Returns:
-    {id: bytes}; None for a tokenizer of another kind. An id that is missing
-    spells nothing.
+    {id: bytes}; None for a tokenizer of another kind. A token whose id is
+    missing stands for no bytes.
   """
   import tokenizers
   if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
@@ -741,26 +762,26 @@ _TOKENS_OF_CONTEXT = 8
 
 def decode_after_prompt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray,
                         prompt: Sequence[int] | np.ndarray = ()) -> bytes:
-  """Returns the bytes that token ids add to the text of a prompt.
+  """Returns the bytes of text that tokens add to a prompt.
 
-  Where words carry the space before them, as sentencepiece and WordPiece have
-  it, ids that are decoded alone begin without one. So the end of the prompt is
-  decoded along, and cut off.
+  In sentencepiece and WordPiece, a word has the space before it. If ids are
+  decoded alone, this first space is lost. So the end of the prompt is decoded
+  with them, and its text is removed from the result.
 
   Args:
     tokenizer: the tokenizer of the model.
     ids: the ids after the prompt.
-    prompt: the ids of the prompt; () where there is none.
+    prompt: the ids of the prompt; () if there is none.
 
   Returns:
-    UTF-8 bytes, which may be cut inside a character.
+    UTF-8 bytes, which may end in the middle of a character.
   """
   # A few tokens of the prompt are enough to see whether a space comes next.
   end_of_prompt = [int(token) for token in prompt[-_TOKENS_OF_CONTEXT:]]
   text_of_prompt = tokenizer.decode_bytes(end_of_prompt)
   text = tokenizer.decode_bytes([*end_of_prompt, *ids])
-  # A decoder that tidies up, as before a full stop, may change the end of the
-  # prompt. Then the ids are decoded alone.
+  # A decoder may tidy up spaces, for instance before a full stop, and so change
+  # the end of the prompt. Then decode the ids alone.
   if text.startswith(text_of_prompt):
     return text[len(text_of_prompt):]
   return tokenizer.decode_bytes(ids)

@@ -63,22 +63,21 @@ _LOCK_OF_PARSER = threading.Lock()
 
 def select_documents(numbers: np.ndarray, every: int | None, split: str,
                      part: str = '') -> np.ndarray:
-  """Selects the documents of a source that belong to a split.
+  """Selects which documents of a data source belong to the training data, or to
+  the held-out data. The first one of every `every` documents is held out.
 
   Args:
-    numbers: int64 [N], the places of the documents in the source.
-    every: data.holdout_every, the first document of each so many is held out;
-      0: none is; None: the source has its split for itself (data.eval_source),
-      and all belong to it.
+    numbers: int64 [N], the numbers of the documents in the source.
+    every: data.holdout_every; 0: none is held out; None: the source is only for
+      evaluation (data.eval_source) or only for training, and all belong to it.
     split: 'train' for the data to train on, or 'eval' for the held-out data.
-    part: eval.part, the half of the held-out documents that is read for 'eval';
-      '': all of them.
+    part: eval.part, the half of the held-out documents that is read; '': all.
 
   Returns:
-    bool [N], whether each document belongs to the split.
+    bool [N], whether each document is selected.
   """
-  # One of every so many documents is held out. `order` counts the held-out
-  # documents themselves: 0, 1, 2, ...
+  # Select the documents of the split. `order` numbers the held-out documents:
+  # 0, 1, 2, ...
   wanted = np.ones(len(numbers), bool)
   order = numbers
   if every is not None:
@@ -90,8 +89,9 @@ def select_documents(numbers: np.ndarray, every: int | None, split: str,
       wanted = held_out
     order = numbers // max(every, 1)
 
-  # The two parts of what is held out take turns: even ones are the first, and
-  # odd ones the second.
+  # Held-out documents belong to the two parts in turn: the even ones to the
+  # first part, the odd ones to the second. HELD_OUT_PARTS begins with '', so 1
+  # is subtracted.
   if part and split == 'eval':
     is_second = HELD_OUT_PARTS.index(part) - 1
     wanted = wanted & (order % 2 == is_second)
@@ -147,15 +147,15 @@ class Tokens:
       yield from pool.map(self.table, range(self.begun['shards']))
 
   def read(self, shard: int, first: int, end: int) -> np.ndarray:
-    """Returns some ids of a shard (a file of tokens).
+    """Reads some token ids of a shard, which is one file of tokens.
 
     Args:
       shard: the number of the shard.
-      first: the place of the first id in the shard.
-      end: the place after the last id.
+      first: the index of the first id in the shard.
+      end: the index after the last id.
     """
-    # Whole blocks are read, which have a checksum and are kept in memory. -(-a
-    # // b) rounds the quotient up, to include the last block.
+    # Read whole blocks, as only these have a checksum. They are also kept in
+    # memory. -(-a // b) rounds the quotient up, to include the last block.
     size = BLOCK_BYTES // self._dtype.itemsize
     blocks = range(first // size, -(-end // size))
     ids_of_blocks = [self._block(shard, block) for block in blocks]
@@ -172,10 +172,17 @@ class Tokens:
     return joined[first - start:end - start]
 
   def _read_block(self, shard: int, block: int) -> np.ndarray:
-    """Returns the ids of a block of a shard.
+    """Reads a block of BLOCK_BYTES bytes of a shard, and checks its checksum.
+
+    Args:
+      shard: the number of the shard, which is one file of tokens.
+      block: the number of the block in the file.
+
+    Returns:
+      The token ids of the block.
 
     Raises:
-      EnvironmentFailure: where they have another checksum.
+      EnvironmentFailure: for a wrong checksum.
     """
     path = f'{self.folder}/{shard:05}.tokens'
     data = read_bytes(path, start=block * BLOCK_BYTES,
@@ -185,32 +192,33 @@ class Tokens:
     return np.frombuffer(data, self._dtype)
 
   def _table(self, shard: int) -> Table:
-    """Reads the table of a shard, which says what documents the shard has.
+    """Reads the table of a shard, which describes the documents in its file of
+    tokens.
 
     Args:
       shard: the number of the shard.
 
     Raises:
-      EnvironmentFailure: where it has another checksum, or the shard another
-        size.
+      EnvironmentFailure: for a wrong checksum, or a file of tokens that has not
+        the size of these documents.
     """
-    # The file is a checksum of four bytes and then an .npz.
+    # The file has a checksum of four bytes, followed by an .npz file.
     path = self.folder / f'{shard:05}.table'
     content_with_checksum = path.read_bytes()
     checksum = content_with_checksum[:4]
     content = content_with_checksum[4:]
-    # The checksum of nothing is 0, as a file of zeros would have it.
+    # Refuse an empty content: its checksum is 0, so a file of zeros would pass.
     if not content or checksum != zlib.crc32(content).to_bytes(4, 'little'):
       raise damaged_file(path, 'it has another checksum')
 
-    # np.load parses the header of an array only when the array is read, so both
-    # are under the lock.
+    # np.load reads an array only when it is asked for, so this too must be
+    # under the lock.
     with _LOCK_OF_PARSER:
       arrays = np.load(io.BytesIO(content))
       table = Table(**{name: arrays[name] for name in Table._fields})
 
-    # The file of the ids must have the size that the table tells of. Its
-    # content is checked block by block, when it is read.
+    # Compare the size of the file of tokens with that of all documents. Its
+    # content is checked block by block when it is read.
     tokens_path = self.folder / f'{shard:05}.tokens'
     wanted_size = int(table.sizes.sum()) * self._dtype.itemsize
     size = storage.file_size(tokens_path)
@@ -235,19 +243,21 @@ class Split:
 
   def __init__(self, tokens: Tokens, every: int | None, split: str, part: str,
                separator: int):
-    """Finds which documents of each shard belong to the split.
+    """Finds the documents of a folder of tokens that belong to the training
+    data, or to the held-out data.
+
+    Their tokens make one stream: document, separator, document, and so on.
 
     Args:
-      tokens: the tokens of the folder.
-      every, split, part: the choice of documents, as `select_documents` takes
-        it.
+      tokens: the tokens of the folder, in several files, called shards.
+      every, split, part: the arguments of `select_documents`.
       separator: the id of the token between two documents.
     """
     self.tokens = tokens
     self._chosen = (every, split, part)
     self._separator = separator
-    # Count what each shard has of the split. Documents are numbered through all
-    # shards, as `select_documents` needs.
+    # Count the selected documents of each shard, their tokens and their bytes.
+    # Documents are numbered through all shards, as `select_documents` needs.
     kinds: set[int] = set()
     counts = []
     totals = []
@@ -274,20 +284,22 @@ class Split:
     self._places = functools.lru_cache(MOST_TABLES)(self._find_places)
 
   def fill(self, tokens: np.ndarray, first: int) -> None:
-    """Writes the stream of tokens into an array, as far as it goes.
+    """Copies a part of the stream of tokens into an array. The stream is
+    separator, document, separator, document, and so on.
 
     Args:
-      tokens: the array, which is full of separators.
-      first: the token of the stream that it begins with.
+      tokens: the array to fill. It must be full of separators, as these are not
+        written. If the stream ends before, the rest is left as it is.
+      first: the index in the stream of the first token to copy.
     """
-    # The stream begins with a separator, which the array has already. Places
-    # are counted from after it on, so they are one less than in the stream.
+    # `place` and `end` do not count the separator before the first document, so
+    # they are one less than indices of the stream.
     place = max(first - 1, 0)
     end = min(first - 1 + len(tokens), self.num_tokens)
 
-    # Go from shard to shard: find the one that holds the place, and fill in
-    # what the array has room for. Of shards that begin at the same place,
-    # side='right' takes the last, as the others are empty.
+    # Go from shard to shard (files of tokens): find the one with this place,
+    # and copy as much as the array has room for. If several shards begin at the
+    # same place, side='right' takes the last one, as the others are empty.
     while place < end:
       shard = int(np.searchsorted(self._starts, place, side='right')) - 1
       shard_start, stop = map(int, self._starts[shard:shard + 2])
@@ -298,40 +310,41 @@ class Split:
       place = stop
 
   def _fill_from(self, shard: int, tokens: np.ndarray, first: int) -> None:
-    """Writes a part of a shard's own stream into an array of separators.
+    """Copies a part of a shard's stream into an array. A shard is one file of
+    tokens, and its stream is document, separator, document, and so on.
 
     Args:
       shard: the number of the shard.
-      tokens: the array, into whose memory the ids are written. Where it has a
-        separator of the stream, it stays as it is.
-      first: the token of the shard's stream, document, separator, document, ...
-        that it begins with.
+      tokens: the array to fill. It must be full of separators, as these are not
+        written.
+      first: the index in the shard's stream of the first token to copy.
     """
-    # Find the first and the last document that the stream shows between the
-    # places `first` and `end`. `starts` counts in the stream, and `begins` in
-    # the file.
+    # Find the first and the last document with tokens between `first` and
+    # `end`. `starts` has the start of each document in the stream, and `begins`
+    # that in the file.
     starts, begins = self._places(shard)
     end = first + len(tokens)
     lowest = int(np.searchsorted(starts, first, side='right')) - 1
     highest = int(np.searchsorted(starts, end - 1, side='right')) - 1
 
     for number in range(lowest, highest + 1):
-      # Cut the document to what the array shows. A document ends a place before
-      # the next one starts, as a separator follows it.
+      # Find the part of the document that belongs into the array. A separator
+      # follows each document, so it ends one token before the next one starts.
       start = int(starts[number])
       stop = int(starts[number + 1]) - 1
       part_start = max(start, first)
       part_stop = min(stop, end)
       if part_start >= part_stop:
         continue
-      # In the file there are no separators, and documents of other splits stand
-      # between these, so that a place there differs by a shift.
+      # The file has no separators, and it also has documents that are not
+      # selected. So an index in the file differs from that in the stream.
       shift = int(begins[number]) - start
       part = self.tokens.read(shard, part_start + shift, part_stop + shift)
       tokens[part_start - first:part_stop - first] = part
 
   def _find_places(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the documents of the split in a shard.
+    """Finds where the selected documents of a shard begin. A shard is one file
+    of tokens.
 
     Args:
       shard: the number of the shard.

@@ -103,8 +103,8 @@ def check_probe(config: ml_collections.ConfigDict) -> None:
   probe = PROBES[name]
   settings = read_settings(config)
 
-  # A field that the probe does not read must keep its default, or somebody
-  # would believe that it did something. A probe without letters has vocab 0.
+  # A field that the probe does not read must keep its default: a user who sets
+  # it believes that it has an effect. A probe without letters has vocab 0.
   require(bool(probe.vocab) or not config.probe.vocab,
           f'probe.vocab is {config.probe.vocab}, which probe {name!r} does not '
           'read: leave it at 0')
