@@ -73,20 +73,21 @@ class Evaluation:
                                             process_count=count)
 
   def jit_once(self, function: Callable, *key: Hashable) -> Callable:
-    """Returns jax.jit(function), compiled once for runs that compute the same.
+    """Returns jax.jit(function), or the function that an earlier run of this
+    process has compiled if it computes the same.
 
-    The seeds of a sweep's point have one model and differ in fields that an
-    evaluation does not read, such as their seed. The function that the first
-    of them compiled serves them all.
+    For instance, runs that differ only in their seed have the same evaluation,
+    so it is compiled only for the first of them.
 
     Args:
       function: a function of arrays.
-      *key: what tells this function from the others that are compiled for the
-        run, such as the name of the task.
+      *key: what distinguishes this function from others that are compiled for
+        the run, such as the name of the task.
     """
-    # The compiled function is found by `key`, the config of the model, and all
-    # fields of the run's config that are part of the compiled computation.
-    # Those in TYPE_OF_TRACED_FIELD are passed to it as arguments.
+    # Find the compiled function by `key`, the config of the model, and all
+    # fields of the run's config that might change the computation. An
+    # evaluation does not depend on those in TYPE_OF_TRACED_FIELD, such as the
+    # learning rate.
     fields = []
     for name, value in run_config.flatten(self.run.config).items():
       if name not in runs.TYPE_OF_TRACED_FIELD:
@@ -96,12 +97,13 @@ class Evaluation:
 
   def run_on_batches(self, step: Callable, loader: pipeline.Loader,
                      task_name: str) -> Iterator[Any]:
-    """Yields step(params, batch) for each batch of a loader, on the host.
+    """Applies a function to each batch of a loader, and yields the results as
+    numpy arrays. A progress bar shows how far it is.
 
     Args:
-      step: a jitted function of parameters and a batch.
+      step: a jitted function of the parameters and a batch.
       loader: the loader of the batches.
-      task_name: the words of the progress bar for what is being done.
+      task_name: the words for the progress bar.
     """
     for batch in progress.show_items(loader.iterate(), text=task_name,
                                      total=loader.num_batches):
@@ -136,7 +138,7 @@ class Flag(NamedTuple):
       default: the value of the flag where it is not given.
       text: the sentence for --help.
     """
-    # absl has a function for each type, of which those for numbers take bounds.
+    # absl has a function for each type. Those for numbers take bounds.
     define_by_type: dict[type, Callable] = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
@@ -226,16 +228,16 @@ TASKS: Mapping[str, Task] = plugins.LazyTable(
 
 
 def get_task(name: str, location: str = '--tasks') -> Task:
-  """Returns the evaluation (task) of a name.
+  """Returns the evaluation task with a given name.
 
   Args:
-    name: the name that was asked for: NAME or NAME:ARGUMENT.
-    location: the flag or config field that names it, for the message.
+    name: the name that the user has written, NAME or NAME:ARGUMENT. The
+      argument is read elsewhere (_options_of_task).
+    location: the flag or config field that names the task, for the message.
 
   Raises:
     RequestError: where there is no such task, or it takes no argument.
   """
-  # The argument is not used here: _options_of_task reads it.
   base_name, colon, argument = name.partition(':')
   check_choice(location, value=base_name, choices=TASKS)
   task = TASKS[base_name]
@@ -264,9 +266,10 @@ def _options_of_task(name: str, values: Any) -> types.SimpleNamespace:
   """Collects the values of the flags that a task reads.
 
   Args:
-    name: the name of the task; its argument, if any, sets a flag.
-    values: the flags of eval.py as attributes; a missing one has its default,
-      so that None stands for no flags at all.
+    name: NAME or NAME:ARGUMENT of the task. The argument is the value of one of
+      its flags.
+    values: the flags of eval.py, as attributes. A missing one has its default,
+      so None means that no flag is set.
 
   Returns:
     An object with an attribute for each flag of the task.
@@ -324,25 +327,24 @@ def _flags_of_tasks(task_names: Iterable[str]) -> dict[str, Flag]:
 
 def choose_tasks(names: Sequence[str], values: flags.FlagValues, text: str = ''
                  ) -> list[str]:
-  """Chooses the evaluations (tasks) to do: those of --tasks, and those that
-  another flag requests.
-
-  A flag such as --prompt requests its task where no task of --tasks reads it.
+  """Chooses which evaluation tasks to do: those of the flag --tasks, and those
+  that other flags request. For instance --prompt requests the task that reads
+  it, unless a task of --tasks does so already.
 
   Args:
     names: the tasks of --tasks.
-    values: the flags by name.
-    text: the value of --text.
+    values: the flags of eval.py by name.
+    text: the value of --text, the text to evaluate on.
 
   Returns:
     The names of the tasks, each once, those of --tasks first.
 
   Raises:
-    RequestError: for a name that is no task's, for no task at all, and for a
-      flag, or a --text, that nothing reads.
+    RequestError: for an unknown task, for no task at all, and for a flag (or
+      --text) that none of the tasks reads.
   """
-  # Add the tasks that are requested by a flag: one that is set, that requests
-  # its task, and that no task of --tasks reads.
+  # Add a task if one of its flags requests it, is set, and is not read by a
+  # task of --tasks.
   flags_read = _flags_of_tasks(names)
   chosen = list(dict.fromkeys(names))
   for task_name, task in TASKS.items():
@@ -352,8 +354,8 @@ def choose_tasks(names: Sequence[str], values: flags.FlagValues, text: str = ''
       if values[flag.name].present and task_name not in chosen:
         chosen.append(task_name)
 
-  # Refuse what would have no effect: each flag that is set, and --text, has to
-  # be read by one of the tasks.
+  # Refuse whatever would have no effect. Each flag that is set, and --text,
+  # must be read by one of the tasks.
   if not chosen:
     raise RequestError("--tasks is '', so nothing is evaluated: choose from "
                        f'{", ".join(TASKS)}')
@@ -397,16 +399,17 @@ def _check_set_flags_are_read(task_names: Sequence[str],
 
 def check_task(name: str, options: Any, config: Config,
                location: str = '--tasks') -> None:
-  """Checks that an evaluation (task) can be done with a run.
+  """Checks that an evaluation task can be done with a run.
 
   Args:
     name: the name of the task.
-    options: eval.py's flags as attributes; None: none can be set.
+    options: the flags of eval.py, as attributes; None: the task is named where
+      no flag can be set.
     config: the config of the run.
     location: the flag or config field that names the task, for the message.
 
   Raises:
-    RequestError: where it cannot.
+    RequestError: where the task cannot be done.
   """
   task = get_task(name, location)
   reason = task.why_unfit(config)
@@ -419,18 +422,21 @@ def check_task(name: str, options: Any, config: Config,
 
 
 def check_task_without_flags(name: str, location: str) -> Task:
-  """Returns a task (an evaluation) that is named where no flag can be set, such
-  as in the config of a run.
+  """Checks an evaluation task that is named where no flag can be set, such as
+  in the config of a run.
 
   Args:
     name: the name of the task.
     location: the config field that names it, for the message.
 
+  Returns:
+    The task.
+
   Raises:
     RequestError: where the task needs a flag.
   """
-  # With all flags at their defaults, a task that needs one refuses. Its message
-  # is about flags, so it is put behind one about the config.
+  # A task that needs a flag refuses its defaults. Its message is about flags,
+  # so put a sentence about the config before it.
   task = get_task(name, location)
   try:
     task.check(_options_of_task(name, None), None)
@@ -495,22 +501,23 @@ def load_evaluation(workdir: epath.Path, names: Sequence[str], options: Any, *,
 
 def evaluate_run(workdir: epath.Path, names: Sequence[str], options: Any,
                  **loading: Any) -> dict[str, Any]:
-  """Does some tasks with a run's checkpoint, and prints their figures.
+  """Does some evaluation tasks with a checkpoint of a run, and prints their
+  figures.
 
   Args:
     workdir: the folder of the run.
-    names: the names of the tasks, as TASKS has them.
-    options: the values of the flags of `define_flags`, as attributes.
-    **loading: the keywords of `load_evaluation`.
-      step: which checkpoint; 'best'; several, for their mean; None: the newest.
-      text: what to evaluate on, as data.source; '': what the run holds out.
-      programs: what earlier evaluations of this process compiled; it is added
-        to.
-      live: with optim.ema, evaluate the parameters and not their average.
-      passes: the passes of layers that loop; 0: as many as in training.
+    names: the names of the tasks.
+    options: the values of the tasks' flags, as attributes.
+    **loading: the keyword arguments of `load_evaluation`: step, which
+      checkpoint ('best', several for the mean of their parameters, None for the
+      newest); text, what to evaluate on, written as data.source ('' for what
+      the run holds out); programs, what earlier evaluations of this process
+      have compiled; live, whether to evaluate the parameters and not their
+      moving average; passes, the number of passes of layers that loop (0 as in
+      training).
 
   Returns:
-    The figures of each task under its name, and the `step` of the checkpoint.
+    {name of the task: its figures}, and 'step', the step of the checkpoint.
 
   Raises:
     RequestError: where a task cannot be done with this run.
@@ -528,8 +535,8 @@ def evaluate_run(workdir: epath.Path, names: Sequence[str], options: Any,
     print(f'evaluated with {passes} passes of the layers that loop, trained '
           f'with {trained_passes}')
 
-  # Prepare all tasks before the first one takes its time, so that one that
-  # cannot be done is refused at once.
+  # Prepare all tasks before the first one is done. A task that cannot be done
+  # is then refused at once.
   with evaluation.run.context():
     prepared = {name: _prepare_evaluation(name, evaluation) for name in names}
     for name in names:
@@ -546,15 +553,15 @@ def write_figures(file: epath.Path | None, figures: dict[str, Any]) -> None:
 def parse_task_names(names: str | Sequence[str]) -> list[str]:
   """Splits a list of tasks, such as 'loss,lm_eval:A,B', into their names.
 
-  After NAME:ARGUMENT, what is no name of a task is a further argument:
-  lm_eval:A,B is lm_eval:A and lm_eval:B, and lm_eval:A,loss ends with our
-  loss, even if lm_eval has a task of that name.
+  After NAME:ARGUMENT, each word that is not the name of a task is a further
+  argument: lm_eval:A,B means lm_eval:A and lm_eval:B. In lm_eval:A,loss the
+  last one is our task `loss`, even if lm_eval has a task of that name.
 
   Args:
-    names: a text with commas, or the parts of one.
+    names: a text with commas, or a list of the parts between commas.
 
   Returns:
-    NAME or NAME:ARGUMENT of each task. Names are not checked.
+    NAME or NAME:ARGUMENT of each task. Whether it exists is not checked.
   """
   if isinstance(names, str):
     names = names.split(',')
@@ -564,8 +571,8 @@ def parse_task_names(names: str | Sequence[str]) -> list[str]:
     if not text:
       continue
     is_task = text.partition(':')[0] in TASKS
-    # A text that is no task is an argument of the one before it, if that has an
-    # argument already.
+    # If this is no task, and the one before it has an argument, it is another
+    # argument of that task.
     if task_names and not is_task:
       task_before, colon, _ = task_names[-1].partition(':')
       if colon:
@@ -575,17 +582,19 @@ def parse_task_names(names: str | Sequence[str]) -> list[str]:
 
 
 def check_tasks_in_training(config: Config) -> None:
-  """Checks the evaluations that a run is to do while it trains.
+  """Checks the evaluation tasks that a run is to do during training
+  (eval.tasks), and the figure by which its best checkpoint is chosen
+  (eval.best).
 
-  Some tasks know the names of their figures only when they are done. An
-  eval.best of such a task is tried elsewhere, before the first step.
+  A task may not declare the names of its figures. Then eval.best is checked
+  elsewhere, by doing the task before the first step.
 
   Args:
-    config: the config of the run, with eval.tasks and eval.best.
+    config: the config of the run.
 
   Raises:
-    RequestError: for a task that cannot be done with the run, and a figure that
-      none has.
+    RequestError: for a task that cannot be done with the run, and for a figure
+      that no task has.
   """
   # Check the tasks.
   names = parse_task_names(config.eval.tasks)
@@ -599,8 +608,8 @@ def check_tasks_in_training(config: Config) -> None:
   for name in names:
     check_task(name, options=None, config=config, location='eval.tasks')
 
-  # Check the figure that the best checkpoint is chosen by: TASK/FIGURE, or a
-  # figure of the plain evaluation, which is checked elsewhere.
+  # Check eval.best if it is a figure of a task, TASK/FIGURE. A figure of the
+  # held-out data, such as `loss`, is checked elsewhere.
   task_name, slash, figure = config.eval.best.partition('/')
   if not slash:
     return

@@ -87,26 +87,29 @@ class ChosenAnswer(NamedTuple):
 
 def best_spans_of_window(context: str, window: ContextWindow, most_tokens: int,
                          num_spans: int) -> dict[tuple[int, int], float]:
-  """Finds the best answers (spans of tokens) in a part of a text (window).
+  """Finds the spans of tokens of a text that are most likely the answer to a
+  question, in one part of the text (window).
 
   The score of a span is the score of its first token as a start plus that of
-  its last one as an end (Devlin et al. 2019, section 4.2). Of equal ones the
-  earlier and shorter one comes first. Space alone is no span.
-  Spans of different tokens and the same characters, which several tokens of one
-  character make, are one.
+  its last token as an end (Devlin et al. 2019, section 4.2). Among equal
+  scores, the earlier and then the shorter span comes first. A span of nothing
+  but space is left out. If several tokens stand for one character, different
+  spans of tokens may be the same characters; they count once, with their best
+  score.
 
   Args:
     context: the text of which the window is a part.
-    window: the part, with the scores of its T tokens as starts and as ends.
-    most_tokens: the most tokens of a span.
+    window: the part of the text, with the scores of its T tokens as starts and
+      as ends.
+    most_tokens: the largest number of tokens of a span.
     num_spans: the number of spans to return.
 
   Returns:
     {(first character, the one after the last): score}, the best first.
   """
-  # Score each span by its first token (axis T) and how many more tokens it has
-  # (axis S). A span that would end past the last token gets -inf, by an extra
-  # place at the end of the scores.
+  # Score all spans: axis T is the first token, and axis S how many more tokens
+  # the span has. Spans that would end after the last token get -inf, which is
+  # appended to the scores of the ends.
   T = len(window.starts_T)
   S = min(most_tokens, T)
   last_TS = np.arange(T)[:, None] + np.arange(S)[None]
@@ -114,8 +117,8 @@ def best_spans_of_window(context: str, window: ContextWindow, most_tokens: int,
   ends_TS = ends_T[np.minimum(last_TS, T)]
   scores_TS = window.starts_T[:, None] + ends_TS
 
-  # Take the best ones. A stable sort leaves equals in the order of first token
-  # and size. Spans of the same characters count once, with their best score.
+  # Take the best spans. A stable sort keeps equal ones in the order of their
+  # first token and their size.
   score_of_span: dict[tuple[int, int], float] = {}
   for index in np.argsort(-scores_TS, axis=None, kind='stable'):
     first_token, num_more = divmod(int(index), S)
@@ -181,24 +184,25 @@ def choose_answer(context: str, windows: Sequence[ContextWindow], *,
 
 def answer_questions(view: Questions, scores: Sequence[np.ndarray], stack: str,
                      options: Any) -> list[ChosenAnswer]:
-  """Chooses the answer to each question of a source, by the model's scores.
+  """Chooses the answer to each question, by the scores of the model.
 
-  There may be no answer where some question of the source is known to have
-  none.
+  "No answer" is a possible choice only if the data are known to have a question
+  without an answer.
 
   Args:
-    view: the questions, their contexts, and the windows of these.
-    scores: for each window, the scores of its row's tokens as the first and as
-      the last one of the answer, [L, 2], padding or not.
-    stack: 'encoder' or 'decoder', as architectures.stack names it; the null
-      token is the first one of an encoder's row, and the last of a decoder's.
+    view: the questions, their paragraphs (contexts), and the rows into which
+      these were cut (windows).
+    scores: for each window, the scores [L, 2] of the L tokens of its row, as
+      the first and as the last token of the answer.
+    stack: 'encoder' or 'decoder'. The token whose score stands for no answer is
+      the first one of an encoder's row, and the last one of a decoder's.
     options: max_answer_length, n_best and null_threshold.
 
   Returns:
     The chosen answers, in the order of the questions.
   """
-  # Collect the windows of each question. A row holds the question, and then T
-  # tokens of a part of the context, whose scores are cut out.
+  # Collect the windows of each question. A row has the question and then T
+  # tokens of the paragraph; only the scores of these are kept.
   windows_by_question: list[list[ContextWindow]] = [
       [] for _ in view.questions]
   for item, scores_L2 in zip(view.items, scores, strict=True):
@@ -213,8 +217,8 @@ def answer_questions(view: Questions, scores: Sequence[np.ndarray], stack: str,
         characters_T2=characters[item.first:item.first + num_tokens],
         null=float(null_score)))
 
-  # Choose the answers. `answers` is () for a question that is known to have
-  # none, and None where it is not known.
+  # Choose the answers. question.answers is () for a question that is known to
+  # have no answer, and None if the answer is not known.
   may_be_null = not all(question.answers for question in view.questions)
   chosen_answers = []
   for (context, _), windows in zip(view.contexts, windows_by_question,
@@ -239,16 +243,15 @@ def score_answer(answer: str, right_answers: Sequence[str]
   6.1).
 
   Args:
-    answer: the answer; '': that there is none.
-    right_answers: the right answers, of which the best one counts; (): '' is
-      right.
+    answer: the answer of the model; '': it says that there is none.
+    right_answers: the right answers, of which the best fitting one counts; ():
+      the question has no answer.
 
   Returns:
-    1 if it is one of the right answers and else 0; and the F1 of its words,
-    from 0 to 1.
+    The exact match, 1 or 0; and the F1 of the words, from 0 to 1.
   """
-  # Right answers of punctuation or an article alone are left out, as in
-  # evaluate-v2.0.py.
+  # Leave out right answers that are only punctuation or an article, as
+  # evaluate-v2.0.py does. If none is left, '' is right.
   normalized_golds = [normalize_answer(text) for text in right_answers]
   normalized_golds = [gold for gold in normalized_golds if gold] or ['']
   predicted = normalize_answer(answer)
@@ -269,16 +272,17 @@ def _f1_of_words(gold: Sequence[str], predicted: Sequence[str]) -> float:
 
 def squad_figures(predictions: Sequence[str],
                   right_answers: Sequence[Sequence[str]]) -> dict[str, Any]:
-  """Computes the figures of SQuAD's official scripts, in percent.
+  """Computes the figures of SQuAD's official evaluation scripts, in percent.
 
   Args:
-    predictions: the answer that was given to each question; '': that it has
-      none.
+    predictions: the answer of the model to each question; '': it says that
+      there is none.
     right_answers: the right answers to each question; (): it has none.
 
   Returns:
-    exact, f1, total; where some questions have no answer also HasAns_exact, ...
-    and NoAns_exact, ..., as evaluate-v2.0.py names them.
+    exact, f1 and total. If some questions have no answer, also the same figures
+    of both groups, HasAns_exact and so on and NoAns_exact and so on, as
+    evaluate-v2.0.py names them.
   """
   # Score each of the N questions: its exact match and its F1.
   scores = []
@@ -286,8 +290,7 @@ def squad_figures(predictions: Sequence[str],
     scores.append(score_answer(answer, texts))
   scores_N2 = np.array(scores)
 
-  # Questions with and without an answer are measured apart, too, where there
-  # are both.
+  # If some questions have no answer, also measure both groups separately.
   has_answer_N = np.array([bool(texts) for texts in right_answers])
   groups = {'': np.ones(len(right_answers), bool)}
   if not has_answer_N.all():
@@ -307,15 +310,16 @@ def squad_figures(predictions: Sequence[str],
 
 def measure_answers(view: Questions, predictions: Sequence[ChosenAnswer]
                     ) -> dict[str, Any]:
-  """Measures answers to questions by the rules of SQuAD, in all and one by one.
+  """Measures answers to questions by the rules of SQuAD, together and one by
+  one.
 
   Args:
     view: the questions, with their right answers.
-    predictions: the answer that was given to each of them.
+    predictions: the answer of the model to each of them.
 
   Returns:
-    The figures of `squad_figures`, and as `items` {figure: the scores of each
-    question}, by which two runs can be compared (see items.py).
+    The figures of `squad_figures`; and as `items` {figure: the scores of all
+    questions}, by which two models can be compared question by question.
   """
   # Measure all questions together.
   right_answers = []
@@ -324,8 +328,8 @@ def measure_answers(view: Questions, predictions: Sequence[ChosenAnswer]
   answers = [prediction.text for prediction in predictions]
   figures = squad_figures(answers, right_answers)
 
-  # Score each question by itself. Its text and its context tell it from the
-  # others, also in another run.
+  # Score each question by itself. It is identified by its text and its
+  # paragraph, also in other runs.
   scores = []
   for answer, texts in zip(answers, right_answers):
     scores.append(score_answer(answer, texts))
@@ -363,17 +367,17 @@ def check_question_ids(view: Questions) -> None:
 def format_prediction_files(view: Questions,
                             predictions: Sequence[ChosenAnswer]
                             ) -> dict[str, str]:
-  """Writes predictions as the texts of three JSON files, by what stands in
-  their names.
+  """Formats predicted answers as the texts of three JSON files.
 
   Args:
-    view: the questions, whose ids `check_question_ids` has checked.
-    predictions: the answer that was given to each of them.
+    view: the questions, whose ids are known to be different.
+    predictions: the answer of the model to each of them.
 
   Returns:
-    '': {question: answer}, as evaluate-v2.0.py reads it. 'nbest': {question:
-    the best spans}. 'null_odds': {question: how much higher the null score is},
-    which that script reads as --na-prob-file.
+    {a word in the name of the file: its text}. '' has {question: answer}, for
+    SQuAD's evaluate-v2.0.py. 'nbest' has {question: the best spans}.
+    'null_odds' has {question: how much higher "no answer" scores than the best
+    span}, for the --na-prob-file of that script.
   """
   answer_by_id = {}
   spans_by_id = {}

@@ -114,20 +114,21 @@ class Model(api.TemplateLM):
   def create_from_arg_obj(cls, arg_dict: dict[str, Any],
                           additional_config: dict[str, Any] | None = None
                           ) -> 'Model':
-    """Makes the model of lm_eval's `--model archetype --model_args
-    workdir=DIR,...`.
+    """Makes the model for lm_eval's command line `--model archetype
+    --model_args workdir=DIR,...`.
 
     Args:
-      arg_dict: `workdir`, `step` and the arguments of Model.
-      additional_config: lm_eval's batch size and device, which the run's mesh
-        and the lengths of the texts decide here.
+      arg_dict: the arguments of --model_args: `workdir`, `step` and those of
+        Model.
+      additional_config: lm_eval's batch size and device. They are not used:
+        the run's mesh and the lengths of the texts decide on both.
 
     Raises:
-      RequestError: for an argument that is not known, or no run's folder.
+      RequestError: for an unknown argument, or a folder that is no run.
     """
     arguments = {'step': None} | arg_dict
-    # Check the arguments: these two and those of the class, less its first one,
-    # `evaluation`, which is made of the two.
+    # Check the arguments. Those of the class are allowed, but not its first
+    # one, `evaluation`, which is made of `workdir` and `step`.
     known = ('workdir', 'step', *[*inspect.signature(cls).parameters][1:])
     unknown = [name for name in arguments if name not in known]
     require(not unknown, f'--model_args has {", ".join(unknown)}: choose from '
@@ -135,7 +136,8 @@ class Model(api.TemplateLM):
     require(bool(arguments.get('workdir')),
             'pass --model_args workdir=DIR, the folder of a run')
     workdir = storage.checked_path(str(arguments.pop('workdir')))
-    # Load the run. lm_eval has read a step that is a number as an int already.
+    # Load the run. lm_eval has already turned a step that is a number into an
+    # int.
     step = arguments.pop('step')
     if step is not None:
       step = checkpoints.parse_step(str(step))
@@ -181,36 +183,39 @@ class Model(api.TemplateLM):
 
   def apply_chat_template(self, chat_history: list[dict[str, str]],
                           add_generation_prompt: bool = True) -> str:
-    """Returns a conversation as one text.
+    """Renders a conversation as one text, by the chat template.
 
     Args:
-      chat_history: the messages, with their roles.
-      add_generation_prompt: whether the text ends with what begins an answer;
-        else it ends without what ends the last message, which the model then
-        goes on from.
+      chat_history: the messages, with role and content.
+      add_generation_prompt: whether the text ends with the beginning of an
+        answer. If not, it ends inside the last message, which the model is to
+        continue.
     """
     return conversations.remove_marks(self._template.render(
         chat_history, add_generation_prompt, not add_generation_prompt))
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                  **kwargs) -> list[int]:
-    """Returns the ids of a text, with the tokens that stand before every text.
+    """Encodes a text, with the tokens that the model has before every text.
 
     Args:
-      string: the text to encode.
-      add_special_tokens: whether they stand there; None: unless the text begins
-        with the prefix token itself.
+      string: the text.
+      add_special_tokens: whether to add these tokens; None: only if the text
+        does not begin with one already.
       **kwargs: options of lm_eval that change nothing here.
+
+    Returns:
+      The token ids.
     """
-    # Encode the text. A special token that is written in it counts as that
-    # token, as lm_eval's templates write them. The model may lack its id.
+    # Encode the text. If special tokens are written in it, as lm_eval's
+    # templates do, they are read as such. The model may lack their ids.
     ids = self._tokenizer.encode(string)
     special_texts = self._tokenizer.special_texts
     if any(special_text in string for special_text in special_texts):
       ids, _ = self._tokenizer.encode_with_special_tokens(string)
       inputs.check_ids(f'the text {shorten(string)}', tokens=ids,
                        vocab_size=self.evaluation.run.model.vocab_size)
-    # A text that begins with the prefix needs no second one.
+    # Do not add a second first token.
     if add_special_tokens is None:
       prefix = self._tokenizer.piece(self._first_token)
       add_special_tokens = not string.startswith(prefix)
@@ -230,12 +235,12 @@ class Model(api.TemplateLM):
     """Computes the log-probability of continuations of texts.
 
     Args:
-      requests: ((context, continuation), the ids of the context, those of the
-        continuation), as the base class encodes them.
+      requests: ((context, continuation), token ids of the context, token ids of
+        the continuation) of each, as lm_eval's base class encodes them.
       **kwargs: options of lm_eval that change no figure.
 
     Returns:
-      The log-probability of each continuation, and whether each of its tokens
+      For each continuation its log-probability, and whether each of its tokens
       is the likeliest one.
     """
     continuations = []
@@ -250,8 +255,8 @@ class Model(api.TemplateLM):
 
   def _make_continuation(self, ids: Sequence[int], num_scored: int, text: str
                          ) -> Continuation:
-    """Returns the last tokens of a text for scoring, as many as the model
-    takes.
+    """Prepares the tokens of a context and its continuation for scoring. Of a
+    long context, only the last tokens are kept.
 
     Args:
       ids: the tokens of the context and of the continuation.
@@ -259,13 +264,14 @@ class Model(api.TemplateLM):
       text: the continuation, for the message.
 
     Raises:
-      RequestError: where the continuation has no token, or too many.
+      RequestError: where the continuation has no token, or more than the model
+        takes.
     """
     require(num_scored > 0, f'the continuation {shorten(text)} has no token of '
             'its own, so there is nothing to score')
     require(num_scored <= self.max_length, f'the continuation {shorten(text)} '
             f'has {num_scored} tokens, and the model takes {self.max_length}')
-    # The last token is predicted, and not shown.
+    # The model takes max_length tokens, and the last one is only predicted.
     last_ids = ids[-(self.max_length + 1):]
     return Continuation(tokens=np.asarray(last_ids, np.int32),
                         num_scored=num_scored)
@@ -279,18 +285,18 @@ class Model(api.TemplateLM):
 
   def loglikelihood_rolling(self, requests: Sequence[Any],
                             disable_tqdm: bool = False) -> list[float]:
-    """Computes the log-probability of whole texts, in windows that predict each
-    token once (lm_eval's get_rolling_token_windows).
+    """Computes the log-probability of whole texts. A long text is cut into
+    windows that predict each token once (lm_eval's get_rolling_token_windows).
 
     Args:
       requests: requests of lm_eval, each with a text.
-      disable_tqdm: lm_eval's switch of a progress bar, which is not used here.
+      disable_tqdm: lm_eval's switch for a progress bar, which is not used here.
 
     Returns:
       The log-probability of each text.
     """
-    # Cut each text into windows, each a continuation of its own. The 1 asks for
-    # one token of context at the least, so that windows do not overlap more.
+    # Cut each text into windows, each of which is scored like a continuation.
+    # The 1 is the number of tokens of context that a window has at least.
     texts = [request.args[0] for request in requests]
     continuations = []
     text_of_window = []
@@ -311,17 +317,17 @@ class Model(api.TemplateLM):
 
   def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False
                      ) -> list[str]:
-    """Writes on after texts (contexts), up to a stop string.
+    """Continues texts (contexts) until a stop string is written.
 
     Args:
       requests: requests of lm_eval, each with a context and a dict of options.
-      disable_tqdm: lm_eval's switch of a progress bar, which is not used here.
+      disable_tqdm: lm_eval's switch for a progress bar, which is not used here.
 
     Returns:
       What the model writes for each request.
     """
-    # Requests with the same options are written together. A dict cannot be a
-    # key, so its text stands for it.
+    # Handle requests with the same options together. A dict cannot be a key, so
+    # its repr is used.
     requests_by_options: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
       _, options = request.args

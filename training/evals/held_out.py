@@ -21,20 +21,20 @@ def sum_held_out(step: Callable, params: Any,
                  loaders: Sequence[pipeline.Loader], batches: int,
                  put: Callable, stop: Callable[[], bool]
                  ) -> list[dict[str, Mean]] | None:
-  """Runs the evaluation step on the held-out batches of each source.
+  """Evaluates a model on the held-out batches of each data source.
 
   Args:
-    step: the compiled evaluation step.
+    step: the compiled evaluation step, step(params, batch).
     params: the parameters of the model, a tree of arrays.
     loaders: the loaders of held-out data, one for each source.
-    batches: the number of batches of each source; 0: all, each token exactly
-      once.
+    batches: the number of batches of each source; 0: all, with each token
+      exactly once.
     put: a function that puts a batch on the devices.
-    stop: a function that is called before each batch: whether to stop there.
+    stop: called before each batch: returns whether to stop there.
 
   Returns:
-    For each source the sums of its figures, {name: Mean}, for
-    `average_figures`; None if stopped.
+    For each source {name: Mean}, each figure as a sum and the weight to divide
+    it by (`average_figures` does that); None if the evaluation was stopped.
   """
   def run_batches(loader: pipeline.Loader) -> Iterator[Any]:
     """Yields what the step returns of each batch of a loader."""
@@ -43,8 +43,8 @@ def sum_held_out(step: Callable, params: Any,
         raise progress.WorkStopped
       yield step(params, put(batch))
 
-  # The generator raises in the middle of a source, and a part of one is no
-  # figure, so all is given up.
+  # If it is stopped, give up all sums: those of a part of a source would be no
+  # fair figures.
   try:
     return [sum_figures(run_batches(loader)) for loader in loaders]
   except progress.WorkStopped:
@@ -66,19 +66,21 @@ def sum_figures(results: Iterable[dict[str, Mean]]) -> dict[str, Mean]:
 
 def average_figures(sums_by_source: Sequence[dict[str, Mean]],
                     loaders: Sequence[pipeline.Loader]) -> dict[str, float]:
-  """Computes the figures of an evaluation: means over the sources by share.
+  """Computes the figures of an evaluation from the sums over each data source.
+  A figure is the mean over the sources, weighted by their share.
 
   Args:
-    sums_by_source: the `sum_figures` of each source.
+    sums_by_source: {name: Mean} of each source, from `sum_figures`.
     loaders: the loaders of held-out data, one for each source.
 
   Returns:
-    The objective's figures, nan where there is nothing to average; of tokens
-    their perplexity; where the loss is one of the text, bits per byte; and
-    of several sources each one's own loss, as loss/NAME.
+    The figures of the objective, nan if there is nothing to average. If tokens
+    are predicted, also their perplexity, and bits_per_byte if the loss is one
+    of the whole text. If there are several sources, also the loss of each,
+    loss/NAME.
   """
-  # Average the objective's figures, the loss first, as it is printed first. A
-  # sum with weight 0 gives nan, of which numpy need not warn.
+  # Average the figures of the objective, the loss first, as the order is that
+  # of printing. A sum with weight 0 gives nan; numpy need not warn.
   objective = loaders[0].objective
   with np.errstate(divide='ignore', invalid='ignore'):
     means_by_source = [objective.means(sums) for sums in sums_by_source]
@@ -89,8 +91,7 @@ def average_figures(sums_by_source: Sequence[dict[str, Mean]],
       values = [means[name] for means in means_by_source]
       figures[name] = mean_of_sources(values, loaders)
 
-  # Add the figures that follow from them. The exponential of a very high loss
-  # is inf.
+  # Add the figures that follow from the loss. Perplexity may overflow to inf.
   if objective.has_perplexity:
     with np.errstate(over='ignore'):
       figures['perplexity'] = float(np.exp(figures[objective.main]))
@@ -107,20 +108,19 @@ def average_figures(sums_by_source: Sequence[dict[str, Mean]],
 def list_figure_names(step: Callable, params: Any,
                       loaders: Sequence[pipeline.Loader], put: Callable,
                       sums_of_run: Callable) -> list[str]:
-  """Finds the names of the figures of an evaluation without doing it.
+  """Finds the names of the figures of an evaluation without computing it.
 
   Args:
-    step: the evaluation step, jitted or not.
+    step: the evaluation step, step(params, batch), jitted or not.
     params: the parameters of the model, a tree of arrays.
     loaders: the loaders of held-out data, one for each source.
     put: a function that puts a batch on the devices.
-    sums_of_run: the function of the program that takes one run's sums from
-      those of all runs that train together: sums_of_run(sums, number of the
-      run).
+    sums_of_run: sums_of_run(sums, i) takes the sums of run i from those of all
+      runs that train together.
   """
-  # Average sums that are ones, of the shapes that the step would return.
-  # jax.eval_shape finds these without computing or compiling anything; only the
-  # names of the result are of use.
+  # jax.eval_shape finds the shapes of the sums that the step would return,
+  # without compiling it. Average arrays of ones in their place, and keep only
+  # the names.
   batch = put(loaders[0].batch(0))
   shapes = jax.eval_shape(step, params, batch)
   ones = jax.tree.map(lambda x: np.ones(x.shape), shapes)

@@ -58,17 +58,17 @@ class TasksInTraining:
 
   def list_figure_names(self, task: str, params: Any, workdir: epath.Path,
                         stop: Callable[[], bool]) -> list[str] | None:
-    """Finds the names of the figures of one of the tasks, by doing it.
+    """Finds the names of the figures of a task by doing it once.
 
     Args:
       task: the name of the task.
       params: the parameters of the run.
       workdir: the folder of the run.
-      stop: a function that is called again and again: whether to stop there.
+      stop: called again and again: returns whether to stop there.
 
     Returns:
-      The names. None: they are known without, and were compared with the
-      config; or the task was stopped.
+      The names; None if the task was stopped, or declares its figures, which
+      have been checked already.
     """
     if evals.get_task(task).figure_names is not None:
       return None
@@ -81,18 +81,20 @@ class TasksInTraining:
   def run_for_member(self, params: Any, n: int, workdir: epath.Path,
                      stop: Callable[[], bool], names: Sequence[str] = ()
                      ) -> TaskResults | None:
-    """Does the evaluations (tasks) for one run of a group that trains as one
-    program, and writes what single items score into the run's folder.
+    """Does the evaluation tasks for one run, which may be one of several that
+    train as one program. The scores of single items, such as questions, are
+    written to a file in the run's folder.
 
     Args:
       params: the parameters of the run.
       n: the step after which the run has these parameters.
       workdir: the folder of the run, where pictures go.
-      stop: a function that is called again and again: whether to stop there.
+      stop: called again and again: returns whether to stop there.
       names: the names of the tasks; (): all of eval.tasks.
 
     Returns:
-      The figures of all tasks, and a line for a reader of each; None: stopped.
+      The figures of all tasks, and a line for the user about each; None if they
+      were stopped.
     """
     evaluation = Evaluation(
         run=self._run, params=params, step=n, tokenizer=self._tokenizer,
@@ -100,8 +102,8 @@ class TasksInTraining:
     results = TaskResults(figures={}, lines=[])
     items_by_task = {}
     for name in names or self._task_names:
-      # Do the task, and keep what it prints from the log of the training. A
-      # signal stops it in the middle, as it may take long.
+      # Do the task. What it prints is collected, as it must not disturb the log
+      # of the training. A task may take long, so a signal stops it at once.
       printed = io.StringIO()
       try:
         with (self._run.context(), progress.stop_work_of_run(stop),
@@ -110,8 +112,8 @@ class TasksInTraining:
       except progress.WorkStopped:
         return None
 
-      # Keep its figures, and a line for a reader: what it printed, where it has
-      # no fractions. Scores of single items go into a file of their own.
+      # Keep its figures, and a line for the user. If it has no figure for the
+      # line, that is what it has printed.
       results.figures.update(flatten_numbers(figures, name))
       if 'items' in figures:
         items_by_task[name] = {'items': figures['items']}
@@ -124,14 +126,15 @@ class TasksInTraining:
 
 
 def _summarize_figures(task: str, figures: Mapping[str, Any]) -> str:
-  """Summarises the figures of an evaluation (task) in a line for a reader.
+  """Summarises the figures of an evaluation task in one line for the user. It
+  has the figures that are fractions, and not the counts.
 
   Args:
     task: the name of the task.
-    figures: {name: figure}, some of which may be no numbers.
+    figures: {name: figure}, some of which may not be numbers.
 
   Returns:
-    The fractions among the figures, and not the counts; '' for none.
+    The line; '' if there is no such figure.
   """
   texts = []
   for name, value in figures.items():

@@ -128,20 +128,21 @@ class Inspection:
 def _run_and_keep_layers(module: nn.Module, params: Any,
                          arrays: Mapping[str, jax.Array], top: int
                          ) -> dict[str, Any]:
-  """Runs a model once, and keeps the states of its layers and what its head
-  would predict from each (logit lens).
+  """Runs a model once, and keeps the states of its layers and the tokens that
+  its head would predict from each of them (the logit lens).
 
   Args:
     module: the Flax module of a model.
     params: its parameters, a tree of arrays.
-    arrays: the module's arguments by name.
-    top: the number of tokens that the logit lens gives; 0: there is none.
+    arrays: {name: array} of the module's arguments.
+    top: the number of likeliest tokens that the logit lens has; 0: there is
+      none.
 
   Returns:
-    `layers`, the states of the residual stream; `attention` and
-    `cross_attention`, the attention weights; `experts`, the decisions of the
-    routers; `lens`, (probabilities, ids) of each layer. What the model does not
-    have is missing.
+    A dict with what the model has of these: `layers`, the states of the
+    residual stream; `attention` and `cross_attention`, the attention weights;
+    `experts`, the decisions of the routers; `lens`, (probabilities, token ids)
+    for each layer.
   """
   output: Any = module.apply({'params': params}, keep_layers=True,
                              keep_attention=True, **arrays)
@@ -150,8 +151,8 @@ def _run_and_keep_layers(module: nn.Module, params: Any,
     if name in output.aux:
       kept[name] = output.aux[name]
 
-  # There is no logit lens without a head of tokens. The head of a generator
-  # (ELECTRA's) reads no layer of the encoder.
+  # A logit lens needs a head that predicts tokens from the layers. That of
+  # ELECTRA's generator does not read those of the encoder.
   has_generator = module.config.find_part(GeneratorConfig)
   if output.head is None or has_generator or not top:
     return kept
@@ -237,18 +238,19 @@ def _layers_by_stack(config: ModelConfig) -> dict[str, Sequence]:
 
 def _tokens_by_stack(config: ModelConfig, arrays: Mapping[str, Any]
                      ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """Returns the tokens that each stack of a model reads, and which are real.
+  """Returns the tokens that each stack of a model reads, and which of them are
+  no padding. A model has an encoder, a decoder, or both.
 
   Args:
     config: the config of the model.
-    arrays: the arguments of its module by name.
+    arrays: {name: array} of the arguments of its module.
 
   Returns:
-    Two dicts by stack, 'encoder' or 'decoder': the tokens, int [B, L]; and
-    which of them are no padding, bool [B, L].
+    {'encoder' or 'decoder': int [B, L]}, the tokens; and {'encoder' or
+    'decoder': bool [B, L]}, which of them are no padding.
   """
-  # Name the arguments with the tokens of each stack, and those that are 0 on
-  # padding.
+  # Find the names of the arguments with the tokens of each stack, and of those
+  # that are 0 on padding.
   token_argument: dict[str, str]
   mask_arguments: dict[str, tuple[str, ...]]
   stack = architectures.stack(config)
@@ -262,7 +264,7 @@ def _tokens_by_stack(config: ModelConfig, arrays: Mapping[str, Any]
     token_argument = {stack: 'tokens_BL'}
     mask_arguments = {stack: ('segment_ids_BL', 'valid_BL')}
 
-  # A token is real unless a mask of the call is 0 on it.
+  # A token is padding if one of the given masks is 0 there.
   tokens = {}
   is_real = {}
   for name in token_argument:
@@ -276,15 +278,15 @@ def _tokens_by_stack(config: ModelConfig, arrays: Mapping[str, Any]
 
 def _split_by_stack(arrays_of_layers: Any, counts: list[int]
                     ) -> list[np.ndarray]:
-  """Splits the arrays of the layers of several stacks, one array a layer, which
-  follow one another.
+  """Groups the arrays of layers by the stack that they belong to, such as
+  encoder and decoder, and stacks each group to one array.
 
   Args:
-    arrays_of_layers: the array of each layer, [...].
-    counts: how many of them each stack has.
+    arrays_of_layers: the array of each layer, those of the first stack first.
+    counts: the number of layers of each stack.
 
   Returns:
-    An array for each stack, [count, ...]; for a count of 0, an empty one.
+    An array [count, ...] for each stack; an empty one for a count of 0.
   """
   stacks = []
   start = 0
@@ -299,27 +301,27 @@ def _split_by_stack(arrays_of_layers: Any, counts: list[int]
 
 
 def _measure_attention(weights_NBHLM: np.ndarray) -> AttentionRecord:
-  """Measures how attention is spread: its entropy, the weight on the first
-  token, and the share that no key gets (the sink).
+  """Measures for each query how its attention is spread: its entropy, the
+  weight on the first token, and the share that no key gets (an attention sink).
 
   Args:
-    weights_NBHLM: the attention weights, [layers, batch, heads, queries, keys].
-      They add up to 1 over the keys, or to less where there is a sink.
+    weights_NBHLM: the attention weights of N layers, B rows, H heads, L queries
+      and M keys. Over the keys they add up to 1, or to less if there is a sink.
 
   Returns:
-    The weights with these figures, each [layers, batch, heads, queries].
+    The weights with these figures, each [N, B, H, L].
   """
-  # The sink has what is missing to 1. Rounding may make it negative.
+  # The sink has the rest to 1. Rounding might make it negative.
   sink_NBHL = np.maximum(1 - weights_NBHLM.sum(-1, dtype=np.float64), 0)
 
-  # Compute the entropy, -sum p log p. That of n keys that weigh the same is log
-  # n; a sink counts as a key. Where p is 0, log 1 = 0 stands for its logarithm.
+  # Compute the entropy, -sum p log p, where a sink counts as a key. Where p is
+  # 0, its logarithm is replaced by 0.
   p_NBHLM = np.concatenate([weights_NBHLM, sink_NBHL[..., None]], -1,
                            dtype=np.float64)
   log_p_NBHLM = np.log(np.where(p_NBHLM > 0, p_NBHLM, 1))
   entropy_NBHL = -(p_NBHLM * log_p_NBHLM).sum(-1)
 
-  # Models that have no sink keep one in the first token (Xiao et al. 2023).
+  # Models without a sink often use the first token as one (Xiao et al. 2023).
   return AttentionRecord(
       weights=weights_NBHLM, entropy=entropy_NBHL,
       first_token=weights_NBHLM[..., 0], sink=sink_NBHL)
@@ -327,19 +329,20 @@ def _measure_attention(weights_NBHLM: np.ndarray) -> AttentionRecord:
 
 def _measure_stream(states_NBLD: np.ndarray, is_real_BL: np.ndarray
                     ) -> ResidualStream:
-  """Measures the sizes of the hidden states between layers (residual stream).
+  """Measures the size of the hidden states between layers (the residual
+  stream).
 
   Args:
-    states_NBLD: what the first layer is given and what each layer returns,
-      [states, batch, length, features].
+    states_NBLD: the input of the first layer and the output of each layer: N
+      states, B rows, L tokens, D features.
     is_real_BL: bool, which tokens are no padding.
 
   Returns:
-    The norms of all tokens; and of the real tokens of each row the median and
-    root mean square of the features, the largest magnitude of each feature, and
-    which features are outliers.
+    The norm of each token. And of the real tokens of each row, the median and
+    the root mean square of the features, the largest magnitude of each feature,
+    and which features are outliers.
   """
-  # Rows are measured one by one, as each has another number of real tokens.
+  # Measure the rows one by one, as they differ in their number of real tokens.
   states_NBLD = np.asarray(states_NBLD, np.float32)
   median = []
   rms = []
@@ -369,27 +372,27 @@ def previous_token_weight(weights_NBHLM: np.ndarray, is_real_BL: np.ndarray
 
 def induction_score(weights_NBHLM: np.ndarray, tokens_BL: np.ndarray,
                     is_real_BL: np.ndarray) -> np.ndarray:
-  """Computes the prefix-matching score of each attention head, which tells
-  induction heads.
+  """Computes the prefix-matching score of each attention head, by which
+  induction heads are recognised (Olsson et al. 2022).
 
-  Where the query's token stood earlier in the row, the score is the attention
-  weight on the tokens that followed it there. It is averaged over the queries
-  whose token stood earlier; nan where none did.
-
-  On random tokens that come twice it is the score of Olsson et al. 2022, who
-  call a head that scores near 1 an induction head.
+  If the token of a query has occurred before in the row, an induction head
+  attends to the token that followed it there. The score is the attention weight
+  on such tokens, averaged over the queries that have one; nan if there are
+  none. On random tokens that come twice, the paper calls a head with a score
+  near 1 an induction head.
 
   Args:
-    weights_NBHLM: the attention weights, [layers, batch, heads, queries, keys].
+    weights_NBHLM: the attention weights of N layers, B rows, H heads, L queries
+      and M keys.
     tokens_BL: the tokens, which are both queries and keys.
     is_real_BL: bool, which tokens are no padding.
 
   Returns:
-    The score, [layers, batch, heads].
+    The score, [N, B, H].
   """
-  # follows[b, l, m] says that token m - 1 of row b is that of query l, and that
-  # m is before l: the same tokens, moved on by one key, below the diagonal.
-  # Padding asks nothing.
+  # follows_BLM[b, l, m] says that key m comes before query l and follows a
+  # token that is the same as that of the query. So it is "same token", shifted
+  # by one key, below the diagonal. Queries that are padding do not count.
   L = tokens_BL.shape[1]
   same_BLM = tokens_BL[:, :, None] == tokens_BL[:, None]
   follows_BLM = np.zeros_like(same_BLM)
@@ -404,14 +407,16 @@ def induction_score(weights_NBHLM: np.ndarray, tokens_BL: np.ndarray,
 
 def mean_over_queries(values_NBHL: np.ndarray, counted_BL: np.ndarray
                       ) -> np.ndarray:
-  """Returns the mean of a value of each query over the queries that count,
-  [N, B, H]; nan where none counts.
+  """Averages a value of each query over some of the queries.
 
   Args:
-    values_NBHL: the value of each query, [layers, batch, heads, queries].
+    values_NBHL: the value for N layers, B rows, H heads and L queries.
     counted_BL: bool, which queries of each row count.
+
+  Returns:
+    The mean [N, B, H]; nan if no query of a row counts.
   """
-  # The division of 0 by 0 gives nan; numpy need not warn of it.
+  # 0 / 0 gives nan, as it should: numpy need not warn.
   counted_BHL = np.broadcast_to(counted_BL[:, None], values_NBHL.shape[1:])
   sums_NBH = (values_NBHL * counted_BHL).sum(-1, dtype=np.float64)
   with np.errstate(invalid='ignore'):
@@ -420,18 +425,19 @@ def mean_over_queries(values_NBHL: np.ndarray, counted_BL: np.ndarray
 
 def find_outlier_features(states_NLD: np.ndarray) -> np.ndarray:
   """Finds the features of hidden states that are outliers by the criterion of
-  Dettmers et al. 2022: they are large in many layers and in many tokens.
+  Dettmers et al. 2022: they are large in many layers and for many tokens.
 
   Args:
-    states_NLD: the residual stream of one row, without padding: what the first
-      layer is given and what each layer returns, [states, tokens, features].
+    states_NLD: the input of the first layer and the output of each layer for
+      one row without padding: N states, L tokens, D features.
 
   Returns:
     bool [D], whether each feature is an outlier.
   """
   is_large_NLD = np.abs(states_NLD) >= OUTLIER_MAGNITUDE
-  # For each feature, take the share of layers in which some token is large, and
-  # the share of tokens of all layers that are.
+  # For each feature, compute the share of layers in which it is large for at
+  # least one token, and the share of all tokens and layers in which it is
+  # large.
   share_of_layers_D = is_large_NLD.any(1).mean(0)
   share_of_tokens_D = is_large_NLD.mean((0, 1))
   in_many_layers_D = share_of_layers_D >= OUTLIER_SHARE_OF_LAYERS

@@ -23,19 +23,19 @@ from training.workdir import storage
 
 def record_scores(scores: Sequence[float], names: Iterable[Any],
                   weights: Sequence[float] | None = None) -> dict[str, Any]:
-  """Records the score of each item (text, question, ...) of a figure, so that
-  two models can be compared item by item. The figure is their mean.
+  """Records the scores of all items (texts, questions, ...) of an evaluation,
+  so that two models can be compared item by item.
 
   Args:
     scores: the score of each item.
-    names: what tells these items, in this order, from others.
-    weights: the weight of each item; None: all count alike.
+    names: what identifies the items, in the same order.
+    weights: the weight of each item in the mean; None: all count the same.
 
   Returns:
-    `of`, a digest of the names, by which two records are known to be of the
-    same items; `scores`; and `weights` if there are some.
+    A dict with `of`, a digest of the names, by which two records are known to
+    be of the same items; `scores`; and `weights` if they are given.
   """
-  # A digest is enough to know the items again; the names may be long texts.
+  # Store only a digest of the names, as they may be long texts.
   digest = hashlib.sha256(repr([*names]).encode()).hexdigest()
   record = {'of': digest[:16], 'scores': np.asarray(scores, float).tolist()}
   if weights is not None:
@@ -45,21 +45,22 @@ def record_scores(scores: Sequence[float], names: Iterable[Any],
 
 def record_lm_eval_samples(results: Mapping[str, Any],
                            samples: Sequence[Mapping]) -> dict[str, dict]:
-  """Records the scores of the samples of a task of lm_eval, for the figures
-  that are means over its samples; a perplexity is none.
+  """Records the scores of the samples of an lm_eval task, for each figure that
+  is the mean of its samples' scores. A perplexity, for instance, is not.
 
   Args:
-    results: the figures of the task, by 'FIGURE,FILTER'.
-    samples: the samples of the task, or those of all tasks of a group, as
-      lm_eval logs them.
+    results: {'FIGURE,FILTER': value} of the task.
+    samples: the samples of the task, or of all tasks of a group, as lm_eval
+      logs them.
 
   Returns:
-    {name of figure: record}.
+    {name of the figure: the record of its scores}.
   """
   records = {}
   for full_name, value in results.items():
-    # Read the scores of the samples, under the name and the filter of the
-    # figure. Some are no numbers, and standard errors have no scores at all.
+    # Find the scores of the samples for this figure and filter. Leave out the
+    # figure if they are no numbers, or if there are none, as for standard
+    # errors.
     figure, _, filter_name = full_name.partition(',')
     filtered = [row for row in samples if row['filter'] == filter_name]
     scores = [row.get(figure) for row in filtered]
@@ -67,7 +68,7 @@ def record_lm_eval_samples(results: Mapping[str, Any],
       continue
     if not all(isinstance(score, numbers.Real) for score in scores):
       continue
-    # A figure that is not the mean of its scores is a perplexity, or the like.
+    # Leave it out also if it is not the mean of the scores.
     if np.isclose(np.mean(scores), value):
       names = [row['doc_hash'] for row in filtered]
       records[shorten_figure_name(full_name)] = record_scores(scores, names)
@@ -85,18 +86,20 @@ def shorten_figure_name(full_name: str) -> str:
 
 def pair_scores(pairs: Iterable[Sequence[Mapping | None]]
                 ) -> tuple[np.ndarray, np.ndarray, Any] | None:
-  """Returns the scores of pairs of records, such as those of two runs.
+  """Returns the scores of pairs of records, such as those of two runs, if all
+  records are of the same items.
 
   Args:
-    pairs: (record, record), each of `record_scores` or None: there is none.
+    pairs: (record, record) of each pair, as `record_scores` returns them; None
+      for a record that does not exist.
 
   Returns:
-    The scores of the first of each pair, [pairs, items]; those of the second;
-    and the weights of the items, or None: all count alike. None where a record
-    is missing, or they are not all of the same items.
+    The scores of the first records, [pairs, items]; those of the second
+    records; and the weights of the items, or None if all count the same. None
+    instead of all three if a record is missing, or is of other items.
   """
-  # `of` is the digest of the items. The weights follow from the items, so those
-  # of any record are those of all.
+  # `of` identifies the items. The same items have the same weights, so those of
+  # any record will do.
   first_records = []
   second_records = []
   for first, second in pairs:

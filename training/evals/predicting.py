@@ -64,14 +64,16 @@ class QuestionAnswer(NamedTuple):
 
 def predict_labels(view: records.Classes, scores: Sequence[np.ndarray]
                    ) -> list[TextLabel]:
-  """Returns the likeliest label of each text, with the probabilities of all.
+  """Predicts the likeliest label of each text, with the probabilities of all
+  labels.
 
   Args:
     view: the texts, and the names of the U labels.
-    scores: the scores of the labels for each of N texts, [U].
+    scores: the scores [U] of the labels for each of N texts.
 
   Returns:
-    For each text its label, and {label: probability} by the softmax.
+    For each text its label, and {label: probability}, the softmax of the
+    scores.
   """
   scores_NU = np.stack(scores).astype(np.float64)
   predictions = []
@@ -91,16 +93,18 @@ def predict_numbers(view: records.Numbers, scores: Sequence[np.ndarray]
 
 def predict_word_labels(view: records.Sentences, scores: Sequence[np.ndarray]
                         ) -> list[WordLabels]:
-  """Returns the likeliest label of each word of each sentence.
+  """Predicts the likeliest label of each word of each sentence.
 
   Args:
-    view: the sentences, the long ones split into several rows of tokens, and
-      the names of the K labels.
-    scores: the scores of the labels for the tokens of each row, [L, K], padding
-      or not.
+    view: the sentences, of which long ones are cut into several rows of tokens;
+      and the names of the K labels.
+    scores: for each row, the scores [L, K] of the labels for its L tokens.
+
+  Returns:
+    For each sentence its words, their labels and the probabilities of these.
   """
-  # Begin with a label for words that no row shows, as they have no token. 'O'
-  # is the label of words that are no entity. Such words keep it.
+  # Begin with a label that is kept by words without a token, which are in no
+  # row. 'O' is the usual label of words that are no part of an entity.
   label_without_token = 'O' if 'O' in view.labels else '_'
   predictions = []
   for sentence in view.records:
@@ -109,9 +113,8 @@ def predict_word_labels(view: records.Sentences, scores: Sequence[np.ndarray]
         words=list(sentence.words), labels=[label_without_token] * num_words,
         probabilities=[np.nan] * num_words))
 
-  # Give each word the label of the token with which it begins. row.words names
-  # the word at the one token of the one row in which it counts, so that each
-  # is set once, though rows overlap.
+  # Give each word the label of its first token. Rows overlap, but row.words has
+  # the number of a word only at one token of one row, so each word is set once.
   for row, scores_LK in zip(view.items, scores, strict=True):
     prediction = predictions[row.sentence]
     p_LK = special.softmax(scores_LK.astype(np.float64), axis=-1)
@@ -124,15 +127,15 @@ def predict_word_labels(view: records.Sentences, scores: Sequence[np.ndarray]
 
 
 def predict_answer(answer: answers.ChosenAnswer) -> QuestionAnswer:
-  """Returns the answer to a question, with its probability: the softmax over
-  the scores of the best spans and of no answer.
+  """Returns the answer to a question with its probability: the softmax over the
+  scores of the best spans of the text and of "no answer".
 
   Args:
-    answer: the answer, the best spans of the text with their scores, and how
-      much higher the score of no answer is than the best span's.
+    answer: the chosen answer, with the best spans and their scores, and how
+      much higher "no answer" scores than the best span.
   """
-  # The score of no answer is known as a difference to the best span's. Without
-  # spans it is alone, and its probability is 1 whatever it is.
+  # Compute the score of "no answer" from the difference to the best span. If
+  # there are no spans, any score gives it the probability 1.
   span_scores = [span.score for span in answer.spans]
   null_score = answer.null_minus_best
   if span_scores:
@@ -213,11 +216,12 @@ def _compute_scores(module: Any, objective_name: str, params: Any, batch: Any
 
 
 def _make_text_record(row: Any, location: str) -> labelled.Record:
-  """Returns a text, or a pair of texts, as a record without a label.
+  """Makes a record without a label of a text, or of a pair of texts, that is to
+  be classified.
 
   Args:
-    row: the text or the pair.
-    location: the words for the row, for messages.
+    row: the text, or the pair.
+    location: the words for the row in messages.
 
   Raises:
     RequestError: where it is neither, or a text is empty.
@@ -235,11 +239,11 @@ def _make_text_record(row: Any, location: str) -> labelled.Record:
 
 
 def _make_sentence(row: Any, location: str) -> labelled.Sentence:
-  """Returns a sentence, or a list of its words, as a record without labels.
+  """Makes a record without labels of a sentence whose words are to be labelled.
 
   Args:
-    row: the sentence, whose words spaces part, or the words.
-    location: the words for the row, for messages.
+    row: the sentence, with spaces between its words, or a list of the words.
+    location: the words for the row in messages.
 
   Raises:
     RequestError: where it is neither, or has no word.
@@ -254,12 +258,12 @@ def _make_sentence(row: Any, location: str) -> labelled.Sentence:
 
 
 def _make_paragraph(row: Any, location: str) -> labelled.Paragraph:
-  """Returns a pair of a question and the text that has the answer as a record
-  without an answer.
+  """Makes a record without an answer of a question and the text that has the
+  answer.
 
   Args:
-    row: the pair of a question and a text.
-    location: the words for the row, for messages.
+    row: the pair of the question and the text.
+    location: the words for the row in messages.
 
   Raises:
     RequestError: where it is no such pair, or a text is empty.

@@ -83,21 +83,21 @@ def score_continuations(continuations: Sequence[Continuation],
   """Computes the log-probability of each token of some continuations of texts.
 
   Args:
-    continuations: texts of at most max_len + 1 tokens each, the last of which
-      are scored.
-    evaluation: the evaluation of a decoder.
-    task_name: the words of the progress bar for what is being done.
+    continuations: texts of at most max_len + 1 tokens each. The last tokens of
+      each are scored.
+    evaluation: the evaluation of a decoder, with its parameters.
+    task_name: the words for the progress bar.
 
   Returns:
-    The scores of the tokens of each continuation, in the order of these.
+    The scores of the tokens of each continuation, in the same order.
   """
   is_prefix_lm = objectives.find_objective(evaluation.run.config).prefix
   step = evaluation.jit_once(
       _make_score_function(evaluation, is_prefix_lm), 'scoring')
 
-  # Continuations that differ only in how many tokens are scored share a row. A
-  # prefix LM sees the whole prefix at once, which differs between continuations
-  # of one text, so there each has a row of its own.
+  # Continuations that differ only in how many tokens are scored share a row.
+  # Not so in a prefix LM, which reads the tokens before the scored ones (the
+  # prefix) in both directions: these tokens are not the same ones then.
   longest = max(SHORTEST_ROW, evaluation.run.model.max_len)
   batches = list(group_into_batches(
       continuations, longest=longest, shards=evaluation.run.mesh.size,
@@ -109,8 +109,8 @@ def score_continuations(continuations: Sequence[Continuation],
         evaluation.run.batch_sharding)
     losses_P, is_greedy_P = jax.device_get(step(evaluation.params, batch))
 
-    # The P places of a batch are those of one continuation after the other, in
-    # the order in which _make_batch has written them, and then padding.
+    # Divide the P scores of the batch among the continuations, which
+    # _make_batch has written one after another. Padding follows them.
     start = 0
     for row in rows:
       for i in row:
@@ -192,16 +192,17 @@ def padded_length(length: int, longest: int) -> int:
 
 def pad_into_batches(rows: Mapping[int, np.ndarray], longest: int
                      ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-  """Pads rows of tokens into batches of few shapes, the longest rows first.
+  """Pads rows of tokens, and groups them into batches of a few different
+  shapes. The longest rows come first.
 
   Args:
     rows: {number: the tokens of the row, int [L]}.
-    longest: the longest row that the model takes.
+    longest: the length of the longest row that the model takes.
 
   Yields:
     The numbers of the rows of a batch; their tokens, int32 [B, L], padded with
-    0; and their lengths, int32 [B]. In what fills a batch up, a row has one
-    token.
+    0; and their lengths, int32 [B]. Rows that only fill the batch up have
+    length 1.
   """
   # Collect the rows by the length that they are padded to.
   numbers_by_length: dict[int, list[int]] = {}
@@ -210,8 +211,9 @@ def pad_into_batches(rows: Mapping[int, np.ndarray], longest: int
     numbers_by_length.setdefault(length, []).append(number)
 
   for length, numbers in sorted(numbers_by_length.items(), reverse=True):
-    # A batch has about TOKENS_OF_BATCH tokens, and a power of two rows if these
-    # are few.
+    # A batch has about TOKENS_OF_BATCH tokens. If there are fewer rows than
+    # that, their number is rounded up to a power of two, so that few shapes are
+    # compiled.
     most_rows = max(TOKENS_OF_BATCH // length, 1)
     batch_size = min(most_rows, 1 << (len(numbers) - 1).bit_length())
     for start in range(0, len(numbers), batch_size):
@@ -230,22 +232,24 @@ def _make_batch(shape: BatchShape, rows: list[RowOfIndices],
   """Lays out continuations of texts as the arrays of a batch.
 
   Args:
-    shape: the numbers of rows B, of their places L, and of scored tokens P.
-    rows: the continuations of each row, by their indices.
+    shape: the number of rows B, their length L, and the number of scored tokens
+      P.
+    rows: the indices of the continuations that share each row.
     continuations: the continuations of all rows.
 
   Returns:
-    tokens [B, L]; lengths [B]; known [B], how many tokens of a row stand before
-    the first one that is scored; places [P], the places of the batch as one
-    row, after which the scored tokens stand; targets [P], these tokens.
+    tokens [B, L]; lengths [B]; known [B], how many tokens of a row come before
+    the first one that is scored; places [P], from where each scored token is
+    predicted, as an index into the B * L tokens of the batch; targets [P], the
+    scored tokens.
   """
   batch = dict(tokens=np.zeros((shape.rows, shape.length), np.int32),
                lengths=np.zeros(shape.rows, np.int32),
                known=np.ones(shape.rows, np.int32),
                places=np.zeros(shape.places, np.int32),
                targets=np.zeros(shape.places, np.int32))
-  # Arrays are full of padding at first: a scored token of padding has the place
-  # 0 and the target 0, and its score is never read.
+  # Begin with arrays of padding. A scored token that is padding has place 0 and
+  # target 0, and its score is never read.
   start = 0
   for n, row in enumerate(rows):
     # Write the text of the row, which all its continuations share, without the
@@ -290,12 +294,15 @@ def _make_score_function(evaluation: Evaluation, is_prefix_lm: bool
 
   def score(params: Any, batch: dict[str, jax.Array]
             ) -> tuple[jax.Array, jax.Array]:
-    """Returns the losses of the targets in nats, [P], and whether each is the
-    likeliest token, bool [P].
+    """Scores the P target tokens of a batch.
 
     Args:
       params: the parameters of the model, a tree of arrays.
       batch: the arrays of a batch, as `_make_batch` returns them.
+
+    Returns:
+      The loss of each target in nats, [P]; and whether it is the likeliest
+      token, bool [P].
     """
     # Compute the hidden states of all B rows of L tokens.
     tokens_BL = batch['tokens']
@@ -306,9 +313,10 @@ def _make_score_function(evaluation: Evaluation, is_prefix_lm: bool
     output = module.apply({'params': params}, tokens_BL, valid_BL=is_real_BL,
                           lengths_B=lengths_B, **options)
 
-    # Apply the head only at the P places that are asked about: the logits of
-    # all would be large. Places count through the whole batch, hence the
-    # reshape; token_losses takes [batch, length], hence the added axis.
+    # Apply the head only to the P tokens from which the targets are predicted,
+    # as the logits of all tokens would be large. `places` are indices into all
+    # tokens of the batch, hence the reshape. token_losses takes rows of tokens,
+    # hence the added axis.
     d_model = output.hidden.shape[-1]
     hidden_PD = output.hidden.reshape(-1, d_model)[batch['places']]
     token_losses = losses.token_losses(hidden_PD[None], head=output.head,
