@@ -1,11 +1,15 @@
 """The coordinate check tells muP from the standard form."""
 
 
+import jax
 import numpy as np
 import pytest
 
+import archetype
+import architectures
 from tests.helpers import forked, models
 from tools import coord_check
+from training import runs
 
 WIDTHS = [32, 128]
 
@@ -41,6 +45,24 @@ def test_flat_in_mup_and_growing_in_the_standard_form(rows):
   # At the base the two are one.
   np.testing.assert_allclose(rows['mup']['sizes'][0],
                              rows['standard']['sizes'][0], rtol=1e-5)
+
+
+def test_the_outputs_of_all_blocks_and_no_other_are_measured():
+  config = coord_check.config_at_width(
+      'gpt', 'standard', 32, 32, coord_check.TrainingSetting('adamw', 1e-3, 1))
+  before, after = coord_check.mean_sizes_of_outputs(config, steps=1, seeds=1)
+  module = architectures.build(config.model)
+  state = runs.init_state(
+      module, runs.build_optimizer(module, config.optim, 1),
+      key=jax.random.split(jax.random.key(1), 1)[0], optim=config.optim)
+  length = coord_check.LENGTH
+  tokens_BL = np.frombuffer(coord_check.TEXT.encode(), np.uint8)[
+      :coord_check.BATCH * (length + 1)].reshape(-1, length + 1)[:, :-1]
+  states = np.asarray(archetype.Model(module, state.params).hidden_states(
+      tokens_BL.astype(np.int32)))
+  np.testing.assert_allclose(before[:-1], np.abs(states[1:]).mean((1, 2, 3)),
+                             rtol=1e-5)
+  assert (before != after).all()
 
 
 @pytest.mark.parametrize('flag, word', [

@@ -301,6 +301,12 @@ def test_just_the_share_of_runs_that_may_diverge_may(seeds, lost, share):
   # As many of the base's runs, and of another phase's, are no fault of a.
   both = every | {('base', s, k) for s, k in gone}
   assert _confirm(values, plan, lost=both)[0].verdict != 'unstable'
+  for phase, base_share in (('noise', 0.5), ('tune', 0.0)):  # rates are tried
+    outcomes = _phase('confirm', values) + _phase(
+        phase, values,
+        lost={('base', s, k) for s, k in np.ndindex(seeds, 3)})
+    assert decide._diverged_share_of_base(
+        plan, outcomes, plan.primary) == base_share
 
 
 @pytest.mark.parametrize('alpha, q', [(0.001, 0.2), (0.2, 0.001)])

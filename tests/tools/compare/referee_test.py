@@ -151,6 +151,17 @@ def test_each_format_gives_scipys_test_of_the_same_runs(
   assert row['unlike'] == unlike
 
 
+def test_a_figure_that_comes_again_at_a_step_begins_another_run(tmp_path):
+  lines = [(0, 'train_loss:9.0'), (0, 'val_loss:8.0'), (5, 'val_loss:7.0'),
+           (5, 'val_loss:6.5 train_loss:6.0'), (9, 'val_loss:5.0')]
+  (tmp_path / 'a.log').write_text(''.join(
+      f'step:{step}/9 {figures}\n' for step, figures in lines))
+  first, second = foreign.read_source(tmp_path / 'a.log')
+  assert first.curves == {'train_loss': {0: 9.0}, 'val_loss': {0: 8.0, 5: 7.0}}
+  assert second.curves == {'train_loss': {5: 6.0},
+                           'val_loss': {5: 6.5, 9: 5.0}}
+
+
 def test_samples_of_lm_eval_are_paired_item_by_item(tmp_path, capsys):
   """By the writer of lm-eval itself."""
   loggers = pytest.importorskip('lm_eval.loggers', reason='no lm_eval')

@@ -212,6 +212,19 @@ def test_bytes_between_hosts_count_in_a_search():
         one.sent_outside for one in messages)
 
 
+@pytest.mark.parametrize('axis, preset, tokens, features', [
+    # The keys and values of whole rows, and the sums of what is in d_model.
+    ('context', 'cp', 16 // 2 * 32, 2 * 2 * 8),
+    ('tensor', 'fsdp_tp', 16 // 4 * 32 // 2, 32)])
+def test_activations_send_what_their_shapes_say(axis, preset, tokens, features):
+  config = small(gpt.get_config())
+  config.model.num_kv_heads = 2
+  run = run_on_cpu(config, preset)
+  sent = {one.payload for one in predict.predict_collectives(
+      run, np.zeros(8, np.int64)) if one.axes == (axis,)}
+  assert sent == {tokens * features * run.model.compute_dtype.itemsize}
+
+
 @pytest.mark.parametrize('name, drawn', [('prefill', 1), ('decode', 64)])
 def test_a_generation_needs_the_head_for_tokens_that_are_drawn(name, drawn):
   config = small(gpt.get_config())

@@ -75,14 +75,14 @@ def test_heads_that_were_built_are_found(built):
 
 
 def test_induction_is_the_weight_on_what_followed():
-  """Of one map, by its definition: 7 8 9 7 8 5 9, and padding."""
-  tokens_BL = np.array([[7, 8, 9, 7, 8, 5, 9, 7]])
+  """Of one map, by its definition: 7 8 8 7 8 5 9, and padding."""
+  tokens_BL = np.array([[7, 8, 8, 7, 8, 5, 9, 7]])
   real_BL = np.array([[1] * 7 + [0]], bool)
   weights = np.random.default_rng(0).dirichlet(np.ones(8), size=(1, 1, 2, 8))
   scores = measures.induction_score(weights, tokens_BL, real_BL)
   w_HLM = weights[0, 0]
   np.testing.assert_allclose(
-      scores[0, 0], (w_HLM[:, 3, 1] + w_HLM[:, 4, 2] + w_HLM[:, 6, 3]) / 3)
+      scores[0, 0], (w_HLM[:, 3, 1] + w_HLM[:, 4, 2] + w_HLM[:, 4, 3]) / 2)
   np.testing.assert_allclose(  # of the six queries that have a token before
       measures.previous_token_weight(weights, real_BL)[0, 0],
       w_HLM[:, range(1, 7), range(6)].mean(1))

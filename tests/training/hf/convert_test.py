@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import archetype
 import architectures
 from architectures.parts import paths
+from architectures.parts.moe.routing import MoEConfig
 from common.errors import EnvironmentFailure, RequestError
 from configs import base
 from tests import train_test
@@ -64,6 +65,9 @@ def test_a_mixture_starts_as_its_dense_model(system):
   module, params, run, mixture = _upcycled(
       system, MIXTURES[system], num_layers=4, num_decoder_layers=4)
   assert run.model.ffn == 'moe' and upcycling.keeps_function(run.model)
+  for changes in dict(shared_experts=1), dict(eval_capacity_factor=2.0):
+    other = run.model.with_part(MoEConfig, **changes)
+    assert not upcycling.keeps_function(other), changes
   expected = jax.tree.structure(run.abstract_state.params)
   assert jax.tree.structure(mixture) == expected
   _check_same_logits(module, params, run, mixture)
