@@ -343,7 +343,8 @@ def loss(config):
 
 frozen = plan.load_frozen_plan('w')
 trainer = studies.Written('w', frozen, loss=loss)
-study.go('w', frozen, trainer, studies.arguments(until='again', anyway=True))
+study.run_and_report_phases(
+    'w', frozen, trainer, studies.arguments(until='again', anyway=True))
 print(report.render_page(comparison.load_comparison('w'), ()))
 '''
 

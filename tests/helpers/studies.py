@@ -185,7 +185,7 @@ class Written(study.Trainer):
     super().__init__(*args, **more)
     self.loss, self.stop_after, self.did = loss, stop_after, []
 
-  def work(self, path, ledger):
+  def train_pending_runs(self, path, ledger):
     name = ledger.register_runner()
     description = layout.load_sweep_description(path)
     for row in ledger.runs(layout.PENDING):

@@ -212,12 +212,13 @@ class PValues(NamedTuple):
 
 def screen_variants(plan: Plan, outcomes: Outcomes, phase='screen'
                     ) -> list[Verdict]:
-  """Decides which variants pass a screening: a paired t-test of the primary
-  measure at the smallest size, corrected for many tests by the false discovery
-  rate (Benjamini and Hochberg 1995).
+  """Decides which variants pass the screening of a study, the phase that stops
+  variants without promise early. A variant passes if a paired t-test finds a
+  difference of the primary measure at the smallest size. The p-values are
+  corrected for the false discovery rate (Benjamini and Hochberg 1995).
 
-  Where the plan names a margin, a variant that is no worse than the base by the
-  margin passes, too. A variant of which too many runs diverged does not pass.
+  If the plan names a margin, a variant that is not worse than the base by the
+  margin passes too. A variant of which too many runs diverged does not pass.
 
   Args:
     plan: the plan of the study.
@@ -230,14 +231,14 @@ def screen_variants(plan: Plan, outcomes: Outcomes, phase='screen'
   """
   variants = _variants_that_ran(plan, outcomes, phase)
   tests = [(variant, plan.primary) for variant in variants]
-  # The tests of all variants are one family. Sizes are in rising order, so the
-  # slice is the smallest one.
+  # Test all variants as one family. Sizes are in rising order, so the slice is
+  # the smallest one.
   tested = _test_family(
       plan=plan, outcomes=outcomes, phase=phase, variants_and_measures=tests,
       sizes=plan.sizes[:1], method='bh')
 
-  # The verdict of a screening is whether the variant goes on. Divergence counts
-  # first: a good mean of the runs that survived does not make up for it.
+  # Decide which variants go on. The order matters: if many runs diverged, a
+  # good mean of the others does not make up for it.
   base_share = _diverged_share_of_base(plan, outcomes, plan.primary)
   screened = []
   for row in tested:
@@ -253,12 +254,12 @@ def screen_variants(plan: Plan, outcomes: Outcomes, phase='screen'
 
 def confirm_variants(plan: Plan, outcomes: Outcomes, phase='confirm'
                      ) -> list[Verdict]:
-  """Returns the verdict on each variant that was run in the confirmation: a
-  paired t-test of its means over all sizes, corrected for many tests by Holm's
-  method (1979).
+  """Returns the verdict on each variant that was run in the confirmation, the
+  phase of a study that decides. It rests on a paired t-test of the mean over
+  all sizes of the model, corrected for the number of tests by Holm (1979).
 
-  The tests of the primary measure are one family, and those of all other
-  measures are another one.
+  The tests of the primary measure are corrected together, as one family, and
+  those of all other measures as another.
 
   Args:
     plan: the plan of the study.
@@ -271,8 +272,9 @@ def confirm_variants(plan: Plan, outcomes: Outcomes, phase='confirm'
   variants = _variants_that_ran(plan, outcomes, phase)
   primary = [(variant, plan.primary) for variant in variants]
 
-  # A variant may lack the runs that another measure is of; then there is no
-  # test of it, which would only make the correction stricter.
+  # Find the tests of the other measures. If a variant has no runs with a
+  # measure, there is no test, because an empty one would only make the
+  # correction stricter.
   runs = pairing.outcomes_of_phase(outcomes, phase)
   secondary = []
   for measure in plan.measures[1:]:
@@ -282,8 +284,8 @@ def confirm_variants(plan: Plan, outcomes: Outcomes, phase='confirm'
       if any(pairs_by_size):
         secondary.append((variant, measure))
 
-  # Each family is corrected by itself, so that further measures cost the
-  # primary one no power.
+  # Correct each family by itself, so that further measures cost the primary one
+  # no power.
   rows = []
   for family in (primary, secondary):
     rows += _test_family(
@@ -327,14 +329,15 @@ def list_promising_variants(plan: Plan, rows: Sequence[Verdict]) -> list[str]:
 
 
 def describe_detectable_difference(plan: Plan) -> str:
-  """Returns a sentence about the least difference, and the least share of runs
-  on a plateau, that the seeds of the confirmation can show at all.
+  """Returns a sentence that says what the seeds of a study's confirmation can
+  show at best: the smallest difference, and the smallest share of runs that end
+  on a plateau.
 
   Args:
     plan: the plan of the study.
   """
-  # The first test of Holm's correction is the strictest: it has alpha over the
-  # number of tests, and a variant must pass it first.
+  # Holm's correction is strictest for the smallest p, whose level is alpha over
+  # the number of tests. The sign test has no p below 2^(1 - n) with n seeds.
   num_seeds = plan.seeds['confirm']
   num_tests = len(plan.variants)
   level = plan.alpha / num_tests
@@ -343,8 +346,9 @@ def describe_detectable_difference(plan: Plan) -> str:
   if p_of_signs > level:
     note_on_signs = ', so that differences that are all alike show nothing'
 
-  # If a share s of all runs diverged, none of n would with probability (1-s)^n.
-  # The largest share at which that is not below 0.05 may stay hidden.
+
+  # If a share s of all runs ended on a plateau, none of n runs would with
+  # probability (1 - s)^n. The largest s for which this is 0.05 may be hidden.
   num_runs = num_seeds * len(plan.sizes)
   hidden_share = 1 - 0.05 ** (1 / num_runs)
   return (f'With {num_seeds} seeds and {num_tests} variants, a difference is '
@@ -430,18 +434,22 @@ def _test_family(plan: Plan, outcomes: Outcomes, phase: str,
 
 def _draw_misses(runs_of_tuning: tuning.TuningRuns, measure: Measure,
                  pairs_by_size: Sequence[pairing.Pairs]) -> np.ndarray | None:
-  """Returns what the choices of the tuned values may have added to the
-  difference of a variant from the base at each size: the miss of the variant
-  minus that of the base.
+  """Draws how much tuning may have distorted the difference of a variant from
+  the base at each size of the model. Tuned values, such as the learning rate,
+  are chosen from noisy runs, so they may miss the best ones. The loss by this
+  is the miss, and the difference is off by the miss of the variant minus that
+  of the base.
 
   Args:
     runs_of_tuning: the runs of tuning.
     measure: the measure of the difference.
-    pairs_by_size: the pairs of the variant and the base at each size.
+    pairs_by_size: for each size, the pairs of a run of the variant and one of
+      the base, by seed.
 
   Returns:
-    The draws, [draws, sizes]; None where they are not known at each size. They
-    are known of the first measure of a workload, for which values are tuned.
+    The draws, [draws, sizes], or None if they are not known at every size. They
+    are known only for the first measure of a workload, since values are tuned
+    for that one.
   """
   first_measure, *_ = runs_of_tuning.plan.measures_of_workload(measure.workload)
   if measure != first_measure or not all(pairs_by_size):
@@ -473,35 +481,35 @@ def _is_any_at_edge(runs_of_tuning: tuning.TuningRuns,
 
 def _test_member(plan: Plan, member: FamilyMember,
                  shape: statistics.NoiseShape | None) -> PValues:
-  """Returns the p-values of a variant and a measure before they are corrected:
-  of Student's paired t-test, of McNemar's exact test (1947), and of two
-  one-sided tests of equivalence (Schuirmann 1987).
+  """Tests one variant in one measure, without correction for the number of
+  tests.
 
   Args:
     plan: the plan of the study.
     member: the variant, the measure, and the pairs of runs.
-    shape: the shape of the noise of all variants; None where it is not known.
+    shape: the shape of the noise of all variants; None: it is not known.
 
   Returns:
-    The p-values: `p` of no difference, `p_diverged` of diverging no more often
-    than the base, and `p_equivalent` and `p_not_worse` of the plan's margin;
-    None where there is no such test.
+    `p`, that there is no difference, by Student's paired t-test;
+    `p_diverged`, that its runs diverge no more often than the base's, by
+    McNemar's exact test (1947); `p_equivalent` and `p_not_worse`, that the
+    difference is beyond the plan's margin, by two one-sided t-tests (Schuirmann
+    1987). It is None if there is no such test.
   """
-  # Student's test of no effect, by each seed's mean over the sizes. It counts
-  # pairs of which both runs ended; irregular noise is measured over all
-  # variants.
+  # Test each seed's mean over the sizes, of pairs of which both runs ended. For
+  # noise that is not normal, the deviation is pooled over all variants.
   means = pairing.mean_differences(member.differences)
   pooled = _pooled_spread(shape, mean_over_sizes)
   shifts = member.shifts(mean_over_sizes)
   p = statistics.student_p_value(means, pooled, shifts)
 
-  # McNemar's test of diverging no more often than the base, over all pairs.
+  # Test the numbers of runs that diverged, over all pairs.
   variant_diverged = [pair.ours.diverged for pair in member.pairs]
   base_diverged = [pair.base.diverged for pair in member.pairs]
   p_diverged = statistics.mcnemar_p_value(
       ours=variant_diverged, theirs=base_diverged, alternative='greater')
 
-  # The tests of the plan's margin, which is of the primary measure.
+  # Test against the plan's margin, which is meant for the primary measure.
   p_equivalent = p_not_worse = None
   if plan.margin and member.measure == plan.primary:
     p_equivalent, p_not_worse = statistics.equivalence_p_values(
@@ -603,12 +611,13 @@ def _member_row(plan: Plan, member: FamilyMember,
 
 def _verdict(plan: Plan, member: FamilyMember, row: Verdict, base_share: float
              ) -> str:
-  """Returns the verdict on a variant, one of VERDICTS, that follows from
-  corrected tests.
+  """Returns the verdict on a variant, one of VERDICTS, by its corrected
+  p-values.
 
-  The order matters: a variant that diverges too often is unstable whatever its
-  effect is, and a difference that is shown goes before equivalence. A variant
-  that was tuned at an edge has no verdict on its effect at all.
+  The order of the checks matters. A variant whose runs diverge too often is
+  unstable, whatever its effect is. If the best value of tuning was at the edge
+  of what was tried, there is no verdict on the effect. A difference that is
+  shown goes before equivalence.
 
   Args:
     plan: the plan of the study.
@@ -616,8 +625,7 @@ def _verdict(plan: Plan, member: FamilyMember, row: Verdict, base_share: float
     row: all figures of the variant in this measure, with corrected p-values.
     base_share: the share of the base's runs that diverged.
   """
-  # Runs that diverge: too large a share of them, or significantly more than the
-  # base has.
+  # Too many runs diverge, or significantly more than the base's do.
   if _has_too_many_diverged(plan, row, base_share):
     return UNSTABLE
   if _is_any_significant(plan.alpha, row.p_diverged):
@@ -625,15 +633,16 @@ def _verdict(plan: Plan, member: FamilyMember, row: Verdict, base_share: float
   if member.is_at_edge:
     return AT_EDGE
 
-  # A difference is shown, of which all sizes must have the sign.
+  # A difference is shown. It must have the same sign at all sizes.
   if _is_any_significant(plan.alpha, row.p_corrected):
     is_positive = {at_size.effect > 0 for at_size in row.sizes}
     if len(is_positive) > 1:
       return DISAGREE
     return BETTER if row.effect * member.measure.sign > 0 else WORSE
 
-  # The mean lies within the plan's margin. It counts as equivalent only if each
-  # size does, since two sizes may cancel; else it may still be no worse.
+  # The mean lies within the plan's margin. The variant is equivalent only if
+  # the mean at each size does too, since differences at two sizes may cancel.
+  # Otherwise it may still be no worse.
   if _is_any_significant(plan.alpha, row.p_equivalent):
     if all(abs(at_size.effect) < plan.margin for at_size in row.sizes):
       return EQUIVALENT
@@ -704,15 +713,15 @@ def _student_effect(size: str, differences: Sequence[float],
   """Returns the mean of paired differences with Student's interval and p-value.
 
   Args:
-    size: the name of the size, or ALL_SIZES.
+    size: the name of the size of the model, or ALL_SIZES.
     differences: the difference of each seed, variant minus base.
     pooled: a standard deviation over all variants, for noise that is not
-      normal; it makes interval and p more cautious.
-    shifts: what the choices of the tuned values may have added to the mean,
-      drawn many times, [draws], which does so, too; None: nothing is known.
+      normal. It makes the interval wider and p larger, or leaves them.
+    shifts: [draws], random draws of how far inexact tuning may have moved the
+      mean, which do the same; None: that is not known.
 
   Returns:
-    The effect; its mean and interval are None where there is no difference.
+    The effect. Its mean and interval are None if there are no differences.
   """
   mean = low = high = None
   if differences:
@@ -780,12 +789,12 @@ def _effect_over_items(member: FamilyMember, over_seeds: Effect
 
 def _no_surer_than_over_seeds(crossed: statistics.CrossedEstimate,
                               over_seeds: Effect, num_items: int) -> Effect:
-  """Returns the effect over seeds and items, with the wider of its interval and
-  that over the seeds alone, and the larger p.
+  """Returns the effect over seeds and items (documents or questions), but with
+  an interval and a p-value no smaller than those over the seeds alone.
 
-  Other items can only add to the noise of other seeds. But the table of seeds
-  and items knows nothing of the deviation of all variants together, by which
-  irregular noise is measured, and counts more degrees of freedom.
+  An effect that must hold for other items too can only be less certain. The
+  estimate over both may still come out more certain, because it has more
+  degrees of freedom and does not pool the noise of all variants.
 
   Args:
     crossed: the estimate over seeds and items.
@@ -803,33 +812,35 @@ def _no_surer_than_over_seeds(crossed: statistics.CrossedEstimate,
 
 def _trend_over_sizes(member: FamilyMember, shape: statistics.NoiseShape | None
                       ) -> Effect | None:
-  """Returns how the effect of a variant changes with size: the slope of its
-  difference from the base over log10 of the base's parameters.
+  """Returns how the effect of a variant changes with the size of the model: the
+  slope of its difference from the base over log10 of the base's number of
+  parameters.
 
-  Each seed gives a slope by least squares over its own sizes, and the interval
-  is over the seeds: it holds whatever the noise of each size is.
+  A line is fitted to each seed by least squares, and the interval of the slope
+  is over the seeds. So it holds however noisy each size is.
 
   Args:
     member: the variant, the measure, and the pairs of runs.
-    shape: the shape of the noise of all variants; None where it is not known.
+    shape: the shape of the noise of all variants; None: it is not known.
 
   Returns:
-    The mean slope; None where there are fewer than two sizes, or no seed.
+    The mean slope, or None for fewer than two sizes or no seed.
   """
   if not member.differences or len(member.sizes) < 2:
     return None
-  # The size of the base, in the order of member.sizes.
+  # The number of parameters of the base, in the order of member.sizes.
   log_params = []
   for pairs in member.pairs_by_size:
     any_pair = next(iter(pairs.values()))  # all have the base of this size
     log_params.append(math.log10(any_pair.base.params))
 
   def slopes(differences: np.ndarray) -> np.ndarray:
-    """Returns the slope of each seed, [seeds], of [seeds, sizes]."""
+    """Returns the slope of each seed, [seeds], from differences [seeds, sizes].
+    """
     return np.polyfit(log_params, differences.T, 1)[0]
 
-  # [seeds, sizes]. The pooled deviation must be that of the same statistic, the
-  # slope.
+
+  # The pooled deviation and the shifts must be those of the slope too.
   differences = np.array([*member.differences.values()])
   slope_of_seeds = slopes(differences).tolist()
   return _student_effect(

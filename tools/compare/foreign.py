@@ -185,7 +185,15 @@ class TrainerState:
 
   def read(self, file, path, text):
     state = storage.parse_json_object(text, str(file), {'log_history': list})
-    # The run is the folder, without that of its checkpoint.
+    """Returns the run of a trainer_state.json: the curve of each figure in its
+    log_history.
+
+    Args:
+      file: the file.
+      path: its path below the folder of all runs.
+      text: its content.
+    """
+    # The run is named after its folder, without the folder of the checkpoint.
     folders = re.sub(r'(^|/)checkpoint-\d+(?=/|$)', '', path).split('/')[:-1]
     run_path = '/'.join(folders).strip('/')
     curves: dict[str, dict[int, float]] = {}
@@ -193,7 +201,8 @@ class TrainerState:
       for name, value in row.items():
         if isinstance(value, numbers.Real) and name not in ('step', 'epoch'):
           curves.setdefault(name, {})[int(row['step'])] = float(value)
-    # A version that does not count them has 0 there.
+    # FLOPs and tokens are counted once, in the state itself. A version of
+    # transformers that does not count them has 0 there.
     for name in ('total_flos', 'num_input_tokens_seen'):
       if state.get(name):
         curves.setdefault(name, {})[int(state['global_step'])] = state[name]
@@ -211,6 +220,13 @@ class EventFile:
     return 'brain.Event:' in text[:64]
 
   def read(self, file, path, text):
+    """Returns the run of an event file: the curve of each scalar in it.
+
+    Args:
+      file: the file.
+      path: its path below the folder of all runs.
+      text: its beginning, which is not used.
+    """
     from tensorboard.backend.event_processing import event_accumulator
     from tensorboard.util import tensor_util
     events = event_accumulator.EventAccumulator(
@@ -219,7 +235,7 @@ class EventFile:
     events.Reload()
     run_path = path.rpartition('/')[0]
 
-    # Newer writers log scalars as tensors without a shape.
+    # Read the scalars. Newer writers log them as tensors of shape ().
     curves: dict[str, dict[int, float]] = {}
     for name in events.Tags()['scalars']:
       curves[name] = {x.step: x.value for x in events.Scalars(name)}
@@ -229,7 +245,8 @@ class EventFile:
       if all(x.shape == () and x.dtype.kind == 'f' for x in values.values()):
         curves[name] = {step: float(x) for step, x in values.items()}
 
-    # The folder of a split belongs to the names of the figures.
+    # If the last folder is named after a split, such as `eval`, it is not a run
+    # of its own: the split becomes a part of the names of the figures.
     parent, _, last_folder = run_path.rpartition('/')
     if last_folder in _SPLITS:
       run_path = parent
@@ -249,12 +266,21 @@ class LmEvalSamples:
     return first_line.startswith('{') and '"filtered_resps"' in first_line
 
   def read(self, file, path, text):
+    """Returns the scores of single items, such as questions, in a file of
+    samples, as a run without curves.
+
+    Args:
+      file: the file, samples_TASK_TIME.jsonl.
+      path: its path below the folder of all runs.
+      text: its content, a JSON object for each item.
+    """
     task = file.stem.removeprefix('samples_').rpartition('_')[0] or file.stem
     rows = [storage.parse_json_object(line, str(file))
             for line in text.splitlines()]
 
-    # One record for each figure and filter, which older versions do not name.
-    # A value that is no number, such as parts of a perplexity, is no score.
+    # Make a record for each figure and filter (a way to extract answers, which
+    # older versions do not name). Values that are no numbers, such as the parts
+    # of a perplexity, are not scores of items.
     records = {}
     for filter_name in dict.fromkeys(row.get('filter', 'none') for row in rows):
       filtered = [row for row in rows
@@ -279,6 +305,15 @@ class WandbChart:
     return '__MIN' in text[:text.find('\n')] and ' - ' in text
 
   def read(self, file, path, text):
+    """Returns the runs of an exported chart: each cell is the value of a figure
+    of one run at one step.
+
+    Args:
+      file: the file.
+      path: its path below the folder of all runs.
+      text: its content.
+    """
+    # Collect the steps and values of each run.
     table = _read_csv(text)
     step_column = table.fieldnames[0]
     rows_by_run: dict[str, list] = {}
@@ -309,6 +344,15 @@ class ResultsTable:
     return all(_find_column(columns, name) for name in needed)
 
   def read(self, file, path, text):
+    """Returns the mean that each row of a table of results reports, with what
+    the runs behind it were given.
+
+    Args:
+      file: the file.
+      path: its path below the folder of all runs, which is not used.
+      text: its content.
+    """
+    # Find the columns by their usual names; None: there is none.
     table = _read_csv(text)
     entry, mean, num_runs, step, deviation = (
         _find_column(table.fieldnames, name)
@@ -342,13 +386,22 @@ class PlainCsv:
     return has_name and len(columns) > 1
 
   def read(self, file, path, text):
+    """Returns the runs of a table with a row for each evaluation.
+
+    Args:
+      file: the file.
+      path: its path below the folder of all runs.
+      text: its content.
+    """
+    # Find the columns by their usual names; None: there is none.
     table = _read_csv(text)
     meanings = ('entry', 'run', 'seed', 'step')
     entry, run, seed, step = (
         _find_column(table.fieldnames, name) for name in meanings)
     no_figures = {column for name in meanings for column in _COLUMN_NAMES[name]}
 
-    # The rows of each run. A cell that is no number may tell what it was given.
+    # Collect the rows of each run, and what the run was given, such as its
+    # tokens or its code, which some columns tell in words.
     rows_by_run: dict[tuple, list] = {}
     given_to_run: dict[tuple, dict[str, str]] = {}
     for row in table:
@@ -369,6 +422,7 @@ class PlainCsv:
       step_of_row = int(float(row[step])) if step else 0
       rows_by_run.setdefault(key, []).append((step_of_row, figures))
 
+    # Name each run by its entry, its name and its seed.
     runs = []
     for key, rows in rows_by_run.items():
       entry_name, run_name, seed_text = key
@@ -458,8 +512,14 @@ def _read_text(file: pathlib.Path) -> str:
 
 def _merge_runs(results: Iterable[ForeignRun | ReportedMean]
                 ) -> list[ForeignRun | ReportedMean]:
-  """Returns the runs with those of one path made one: the checkpoints of a
-  Trainer, the event files of a run that was resumed, the tasks of lm-eval."""
+  """Merges what was read of the same run from several files, such as the
+  checkpoints of a Trainer, the event files of a run that was resumed, or the
+  tasks of lm-eval.
+
+  Args:
+    results: what the files hold. Runs of equal `path` are merged, and later
+      files win. Reported means stay as they are.
+  """
   merged: list[ForeignRun | ReportedMean] = []
   by_path: dict[str, ForeignRun] = {}
   for result in results:
@@ -479,12 +539,13 @@ def _merge_runs(results: Iterable[ForeignRun | ReportedMean]
 def _runs_of_rows(path: str, seed: int | None,
                   rows: Iterable[tuple[int, Mapping[str, float]]]
                   ) -> list[ForeignRun]:
-  """Returns the runs that some rows are of, where a step that comes again
-  begins another run: logs of several runs may stand in one file.
+  """Splits the rows of a log file into runs. Several runs may have written to
+  one file, so a step that has been seen already begins another run.
 
   Args:
-    path: the path of the run, to which the others add #2, #3, ...
-    seed: the seed of the run.
+    path: the path of the first run. Those of the others end in #2, #3, ...
+    seed: the seed of the first run; None: it is not known. That of the others
+      is never known.
     rows: the step and the figures of each row, in the order of the file.
   """
   curves_of_runs: list[dict[str, dict[int, float]]] = [{}]

@@ -109,11 +109,10 @@ def default_seeds_by_phase() -> dict[str, int]:
 
 def check_phases(file: str) -> None:
   """Checks the table PHASES, in which each phase of a study is registered by
-  its name.
+  its name. The file of a study may add phases of its own.
 
   Args:
-    file: the file of the study, which may add phases of its own; it is named in
-      messages.
+    file: the path of the study's file, for messages.
 
   Raises:
     RequestError: for an entry under a wrong name, or with the block of seeds of
@@ -122,8 +121,8 @@ def check_phases(file: str) -> None:
   name_of_block: dict[int, str] = {}
   for name, phase in PHASES.items():
     subject = f'{file}: PHASES has {name!r}'
-    # The key and the name of the phase itself must agree: both are used to look
-    # it up.
+    # The key must be the name of the phase, because both are used to look it
+    # up.
     require(isinstance(phase, Phase) and phase.name == name, f'{subject}, '
             f'which is no Phase of that name: write '
             f'{{{name!r}: '
@@ -131,8 +130,8 @@ def check_phases(file: str) -> None:
     require(re.fullmatch('[a-z_]+', name) is not None, f'{subject}, which '
             'names a folder and a row of results.json: choose lower-case '
             'letters and _')
-    # Each phase draws its seeds from a block of its own, so that no phase
-    # decides by runs whose data and initial weights an earlier one has seen.
+    # Each phase must take its seeds from a block of its own, so that no phase
+    # decides by data and initial weights that an earlier one has seen.
     require(0 <= phase.block < NUM_SEED_BLOCKS,
             f'{subject} with block={phase.block}: '
             f'choose a whole number from 0 to {NUM_SEED_BLOCKS - 1}')
@@ -150,33 +149,35 @@ def run_phases(frozen: plans.FrozenPlan, trainer: Any,
 
   Args:
     frozen: the plan of the study, which no longer changes.
-    trainer: the trainer of the runs (study.Trainer).
+    trainer: the object that trains runs (study.Trainer).
     until: the name of the last phase to run; REPORT: all of them.
-    anyway: whether to go on where the noise is too large for the effect.
+    anyway: whether to go on if the noise is too large to find the effect that
+      the study looks for.
 
   Yields:
-    The outcomes of the runs and the decisions so far. It is one object, which
-    each phase adds to.
+    The outcomes of the runs and the decisions so far. It is always the same
+    object, which each phase adds to.
 
   Raises:
-    RequestError: after the phase `noise`, where the study cannot find the
-      effect that it is after, unless `anyway`.
+    RequestError: after the phase `noise`, if the noise is too large, unless
+      `anyway`.
   """
   state = StudyState(trainer)
   for phase in phases_of_study(frozen.plan.seeds):
-    # Measures with too small a ratio of signal to noise go no further. The
-    # ratios are known once the phase `noise` has ended; before that, nothing is
-    # dropped.
+    # Drop the measures whose ratio of signal to noise is too small. The ratios
+    # are known only once the phase `noise` has ended.
     ratios = {row.measure: row.snr for row in state.records.get('noise', ())}
     without_noisy = dataclasses.replace(
         frozen, plan=noise.drop_noisy_measures(frozen.plan, ratios))
-    # The runs of the phase are added to the state while they are trained, and
-    # what it decides is added here.
+
+    # Run the phase. It adds the outcomes of its runs to the state itself, and
+    # returns what it decides.
     state.records |= phase.run(without_noisy, state)
     state.finished.append(phase.name)
     yield state
-    # A weak study is refused after the state was yielded: the caller has saved
-    # what the refusal is about.
+
+    # A weak study must be refused only after the yield, so that the caller has
+    # saved the figures that the refusal is about.
     if state.weakness and not anyway:
       raise RequestError(
           f'{state.weakness} {state.records["advice"]} Lower the noise, or '
@@ -253,23 +254,23 @@ class Phase:
   def runs(self, frozen: plans.FrozenPlan,
            best: Callable[[str, str, str], Changes],
            variants: Sequence[str]) -> list[Run]:
-    """Returns the runs of the base and of some variants, at each size on each
-    workload (the data of a run) with each seed of this phase.
+    """Returns the runs of this phase: the base and some variants, at each size
+    of the model, on each workload (the text, and probes), with each seed.
 
     Args:
-      frozen: the plan.
-      best: a function of (variant, size, workload) that returns the values that
-        were tuned, by the dotted name of the field.
-      variants: the names of the variants that are run.
+      frozen: the plan of the study.
+      best: a function of (variant, size, workload) that returns the tuned
+        values, by the dotted name of their field.
+      variants: the names of the variants to run.
     """
     plan = self.narrow_plan(frozen.plan)
     runs = []
     for size in plan.sizes:
-      # A size that was not tuned takes the values of the largest one that was:
-      # large models are too dear to tune.
+      # A size that was not tuned takes the values of the largest one that was,
+      # because large models are too expensive to tune.
       tuned_size = size if size in plan.tuned_sizes else plan.tuned_sizes[-1]
       for workload in plan.workloads:
-        # Nothing would be read from runs on this workload.
+        # Without a measure, nothing would be read from runs on this workload.
         if not plan.measures_of_workload(workload):
           continue
         # The base comes first, and once, even if it is one of the variants.
@@ -296,27 +297,28 @@ class Phase:
     """Trains the runs of this phase, and decides by their outcomes.
 
     Args:
-      frozen: the plan.
-      state: the outcomes and decisions of the phases before; the outcomes of
+      frozen: the plan of the study.
+      state: the outcomes and decisions of the phases before. The outcomes of
         this one are added to it.
 
     Returns:
-      What the phase decides, by the keys that it has in results.json.
+      The decisions of the phase, by their keys in results.json.
     """
-    # The values that the phase `tune` chose.
+    # Look up the values that the phase `tune` chose.
     tuned = {(row.variant, row.size, row.workload): row.changes
              for row in state.records.get('tuned', ())}
-    # A lookup that fails loudly where something was not tuned.
+
     def best(variant: str, size: str, workload: str) -> Changes:
       return tuned[variant, size, workload]
 
-    # Only the variants that the phases before let pass. Where none did, nothing
-    # is trained, and the decision is an empty one. state.train waits until all
-    # runs have ended, and adds their outcomes to state.outcomes.
+    # Train the variants that the phases before let pass. state.train waits
+    # until all runs have ended, and adds their outcomes to state.outcomes. If
+    # no variant passed, nothing is trained, and the decision is empty.
     variants = self.choose_variants(frozen.plan, state.records)
     if variants:
       state.train(self, self.runs(frozen, best, variants))
-    # The verdicts are on the sizes and measures of this phase alone.
+
+    # Decide by the sizes and measures of this phase alone.
     plan = self.narrow_plan(frozen.plan)
     return {self.name: self.decide(plan, state.outcomes, self.name)}
 
@@ -375,7 +377,7 @@ class Tune(Phase):
     hyper-parameters. A candidate is one value for each field that is tuned.
 
     Args:
-      frozen: the plan.
+      frozen: the plan of the study.
       search: the search of one variant at one size on one workload.
 
     Returns:
@@ -395,11 +397,14 @@ class Tune(Phase):
     return runs
 
   def largest_set_of_runs(self, frozen):
-    """Returns the runs of all rungs of successive halving, for an estimate of
-    the cost before anything has run.
+    """Returns all runs that tuning may need, to estimate its cost before
+    anything has run.
+
+    Tuning is successive halving: in each rung the remaining candidates train
+    for longer, and then only the best of them remain.
 
     Args:
-      frozen: the plan.
+      frozen: the plan of the study.
     """
     runs, tuning = [], frozen.plan.tuning
     for search in make_searches(frozen.plan):
@@ -408,33 +413,46 @@ class Tune(Phase):
         search.rung = rung
         for candidate in self.runs_of_candidates(frozen, search):
           runs += candidate
-        # Which candidates survive is not known yet. How many do is, and all of
-        # them cost the same: the first stand for them.
+        # Only the number of survivors is known yet. All candidates cost the
+        # same, so the first ones stand for the survivors.
         survivors = num_survivors(tuning, len(search.candidates))
         search.candidates = search.candidates[:survivors]
     return runs
 
   def run(self, frozen, state):
-    # One search for each variant at each size on each workload.
+    """Tunes each variant at each size on each workload, rung by rung. In each
+    rung the remaining candidates train for longer, and then only the best of
+    them remain (successive halving).
+
+    Args:
+      frozen: the plan of the study.
+      state: the outcomes and decisions of the phases before. The outcomes of
+        this one are added to it.
+
+    Returns:
+      {'tuned': what was chosen in each search}, as results.json has it.
+    """
     searches = make_searches(frozen.plan)
-    # The number of rungs is not known beforehand: after the last planned one, a
-    # search goes on where its best value is at an edge of what was tried. It is
-    # over once it has no candidates.
+    # The number of rungs is not known beforehand. After the last planned one, a
+    # search goes on if its best value is at an edge of what was tried. A search
+    # is over once it has no candidates.
     for rung in itertools.count(1):
       ongoing = [search for search in searches if search.candidates]
       if not ongoing:
         break
-      # The runs of all searches are trained at once, so that they share
-      # programs and machines. The outcomes come back in the order of the runs.
+
+      # Train the runs of all searches together, so that they share programs and
+      # machines. The outcomes come back in the order of the runs.
       runs_by_search = [self.runs_of_candidates(frozen, search)
                         for search in ongoing]
       runs = []
       for candidates in runs_by_search:
         runs += itertools.chain(*candidates)
       outcomes = iter(state.train(self, runs, rung))
-      # Each candidate takes its outcomes from the front of what is left, in the
-      # same order: the loops below must visit searches and candidates as those
-      # above did.
+
+      # Hand the outcomes back to the searches. Each candidate takes its own
+      # from the front of what is left, so these loops must visit searches and
+      # candidates in the order of those above.
       for search, candidates in zip(ongoing, runs_by_search):
         steps = frozen.steps(candidates[0][0].changes)
         outcomes_of_search = []
@@ -515,18 +533,19 @@ class Largest(Phase):
 
 def make_run(frozen: plans.FrozenPlan, phase: str, variant: str, size: str,
              workload: str, seed: int, more: dict, share: float = 1.0) -> Run:
-  """Returns the description of a run that a phase wants to be trained.
+  """Describes a run that a phase of a study wants to be trained: the changes of
+  the config, and the name of its folder.
 
   Args:
-    frozen: the plan.
-    phase: the name of the phase.
-    variant: the name of the variant; SECOND_BASE is the base once more, under a
-      name of its own.
+    frozen: the plan of the study.
+    phase: the name of the phase, such as 'tune'.
+    variant: the name of the variant. SECOND_BASE stands for the base once more,
+      with other initial parameters.
     size: the name of the size of the model.
-    workload: the name of the data that it is trained on.
+    workload: the name of the data that it is trained on: the text, or a probe.
     seed: the seed.
-    more: changes of the config beside those that the plan has for the variant
-      at this size, such as tuned values; they win over those.
+    more: further changes of the config, such as tuned values. They win over
+      those that the plan has for this variant and size.
     share: the share of its planned steps that the run trains, 1 or less.
   """
   # The plan has no config for the second base: it is trained with that of the
@@ -539,11 +558,12 @@ def make_run(frozen: plans.FrozenPlan, phase: str, variant: str, size: str,
              'eval.part': PHASES[phase].part}
   if share < 1:
     shorten_run(changes, frozen.base_config, share)
-  # A phase that draws no curves evaluates once, after the last step.
+  # A phase that needs no curves evaluates once, after the last step.
   if phase not in plans.PHASES_WITH_CURVES:
     changes['eval.every_steps'] = frozen.steps(changes)
-  # The name of the folder of the runs that differ in their seed alone. Each
-  # candidate of a search is a folder of its own: model.lr=0.1 adds ".lr=0.1".
+
+  # Name the folder of the runs that differ only in their seed. Each candidate
+  # of tuning has a folder of its own: optim.lr=0.1 adds ".lr=0.1".
   point = f'{workload}.{size}.{variant}'
   if phase == 'tune':
     for field, value in more.items():
@@ -702,24 +722,25 @@ class Search:
 
 
 def move_edge_outwards(edge: float, inner: float) -> float:
-  """Returns the next value of a geometric grid beyond its edge: edge * edge /
-  inner.
+  """Returns the next value to try when the best one was at the edge of what was
+  tried. It continues the geometric grid: edge * (edge / inner).
 
   Args:
     edge: the least or the largest value that was tried.
     inner: the value beside it.
 
   Returns:
-    The value. Where `edge` is a whole number, such as a number of layers, so is
-    the value, which is 1 or more; it is `edge` itself where no smaller one is
-    left.
+    The value. If `edge` is a whole number, such as a number of layers, so is
+    the value, which is 1 or more. It is `edge` itself if no smaller whole
+    number is left.
   """
   beyond = edge * edge / inner
   # Six digits hide the error of the arithmetic in the names of folders.
   if not isinstance(edge, int):
     return float(f'{beyond:.6g}')
-  # Whole numbers. Rounding may end at the edge again: an upper edge then moves
-  # by 1 at least, and a lower one stays, at 1.
+
+  # For whole numbers, rounding may end at the edge again. An upper edge then
+  # moves by 1, and a lower one stays.
   beyond = max(round(beyond), 1)
   return edge + 1 if beyond == edge > inner else beyond
 

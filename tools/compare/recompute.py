@@ -43,14 +43,15 @@ class RunsOnDisk:
 
   def train(self, folder: str, runs: Sequence[phases.Run]
             ) -> list[plans.Outcome]:
-    """Returns the outcomes of the runs of a phase, in order.
+    """Returns the outcomes of the runs that a phase asks for, in order. Nothing
+    is trained: they are read from disk.
 
     Args:
       folder: the name of the folder of the phase.
       runs: the runs.
 
     Raises:
-      RunsAreMissing: where one of them has no outcome.
+      RunsAreMissing: if one of them has no outcome.
     """
     path = self._workdir / folder
     if not (path / 'sweep.json').is_file():
@@ -78,26 +79,27 @@ class RunsOnDisk:
 
 
 def recompute_results(workdir, frozen: plans.FrozenPlan) -> dict[str, Any]:
-  """Returns what results.json has, with everything that follows from the runs
-  computed from them.
+  """Computes the results of a study again from its runs, so that a report does
+  not depend on what results.json says.
 
   Args:
     workdir: the folder of the study.
-    frozen: its plan.
+    frozen: the plan of the study.
 
   Returns:
-    The results, and what they say beside the saved ones: in 'missing', why no
-    later phase is known; in 'unlike_saved', a sentence for each verdict that
-    results.json has otherwise.
+    The results in the form of results.json. In addition, 'missing' says why
+    later phases are not known, or '', and 'unlike_saved' has a sentence for
+    each verdict that differs in results.json.
 
   Raises:
-    RequestError: where the figures of a run have changed since it ended.
+    RequestError: if the figures of a run have changed since it ended.
   """
   _check_figures_unchanged(workdir)
   saved = results_lib.load(workdir)
 
-  # The phases, as far as there are runs. A phase that lacks some has added the
-  # outcomes of the others by then.
+
+  # Go through the phases, as far as there are runs. A phase that lacks some
+  # has added the outcomes of its other runs by then, which are taken out again.
   trainer, missing = RunsOnDisk(workdir, frozen), ''
   state = phases.StudyState(trainer)
   try:
@@ -108,7 +110,8 @@ def recompute_results(workdir, frozen: plans.FrozenPlan) -> dict[str, Any]:
   state.outcomes = [
       run for run in state.outcomes if run.phase in state.finished]
 
-  # The code that trained the runs is known where they were trained.
+  # The saved results know best which code trained the runs, since they were
+  # written where that happened.
   provenance = saved['provenance']
   if not saved['study']:
     provenance = results_lib.describe_provenance(workdir)
@@ -127,11 +130,20 @@ def _runs_of_ledger(path: pathlib.Path) -> list[layout.Run]:
 
 
 def _check_figures_unchanged(workdir) -> None:
-  """Raises RequestError where the figures of a run are not those with which it
-  ended, by the ledger of the study."""
+  """Checks that no figures of a study's runs have changed since the runs ended.
+  When a run ends, a hash of its figures is written to the ledger, the database
+  of the study.
+
+  Args:
+    workdir: the folder of the study.
+
+  Raises:
+    RequestError: if a hash is not that of the figures on disk.
+  """
   with layout.StudyLedger(workdir) as ledger:
     hash_of_run = ledger.hash_of_ended_runs()
-  # A run that is taken up again has ended before, and is under way now.
+
+  # Leave out runs that have ended before, but are being trained again now.
   for folder in results_lib.folders(workdir):
     for run in _runs_of_ledger(folder):
       if run.state in (layout.PENDING, layout.RUNNING):
@@ -140,7 +152,7 @@ def _check_figures_unchanged(workdir) -> None:
   for (folder, point, seed), hash_at_end in hash_of_run.items():
     path = layout.run_folder(
         pathlib.Path(workdir) / folder, point=point, seed=seed)
-    # One that is gone, or trained anew now, has no figures yet.
+    # A run whose folder was removed has no figures.
     if path.is_dir() and layout.hash_figures(path) != hash_at_end:
       changed.append(f'{folder}/{point}, seed {seed}')
   require(not changed, f'{workdir}: the figures of {len(changed)} runs have '
@@ -151,12 +163,12 @@ def _check_figures_unchanged(workdir) -> None:
 
 def compare_verdicts(saved: Mapping[str, Any], computed: Mapping[str, Any]
                      ) -> list[str]:
-  """Returns a sentence for each verdict of which two results of a study
-  disagree.
+  """Returns a sentence for each verdict on which the saved results of a study
+  and those that follow from its runs disagree.
 
   Args:
-    saved: what results.json has.
-    computed: the same, computed from the runs.
+    saved: the contents of results.json.
+    computed: the results computed from the runs, in the same form.
   """
   saved_rows, sentences = _verdicts_by_name(saved), []
   for name, row in _verdicts_by_name(computed).items():

@@ -31,25 +31,25 @@ Key = tuple[str, str]  # a size and a workload
 
 
 def check(args) -> int:
-  """Prints the plan of a study's file and the costs of its phases; returns the
-  exit code.
+  """Prints the plan of a study's file, and what its phases cost. Returns the
+  exit code, 0.
 
   Args:
-    args: the arguments of the command line: file, workdir ('': none yet),
-      parallel and group, as `check` defines them.
+    args: the arguments of the command `check`: file, workdir ('' if the study
+      has not begun), parallel and group.
   """
-  # A study that has begun keeps what its plan has fixed.
+  # Make the plan. A study that has begun keeps what its plan has fixed.
   earlier_plan = None
   if args.workdir:
     earlier_plan = plans.load_frozen_plan(args.workdir)
   frozen = freeze.freeze_plan(args.file, earlier_plan)
-  print(described(frozen), flush=True)
+  print(describe_plan(frozen), flush=True)
 
-  # The costs in all but hours are known at once.
+  # Print the costs without hours, which are known at once.
   costs = results.costs(frozen, args.group, None)
   print(f'\n{results.table(costs, args.parallel)}\n', flush=True)
 
-  # The time of a step, from runs that there are or from a few steps.
+  # Find the time of a step, from runs of the study or by timing a few steps.
   times = None
   if args.workdir:
     times = results.times_of(args.workdir, frozen)
@@ -58,10 +58,11 @@ def check(args) -> int:
     print('Timing a few steps of the base, for the hours ...', file=sys.stderr)
     source_of_times = f'{TIMED_STEPS} steps of the base on this machine'
     try:
-      times = timed(frozen, args.parallel, args.group)
+      times = time_training_steps(frozen, args.parallel, args.group)
     except EnvironmentFailure as error:
       print(f'warning: the hours are not known: {error}', file=sys.stderr)
 
+  # Print the costs again, with hours.
   if times:
     costs = results.costs(frozen, args.group, times)
     print(f'\n{results.table(costs, args.parallel)}\n')
@@ -90,13 +91,14 @@ class Timing:
   def __init__(self, frozen: plans.FrozenPlan, parallel: int, group: int):
     self._frozen, self._parallel = frozen, parallel
     plan = frozen.plan
-    # A program of the confirmation holds the runs of all seeds, as far as they
-    # fit.
+    # A program of the confirmation trains the runs of all seeds at once, up to
+    # `group` of them. A step is timed for as many.
     self.alike = min(group, plan.seeds['confirm'])
     self.steps: dict[Key, int] = {}
     self.flops: dict[Key, float] = {}
     self.seconds: dict[Key, float] = {}
-    # The planned steps of the base, and by them the FLOPs of one step.
+
+    # The planned steps of the base, and the FLOPs of one step.
     for workload in plan.workloads:
       for size in plan.all_sizes:
         planned_point = frozen.point(plan.base, size, workload)
@@ -106,32 +108,34 @@ class Timing:
             planned_point['tokens'] * planned_point['flops_per_token'] / steps)
 
   def train(self, keys: Sequence[Key]) -> None:
-    """Measures the time of a step at some sizes on some workloads, by training
-    a few steps in a folder that is removed.
+    """Measures the time of a training step at some sizes of the model on some
+    workloads (the text, and probes), by training a few steps in a temporary
+    folder.
 
     Args:
-      keys: the sizes and workloads.
+      keys: pairs of the names of a size and a workload.
 
     Raises:
-      EnvironmentFailure: where a run failed.
+      EnvironmentFailure: if a run failed.
     """
     runs = []
     for size, workload in keys:
-      # The runs are shortened ones of the plan, as many at once as a program of
-      # the confirmation has, since these share the time. A run must be shorter
-      # than planned, so the share is below 1.
+      # Shorten runs of the plan, as many at once as a program of the
+      # confirmation has, since these share the time. The share must be below 1,
+      # so that a run is shorter than planned.
       share = min(TIMED_STEPS / self.steps[size, workload], 0.999)
       for seed in range(self.alike):
         runs.append(phases.make_run(
             frozen=self._frozen, phase='screen',
             variant=self._frozen.plan.base, size=size, workload=workload,
             seed=seed, more={'eval.batches': 1, 'eval.tasks': ''}, share=share))
-    # The lines that the trainer prints of each run are of no use here.
+
+    # Train them, and drop the lines that the trainer prints about each run.
     with (tempfile.TemporaryDirectory() as folder,
           contextlib.redirect_stdout(io.StringIO())):
       trainer = Trainer(workdir=folder, frozen=self._frozen,
                         parallel=self._parallel, group=self.alike)
-      sweep = trainer.trained('timed', runs)
+      sweep = trainer.train_in_folder('timed', runs)
     # Points come back in the order in which their runs were asked for.
     for key, point in zip(keys, sweep.points, strict=True):
       self.seconds[key] = self._seconds(point)
@@ -146,12 +150,12 @@ class Timing:
       total_seconds += curve['seconds'][-1] / run.config['train.steps']
     return total_seconds / self.alike
 
-  def every(self) -> results.Times:
-    """Returns the seconds of a step at each size on each workload.
+  def seconds_at_all_sizes(self) -> results.Times:
+    """Returns the seconds of a training step, {(size, workload): seconds}.
 
-    Where they are not measured, they are those of the largest one that is,
-    times the ratio of the FLOPs. A larger model uses the machine better, so
-    this is rather too much.
+    What was not measured is estimated from the largest that was, by the ratio
+    of the FLOPs. A larger model uses the machine better, so this is rather too
+    high.
     """
     largest = max(self.seconds, key=self.flops.get)
     times = {}
@@ -161,65 +165,71 @@ class Timing:
     return times
 
 
-def timed(frozen: plans.FrozenPlan, parallel: int, group: int) -> results.Times:
-  """Returns the seconds of a training step at each size on each workload.
+def time_training_steps(frozen: plans.FrozenPlan, parallel: int, group: int
+                        ) -> results.Times:
+  """Returns the seconds of a training step, {(size, workload): seconds}, as far
+  as it is worth measuring.
 
-  The smallest size comes first. Runs that by their FLOPs would then take longer
-  than MOST_SECONDS are not trained, nor is any other of a study that is short:
-  their time follows from that of the largest that is measured, and so is rather
-  too much.
+  The smallest size is measured first. The others are measured if the study
+  takes long, except those that would take longer than MOST_SECONDS by their
+  FLOPs. What is not measured follows from the largest that is, and is estimated
+  rather too high.
 
   Args:
-    frozen: the plan.
-    parallel: how many processes run at once.
-    group: how many runs one program holds at most.
+    frozen: the plan of the study.
+    parallel: the number of processes that run at once.
+    group: the most runs that are trained as one program.
 
   Raises:
-    EnvironmentFailure: where the runs failed.
+    EnvironmentFailure: if the runs failed.
   """
+  # Measure the smallest size.
   timing = Timing(frozen, parallel, group)
   smallest, *larger = sorted(timing.flops, key=timing.flops.get)
   timing.train([smallest])
 
-  # How long the smallest one took, and how many FLOPs may take MOST_SECONDS at
-  # this speed.
+  # At this speed, find the sizes that take at most MOST_SECONDS.
   expected = timing.seconds[smallest] * TIMED_STEPS * timing.alike
   most_flops = MOST_SECONDS / expected * timing.flops[smallest]
   within = [key for key in larger if timing.flops[key] <= most_flops]
-  # The larger ones are worth measuring only for a study that takes long.
+
+  # Measure these too, if the study takes long.
   if within:
-    costs = results.costs(frozen, group, timing.every())
+    costs = results.costs(frozen, group, timing.seconds_at_all_sizes())
     if sum(cost.seconds for cost in costs) > SHORT_SECONDS:
       timing.train(within)
-  return timing.every()
+  return timing.seconds_at_all_sizes()
 
 
 def run(args, submit: Callable[..., None]) -> int:
-  """Freezes the plan of a study's file, and goes through its phases; returns
-  the exit code.
+  """Freezes the plan of a study's file (writes it down for good), and runs its
+  phases. Returns the exit code.
 
   Args:
     args: the arguments that `run` defines (run.add_arguments).
-    submit: a function that submits runners (processes that train runs) to
-      SLURM, of (args, jobs).
+    submit: a function of (args, jobs) that submits jobs to SLURM, which repeat
+      this command.
 
   Raises:
-    RequestError: where the folder holds something else, or another plan and no
+    RequestError: if the folder holds something else, or another plan and no
       reason is given for the change.
   """
   layout.check_workdir(args.workdir, 'study.json')
   frozen = freeze.freeze_plan(args.file, plans.load_last_plan(args.workdir))
   check_choice('--until', args.until,
                choices=('freeze', *frozen.plan.seeds, plans.REPORT))
-  # From here on the plan is fixed in study.json, or its change is recorded.
+
+  # Write the plan to study.json, or record its change there.
   frozen = plans.adopt_plan(args.workdir, frozen, args.amend)
-  print(described(frozen), flush=True)
-  # Runs that failed are pending again, in every phase that has begun.
+  print(describe_plan(frozen), flush=True)
+
+  # Runs that failed become pending again, in every phase that has begun.
   if args.retry:
     for folder in results.folders(args.workdir):
       with layout.Ledger(folder) as ledger:
         ledger.retry_failed_runs()
-  # The jobs of SLURM call this command again, each as one runner.
+
+  # Train the runs: here, or by jobs of SLURM that call this command again.
   if args.launcher == 'slurm':
     submit(args, args.jobs or 1)
     return 0
@@ -227,15 +237,16 @@ def run(args, submit: Callable[..., None]) -> int:
     return 0
   trainer = Trainer(workdir=args.workdir, frozen=frozen, parallel=args.parallel,
                     group=args.group)
-  return go(args.workdir, frozen=frozen, trainer=trainer, args=args)
+  return run_and_report_phases(
+      args.workdir, frozen=frozen, trainer=trainer, args=args)
 
 
-def described(frozen: plans.FrozenPlan) -> str:
+def describe_plan(frozen: plans.FrozenPlan) -> str:
   """Returns a description of a study's plan for a terminal: its question, its
   methods, and the sizes of its models.
 
   Args:
-    frozen: the plan.
+    frozen: the plan of the study.
   """
   plan = frozen.plan
   # The base stands for all variants of a size, whose costs are near its own.
@@ -252,36 +263,40 @@ def described(frozen: plans.FrozenPlan) -> str:
   return '\n\n'.join(parts)
 
 
-def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
-  """Goes through the phases of a study with a trainer, and prints and saves
-  what each of them finds; returns the exit code.
+def run_and_report_phases(workdir, frozen: plans.FrozenPlan, trainer: Any, args
+                          ) -> int:
+  """Runs the phases of a study, such as tuning and confirmation, and prints and
+  saves what each of them finds. Returns the exit code, 0.
 
   Args:
     workdir: the folder of the study.
     frozen: its plan, as it stands in study.json.
-    trainer: the trainer of its runs.
-    args: until, anyway, group and parallel, as `run` defines them.
+    trainer: the object that trains the runs.
+    args: the arguments until, anyway, group and parallel of the command `run`.
   """
   def costs() -> list[results.Cost]:
     """Returns the costs of the phases by what is known of their time."""
     times = results.times_of(workdir, frozen)
     return results.costs(frozen, args.group, times)
 
-  # The costs as far as they are known, before anything is trained.
+  # Print the costs, as far as they are known before anything is trained.
   costs_before = costs()
   print(f'\n{results.table(costs_before, args.parallel)}\n', flush=True)
   is_time_known = all(cost.seconds is not None for cost in costs_before)
-  # Each phase trains when the loop asks for its state. A study that is too weak
-  # gives its state and then raises, so it is saved and printed first.
+
+  # A phase trains when the loop asks for its state. If the study is too weak,
+  # run_phases raises only after it has given the state, so that the state is
+  # saved and printed first.
   for state in phases.run_phases(frozen, trainer=trainer, until=args.until,
                                  anyway=args.anyway):
     if args.anyway and state.weakness:
       _note(workdir, frozen, 'The study went on although it was too weak for '
             f'what it wants. {state.weakness}')
     results.write(workdir, frozen, state)
-    for line in _found(state, ends=bool(state.weakness) and not args.anyway):
+    is_refused = bool(state.weakness) and not args.anyway
+    for line in _lines_of_phase(state, is_refused):
       progress.print_result(line)
-    # The first phase has told the time of the others.
+    # The runs of the first phase tell how long those of the others take.
     if len(state.finished) == 1 and not is_time_known:
       print(results.table(costs()[1:], args.parallel), flush=True)
   if args.until == plans.REPORT:
@@ -290,19 +305,20 @@ def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
   return 0
 
 
-def _found(state: phases.StudyState, ends: bool) -> list[str]:
-  """Returns lines for a terminal on the phase that has just ended.
+def _lines_of_phase(state: phases.StudyState, is_refused: bool) -> list[str]:
+  """Returns lines for a terminal about the phase that has just ended: how many
+  runs it had, and what it found.
 
   Args:
     state: the outcomes and decisions so far.
-    ends: whether the study is refused after this phase; the refusal then says
-      what the summary would.
+    is_refused: whether the study is refused after this phase. The refusal then
+      says what the summary would.
   """
   phase = phases.PHASES[state.finished[-1]]
   runs = [run for run in state.outcomes if run.phase == phase.name]
   diverged = sum(run.diverged for run in runs)
   lines = [f'{phase.name}: {len(runs)} runs, {diverged} diverged']
-  if not ends:
+  if not is_refused:
     lines += phase.summary(state.records)
   return lines
 
@@ -334,8 +350,8 @@ class Trainer:
 
   def train(self, folder: str, runs: Sequence[phases.Run]
             ) -> list[plans.Outcome]:
-    """Trains runs that a phase asks for, waits until all of them have ended,
-    and returns the outcome of each, in order.
+    """Trains the runs that a phase asks for, waits until all of them have
+    ended, and returns their outcomes, in order.
 
     Args:
       folder: the name of the folder of the phase.
@@ -343,11 +359,11 @@ class Trainer:
 
     Raises:
       Stopped: after a signal.
-      RequestError: where the folder holds runs of another plan or config.
-      EnvironmentFailure: where runs failed that did not diverge.
+      RequestError: if the folder holds runs of another plan or config.
+      EnvironmentFailure: if runs failed for another reason than divergence.
     """
     path = self._workdir / folder
-    sweep = self.trained(folder, runs)
+    sweep = self.train_in_folder(folder, runs)
     self._check_of_this_plan(path, sweep)
 
     # Results are read from disk, where another runner may have written them.
@@ -362,18 +378,17 @@ class Trainer:
 
   def _check_of_this_plan(self, path: pathlib.Path, sweep: curves.Sweep
                           ) -> None:
-    """Checks that the runs of a folder are of this study's plan, and of the
-    config that it says.
+    """Checks that the runs in a folder were trained by this study's plan, and
+    with the configs that it says.
 
     Args:
       path: the folder of the phase.
-      sweep: its sweep, as it lies on disk.
+      sweep: the runs as they lie there.
 
     Raises:
-      RequestError: where a run is of another plan, or of another config.
+      RequestError: if a run is of another plan, or of another config.
     """
-    # The hashes of all plans that the study has had: an amended plan keeps its
-    # runs.
+    # Runs by an earlier version of the plan count, if the change was recorded.
     others = layout.plan_hashes_of_runs(path) - self._frozen.known_hashes
     names = ', '.join(sorted(others)) or 'none'
     require(not others, f'{path} holds runs of another plan than the study has '
@@ -390,19 +405,25 @@ class Trainer:
     return plans.record_prediction(self._workdir, frozen=self._frozen,
                                    phase=phase, rows=rows)
 
-  def trained(self, folder: str, runs: Sequence[phases.Run]) -> curves.Sweep:
+  def train_in_folder(self, folder: str, runs: Sequence[phases.Run]
+                      ) -> curves.Sweep:
     """Returns the sweep of some runs, once all of them have ended."""
     path = self._workdir / folder
     with layout.Ledger(path) as ledger:
       description = layout.begin_sweep(
           path, ledger, self.describe(folder, runs))
       if ledger.runs(layout.PENDING, layout.RUNNING):
-        self.work(path, ledger)
+        self.train_pending_runs(path, ledger)
       return curves.read_sweep(path, description, ledger.runs())
 
-  def work(self, path: pathlib.Path, ledger) -> None:
+  def train_pending_runs(self, path: pathlib.Path, ledger) -> None:
     """Trains the pending runs of a folder, and waits for those that other
-    processes train."""
+    processes train.
+
+    Args:
+      path: the folder of the phase.
+      ledger: its open ledger, the database of the states of runs.
+    """
     def begun(runs: Sequence[layout.Run]) -> None:
       self.begun(path, runs)
 
@@ -428,21 +449,23 @@ class Trainer:
                            hash=layout.hash_figures(folder))
 
   def describe(self, folder: str, runs: Sequence[phases.Run]) -> dict:
-    """Returns the content of sweep.json for the runs of a phase.
+    """Returns the content of sweep.json for the runs of a phase, by which they
+    are trained as a sweep.
 
     Args:
       folder: the name of the folder of the phase.
-      runs: the runs; the point of the first is the base of the sweep.
+      runs: the runs. That of the base comes first.
     """
     frozen = self._frozen
-    # One row for each point (a variant at a size on a workload), with its
-    # seeds.
+    # Make a row for each point (a variant at a size on a workload), and collect
+    # its seeds.
     rows: dict[str, dict[str, Any]] = {}
     for run in runs:
       if run.point not in rows:
         rows[run.point] = self._row(run)
       rows[run.point]['seeds'].append(run.seed)
-    # `paired`: all points see the same batches with the same seed.
+
+    # 'paired' says that runs of the same seed see the same batches.
     return {
         'name': f'{frozen.plan.name}, {folder}',
         'file': frozen.plan.file,

@@ -580,7 +580,9 @@ def start(workdir, frozen, loss=loss_of, stop_after=None, amend='', **args):
   plan = plans.adopt_plan(workdir, dataclasses.replace(
       frozen, notes=[], amendments=[]), amend)
   trainer = studies.Written(workdir, plan, loss=loss, stop_after=stop_after)
-  assert study.go(workdir, plan, trainer, studies.arguments(**args)) == 0
+  code = study.run_and_report_phases(
+      workdir, plan, trainer, studies.arguments(**args))
+  assert code == 0
   return trainer
 
 
@@ -980,7 +982,7 @@ def test_a_plan_has_hours_before_anything_has_run(
   args = types.SimpleNamespace(file=studies.write(folder), workdir='',
                                parallel=2, group=8)
   # A short study is timed at its smallest size alone.
-  short = study.timed(frozen, 1, 8)
+  short = study.time_training_steps(frozen, 1, 8)
   monkeypatch.setattr(study, 'SHORT_SECONDS', 0.0)
   assert study.check(args) == 0
   out = capsys.readouterr().out
@@ -989,13 +991,14 @@ def test_a_plan_has_hours_before_anything_has_run(
       frozen, 8, {(size, 'text'): 0.5 for size in 'sml'}))
   assert f'{seconds / 2 / 3600:.2f}' in out.splitlines()[-3]
   monkeypatch.setattr(study, 'MOST_SECONDS', 0.0)
-  times = study.timed(frozen, 1, 8)
+  times = study.time_training_steps(frozen, 1, 8)
   flops = [frozen.point('base', size, 'text')['flops_per_token']
            for size in 'sml']
   assert list(times.values()) == pytest.approx([
       0.5 * x / flops[0] for x in flops])
   assert times == short
-  monkeypatch.setattr(study.Trainer, 'work', lambda self, path, ledger: None)
+  monkeypatch.setattr(study.Trainer, 'train_pending_runs',
+                      lambda self, path, ledger: None)
   assert study.check(args) == 0
   out, err = capsys.readouterr()
   # The costs in all but hours do not wait for these.
@@ -1017,7 +1020,7 @@ def test_a_run_of_another_config_is_refused(frozen, tmp_path):
 
 def test_results_do_not_lose_what_is_known_by_now(tmp_path):
   def go(frozen, **args):
-    study.go(tmp_path, frozen, studies.Trainer(frozen),
+    study.run_and_report_phases(tmp_path, frozen, studies.Trainer(frozen),
              studies.arguments(**args))
     return (tmp_path / results.FILE).read_bytes()
 
