@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from common.errors import EnvironmentFailure, RequestError, Stopped
+from configs import base as base_config
 from tests.helpers import studies
 from tools.compare import comparison, decide, freeze, layout, measures, phases
 from tools.compare import plan as plans
@@ -486,6 +487,20 @@ def _take(search, losses, steps=100, diverged=(), value=None):
 def _search(values=(1e-3, 2e-3), workload='text', **changes):
   plan = studies.plan(tuning=plans.Tuning({'optim.lr': values}, **changes))
   return phases.Search(plan, 'base', 's', workload)
+
+
+def test_a_shortened_run_has_its_schedules_in_proportion():
+  config = base_config.base()
+  config.update_from_flattened_dict({
+      'train.steps': 1000, 'optim.warmup_steps': 100, 'optim.decay_steps': 800,
+      'data.batch_ramp': '400:8', 'checkpoint.every_steps': 500,
+      'log.every_steps': 10})
+  changes = {'train.steps': 2000, 'optim.lr': 0.5}
+  phases.shorten_run(changes, config.to_dict(), share=0.125)
+  assert changes == {
+      'train.steps': 250, 'optim.lr': 0.5, 'optim.warmup_steps': 12,
+      'optim.decay_steps': 100, 'data.batch_ramp': '50:8',
+      'checkpoint.every_steps': 250, 'log.every_steps': 10}
 
 
 def test_the_better_half_survives_a_rung():

@@ -400,6 +400,21 @@ def test_labels_that_mean_nothing_are_refused(change, message):
     hf_config.model_of_config_json(tree | change)
 
 
+@pytest.mark.parametrize('head, names, problem', [
+    ('sequence', ('x',), 'regression'),
+    ('sequence', ('no', 'yes'), 'single_label_classification'),
+    ('tokens', ('O', 'B-x', 'I-x'), None)])
+def test_a_head_says_its_labels_both_ways_and_its_problem(
+    head, names, problem):
+  """transformers trains one output of a sequence as a number by this."""
+  tree = hf_config.config_json_of_model(architectures.resolve(
+      models.small_config('bert', head=head, num_labels=len(names))), names)
+  assert tree.get('problem_type') == problem
+  assert tree['id2label'] == {str(i): name for i, name in enumerate(names)}
+  assert tree['label2id'] == {name: i for i, name in enumerate(names)}
+  assert hf_config.read_labels(tree) == names
+
+
 def test_robertas_first_token_stands_after_the_row_of_padding(tmp_path):
   c = hf_config.model_of_config_json(ROBERTA)
   assert (c.max_len, c.part(LearnedConfig).offset) == (512, 2)
