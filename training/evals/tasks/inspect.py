@@ -399,12 +399,13 @@ def _figures_for_json(inspected: Inspection,
     tokens, attention, stream and experts, each a dict by 'encoder', 'decoder'
     or 'cross'; and lens, where there is a logit lens.
   """
-  # One row was looked at. It is the first of axis 1, after the axis of layers.
+  # Collect the attention. Other arrays have an axis of rows after that of
+  # layers, of which the first row is taken.
   attention = {}
   for name, figures in measures.items():
     attention[name] = {
         figure: values_NH.tolist() for figure, values_NH in figures.items()}
-  # The residual stream: a number for each layer and token.
+  # Collect the sizes of the states between layers (the residual stream).
   streams = {}
   for name, stream in inspected.stream.items():
     streams[name] = {
@@ -412,7 +413,7 @@ def _figures_for_json(inspected: Inspection,
         'median': stream.median[:, 0].tolist(),
         'rms': stream.rms[:, 0].tolist(),
         'outliers': np.flatnonzero(stream.outliers[0]).tolist()}
-  # The routing of tokens to experts, in the layers that have them.
+  # Collect how tokens are routed to experts, in the layers that have them.
   experts = {}
   for name, routing in inspected.experts.items():
     experts[name] = {
@@ -429,12 +430,16 @@ def _figures_for_json(inspected: Inspection,
 
 def _lens_for_json(lens: LogitLens, spell: SpellToken
                    ) -> list[list[list[dict[str, Any]]]]:
-  """Returns the guesses of the logit lens as objects of JSON, by layer, then by
-  token of the text, the best guess first.
+  """Returns the guesses of the logit lens as values for JSON: the tokens that
+  the model would predict if a layer were its last one.
 
   Args:
-    lens: the guesses of each layer, had it been the last one.
-    spell: a function that returns the token of an id as a reader is shown it.
+    lens: the guesses for each layer and token of the text.
+    spell: returns the text of a token id for the reader.
+
+  Returns:
+    A list by layer, in it a list by token of the text, and in that the guesses,
+    the best one first, each with text, id and probability.
   """
   layers = []
   for guesses_of_layer in _guesses_by_layer(lens):
@@ -450,14 +455,17 @@ def _lens_for_json(lens: LogitLens, spell: SpellToken
 
 
 def _guesses_by_layer(lens: LogitLens) -> list[list[list[LensGuess]]]:
-  """Returns the likeliest next tokens of the first row, by layer, then by token
-  of the text, the best guess first.
+  """Returns the guesses of the logit lens for the first row: the tokens that
+  the model would predict if a layer were its last one.
 
   Args:
-    lens: the guesses of each layer: token ids and probabilities, [layers,
-      batch, length, guesses].
+    lens: token ids and probabilities, [layers, rows, L tokens of the text, K
+      guesses].
+
+  Returns:
+    A list by layer, in it a list by token of the text, and in that the guesses,
+    the best one first.
   """
-  # The arrays are [layers, batch, length, guesses], of which one row is taken.
   layers = []
   for ids_LK, p_LK in zip(lens.ids[:, 0].tolist(),
                           lens.probabilities[:, 0].tolist()):
@@ -474,25 +482,27 @@ def _guesses_by_layer(lens: LogitLens) -> list[list[list[LensGuess]]]:
 def render_page(inspected: Inspection, title: str, about: Sequence[str],
                 spelled_tokens: Mapping[str, Sequence[str]], spell: SpellToken,
                 measures: FiguresByHead) -> str:
-  """Renders the page that shows what a model does with a text, as HTML.
+  """Renders an HTML page that shows what a model does with a text.
 
   Args:
-    inspected: the record of the model; of several rows, the first is shown.
+    inspected: what was recorded of the model; of several rows, the first is
+      shown.
     title: the title of the page.
     about: sentences on what was looked at.
-    spelled_tokens: the tokens as a reader is shown them, by stack ('encoder' or
-      'decoder').
-    spell: a function that returns the token of an id as a reader is shown it.
-    measures: {attention: {figure: [N, H]}}, one number a head; nan: none.
+    spelled_tokens: {'encoder' or 'decoder': the tokens of the text as they are
+      shown}.
+    spell: returns the text of a token id for the reader.
+    measures: {attention: {figure: [N, H]}}, a number for each of H heads in N
+      layers; nan: there is none.
   """
-  # Write the data that inspect.js draws into the page. A token that holds
-  # </script> would end the script early, so '<' is escaped.
+  # Prepare the data that the script inspect.js draws, which are written into
+  # the page. '<' is escaped, as a token may contain </script>.
   tokens = {name: list(texts) for name, texts in spelled_tokens.items()}
   drawn = {'tokens': tokens, 'maps': _maps_for_script(inspected, measures)}
   data = json.dumps(drawn, allow_nan=False).replace('<', '\\u003c')
 
-  # Read the template. Tokens are text of anybody, so they are escaped; a name
-  # that the template has and this function does not is an error.
+  # Read the template. Text is escaped, as tokens may contain anything. A name
+  # in the template that has no value is an error.
   folder = pathlib.Path(__file__).parents[1] / 'templates'
   environment = jinja2.Environment(
       loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
@@ -511,10 +521,11 @@ def render_page(inspected: Inspection, title: str, about: Sequence[str],
 
 def _maps_for_script(inspected: Inspection, measures: FiguresByHead
                      ) -> list[dict[str, Any]]:
-  """Encodes the attention maps as inspect.js reads them, as objects of JSON.
+  """Encodes the attention maps as values for JSON, in the form that the script
+  inspect.js reads.
 
   Args:
-    inspected: the record of the model.
+    inspected: what was recorded of the model.
     measures: {attention: {figure: [N layers, H heads]}}.
 
   Returns:
@@ -523,13 +534,13 @@ def _maps_for_script(inspected: Inspection, measures: FiguresByHead
   """
   maps = []
   for name, attention in inspected.attention.items():
-    # Write weights as integers of 16 bits, little-endian, in base64: as numbers
-    # of JSON they would be several times as long.
+    # Encode the weights as little-endian integers of 16 bits, in base64, as the
+    # script expects. As numbers in JSON they would be several times as long.
     weights_NHLM = attention.weights[:, 0]
     units = np.round(np.clip(weights_NHLM, 0, 1) * 65535).astype('<u2')
     encoded_weights = base64.b64encode(units.tobytes()).decode('ascii')
 
-    # Write figures to four digits; null stands for nan, which JSON lacks.
+    # Round the figures to four digits. nan becomes None, as JSON has no nan.
     figures = {}
     for figure, values_NH in measures[name].items():
       layers = []
@@ -675,18 +686,18 @@ def _lens_rows(lens: LogitLens, spelled_tokens: Sequence[str],
 
 def _norm_rows(stream: ResidualStream, spelled_tokens: Sequence[str]
                ) -> list[list[TableCell]]:
-  """Lays out the table of the norms of hidden states.
+  """Makes the table of the norms of the hidden states.
 
   Args:
     stream: the figures of the states between layers.
-    spelled_tokens: the tokens as a reader is shown them.
+    spelled_tokens: the tokens as they are shown to the reader.
 
   Returns:
-    A row for what the first layer is given and for what each layer returns, and
-    in it a cell for each token, the darker the larger its norm.
+    A row for the input of the first layer and one for the output of each layer,
+    with a cell for each token. A cell is the darker, the larger the norm.
   """
-  # The colours span the logarithms of the norms of the whole table, as norms
-  # differ by powers of ten. 1e-9 stands for 0, and for no difference at all.
+  # Scale the logarithms of all norms to 0 to 1, as norms differ by powers of
+  # ten. 1e-9 avoids the logarithm of 0, and a division by 0 if all are equal.
   norms_NL = stream.norms[:, 0]
   logs_NL = np.log(np.maximum(norms_NL, 1e-9))
   lowest = logs_NL.min()
@@ -712,19 +723,17 @@ def _feature_rows(stream: ResidualStream) -> list[tuple[str, ...]]:
     stream: the figures of these states, of whose rows the first is shown.
 
   Returns:
-    A row of texts for each layer: its name, the mean norm, the median and the
-    root mean square of a feature, and the largest features, each with how many
-    times as large as these two it is.
+    A tuple of texts for each layer: its name; the mean norm; the median and the
+    root mean square of the features; and the largest features, each with its
+    ratio to the median and to the root mean square.
   """
-  # Of the batch, the first row is shown.
   norms_NL = stream.norms[:, 0]
   layer_names = _name_layers(len(norms_NL))
   rows = []
   for n, peaks_D in enumerate(stream.peaks[:, 0]):
     median = stream.median[n, 0]
     rms = stream.rms[n, 0]
-    # The largest features of the layer, each with its ratio to the median and
-    # to the root mean square.
+    # Describe the largest features of the layer.
     largest_features = np.argsort(-peaks_D, kind='stable')
     descriptions = []
     for d in largest_features[:MOST_FEATURES_OF_LAYER].tolist():
@@ -757,22 +766,21 @@ def _format_ratio(value: float, reference: float) -> str:
 
 def _expert_cell(routing: ExpertRouting, n: int, i: int,
                  spelled_tokens: Sequence[str]) -> TableCell:
-  """Lays out the cell of a token in a layer of experts: the experts to which it
-  goes, those that had no room for it struck out.
+  """Makes the table cell for a token in a layer of experts. It lists the
+  experts to which the token goes; those that had no room for it are struck out.
 
   Args:
     routing: the decisions of the routers of a stack.
     n: the number of the layer, among those with experts.
-    i: the number of the token in the first row.
-    spelled_tokens: the tokens as a reader is shown them.
+    i: the index of the token in the first row.
+    spelled_tokens: the tokens as they are shown to the reader.
   """
   gates_E = routing.gates[n, 0, i]
   probabilities_E = routing.probabilities[n, 0, i]
   tip_lines = [_describe_token(spelled_tokens, i), f'layer {routing.layers[n]}']
 
-  # List the experts that the router chose, the largest gate first. A chosen
-  # expert with the gate 0 had no room. Markup keeps the tags of the struck-out
-  # numbers from being escaped.
+  # List the chosen experts, the largest gate first. A chosen expert whose gate
+  # is 0 had no room. Markup marks text as HTML that must not be escaped.
   chosen = np.flatnonzero(routing.chosen[n, 0, i])
   chosen = chosen[np.argsort(-gates_E[chosen], kind='stable')]
   numbers: list[Any] = []
@@ -793,8 +801,8 @@ def _expert_cell(routing: ExpertRouting, n: int, i: int,
   probabilities = [f'{e} {probabilities_E[e]:.3f}' for e in likeliest]
   tip_lines.append('router: ' + ', '.join(probabilities))
 
-  # The expert with the largest gate gives the colour: its number, as an angle
-  # on the circle of colours.
+  # The number of the expert with the largest gate gives the colour of the cell,
+  # as an angle on the circle of colours.
   hue = None
   if len(chosen):
     hue = 360 * int(chosen[0]) // len(gates_E)

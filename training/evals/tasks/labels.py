@@ -185,18 +185,19 @@ def _average_sources(results: Sequence[MeasuredPredictions],
 
 def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
                    ) -> None:
-  """Checks that the data of several sources, and --predictions, go together.
+  """Checks that data of several sources can be evaluated together, and that
+  --predictions can be written for them.
 
   Args:
     loaders: the loader of each source.
     evaluation: the evaluation of the run.
 
   Raises:
-    RequestError: where they do not.
+    RequestError: where they cannot.
   """
   predictions = evaluation.options.predictions
-  # A figure is of all sources, and needs the labels of each. Without labels
-  # there is nothing to measure, only predictions to write.
+  # Either all sources must have labels, by which figures are computed, or none.
+  # Without labels there are only predictions to write.
   is_unlabelled = []
   for loader in loaders:
     view = loader.views[0]
@@ -217,17 +218,17 @@ def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
 
 def _write_predictions(path: Any, results: Sequence[MeasuredPredictions]
                        ) -> None:
-  """Writes the predictions for all sources.
+  """Writes the predictions for all sources to files.
 
   Args:
-    path: the file of --predictions; its suffix .csv asks for one table. Without
-      it the files are those of the kind of predictions, such as JSON, of which
-      some kinds have several.
+    path: the file of --predictions. With the suffix .csv it is one table. Else
+      the format depends on the kind of predictions, and there may be several
+      files.
     results: the predictions for each source.
   """
-  # Join the texts of each file, in the order of the sources. A key of `files`
-  # is put before the suffix of the name, such as 'nbest' of FILE.nbest.json; ''
-  # is FILE itself.
+  # Join the texts of all sources for each file. The key of a file is put before
+  # the suffix of its name, such as 'nbest' in FILE.nbest.json; '' is FILE
+  # itself.
   files = {}
   if path.suffix == '.csv':
     rows = []
@@ -248,15 +249,16 @@ def _write_predictions(path: Any, results: Sequence[MeasuredPredictions]
 
 def compute_scores(evaluation: Evaluation, loader: pipeline.Loader
                    ) -> list[np.ndarray]:
-  """Computes the scores that the model's head gives each row of a loader.
+  """Computes the scores that the model's head gives to each row of a loader.
 
   Args:
     evaluation: the evaluation of the run.
-    loader: the loader; the scores are in the order of its rows.
+    loader: the loader of the rows.
 
   Returns:
-    For each row the scores of the K labels, [K]; or of each token [L, K], where
-    L is the length that the row's batch was padded to.
+    For each row, in the loader's order, the scores [K] of the K labels. If each
+    token has a label they are [L, K], where L is the length to which the batch
+    was padded.
   """
   objective = loader.objective
   module = evaluation.run.module
@@ -269,7 +271,7 @@ def compute_scores(evaluation: Evaluation, loader: pipeline.Loader
   scores_of_rows: list[np.ndarray] = []
   for batch_scores in evaluation.run_on_batches(step, loader, 'answering'):
     scores_of_rows += list(batch_scores)
-  # The rows that fill up the last batch do not count.
+  # Leave out the rows that only fill up the last batch.
   return scores_of_rows[:loader.num_windows]
 
 
@@ -279,13 +281,14 @@ def measure_labels(view: Any, scores: Sequence[np.ndarray], *_: Any
   classification).
 
   Args:
-    view: the texts, as a view of training/data/records.py.
-    scores: the scores of the U labels for each text, [U].
+    view: the texts and their right labels, a view of training/data/records.py.
+    scores: the scores [U] of the U labels for each text.
 
   Returns:
-    The figures, lines for a reader, and what --predictions writes.
+    The figures, lines for the user, and what --predictions writes.
   """
-  # Lay out the predictions, as objects of JSON and as rows of a .csv.
+  # Prepare the predictions as objects for JSON, and as rows of a table for a
+  # .csv.
   predicted = predicting.predict_labels(view, scores)
   objects = []
   table = []
@@ -298,7 +301,7 @@ def measure_labels(view: Any, scores: Sequence[np.ndarray], *_: Any
       row[f'probability of {label}'] = probability
     table.append(row)
 
-  # Measure them, where the right labels are known.
+  # Measure them, if the right labels are known.
   if not view.bare:
     targets = np.array([item.target for item in view.items])
     return _measure_classification(
@@ -440,8 +443,8 @@ def measure_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any
   Returns:
     The figures, lines for a reader, and what --predictions writes.
   """
-  # Lay out the predictions, as objects of JSON and as rows of a .csv. Without
-  # right numbers that is all.
+  # Prepare the predictions as objects for JSON, and as rows of a table for a
+  # .csv. If the right numbers are not known, that is all.
   predicted = np.array(predicting.predict_numbers(view, scores))
   objects = []
   table = []
@@ -454,7 +457,7 @@ def measure_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any
     return MeasuredPredictions(figures={'rows': len(predicted)}, lines=lines,
                                files=files, table=table)
 
-  # Measure them, in all and record by record.
+  # Measure them, together and record by record.
   targets = np.array([item.target for item in view.items])
   pearson, spearman = _correlate(targets, predicted)
   squared_errors = (predicted - targets) ** 2
@@ -475,16 +478,16 @@ def measure_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any
 
 def _correlate(targets: np.ndarray, predicted: np.ndarray
                ) -> tuple[float, float]:
-  """Computes Pearson's and Spearman's correlation of predictions with the right
-  numbers.
+  """Computes Pearson's and Spearman's correlation of predicted numbers with the
+  right ones.
 
   Args:
     targets: the right numbers, [N].
-    predicted: the predicted ones, [N].
+    predicted: the predicted numbers, [N].
 
   Returns:
-    Both correlations. Where one side is constant there is none: nan, which is
-    shown as n/a.
+    Both correlations. They are nan if all numbers of one side are equal, or
+    there are fewer than two.
   """
   from scipy import stats
   if len(predicted) < 2:
@@ -589,27 +592,28 @@ def _word_rows(sentence_number: int, record: labelled.Sentence,
 def measure_entities(right: Sequence[Sequence[str]],
                      predicted: Sequence[Sequence[str]]
                      ) -> tuple[dict[str, Any], list[str]]:
-  """Returns precision, recall and F1 of named entities, by seqeval.
+  """Measures precision, recall and F1 of named entities, by the package
+  seqeval.
 
   Args:
     right: the right labels of each sentence, such as B-PER, I-PER and O.
-    predicted: the labels that a model gives.
+    predicted: the labels that the model gives.
 
   Returns:
-    The figures: precision, recall and f1 of all entities (micro averages), from
-    0 to 1; strict_precision, strict_recall and strict_f1; entities, how many
-    there are; types, {type: {precision, recall, f1, entities}}. And lines of a
-    table for a reader.
+    The figures; and the lines of a table for the user. The figures are
+    precision, recall and f1 over all entities (micro averages), from 0 to 1;
+    strict_precision, strict_recall and strict_f1; entities, their number; and
+    types, {type: {precision, recall, f1, entities}}.
   """
-  # Measure twice: by default an entity may begin with I-, as in CoNLL's script;
-  # in the strict mode only with B-.
+  # Measure twice. By default an entity may begin with I-, as in CoNLL's script;
+  # in strict mode it must begin with B-.
   from seqeval import metrics, scheme
   lenient = _seqeval_figures(right, predicted)
   strict = _seqeval_figures(right, predicted=predicted, mode='strict',
                             scheme=scheme.IOB2)
 
-  # Take the figures out of seqeval's report, which has a row for each type, and
-  # rows of averages. The number of entities is the same in both.
+  # Take the averages over all entities, and then the figures of each type. The
+  # number of entities is the same in both modes.
   figures: dict[str, Any] = dict(lenient['micro avg'])
   strict_figures = {}
   for name, value in strict['micro avg'].items():
@@ -628,11 +632,14 @@ def measure_entities(right: Sequence[Sequence[str]],
 def _seqeval_figures(right: Sequence[Sequence[str]],
                      predicted: Sequence[Sequence[str]], **options: Any
                      ) -> dict[str, dict[str, Any]]:
-  """Returns {type or average: {precision, recall, f1, entities}} of entities.
+  """Computes figures of named entities by seqeval.
 
   Args:
     right, predicted: the labels of each sentence.
-    **options: those of seqeval's classification_report, such as its mode.
+    **options: options of seqeval's classification_report, such as its mode.
+
+  Returns:
+    {type of entity, or name of an average: {precision, recall, f1, entities}}.
   """
   from seqeval import metrics
   report = metrics.classification_report(

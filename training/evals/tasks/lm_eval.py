@@ -73,7 +73,7 @@ class LMEval(Task):
       RequestError: for a task that does not exist or cannot be loaded, or if
         the package lm_eval is not installed.
     """
-    # The flags, and the package.
+    # Check the flags, and that the package is installed.
     names = _parse_names(options)
     require(bool(names), 'task lm_eval is told what to evaluate: '
             '--tasks=lm_eval:NAME, or --tasks=lm_eval --lm_eval=NAME,NAME')
@@ -83,8 +83,8 @@ class LMEval(Task):
     require(not folder or os.path.isdir(folder), '--lm_eval_tasks is '
             f'{folder!r}, which is no folder')
 
-    # The tasks. Those that are not lm_eval's own have all of their files on
-    # this machine, so they are loaded here.
+    # Check that the tasks exist. If none is lm_eval's own, all of their files
+    # are on this machine, and they are loaded as a check.
     with report_failures(', '.join(names)):
       manager = _choose_task_manager(options)
       for name in names:
@@ -176,8 +176,8 @@ def _run_lm_eval(evaluation: Evaluation, tasks: Sequence[str]
 
 
 def _samples_of_task(results: Mapping[str, Any], task: str) -> list[dict]:
-  """Returns the samples that lm_eval logged of a task; for a group of tasks,
-  which has no samples itself, those of all of its tasks.
+  """Returns the samples that lm_eval has logged of a task. A group of tasks has
+  no samples itself; its samples are those of all of its tasks.
 
   Args:
     results: the results of lm_eval.
@@ -194,8 +194,8 @@ def _samples_of_task(results: Mapping[str, Any], task: str) -> list[dict]:
 
 @contextlib.contextmanager
 def report_failures(task_names: str) -> Iterator[None]:
-  """Turns a failure of lm_eval inside a `with` statement into an error whose
-  message is a sentence with the names of the tasks.
+  """Within a `with` block, turns failures of lm_eval into errors with one
+  sentence for the user.
 
   Args:
     task_names: the names of the tasks that lm_eval works on, for the message.
@@ -204,15 +204,16 @@ def report_failures(task_names: str) -> Iterator[None]:
     EnvironmentFailure: if lm_eval cannot load the data.
     RequestError: if lm_eval refuses the request.
   """
-  # lm_eval's own progress bars would be shown beside ours.
+  # Turn off lm_eval's progress bars, as there are our own.
   os.environ.setdefault('TQDM_DISABLE', '1')
-  # lm_eval would resample in forks of the process, which may wait for ever: a
-  # fork has only one of JAX's threads, but the locks of all of them.
+  # Keep lm_eval from computing bootstraps in forks of this process. These might
+  # wait for ever: a fork has the locks of all of JAX's threads, but only one
+  # thread.
   os.environ['DISABLE_MULTIPROC'] = '1'
   logging.getLogger('lm_eval').setLevel(logging.ERROR)
 
-  # An error that other code than lm_eval's raises is a bug of ours, and passes
-  # with its traceback.
+  # Errors that lm_eval's code has not raised are bugs of ours, and pass
+  # through.
   try:
     yield
   except (ConnectionError, FileNotFoundError) as error:
@@ -228,15 +229,18 @@ def report_failures(task_names: str) -> Iterator[None]:
 
 
 def _package_that_raised(error: Exception) -> str:
-  """Returns which of KNOWN_PACKAGES raised an error, or called the package that
-  did; '': none of them.
+  """Finds out whose code has raised an error: a package of KNOWN_PACKAGES, or
+  one that it has called.
 
   An error of lm_eval's own code means a wrong request, and one of ours a bug.
 
   Args:
     error: the error, with its traceback.
+
+  Returns:
+    The name of the package; '' if none of them was involved.
   """
-  # The innermost frame of a known package decides.
+  # The innermost frame of a known package decides, which is the last one here.
   package_that_raised = ''
   for frame, _ in traceback.walk_tb(error.__traceback__):
     package = frame.f_globals.get('__name__', '').partition('.')[0]

@@ -71,7 +71,7 @@ class HeldOutLoss(Task):
     require(stride < data.length, f'--stride is {stride}, but a window has '
             f'data.length {data.length} tokens, the first of which is not '
             'predicted: choose a smaller one')
-    # Windows that overlap are made of a text, and tokens are cut already.
+    # Overlapping windows are cut from a text, not from a folder of tokens.
     spec = data.eval_source or data.source
     weighted_sources = sources.parse_sources(spec)
     if len(weighted_sources) != 1 or weighted_sources[0][1].tokens:
@@ -92,7 +92,7 @@ class HeldOutLoss(Task):
     if evaluation.options.stride:
       return measure_with_stride(evaluation)
 
-    # The sums over the batches of each source.
+    # Sum up the figures over the batches of each source.
     loaders = evaluation.held_out_loaders()
     step = evaluation.jit_once(
         make_eval_step(evaluation.run.module, evaluation.run.config), 'loss')
@@ -101,7 +101,7 @@ class HeldOutLoss(Task):
       results = evaluation.run_on_batches(step, loader, 'evaluating')
       sums.append(held_out.sum_figures(results))
 
-    # The figures of each source, and their means.
+    # Print the figures of each source, and their means.
     figures_by_source = {}
     for loader, sums_of_source in zip(loaders, sums):
       figures_by_source[loader.name] = _print_figures(
@@ -117,17 +117,18 @@ class HeldOutLoss(Task):
 
 def _print_figures(text: str, sums: Sequence, loaders: Sequence
                    ) -> dict[str, Any]:
-  """Prints and returns the figures of some sources of text together.
+  """Computes and prints the figures of one source of text, or of several
+  together.
 
   Args:
-    text: what the reader is told that the figures are of.
+    text: words for the user about what the figures are of.
     sums: the sums over the batches of each source, by held_out.sum_figures.
     loaders: the loader of each source, in the same order.
 
   Returns:
-    {name: figure}, with the number of tokens and the text.
+    {name: figure}, with the number of tokens and `text`.
   """
-  # Means over the sources are weighted by the share of each.
+  # Average over the sources, weighted by their shares.
   figures = held_out.average_figures(sums, loaders)
   num_tokens = sum(loader.num_tokens for loader in loaders)
   bytes_per_token = held_out.mean_of_sources(
@@ -142,8 +143,9 @@ def _print_figures(text: str, sums: Sequence, loaders: Sequence
 
 
 def measure_with_stride(evaluation: Evaluation) -> dict[str, Any]:
-  """Measures the loss, perplexity and bits per byte of a source's held-out
-  documents, read in windows that overlap, as --stride asks.
+  """Measures the loss, perplexity and bits per byte of the held-out documents
+  of a source, which are read in overlapping windows (--stride). So each token
+  is predicted from a long context.
 
   Args:
     evaluation: the evaluation of the run, with --stride among its options.
@@ -182,21 +184,22 @@ def measure_with_stride(evaluation: Evaluation) -> dict[str, Any]:
 
 def cut_into_windows(ids: np.ndarray, length: int, stride: int
                      ) -> Iterator[scoring.Continuation]:
-  """Cuts a document into overlapping windows that predict each token once, with
-  as much context as the overlap gives it.
+  """Cuts a document into overlapping windows. Each token is predicted in only
+  one of them, from as much context as the overlap gives it.
 
   Args:
-    ids: int [T], the document with the token that begins it, which alone is
-      not predicted.
-    length: the most tokens of a window.
-    stride: how many tokens after each other the windows begin; it must be less
-      than length, or tokens would be left out.
+    ids: int [T], the document. Its first token, which only begins it, is not
+      predicted.
+    length: the largest number of tokens of a window.
+    stride: the distance between the starts of two windows. It must be less than
+      `length`, or tokens would be left out.
 
   Yields:
     Each window, with the number of tokens at its end that are scored: those
-    that no window before has.
+    that no window before it has.
   """
-  # num_done counts the tokens that need no score any more, the first included.
+  # num_done counts the tokens that need no score any more; the first never
+  # does.
   ids = ids.astype(np.int32)
   num_done = 1
   for start in range(0, len(ids) - 1, stride):
@@ -224,8 +227,8 @@ def measure_text(nats: float, num_tokens: int, documents: list[str]
     loss (nats per token) and perplexity, its exponential; bits_per_byte;
     word_perplexity; and the numbers of tokens, words and bytes.
   """
-  # Bytes and words do not depend on the tokenizer, so that models with other
-  # ones can be compared. A text may have no word, but it has bytes.
+  # Bytes and words do not depend on the tokenizer, so models with different
+  # tokenizers can be compared. A text may have no word, but it has bytes.
   num_words = 0
   num_bytes = 0
   for text in documents:
@@ -257,11 +260,12 @@ def _held_out_documents(evaluation: Evaluation) -> tuple[str, list[str]]:
     The name of the source, and the texts of the documents.
 
   Raises:
-    RequestError: where the source holds something other than text, or holds
-      nothing out.
+    RequestError: where the source has something other than text, or has no
+      held-out document.
   """
-  # Hold out what training holds out. `check` has seen to it that there is one
-  # source. A single file of text is cut at its end, to the part already.
+  # Hold out what training holds out. There is only one source, as `check` has
+  # made sure. If it is a single text, it is cut in two here, which already
+  # takes the half of eval.part.
   data = evaluation.run.config.data
   part = evaluation.run.config.eval.part
   [(_, source)] = sources.parse_sources(data.eval_source or data.source)
@@ -272,7 +276,7 @@ def _held_out_documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   if source.is_cut:
     part = ''
 
-  # Read the documents of the split, each of which must be text.
+  # Select the held-out documents, each of which must be text.
   documents = list(source.documents())
   is_held_out = tokens.select_documents(
       np.arange(len(documents)), every=holdout_every, split='eval', part=part)
@@ -393,8 +397,8 @@ def standard_error_of_bound(nats: float, tokens: float, squares: float,
   Returns:
     The standard error; nan where there is one row alone.
   """
-  # The square is multiplied out, since only sums are known. Rounding may make
-  # the result negative.
+  # (x - r n)^2 is multiplied out, as only the sums over rows are known.
+  # Rounding may make the result negative.
   if rows < 2:
     return math.nan
   ratio = nats / tokens
@@ -441,29 +445,33 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
     start_B = draw_uniform(num_draws)
 
     def draw_bound(_: None, k: jax.Array) -> tuple[None, jax.Array]:
-      """Returns the bound of each row by draw k, in nats, [B]; jax.lax.scan has
-      nothing to carry.
+      """Estimates the bound on the loss of each row by masking it once at
+      random.
+      It is one step of a jax.lax.scan over the draws, without a carry.
 
-      The function around it gives the batch with its n tokens in each row
-      (`n_B`, `is_token_BL`), the start of each row's draws (`start_B`), and
-      `draw_uniform(k, *shape)`, uniform numbers of draw k for each row.
+      The rows have n_B tokens, which is_token_BL tells from padding.
 
       Args:
         k: the number of the draw.
+
+      Returns:
+        None, and the estimates for the B rows in nats, [B].
       """
-      # Choose how many of the n tokens of each row are masked, l. The draws of
-      # a row are spread evenly over 1 to n from a random start, which makes the
-      # mean vary less. The tokens with the largest noise are masked; padding
-      # has noise below all others.
+      # Choose how many of the n tokens of each row are masked, l. Over the
+      # draws, l is spread evenly over 1 to n from a random start of each row
+      # (start_B), which makes the mean vary less.
       share_B = (start_B + k / num_draws) % 1.0
       l_B = jnp.minimum(1 + (share_B * n_B).astype(jnp.int32), n_B)
+      # Mask the l tokens with the largest random numbers. Those of padding are
+      # below all others.
       noise_BL = draw_uniform(k, is_token_BL.shape[1])
       noise_BL = jnp.where(is_token_BL, noise_BL, -1.0)
       is_largest_BL = generate.is_among_largest(noise_BL, l_B[:, None])
       is_masked_BL = is_token_BL & is_largest_BL
       tokens_BL = jnp.where(is_masked_BL, mask_id, batch['targets'])
 
-      # n / l times the losses of the masked tokens (equation 6).
+      # The estimate is n / l times the losses of the masked tokens (equation
+      # 6).
       nats_BL = objective.token_losses(
           module, params, batch | dict(tokens=tokens_BL)).loss
       sum_B = jnp.where(is_masked_BL, nats_BL, 0).sum(1)
@@ -513,7 +521,8 @@ class DocumentLoss(Task):
                                               evaluation.run.config)
     step = evaluation.jit_once(compute_losses, 'documents')
 
-    # The nats and the tokens of each document, as shares of all sources.
+    # Compute the sum of losses and the number of tokens of each document, both
+    # scaled so that a source counts by its share and not by its size.
     nats: list[float] = []
     weights: list[float] = []
     for loader in evaluation.held_out_loaders():

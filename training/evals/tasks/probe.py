@@ -151,11 +151,12 @@ def _why_not_measurable(evaluation: Evaluation, cell: ProbeCell) -> str:
 
 
 def _format_row(cell: ProbeCell, scores: dict[str, Any]) -> str:
-  """Returns the line of a level and length for a reader.
+  """Formats the line of a table with the accuracies at one level of difficulty
+  and one row length.
 
   Args:
-    cell: the level and length.
-    scores: the figures of `measure_cell`.
+    cell: the level and the length.
+    scores: the figures of `measure_cell`, each with its 95 % interval.
   """
   low, high = scores['accuracy_95']
   accuracy = f'{scores["accuracy"]:>9.4f} [{low:.4f}, {high:.4f}]'
@@ -166,15 +167,16 @@ def _format_row(cell: ProbeCell, scores: dict[str, Any]) -> str:
 
 def list_cells(settings: Any, grows: bool, longer: bool = True
                ) -> Iterator[ProbeCell]:
-  """Lists the difficulties (levels) and row lengths at which a probe is
-  measured.
+  """Lists the levels of difficulty and the row lengths at which a probe (a
+  small task) is measured.
 
-  These are MOST_LEVELS levels of training at its length, evenly spread from the
-  easiest to the hardest, and then the hardest one at longer lengths.
+  First come up to MOST_LEVELS levels of training at the length of training,
+  evenly spread from the easiest to the hardest. Then comes the hardest level at
+  longer lengths.
 
   Args:
     settings: the settings of the run's probe.
-    grows: whether longer rows are of a larger level, as Probe.grows says.
+    grows: whether the level grows with the length of rows, as Probe.grows says.
     longer: whether there are longer rows, as Probe.longer says.
 
   Yields:
@@ -256,15 +258,15 @@ def measure_cell(evaluation: Evaluation, cell: ProbeCell, num_rows: int
 
 
 def _make_count_function(module: Any, objective: Any) -> Callable:
-  """Makes the function that counts right answers.
+  """Makes the function that counts the right answers of a model.
 
   Args:
     module: the Flax module of the model.
-    objective: the objective that trained it.
+    objective: the objective by which it was trained.
 
   Returns:
-    count_answers(params, batch), which returns for each row of a batch how many
-    answers are right and how many it is asked for, [2, B].
+    count_answers(params, batch), which returns [2, B]: for each of B rows the
+    number of right answers, and the number of answers that it asks for.
   """
 
   def count_answers(params: Any, batch: Any) -> jax.Array:
@@ -280,18 +282,18 @@ def _make_count_function(module: Any, objective: Any) -> Callable:
 
 def score_constant_answer(config: ml_collections.ConfigDict,
                           figure: str = 'probe/accuracy') -> float:
-  """Computes the baseline of a model that gives one answer to everything, the
-  answer that is best for the figure.
+  """Computes a baseline: the score of a model that always gives the same
+  answer, the one that is best for the figure.
 
   Args:
-    config: the config of a run whose source is a probe (a small task).
+    config: the config of a run on a probe (a small task).
     figure: the figure to compute, one of CONSTANT_FIGURES.
 
   Returns:
     The figure of that model on the held-out rows.
 
   Raises:
-    RequestError: for another figure.
+    RequestError: for an unknown figure.
   """
   check_choice('figure', value=figure, choices=CONSTANT_FIGURES)
   return _cross_validate_constant(
@@ -356,17 +358,16 @@ def _list_answers(rows: Sequence[probes.Row]) -> np.ndarray:
 
 
 def _list_row_answers(rows: Sequence[probes.Row]) -> tuple[np.ndarray, int]:
-  """Finds the answers that would make a whole row right if they were given to
-  everything.
-
-  A row has such an answer where all places that ask have the same one.
+  """Finds the rows that a model gets right as a whole if it always gives the
+  same answer: those in which all places that ask have one answer.
 
   Args:
-    rows: the rows of a probe, each with its targets and which of them are
-      asked for.
+    rows: the rows of a probe, each with its targets and which of them are asked
+      for.
 
   Returns:
-    The answer of each row that has one, int; and how many rows ask at all.
+    The answer of each such row, int; and the number of rows that ask for
+    anything.
   """
   answers = []
   num_asking = 0

@@ -80,7 +80,7 @@ class Embed(Task):
     read_texts(options.texts)
 
   def prepare(self, evaluation: Evaluation) -> list[np.ndarray]:
-    """Returns the tokens that the model is shown of each text of --texts, int32
+    """Encodes each text of --texts with the special tokens around it, int32
     [L].
 
     Args:
@@ -125,8 +125,8 @@ class Embed(Task):
     options = evaluation.options
     rows = evaluation.prepared
 
-    # Compute the vectors. Texts of about one length go through the model
-    # together, the longest first, so each is put back in its place.
+    # Compute the vectors. Texts of similar lengths are in one batch, so the
+    # vectors must be brought back into the order of the texts.
     pooling = options.pooling
     normalize = options.normalize
     embed = _make_embed_function(evaluation, pooling=pooling,
@@ -158,17 +158,17 @@ class Embed(Task):
 
 
 def read_texts(name: str) -> list[tuple[str, str]]:
-  """Reads the texts of a file, one for each line.
+  """Reads the texts of a file, one on each line.
 
   Args:
-    name: the name of a text file; or of a .jsonl file, whose objects have a
-      'text'.
+    name: a text file; or a .jsonl file, whose objects have a 'text'.
 
   Returns:
-    For each text the file and the line, for messages; and the text.
+    (location, text) of each text. The location is the file and the line, for
+    messages.
 
   Raises:
-    RequestError: where there is no such file, or a line holds no text.
+    RequestError: where there is no such file, or a line has no text.
   """
   path = storage.checked_path(name, '--texts')
   require(path.is_file(), f'--texts is {name!r}, which is no file')
@@ -182,15 +182,16 @@ def read_texts(name: str) -> list[tuple[str, str]]:
     lines += text_files.read_lines(name, all_lines=True)
   require(bool(lines), f'--texts is {name!r}, which is empty')
 
-  # Vectors are told by their place, so an empty line, which has none, would
-  # shift all that follow it.
+  # Refuse empty lines: they would have no vector, and vectors are matched to
+  # texts by their order.
   for location, text in lines:
     require(bool(text.strip()), f'{location}, is empty: each line is one text')
   return lines
 
 
 def tokens_around_text(evaluation: Evaluation) -> tuple[list, list]:
-  """Returns the special tokens that stood around a text in training.
+  """Returns the special tokens that the model has seen around a text in
+  training.
 
   Args:
     evaluation: the evaluation of the run.
@@ -202,7 +203,8 @@ def tokens_around_text(evaluation: Evaluation) -> tuple[list, list]:
   stack = architectures.stack(evaluation.run.model)
   if stack == 'encoder-decoder':
     return [], [tokenizer.separator_id]
-  # Rows of masked diffusion are cut out of running text, as what it writes is.
+  # A decoder reads running text, and so does an encoder that is trained by
+  # masked diffusion (its objective gives a bound on the loss).
   objective = objectives.find_objective(evaluation.run.config)
   if stack == 'decoder' or objective.bound:
     return [tokenizer.separator_id], []
@@ -233,18 +235,18 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
 
   def embed(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array
             ) -> jax.Array:
-    """Returns a vector of each text, float32 [B, D].
+    """Computes a vector of D features for each of B texts, float32 [B, D].
 
-    The function around it gives the model (`module`, a decoder or an encoder by
-    its `stack`), and how states become a vector (`pooling`, `normalize`).
+    `stack` says whether the model is a decoder or an encoder; `pooling` and
+    `normalize` say how the states of tokens become a vector.
 
     Args:
       params: the parameters of the model, a tree of arrays.
       tokens_BL: the tokens of the texts, with padding.
       lengths_B: how many of them are no padding.
     """
-    # Compute the states. In a prefix LM the whole text is the prefix, whose
-    # tokens see each other.
+    # Compute the states of all tokens. In a prefix LM, the whole text is the
+    # prefix, whose tokens see each other.
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
     is_real_BL = places_1L < lengths_B[:, None]
     options = {MASK_ARGUMENT_OF_STACK[stack]: is_real_BL.astype(jnp.int32),
@@ -253,8 +255,8 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
       options['prefix_B'] = lengths_B
     output = module.apply({'params': params}, tokens_BL, **options)
 
-    # Make vectors of them. The first token of a decoder, the separator, sees
-    # nothing of the text. 1e-12 keeps a vector of zeros from becoming nan.
+    # Pool them. In a decoder, the first token is the separator, which sees
+    # nothing of the text and is left out. 1e-12 avoids a division by 0.
     is_counted_BL = is_real_BL
     if stack == 'decoder':
       is_counted_BL = is_real_BL & (places_1L >= 1)
@@ -269,16 +271,16 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
 
 def _pool_states(output: Any, is_counted_BL: jax.Array, pooling: str
                  ) -> jax.Array:
-  """Makes one vector of the hidden states of a text's tokens (pooling).
+  """Pools the hidden states of a text's tokens to one vector.
 
   Args:
     output: the output of the model.
-    is_counted_BL: bool, the tokens of each row that count.
-    pooling: which states become a vector, of POOLINGS: the mean, the first
-      token's, the last one's, or what BERT's pooler makes of the first.
+    is_counted_BL: bool, which of the L tokens of B rows count.
+    pooling: one of POOLINGS: the mean of the states, that of the first or the
+      last token, or the output of BERT's pooler.
 
   Returns:
-    float32 [B, D], a vector for each row.
+    float32 [B, D], a vector of D features for each row.
 
   Raises:
     RequestError: for the pooler of a model that has none.
@@ -288,8 +290,9 @@ def _pool_states(output: Any, is_counted_BL: jax.Array, pooling: str
             'has not (BERT has one): choose mean or last')
     return output.extra['pooled'].astype(jnp.float32)
 
-  # Take the states of an encoder-decoder's encoder, or those of the only stack.
-  # BERT's `hidden` is what its head makes of them, so it keeps them in `extra`.
+  # Find the states of the last layer. In an encoder-decoder they are those of
+  # the encoder (memory). Some heads, such as BERT's, transform the states
+  # before `hidden`; then the states themselves are in `extra`.
   states_BLD = output.memory
   if states_BLD is None:
     states_BLD = output.extra.get('hidden', output.hidden)
@@ -299,8 +302,8 @@ def _pool_states(output: Any, is_counted_BL: jax.Array, pooling: str
     sums_BD = (states_BLD * weights_BL[..., None]).sum(1)
     return sums_BD / weights_BL.sum(1)[:, None].clip(1)
 
-  # Or take the state of one token. argmax finds the first True; for the last
-  # one, rows are read from the end.
+  # Otherwise take the state of one token. argmax finds the first True; for the
+  # last one, look from the end of the rows.
   if pooling == 'first':
     place_B = is_counted_BL.argmax(1)
   else:
@@ -458,19 +461,20 @@ def _print_fillings(prompt: dict[str, Any], tokenizer: Any) -> None:
 
 
 def encode_with_masks(text: str, tokenizer: Any) -> np.ndarray:
-  """Encodes a text in which masks may be written, as [MASK] or as the tokenizer
-  writes one.
+  """Encodes a text that may contain masks, written as [MASK] or as the
+  tokenizer writes a mask.
 
   Args:
-    text: the text, with [MASK] for each mask.
+    text: the text.
     tokenizer: the tokenizer of the run.
 
   Returns:
-    int32 [L], the token ids, with that of the mask where one is written; with a
-    vocabulary that has no mask it is plain text.
+    int32 [L], the token ids. If the vocabulary has no mask, [MASK] is read as
+    plain text.
   """
-  # Special tokens in plain text are spelt by the tokenizer, so the text is
-  # split at the masks, and the parts are encoded by themselves.
+  # The tokenizer does not read special tokens in a text as such. So split the
+  # text at the masks, encode the parts, and put the id of the mask between
+  # them.
   if 'mask' not in tokenizer.special_ids:
     return tokenizer.encode(text)
   first_part, *later_parts = tokenizer.encode_batch(
@@ -491,15 +495,16 @@ def spell_token(token: int, tokenizer: Any) -> str:
 
 
 def spell_token_visibly(token: int, tokenizer: Any) -> str:
-  """Returns the text of a token for a reader, with signs for its spaces, its
-  line breaks and whatever cannot be printed.
+  """Returns the text of a token for the user, with visible signs in place of
+  spaces, line breaks and characters that cannot be printed.
 
   Args:
     token: the id of the token.
     tokenizer: the tokenizer of the run.
   """
   text = spell_token(int(token), tokenizer)
-  # sentencepiece takes off the space before a word.
+  # sentencepiece leaves out the space before a word, which its vocabulary
+  # writes as '▁'.
   if token < tokenizer.vocab_size and not text.startswith(' '):
     if tokenizer.piece(int(token)).startswith('▁'):
       text = ' ' + text

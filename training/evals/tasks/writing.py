@@ -125,8 +125,9 @@ class Samples(Task):
     sampling = make_sampling(options)
     seed = options.sample_seed
 
-    # Without draws, flags of drawing would be ignored. A penalty of repetition
-    # is none of them: it changes which token is the likeliest.
+    # At temperature 0 nothing is drawn at random, so flags about drawing would
+    # be ignored. A penalty for repetition is none of these: it also changes
+    # which token is the likeliest.
     if options.temperature <= 0:
       greedy_with_penalty = generate.Sampling(
           temperature=0, repetition_penalty=options.repetition_penalty)
@@ -137,7 +138,7 @@ class Samples(Task):
     if make_beams(options) is None:
       return
 
-    # So they would be beside a beam search, which draws nothing either.
+    # A beam search draws nothing at random, either.
     default = generate.Sampling()
     greedy = generate.Sampling(temperature=0)
     if sampling not in (default, greedy) or seed:
@@ -190,7 +191,7 @@ class Samples(Task):
         tokens_BT = generate.generate(
             *args, key, sampling=make_sampling(options), **keywords)
       else:
-        # The best texts of each prompt, those of one after those of another.
+        # Take the best texts of each prompt, and join them to one list.
         best_BKT, _ = generate.beam_search(*args, beams=beams, **keywords)
         best_BKT = best_BKT[:, :options.samples]
         tokens_BT = best_BKT.reshape(-1, prepared.num_tokens)
@@ -276,19 +277,19 @@ def _repeat_prompts(options: Any, times: int) -> list[str]:
 
 def _num_tokens_to_write(evaluation: Evaluation, prompts: objectives.Prompts
                          ) -> int:
-  """Returns how many tokens are written after prompts: --max_new_tokens, or as
-  many as fit.
+  """Returns how many tokens are written after the prompts: --max_new_tokens, or
+  as many as the model has room for.
 
   Args:
     evaluation: the evaluation of the run, with the flag among its options.
-    prompts: the prompts, padded to the length of the longest.
+    prompts: the prompts, padded to the length of the longest one.
 
   Raises:
-    RequestError: where the model takes no more tokens than the prompts have, or
-      a text of masked diffusion, which is written as a whole, does not fit.
+    RequestError: where the model has no room for another token; or, in masked
+      diffusion, not for all tokens.
   """
-  # A decoder that is asked for more than fits stops where the room ends. Masked
-  # diffusion writes all places at once, so all must fit.
+  # A decoder just stops where the room ends. Masked diffusion writes all tokens
+  # at once, so all of them must fit.
   prompt_length = prompts.tokens.shape[1]
   max_len = evaluation.run.model.max_len
   room = max_len - prompt_length
@@ -304,13 +305,13 @@ def _num_tokens_to_write(evaluation: Evaluation, prompts: objectives.Prompts
 def _print_samples(evaluation: Evaluation, prepared: PreparedPrompts,
                    tokens_BT: np.ndarray, stop_strings: Sequence[str] = ()
                    ) -> list[dict[str, str]]:
-  """Prints and returns what was written after each prompt, up to its end.
+  """Decodes and prints what was written after each prompt, up to its end.
 
   Args:
     evaluation: the evaluation of the run.
     prepared: the prompts, and the tokens that end a text.
-    tokens_BT: the tokens that were written, of --samples texts of each prompt.
-    stop_strings: texts that end a text, too.
+    tokens_BT: the written tokens, --samples texts for each prompt.
+    stop_strings: strings that end a text, too.
 
   Returns:
     The `prompt` and the `text` of each sample.
@@ -318,9 +319,9 @@ def _print_samples(evaluation: Evaluation, prepared: PreparedPrompts,
   options = evaluation.options
   prompts = prepared.prompts
   prompt_of_sample = _repeat_prompts(options, options.samples)
-  # A beam search writes several texts for one row of the prompts; drawing has a
-  # row for each. Texts end at a stop token first, and then at a stop string,
-  # which may begin and end inside of tokens.
+  # A beam search writes several texts for one row of the prompts; otherwise
+  # there is a row for each text. Cut each text at a stop token, and its decoded
+  # text at a stop string, which need not begin or end with a token.
   texts_of_row = len(tokens_BT) // len(prompts.tokens)
   samples = []
   for i, (prompt, row_T) in enumerate(zip(prompt_of_sample, tokens_BT)):
