@@ -46,12 +46,12 @@ def mixer_of_layers(config: ModelConfig) -> Mixer:
 
 
 def has_layers_with_state(config: ModelConfig) -> bool:
-  """Returns whether some layers of a model carry a state from token to token,
-  so that they can read a row of tokens from left to right only.
+  """Returns whether some layers of a model carry a state from token to token.
+  Such a model must read a row of tokens from left to right.
 
-  Such layers have a recurrence, a short convolution before attention or after a
-  residual branch, tables that are looked up by the last n tokens, or an indexer
-  that selects blocks of keys.
+  Layers with a state have a recurrence, a short convolution before attention or
+  after a residual branch, tables that are looked up by the last n tokens, or an
+  indexer that selects blocks of keys.
 
   Args:
     config: the model.
@@ -59,7 +59,8 @@ def has_layers_with_state(config: ModelConfig) -> bool:
   for layer in config.distinct_layers:
     if mixer_of_layers(layer).keeps_state(layer):
       return True
-    # Anything that does not grow with the row is a state, wherever it is.
+    # An array of the cache that does not grow with the row is a state, whatever
+    # part of the layer keeps it.
     cache_of_shape = functools.partial(empty_cache_of_layer, layer)
     if has_array_of_fixed_size(cache_of_shape):
       return True
@@ -68,13 +69,14 @@ def has_layers_with_state(config: ModelConfig) -> bool:
 
 def empty_cache_of_layer(config: ModelConfig, shape: tuple[int, ...]
                          ) -> LayerCache:
-  """Returns the generation cache of a layer that has read no token yet.
+  """Returns an empty cache for generating text with one layer.
 
   Args:
     config: the config of the layer (not that of a model with several kinds of
       layer).
-    shape: [..., B, M], for B rows with room for M tokens each. Axes in front,
-      such as one of layers, are kept in all arrays.
+    shape: (..., rows, tokens): the rows of the batch, and for how many tokens
+      of a row there is room. Axes in front, such as one of layers, are kept in
+      all arrays.
 
   Returns:
     The cache: `mixer`, the keys and values of attention or the state of a
@@ -85,8 +87,8 @@ def empty_cache_of_layer(config: ModelConfig, shape: tuple[int, ...]
   memory = None
   if lookup.keeps_last_tokens(config):
     memory = lookup.empty_state(config, shape)
-  # The last results of each branch, where a convolution over W = branch_conv
-  # tokens follows it: the newest token is there already, so W - 1 are kept.
+  # The last results of each branch, if a convolution over W = branch_conv
+  # tokens follows it. The next token brings its own, so W - 1 are kept.
   inputs = {}
   if config.branch_conv:
     shape_of_inputs = *shape[:-1], config.branch_conv - 1, config.d_model
@@ -252,9 +254,9 @@ class Block(nn.Module):
     """Runs one layer: attention, the feed-forward network, and what the model
     adds around them.
 
-    With model.memory, the layer looks up tables of vectors by token, and adds
-    the vectors to its input or to its result. With model.layer_scale, the
-    result is multiplied by a learned number.
+    With model.memory, the layer looks up vectors for each token in tables, and
+    adds them to its input or to its result. With model.layer_scale, the result
+    is multiplied by a learned number.
 
     Args:
       x: the residual stream, [B, L, D] = [batch, length, d_model], or Streams,
@@ -274,9 +276,9 @@ class Block(nn.Module):
       x, cache = self._read_tables(memory, x, ctx=ctx, cache=cache)
     # Attention and the network.
     x, cache, report = self.run_branches(x, ctx, cache)
-    # Tables that are read after them, and the factor of the layer. Both are
-    # refused beside several streams when the model is made, so x is an array
-    # here.
+    # Tables that are read after them, and the layer's factor. A model that has
+    # either cannot have several residual streams (this is checked when it is
+    # made), so x is a plain array here.
     if memory and memory.is_read_after_layer:
       x = pin_residual(x + memory.module(config, name='memory')(x, ctx))
     if config.layer_scale:
@@ -368,21 +370,24 @@ class Block(nn.Module):
   def _add_convolution(self, name: str, y_BLD: jax.Array, ctx: Context,
                        cache: Optional[LayerCache]
                        ) -> tuple[jax.Array, Optional[LayerCache]]:
-    """Returns the result of a residual branch plus a causal convolution of it,
-    over the last W = model.branch_conv tokens, feature by feature.
+    """Adds to the result of a residual branch a causal convolution of it, over
+    the last W = model.branch_conv tokens, for each feature by itself (Inkling).
 
-    Inkling has this, and on its keys and values too. The weights of the
-    convolution are 0 at first, so that a new model is as one without it.
-    Without model.branch_conv, y is returned as it is.
+    The weights of the convolution are 0 at first, so that a new model computes
+    the same as one without it.
+
+    The suffixes name axes: B batch, L length, D d_model, W tokens of the
+    convolution.
 
     Args:
       name: the name of the branch, 'attention' or 'ffn'.
-      y_BLD: the result of the branch, [batch, length, d_model].
+      y_BLD: the result of the branch.
       ctx: the context of the call.
       cache: the cache of the layer; None: there is none.
 
     Returns:
-      The sum, [B, L, D], and the cache with the last tokens of y in it.
+      The sum, [B, L, D], and the cache with the last results of the branch.
+      Without model.branch_conv, y and the cache as they are.
     """
     config = self.config
     if not config.branch_conv:
@@ -390,8 +395,9 @@ class Block(nn.Module):
     w_WD = declare(self, f'{name}_conv', init=nn.initializers.zeros,
                    shape=(config.branch_conv, config.d_model),
                    role=Role(axes=(None, 'embed')))
-    # With a cache, the convolution begins with the W - 1 last results of the
-    # call before. Padding must not move those out, so it is marked too.
+    # With a cache, the convolution begins with the last W - 1 results of the
+    # call before. Padding must not push these out of the cache, so `convolve`
+    # is told which tokens are padding.
     before_BWD = valid_BL = None
     if cache is not None:
       before_BWD, valid_BL = cache.inputs[name], ctx.valid_BL
@@ -443,23 +449,24 @@ class Sequential(Block):
 
   def run_branches(self, x: LayerInput, ctx: Context,
                    cache: Optional[LayerCache]) -> LayerResult:
-    """Runs attention, attention to a memory where there is one, and the
-    network, one after another. Each reads the residual stream to which the one
-    before has added its result.
+    """Runs the branches of a layer one after another: attention, attention to
+    an encoder's result if the layer has it, and the feed-forward network. Each
+    branch reads the residual stream after the branch before it has added its
+    result.
+
+    The suffixes name axes: B batch, L length, D d_model.
 
     Args:
-      x: the residual stream, [batch, length, d_model], or several Streams.
+      x: the residual stream, [B, L, D], or Streams, which are several.
       ctx: the context of the call: positions, documents, padding.
       cache: what the layer keeps of earlier tokens; None: there is none.
 
     Returns:
       The residual stream after the layer, the cache after these tokens, and the
-      merged report of the branches for the panel of figures.
+      merged report of the branches (losses and statistics).
     """
-    # Each branch reads the residual stream, or a mixture of several, after the
-    # branch before it has added its result. `weights` say how this result is
-    # added to several streams.
-    # Attention.
+    # Attention. With several residual streams, a branch reads a mixture of
+    # them, and `weights` say how its result is added to each.
     x_BLD, weights = read_residual(self.config, 'attention', x)
     y_BLD, cache, report = self.attention(
         self.input_of_branch('attention', x_BLD), ctx, cache)
@@ -483,19 +490,23 @@ class Sequential(Block):
   def _add_result(self, branch: str, x: LayerInput, y_BLD: jax.Array,
                   weights: Optional[StreamWeights], ctx: Context
                   ) -> LayerInput:
-    """Returns the residual stream with the result of a branch added to it,
-    after the norm and the dropout that this wiring applies.
+    """Adds the result of a branch to the residual stream, with dropout and the
+    norms that this wiring of a layer has.
 
     Args:
       branch: the name of the branch: 'attention', 'cross' or 'ffn'.
-      x: the residual stream [B, L, D] = [batch, length, d_model], or Streams.
-      y_BLD: the result of the branch.
+      x: the residual stream, [batch, length, d_model], or Streams, which are
+        several.
+      y_BLD: the result of the branch, [batch, length, d_model].
       weights: how the result is added to several streams, as
         `read_residual` returned it; None: there is one stream.
       ctx: the context of the call, which says whether dropout is applied.
+
+    Returns:
+      The residual stream after the sum.
     """
-    # The two hooks are where the subclasses differ: a norm of the result before
-    # the sum, or one of the sum.
+    # Subclasses override two methods: one may normalise the result before the
+    # sum (`result_of_branch`), the other the sum itself (`after_sum`).
     y_BLD = self.result_of_branch(branch, y_BLD)
     y_BLD = self.apply_dropout(y_BLD, ctx)
     x = add_to_residual(self.config, x, y_BLD, weights=weights)
@@ -569,21 +580,23 @@ class Parallel(Block):
 
   def run_branches(self, x: LayerInput, ctx: Context,
                    cache: Optional[LayerCache]) -> LayerResult:
-    """Runs attention, attention to a memory where there is one, and the network
-    side by side: all read the same residual stream, and the sum of their
-    results is added to it once.
+    """Runs the branches of a layer side by side: attention, attention to an
+    encoder's result if the layer has it, and the feed-forward network. All read
+    the same residual stream, and the sum of their results is added to it.
+
+    The suffixes name axes: B batch, L length, D d_model.
 
     Args:
-      x: the residual stream, [batch, length, d_model], or several Streams.
+      x: the residual stream, [B, L, D], or Streams, which are several.
       ctx: the context of the call: positions, documents, padding.
       cache: what the layer keeps of earlier tokens; None: there is none.
 
     Returns:
       The residual stream after the layer, the cache after these tokens, and the
-      merged report of the branches for the panel of figures.
+      merged report of the branches (losses and statistics).
     """
-    # All branches read the same x, each through a norm. So several streams are
-    # mixed once, with the parameters that 'attention' names.
+    # The branches read the same x, each after a norm. Several residual streams
+    # are mixed once for all, by the parameters of the name 'attention'.
     branches = ['attention', 'ffn']
     if self.kind.cross:
       branches = ['attention', 'cross', 'ffn']
@@ -598,7 +611,7 @@ class Parallel(Block):
       report = merge_reports(report, report_of_cross)
     ffn_BLD, cache, report_of_ffn = self.ffn(inputs['ffn'], ctx, cache)
     y_BLD = self.apply_dropout(y_BLD + ffn_BLD, ctx)
-    # The sum is one branch for the residual streams, and is added once.
+    # To several residual streams, the sum counts as the result of one branch.
     x = add_to_residual(self.config, x, y_BLD, weights=weights)
     return pin_residual(x), cache, merge_reports(report, report_of_ffn)
 
@@ -624,13 +637,17 @@ BLOCKS = {
 
 
 def merge_reports(first: Report, second: Report) -> Report:
-  """Returns one report of two parts of a layer, such as its attention and its
-  feed-forward network.
+  """Merges the reports of two parts of a layer, such as its attention and its
+  feed-forward network, into one. A report has losses, statistics and what else
+  a part returns beside its result.
 
   Args:
     first: the report of one part.
-    second: the report of the other part. No name of a loss or a figure is in
-      both, and no other array either: the first that exists is taken.
+    second: the report of the other part. Both must not have the same loss or
+      figure, nor both the same array.
+
+  Returns:
+    The merged report.
   """
   return Report(
       losses=first.losses | second.losses,

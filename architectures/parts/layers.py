@@ -34,20 +34,26 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
            batch_axes: tuple[int, ...] = (), residual: bool = False,
            output: bool = False, gain: float = 1.0, tuned: bool = False
            ) -> jax.Array:
-  """Declares the weight of a matrix product as a parameter of a module, and
-  returns it. It is initialised by the rule of model.init.
+  """Declares the weight of a matrix product as a parameter of a module. It is
+  initialised by the rule that model.init names.
 
   Args:
-    module: the Flax module, with a `config`.
+    module: the Flax module, which must have a `config`.
     name: the parameter's name.
     shape: its shape.
     axes: its logical axes, one for each dimension, by which it is sharded.
     in_axes: the dimensions that a product sums over (the fan-in).
-    batch_axes: dimensions that hold separate matrices (experts).
+    batch_axes: dimensions along which there are separate matrices, such as
+      experts.
     residual: whether the product is added to the residual stream.
-    output: whether the product's size is no width: logits, a router's too.
-    gain: a factor of the standard deviation, with fan_in.
-    tuned: whether low-rank adapters leave it trained: it is new to the task.
+    output: whether the product makes logits or the like, whose number does not
+      grow with the width of the model. muP treats these differently.
+    gain: a factor of the initial standard deviation, with the rule fan_in.
+    tuned: whether the weight stays trained when low-rank adapters are tuned,
+      because it is new to the task.
+
+  Returns:
+    The value of the parameter.
   """
   kind = 'logits' if output else 'hidden'
   role = Role(axes=axes, inputs=in_axes, batch=batch_axes, kind=kind,
@@ -58,24 +64,28 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
 
 def _initializer(config: ModelConfig, role: Role, residual: bool,
                  gain: float) -> Callable:
-  """Returns the initializer of a weight, by the rule config.init.
+  """Returns the initialiser of a weight, by the rule that config.init names:
 
-  normal: N(0, stddev). scaled_normal: the same, with the products that are
-  added to the residual stream smaller by 1 / sqrt(2N) (GPT-2, section 2.3).
-  fan_in: truncated, with variance init_scale / fan_in (Switch, section 2.4).
+    normal         N(0, stddev^2)
+    scaled_normal  the same, but stddev / sqrt(2N) for products that are added
+                   to the residual stream, with N layers (GPT-2, section 2.3)
+    fan_in         a truncated normal distribution of the variance
+                   init_scale / fan_in (Switch Transformer, section 2.4)
 
-  In muP the variance of a hidden weight falls as 1 / fan_in from the base on,
-  and that of an output's is the base's (Yang et al. 2022, table 8); at the
-  base, `widening` is 1.
+  Under muP, the variance of a hidden weight falls as 1 / fan_in relative to the
+  base model, and that of an output weight is the base model's (Yang et al.
+  2022, table 8). `widening` is the ratio of the model's width to the base
+  model's, and 1 without muP.
 
   Args:
     config: the model.
-    role: the role of the weight.
+    role: the role of the weight: which of its axes are inputs, and whether it
+      makes logits.
     residual: whether its product is added to the residual stream.
-    gain: a factor of the standard deviation, with fan_in.
+    gain: a factor of the standard deviation, with the rule fan_in.
   """
   is_output = role.kind == 'logits'
-  # By the fan-in.
+  # The rule fan_in.
   if config.init == 'fan_in':
     if is_output:
       gain *= config.widening ** 0.5
@@ -84,13 +94,14 @@ def _initializer(config: ModelConfig, role: Role, residual: bool,
         config.init_scale * gain ** 2, mode='fan_in',
         distribution='truncated_normal', in_axis=axes.inputs,
         out_axis=axes.outputs, batch_axis=axes.batch)
-  # By a standard deviation, smaller for what is added to the residual stream.
+  # The rules with a standard deviation.
   stddev = config.init_stddev
   if config.init == 'scaled_normal' and residual:
     loops = config.find_part(LoopsConfig)
     depth = config.num_layers if loops is None else loops.depth
     stddev /= (2 * depth) ** 0.5
-  # The number of inputs without a logical axis does not grow with the width.
+  # Inputs without a logical axis, such as those of a small rank, do not become
+  # more in a wider model.
   grows_with_width = any(role.axes[i] for i in role.inputs)
   if grows_with_width and not is_output:
     stddev /= config.widening ** 0.5
@@ -110,14 +121,17 @@ def bias(module: nn.Module, name: str, shape: tuple[int, ...],
 
 def embedding(module: nn.Module, name: str, rows: int,
               axis: str | None = None) -> jax.Array:
-  """Declares a table of embeddings as a parameter of a module, and returns it.
+  """Declares a table of embeddings as a parameter of a module.
 
   Args:
-    module: the Flax module, with a `config`.
+    module: the Flax module, which must have a `config`.
     name: the parameter's name.
-    rows: the number of rows; the table is [rows, d_model].
+    rows: the number of rows, such as that of the vocabulary.
     axis: the logical axis of the rows, by which they are sharded; None: they
-      are not.
+      are not sharded.
+
+  Returns:
+    The table, [rows, d_model].
   """
   config = module.config
   init = nn.initializers.normal(config.init_stddev)
@@ -130,33 +144,35 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
            out_dtype: jax.typing.DTypeLike | None = None,
            axes: tuple[str | None, ...] | None = None, keep: bool = True,
            kept_as: str = '') -> jax.Array:
-  """Returns a product of two arrays in the compute dtype, whose sums add up in
-  float32.
+  """Multiplies two arrays in the compute dtype, as jnp.einsum does, with sums
+  in float32. A weight that is sharded over data parallelism is gathered first.
 
   Args:
-    spec: the letters of axes, as jnp.einsum takes them for two operands.
+    spec: the letters of the axes, such as 'BLD,DF->BLF'.
     x: activations.
-    w: a weight, or activations.
-    dtype: the dtype that both are rounded to before the product.
-    out_dtype: the dtype of the result; default: dtype.
-    axes: the logical axes of a weight, which is gathered as sharding.py says if
-      it is sharded.
-    keep: whether the whole weight may be kept for the gradient.
-    kept_as: the name of the whole weight, by which a remat policy keeps it
-      longer; '': it has none.
+    w: a weight, or other activations.
+    dtype: the dtype to which both are rounded before the product.
+    out_dtype: the dtype of the result; None: `dtype`.
+    axes: the logical axes of w if it is a weight, by which it is sharded.
+    keep: whether a gathered weight may be kept for the gradient.
+    kept_as: a name for the gathered weight, by which a remat policy can choose
+      to keep it longer; '': it has none.
+
+  Returns:
+    The product.
   """
   out_dtype = jnp.dtype(out_dtype or dtype)
   operands, y_letters = spec.split('->')
   x_letters, w_letters = operands.split(',')
-  # Letters that all three arrays have are a batch of separate products, such as
-  # those of attention scores. These are not given the name at the end, by which
-  # a remat policy keeps the results of products.
+  # Letters that all three arrays have stand for a batch of separate products,
+  # such as those of attention's scores. They do not get the name at the end, by
+  # which a remat policy keeps the results of products with weights.
   shared_letters = set(x_letters) & set(w_letters) & set(y_letters)
   is_batched = bool(shared_letters - {'.'})
   if '...' in spec:  # the leading axes of x get letters of their own
     num_leading_axes = x.ndim - (len(x_letters) - len('...'))
     spec = spec.replace('...', 'ZYXW'[:num_leading_axes])
-  # The product, with the whole weight where that lies in shards.
+  # The product. A weight that is sharded over data parallelism is gathered.
   x, w = x.astype(dtype), w.astype(dtype)
   multiply = functools.partial(_product, spec, out_dtype)
   product_sharding = sharding.sharding_of_product(spec, x, w, axes=axes)
@@ -173,25 +189,29 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
-             w: jax.Array):
-  """Returns an einsum of two arrays of one dtype, with a result in another.
+             w: jax.Array) -> jax.Array:
+  """Multiplies two arrays of one dtype by an einsum, with a result in another
+  dtype, in the way that is fastest on the platform.
 
-  On CPU, XLA is slow at a bfloat16 product with a bfloat16 result, and at one
-  of a bfloat16 and a float32 array; with a float32 result, of two bfloat16
-  arrays, it is twice as fast as all in float32. So the result is float32 there,
-  and the gradient of the result is rounded before it is multiplied. Elsewhere a
-  float32 result would only be more to send between devices.
+  On CPU, XLA multiplies two bfloat16 arrays fast only with a float32 result,
+  which is rounded afterwards. On other platforms a float32 result would only be
+  more to send between devices. The gradient is defined below.
 
   Args:
-    spec: the letters of axes, as jnp.einsum takes them.
+    spec: the letters of the axes, such as 'BLD,DF->BLF'.
     out_dtype: the dtype of the result.
     x: activations.
-    w: a weight, or activations.
+    w: a weight, or other activations.
+
+  Returns:
+    The product.
   """
-  def multiply_in_result_dtype(x: jax.Array, w: jax.Array):
+  def multiply_in_result_dtype(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Lets the einsum return the dtype of the result."""
     return jnp.einsum(spec, x, w, preferred_element_type=out_dtype)
 
-  def multiply_in_float32(x: jax.Array, w: jax.Array):
+  def multiply_in_float32(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Lets the einsum return float32, and rounds it."""
     y = jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
     return y.astype(out_dtype)
 
@@ -209,16 +229,21 @@ def _product_fwd(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
 
 def _product_bwd(spec: str, out_dtype: jax.typing.DTypeLike,
                  operands: tuple[jax.Array, jax.Array], dy: jax.Array):
-  """Returns the gradients of both factors of y = x w: dx = dy w^T and
-  dw = x^T dy, in the dtypes of x and w.
+  """Computes the gradients of a product y = x w (`_product`):
+
+    dx = dy w^T,   dw = x^T dy
 
   Args:
-    spec: the letters of axes, as jnp.einsum takes them.
-    out_dtype: not read here.
+    spec: the letters of the axes of the product, such as 'BLD,DF->BLF'.
+    out_dtype: the dtype of y, which is not read.
     operands: x and w.
-    dy: the gradient of y, which is rounded to the dtype of x first.
+    dy: the gradient of y.
+
+  Returns:
+    dx and dw, in the dtypes of x and w.
   """
   del out_dtype
+  # dy is rounded to the dtype of x, so that both products are fast on CPU.
   x, w = operands
   x_letters, w_letters, y_letters = spec.replace('->', ',').split(',')
   dy = dy.astype(x.dtype)
@@ -232,18 +257,20 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 def gradient_of_weight(x_RI: jax.Array, dy_RO: jax.Array) -> jax.Array:
-  """Returns the gradient of a weight in y = x w, which is x^T dy, in float32.
+  """Computes the gradient of a weight w in y = x w, which is x^T dy, in
+  float32.
 
-  In bfloat16, XLA's CPU backend is fast at it only where the rows are two axes.
+  The letters name axes: R rows, I inputs, O outputs.
 
   Args:
-    x_RI: R rows of I inputs.
-    dy_RO: the gradients of their O outputs.
+    x_RI: the inputs x.
+    dy_RO: the gradients of the outputs y.
 
   Returns:
     The gradient, [I, O].
   """
-  # An even number of rows can be split into two axes without a copy.
+  # In bfloat16, XLA's CPU backend computes this product fast only if the rows
+  # are two axes. An even number of rows can be split into two without a copy.
   if x_RI.dtype == jnp.float32 or len(x_RI) % 2:
     return jnp.matmul(x_RI.T, dy_RO, preferred_element_type=jnp.float32)
   x_BLI = x_RI.reshape(2, -1, x_RI.shape[1])
@@ -255,26 +282,29 @@ def gradient_of_weight(x_RI: jax.Array, dy_RO: jax.Array) -> jax.Array:
 def _gradient_of_weight(x_letters: str, y_letters: str, w_letters: str,
                         dtype: jax.typing.DTypeLike, x: jax.Array,
                         dy: jax.Array) -> jax.Array:
-  """Returns x^T dy: the gradient of a weight in y = x w.
+  """Computes the gradient of a weight w in y = x w, which is x^T dy.
 
-  XLA's CPU backend transposes the first operand of such a product, so there it
-  is computed as (dy^T x)^T where dy is the smaller one. The barrier keeps XLA
-  from exchanging the operands again.
+  On CPU, XLA transposes the first operand of such a product. So if dy is
+  smaller than x, it is computed there as (dy^T x)^T.
 
   Args:
-    x_letters: the letters of x's axes.
-    y_letters: the letters of the result's.
-    w_letters: the letters of the weight's, its inputs first.
+    x_letters: the letters of x's axes, such as 'BLD'.
+    y_letters: the letters of y's axes, such as 'BLF'.
+    w_letters: the letters of w's axes, its inputs first, such as 'DF'.
     dtype: the dtype of the gradient.
     x: the input of the product.
     dy: the gradient of its result.
+
+  Returns:
+    The gradient, of the shape of w.
   """
   num_inputs = sum(letter in x_letters for letter in w_letters)
   ins, outs = w_letters[:num_inputs], w_letters[num_inputs:]
   has_no_batch = set(ins) <= set(x_letters) - set(y_letters)
   if dy.size >= x.size or not has_no_batch or not sharding.is_single_cpu():
     return _product(f'{x_letters},{y_letters}->{w_letters}', dtype, x, dy)
-  # The transpose of the gradient, [outputs, inputs].
+  # The transpose of the gradient, [outputs, inputs]. The barrier keeps XLA from
+  # exchanging the operands again.
   transposed = _product(
       f'{y_letters},{x_letters}->{outs}{ins}', dtype, dy, x)
   transposed = jax.lax.optimization_barrier(transposed)
@@ -295,25 +325,28 @@ SUFFIX_OF_LORA_A, SUFFIX_OF_LORA_B = '_lora_a', '_lora_b'
 def product(module: nn.Module, name: str, spec: str, x: jax.Array,
             w: jax.Array, axes: tuple[str | None, ...], *,
             deterministic: bool = True) -> jax.Array:
-  """Returns x W in the compute dtype; where model.lora gives W an adapter,
-  x W + (alpha / rank) x A B (Hu et al. 2021, equation 3).
+  """Multiplies activations by a weight, x W, in the compute dtype. If the
+  config gives W a low-rank adapter (LoRA: Hu et al. 2021, equation 3), the
+  result is
 
-  A, [inputs, rank], is drawn as in the authors' program, uniformly between
-  -1 and 1 over the root of the fan-in, and B, [rank, outputs], begins at zero:
-  a new adapter changes nothing. Dropout is applied to the input of A.
+    x W + (alpha / rank) dropout(x) A B
 
   Args:
     module: the module that holds W.
     name: the name of W.
-    spec: the letters of axes, as `einsum` takes them; the inputs of W come
-      before its outputs.
-    x: the activations that W is multiplied by.
+    spec: the letters of the axes, such as 'BLD,DF->BLF'. The inputs of W must
+      come before its outputs.
+    x: the activations.
     w: W.
     axes: its logical axes.
-    deterministic: whether nothing is dropped.
+    deterministic: whether there is no dropout, as outside of training.
+
+  Returns:
+    The product.
   """
   config = module.config
-  # The product with the weight, gathered for the backward pass again or kept.
+  # The product with W. A gathered W may be kept for the gradient if the config
+  # says so, or if remat keeps it for a short time only.
   stays_gathered = keeps_weight_gathered(config, name)
   y = einsum(spec, x, w, dtype=config.compute_dtype, axes=axes,
              keep=stays_gathered or config.remat != 'none',
@@ -329,7 +362,7 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
   if config.lora.dropout:
     dropout = Dropout(config.lora.dropout, name=f'{name}_lora_dropout')
     x = dropout(x, deterministic=deterministic)
-  # The product with A, whose result has the rank, Z, as its last axis, and B.
+  # The products with A and B. Z is the letter of the rank.
   z_letters = y_letters.removesuffix(outs) + 'Z'
   z = einsum(f'{x_letters},{ins}Z->{z_letters}', x, a,
              dtype=config.compute_dtype)
@@ -342,18 +375,23 @@ def dense(module: nn.Module, name: str, spec: str, x: jax.Array,
           shape: tuple[int, ...], axes: tuple[str | None, ...], *,
           with_bias: bool, deterministic: bool, **weight_options: Any
           ) -> jax.Array:
-  """Declares the parameters of a dense layer and applies it: x W + b.
+  """Declares the parameters of a dense layer, W and b, and applies the layer:
+  x W + b.
 
   Args:
-    module: the Flax module that holds the parameters.
-    name: the name of W; that of b is `{name}_bias`.
-    spec: the letters of axes, as `einsum` takes them.
-    x: the activations that W is multiplied by.
+    module: the Flax module that declares the parameters.
+    name: the name of W. That of b is `{name}_bias`.
+    spec: the letters of the axes of x W, such as 'BLD,DF->BLF'.
+    x: the activations.
     shape: the shape of W.
-    axes: its logical axes.
+    axes: its logical axes, by which it is sharded.
     with_bias: whether there is a bias.
-    deterministic: whether nothing is dropped.
+    deterministic: whether there is no dropout, as outside of training. Only an
+      adapter (LoRA) has dropout here.
     **weight_options: further arguments of `weight`.
+
+  Returns:
+    The result, with the axes that `spec` names.
   """
   w = weight(module, name, shape=shape, axes=axes, **weight_options)
   y = product(module, name, spec, x, w, axes=axes, deterministic=deterministic)
@@ -367,14 +405,17 @@ def dense(module: nn.Module, name: str, spec: str, x: jax.Array,
 
 def adapted_weight(module: nn.Module, name: str, w: jax.Array,
                    axes: tuple[str | None, ...]) -> jax.Array:
-  """Returns a weight with its low-rank adapter (LoRA) added: W + (alpha / rank)
-  A B, by which `product` multiplies where there is no dropout.
+  """Adds to a weight its low-rank adapter, W + (alpha / rank) A B (LoRA), for
+  callers that need the weight itself and not its product.
 
   Args:
     module: the Flax module that holds W.
     name: the name of W.
-    w: W, of which the first axis alone is an input.
+    w: W. Its first axis must be its only input.
     axes: its logical axes.
+
+  Returns:
+    The sum; W itself if it has no adapter.
   """
   config = module.config
   if not has_adapter(config, name):
@@ -408,22 +449,23 @@ def _declare_adapter(module: nn.Module, name: str, shape: tuple[int, ...],
                      axes: tuple[str | None, ...], num_inputs: int
                      ) -> tuple[jax.Array, jax.Array]:
   """Declares the matrices A and B of a weight's low-rank adapter (LoRA: Hu et
-  al. 2022, arXiv 2106.09685).
+  al. 2022, arXiv 2106.09685). B is 0 at first, so that a new adapter changes
+  nothing.
 
   Args:
     module: the module that holds the weight.
     name: the name of the weight.
     shape: its shape.
     axes: its logical axes.
-    num_inputs: how many of its axes, from the first on, are inputs.
+    num_inputs: how many of its axes are inputs. They stand first.
 
   Returns:
-    A, [inputs, rank], drawn uniformly, and B, [rank, outputs], which is 0, so
-    that a new adapter changes nothing. Both have the weight's axes of inputs
-    and of outputs.
+    A, [inputs, rank], and B, [rank, outputs], where inputs and outputs are the
+    axes of the weight.
   """
-  # Uniform between -1 and 1 over the root of the fan-in: a variance of 1/3 of
-  # its inverse. An adapter is new to the task, so both are trained (`tuned`).
+  # A is drawn uniformly between -1 and 1 over the root of the fan-in, as in the
+  # authors' program. That is a variance of 1 / (3 fan-in). Both matrices are
+  # marked as `tuned`, which says that they are trained.
   rank = module.config.lora.rank
   inputs = tuple(range(num_inputs))
   init = nn.initializers.variance_scaling(
@@ -443,14 +485,18 @@ SCOPE_OF_USEFUL_FLOPS = 'useful_{}_of_{}_{}_in_a_prompt'
 
 def count_flops_as_useful_part(part: int, whole: int,
                                part_of_prompt: int | None = None):
-  """Returns a scope whose products count as part / whole of their FLOPs where
-  those of a model are counted (training/costs/flops.py): a mask hides the rest.
+  """Returns a scope, for a `with` statement, in which matrix products count as
+  only a part of their FLOPs. A mask hides the rest of what they compute, and
+  reports of FLOPs count useful ones only (training/costs/flops.py).
 
   Args:
-    part: how many of the numbers that the products compute are seen.
+    part: how many of the numbers that the products compute are used.
     whole: how many they compute.
-    part_of_prompt: the part where all tokens of a row are a prompt; None: it is
-      the same.
+    part_of_prompt: the part if all tokens of a row are a prompt; None: the
+      same.
+
+  Returns:
+    The scope. It changes the names of operations, and not what is computed.
   """
   if part_of_prompt is None:
     part_of_prompt = part
@@ -465,17 +511,21 @@ NAME_OF_COUNTED_FUNCTION = 'counted_{}_of_{}'
 @functools.lru_cache(maxsize=1024)
 def count_flops_by_result(f: Callable[..., jax.Array], flops: int,
                           divisor: int = 1) -> Callable[..., jax.Array]:
-  """Returns f, which counts as flops / divisor FLOPs for each number of its
-  result where those of a model are counted: its own products do not say what a
-  model must multiply.
+  """Wraps a function so that reports of a model's FLOPs count it as
+  flops / divisor FLOPs for each number of its result. This is for functions
+  whose own operations do not say what a model must multiply.
 
   Args:
-    f: a function of arrays, defined at the top of a file, so that it is traced
-      once.
+    f: a function of arrays. It must be defined at the top of a file, so that
+      JAX traces it only once.
     flops: the FLOPs of a number of its result, times `divisor`.
     divisor: the number that divides them.
+
+  Returns:
+    A function that computes the same.
   """
   def counted(*args: Any) -> jax.Array:
+    """Calls f. Its name, which is set below, tells the report what to count."""
     return f(*args)
   counted.__name__ = NAME_OF_COUNTED_FUNCTION.format(flops, divisor)
   return jax.jit(counted)
@@ -534,12 +584,15 @@ class Dropout(nn.Module):
 
 def apply_dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
   """Applies dropout: a random share of the numbers becomes 0, and the others
-  are divided by the share that is kept, so that the mean stays.
+  are divided by the share that is kept, so that the mean stays the same.
 
   Args:
     x: an array of any shape.
     rate: the share that is dropped, in [0, 1).
     key: the key of random numbers.
+
+  Returns:
+    An array of the shape of x.
   """
   # A uniform number of 32 bits is below the threshold with probability `rate`.
   threshold = jnp.uint32(int(rate * 2**32))
@@ -548,15 +601,19 @@ def apply_dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Returns 32 random bits for each element of an array, as uint32.
+  """Draws 32 random bits for each element of an array, by a hash of its index.
 
-  In a row, which has two random words a and b, column c has
-  hash(a + c * STEP_BETWEEN_COLUMNS) + b, as SplitMix (Steele et al. 2014)
-  counts and scatters. b tells rows apart whose words a are close by chance.
+  Each row (along the last axis) draws two random words a and b. Its column c
+  gets hash(a + c * STEP_BETWEEN_COLUMNS) + b, as SplitMix counts and scatters
+  (Steele et al. 2014). Adding b keeps rows apart whose words a are close by
+  chance.
 
   Args:
     key: the key of random numbers.
     shape: the shape of the array.
+
+  Returns:
+    The bits, uint32 of this shape.
   """
   *rows, columns = shape or (1,)
   words = jax.random.bits(key, (2, *rows, 1))
@@ -827,17 +884,19 @@ class HiddenUnits:
 
   def __call__(self, up: jax.Array, gate: Optional[jax.Array] = None
                ) -> jax.Array:
-    """Returns the hidden units of a feed-forward network: act(up), or
-    act(gate) * up where the network is gated.
-
-    They are computed in float32 and rounded once: rounded to bfloat16 after
-    each operation they lose digits, and XLA's CPU backend takes three times as
-    long for a GELU and its gradient.
+    """Computes the hidden units of a feed-forward network: act(up), or
+    act(gate) * up if the network is gated.
 
     Args:
       up: the product x W_up, [..., d_ff].
       gate: the product x W_gate, of the same shape; None: there is no gate.
+
+    Returns:
+      The hidden units, of the same shape and dtype.
     """
+    # The units are computed in float32 and rounded once. Rounded to bfloat16
+    # after each operation they would lose digits, and a GELU with its gradient
+    # would take three times as long on CPU.
     network, dtype = FFNS[self.kind], up.dtype
     up = up.astype(jnp.float32)
     if gate is None:
@@ -864,14 +923,19 @@ def leaky_relu2(x: jax.Array) -> jax.Array:
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array, clamp: ClampConfig
                    ) -> jax.Array:
-  """Returns the hidden units of a SwiGLU network whose inputs are bounded
-  (gpt-oss: OpenAI 2025, section 2.2): g sigmoid(alpha g) (u + offset), with
-  g = min(gate, limit), and u = up between -limit and limit.
+  """Computes the hidden units of a SwiGLU network whose inputs are bounded
+  (gpt-oss: OpenAI 2025, section 2.2):
+
+    h = g sigmoid(alpha g) (u + offset)
+    g = min(gate, limit),   u = clip(up, -limit, limit)
 
   Args:
     gate: x W_gate, of any shape.
     up: x W_up, of the same shape.
     clamp: alpha, limit and offset.
+
+  Returns:
+    h, of the same shape.
   """
   gate = jnp.minimum(gate, clamp.limit)
   up = jnp.clip(up, -clamp.limit, clamp.limit)
@@ -896,13 +960,15 @@ class FFN(nn.Module):
                ) -> tuple[jax.Array, Report]:
     """Applies a dense feed-forward network to each token.
 
+    The suffixes name axes: B batch, L length, D d_model, F hidden units.
+
     Args:
-      x_BLD: the input, [batch, length, d_model].
+      x_BLD: the input.
       ctx: the context of the call, which says whether there is dropout.
 
     Returns:
-      The result, [B, L, D], and an empty Report: layers call dense networks and
-      mixtures of experts alike, and only those have something to report.
+      The result, [B, L, D], and an empty Report. A mixture of experts, which
+      takes the place of this network, reports its losses there.
     """
     config = self.config
     D, F = config.d_model, self.width or config.d_ff
@@ -931,13 +997,13 @@ class FFN(nn.Module):
 
   def _add_bias_of_product(self, name: str, y: jax.Array, axis: str
                            ) -> jax.Array:
-    """Returns the product `name` with its bias added, where model.ffn_bias asks
-    for one.
+    """Adds the bias of a product, which is declared here. Without
+    model.ffn_bias the product is returned as it is.
 
     Args:
-      name: the name of the product.
+      name: the name of the product. The bias is called `{name}_bias`.
       y: its result.
-      axis: the logical axis of the features of y.
+      axis: the logical axis of the features of y, by which the bias is sharded.
     """
     if not self.config.ffn_bias:
       return y
@@ -1001,14 +1067,17 @@ def remat_of_model(config: ModelConfig) -> Remat:
 
 def apply_remat(block: type[nn.Module], config: ModelConfig, prevent_cse: bool
                 ) -> type[nn.Module]:
-  """Returns a class of layers that keep fewer results for the backward pass and
-  compute the others again (rematerialisation), as model.remat says.
+  """Wraps the class of a layer so that it keeps fewer results for the backward
+  pass and computes the others again (rematerialisation), as model.remat says.
 
   Args:
     block: the Flax class of a layer, called with (x, *args).
     config: the model.
-    prevent_cse: whether XLA is kept from finding what is computed twice; see
-      jax.checkpoint.
+    prevent_cse: whether to keep XLA from merging what is computed twice, which
+      would undo the rematerialisation; see jax.checkpoint.
+
+  Returns:
+    The wrapped class; `block` itself if nothing is computed again.
   """
   if config.remat == 'none':
     return block
@@ -1018,17 +1087,19 @@ def apply_remat(block: type[nn.Module], config: ModelConfig, prevent_cse: bool
 
 
 def remat_policy(config: ModelConfig) -> Optional[Callable[..., object]]:
-  """Returns the policy by which jax.checkpoint keeps results for the backward
-  pass, for model.remat.
+  """Returns the policy of rematerialisation that model.remat names. It decides
+  which results of a layer are kept for the backward pass; the others are
+  computed again.
 
   Args:
     config: the model.
 
   Returns:
-    A policy of jax.checkpoint_policies, by the names that results are given
-    where they are computed; None: only the input of each layer is kept.
+    A policy of jax.checkpoint_policies; None: only the input of each layer is
+    kept.
   """
-  # Results with these names are kept; a weight that stays gathered has one too.
+  # The policies go by names that results are given where they are computed. A
+  # gathered weight that is to be kept has a name too.
   kept_names = remat_of_model(config).kept_names
   if keeps_weight_gathered(config):
     kept_names += (sharding.NAME_OF_KEPT_WEIGHT,)
@@ -1045,13 +1116,14 @@ def remat_policy(config: ModelConfig) -> Optional[Callable[..., object]]:
 
 def count_gathers_of_weight(config: ModelConfig, path: str,
                             axes: tuple[str | None, ...]) -> int:
-  """Returns how often a step gathers a sharded parameter: for each product and
-  again for its gradient, or once where it stays gathered.
+  """Counts how often a training step gathers a sharded parameter from the other
+  devices: for each product, and again for the gradient of the product unless it
+  stays gathered.
 
   Args:
     config: the model.
     path: the path of the parameter, such as 'decoder/layers/block_0/ffn/up'.
-    axes: its logical axes.
+    axes: its logical axes. Experts' weights never stay gathered.
   """
   name = path.split('/')[-1]
   forward_reads = count_reads_of_weight(config, path)
@@ -1062,13 +1134,14 @@ def count_gathers_of_weight(config: ModelConfig, path: str,
 
 def count_reads_of_weight(config: ModelConfig, path: str, back: bool = False
                           ) -> int:
-  """Returns how often a step reads a parameter: once, or in each pass over
-  layers that are run several times (model.loop).
+  """Counts how often a training step reads a parameter in one direction: once,
+  or once in each pass if its layer is run several times (model.loop).
 
   Args:
     config: the model.
     path: the path of the parameter.
-    back: whether the backward pass is meant, and not the forward one.
+    back: whether to count the reads of the backward pass. If false, those of
+      the forward pass are counted.
   """
   loops = config.find_part(LoopsConfig)
   is_in_loop = '/layers/' in path or '/loop/' in path
@@ -1080,22 +1153,29 @@ def count_reads_of_weight(config: ModelConfig, path: str, back: bool = False
 
 
 def _name_input_of_block(block: type[nn.Module]) -> type[nn.Module]:
-  """Returns a class of layers that give their input a name, by which a policy
-  of rematerialisation sends it to the memory of the host.
+  """Wraps the class of a layer so that the layer gives its input a name. By
+  this name a policy of rematerialisation moves the input to the memory of the
+  host.
 
-  Only what is computed inside of jax.checkpoint can go there, and an argument
-  is not: so the layer itself names its input.
+  The layer has to do so itself, because a policy can only move what is computed
+  inside of jax.checkpoint, and an argument is not.
 
   Args:
     block: the Flax class of a layer, called with (x, *args).
+
+  Returns:
+    The wrapped class.
   """
 
   def name_array(leaf: jax.Array) -> jax.Array:
+    """Returns an array under the name that the policy knows."""
     return checkpoint_name(leaf, NAME_OF_BLOCK_INPUT)
 
   class Named(block):
+    """The layer, whose input has a name."""
 
-    def __call__(self, x, *args):
+    def __call__(self, x: Any, *args: Any) -> Any:
+      """Names each array of x, and applies the layer."""
       return super().__call__(jax.tree.map(name_array, x), *args)
 
   return Named
