@@ -142,11 +142,11 @@ class Decoder(nn.Module):
     return Output(hidden=x_BLD, head=head, cache=cache, aux=aux, extra=extra)
 
   def _apply_task_head(self, x_BLD: jax.Array, ctx: Context) -> Output:
-    """Returns the output of a model with the head of a task, such as
-    classification, instead of that of a language model.
+    """Applies the head of a task, such as classification, which takes the place
+    of a language model's head.
 
-    The head reads each token or, where its answer is about the whole row, the
-    row's last token, which alone has seen all others.
+    The head reads each token or, if its answer is about the whole row, the
+    row's last token. In a decoder only the last token has seen all others.
 
     Args:
       x_BLD: the result of the last layer, [batch, length, d_model].
@@ -240,15 +240,17 @@ class Unembed(nn.Module):
 
   @nn.compact
   def __call__(self, table_DV: jax.Array) -> heads.Head:
-    """Returns the output head of a language model.
+    """Makes the output head of a language model, and declares its parameters.
+
+    The suffixes name axes: D d_model, V vocabulary.
 
     Args:
-      table_DV: the transpose of the table of embeddings, [d_model, vocabulary],
-        which is the head's matrix where the two are tied.
+      table_DV: the transpose of the table of embeddings. It is the head's
+        matrix if the two are tied.
 
     Returns:
-      The Head, which has not computed any logits yet: callers do so for the
-      tokens that they need.
+      The Head. It has not computed any logits yet: callers do so for the tokens
+      that they need.
     """
     config = self.config
     kernel_DV = table_DV
@@ -260,8 +262,9 @@ class Unembed(nn.Module):
     if config.logits_bias:
       bias_V = layers.bias(self, 'bias', shape=(config.vocab_size,),
                            axes=('vocab',), output=True)
-    # muP's output multiplier, of a tied table too; the bias makes up for it by
-    # its learning rate.
+    # `widening` is muP's output multiplier, the ratio of the model's width to
+    # its base model's. It divides the bias too, whose learning rate makes up
+    # for that.
     return heads.Head(kernel_DV=kernel_DV, bias_V=bias_V,
                 scale=config.logits_scale / config.widening,
                 softcap=config.logits_softcap, tied=config.tie_embeddings)
@@ -270,28 +273,30 @@ class Unembed(nn.Module):
 def _make_context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
                   segment_ids_BL: Optional[jax.Array], **context_fields: Any
                   ) -> Context:
-  """Returns the Context of a call: what all layers are told about the tokens,
-  such as their positions and the documents that they are of.
+  """Makes the Context of a call: what all layers are told about the tokens,
+  such as their positions and which document they belong to.
 
   Args:
     tokens_BL: the token ids, [batch, length].
-    positions_BL: the position of each token, [B or 1, L]; None: 0..L-1. Passed
-      with segment ids, they promise an order: see Decoder.
-    segment_ids_BL: the id of the packed document that each token is of, 0 on
-      padding; None: each row is one document.
-    **context_fields: further fields of Context, passed on as they are.
+    positions_BL: the position of each token, [batch or 1, length]; None: 0, 1,
+      2, ... With segment ids, tokens must stand in the order of their
+      positions.
+    segment_ids_BL: the number of the document that each token belongs to, if
+      several documents are packed into a row; 0 on padding. None: each row is
+      one document.
+    **context_fields: further fields of Context.
 
   Raises:
-    RequestError: for a segment id in several pieces of a row, unless it is
-      traced: see Decoder.
+    RequestError: if the tokens of a document do not stand side by side. This
+      cannot be checked inside jit.
   """
   chex.assert_rank(tokens_BL, 2)
   # Inside jit the ids have no values yet, and cannot be checked.
   is_traced = isinstance(segment_ids_BL, jax.core.Tracer)
   if segment_ids_BL is not None and not is_traced:
     _check_segments_are_contiguous(np.asarray(segment_ids_BL))
-  # With positions alone, tokens may stand in any order, and attention may not
-  # skip the keys that come later in a row.
+  # With positions but no segment ids, tokens may stand in any order. Then
+  # attention must not skip keys because they come later in the row.
   in_order = positions_BL is None or segment_ids_BL is not None
   if positions_BL is None:
     positions_BL = jnp.arange(tokens_BL.shape[1])[None]
@@ -374,19 +379,19 @@ class Mtp(nn.Module):
 
 
 def _mark_tokens_with_successor(ctx: Context, depth: int) -> jax.Array:
-  """Returns a mask of the tokens that are followed by another token of the same
-  document, `depth` places further on.
+  """Marks the tokens whose document has another token `depth` places later.
+  Modules that predict further tokens join the two; elsewhere nothing is
+  predicted, and tokens are routed to no expert.
 
-  The other tokens would be joined with one of another text, or with padding.
-  Nothing is predicted there, so they are routed to no expert.
+  The suffixes name axes: B batch, L length.
 
   Args:
-    ctx: the context of the call: its tokens [batch, length], the ids of their
-      documents, and which of them are padding.
+    ctx: the context of the call: its tokens, the ids of their documents, and
+      which of them are padding.
     depth: the distance to the later token, at least 1.
 
   Returns:
-    The mask, [B, L], int32: 1 where there is such a token, and 0 elsewhere.
+    The mask, int32 [B, L]: 1 where there is such a token, and 0 elsewhere.
   """
   B, L = ctx.tokens_BL.shape
   has_successor_L = jnp.arange(L) < L - depth
@@ -410,25 +415,25 @@ NAME_OF_ADDED_TABLE = 'tokens_added'
 
 
 def config_of_generator(config: ModelConfig) -> ModelConfig:
-  """Returns the config of ELECTRA's generator: the small masked language model
+  """Returns the config of ELECTRA's generator, a small masked language model
   that draws replacements for masked tokens. The model itself, the
-  discriminator, learns to tell them from the tokens of the text.
+  discriminator, learns to tell these from the tokens of the text.
 
   Args:
-    config: the config of the model, with the sizes of its generator as a part.
+    config: the config of the model, which has the sizes of its generator.
 
   Returns:
-    The model's config with the generator's sizes, a head of masked words, and
-    no generator of its own.
+    A copy with the generator's sizes, a head that predicts masked words, and no
+    generator of its own.
   """
   fields = config.part(GeneratorConfig)
   head_dim = fields.d_model // fields.num_heads
-  # It reads the embedding of the model, and projects it where the widths
-  # differ; an embed_dim of 0 means no projection.
+  # The generator reads the embedding of the model. If the widths differ, it is
+  # projected; an embed_dim of 0 says that it is not.
   embed_dim = config.config_of_embedding.d_model
   if embed_dim == fields.d_model:
     embed_dim = 0
-  # replace() derives nothing, so sizes that follow from others are given too.
+  # replace() does not derive sizes from others, so all sizes are given here.
   return dataclasses.replace(
       config.without_part(GeneratorConfig), head='lm', next_sentence=False,
       d_model=fields.d_model, num_layers=fields.num_layers,
@@ -530,17 +535,18 @@ class Encoder(nn.Module):
     return output.replace(aux=aux)
 
   def _draw_tokens(self, generated: Output, deterministic: bool) -> jax.Array:
-    """Returns tokens drawn from the generator's distribution, for M masked
+    """Draws tokens from the distribution of ELECTRA's generator, for the masked
     places of each row.
 
-    No gradient flows through a draw, so ELECTRA trains the generator by its own
-    loss alone.
+    No gradient flows through a draw, so the generator is trained by its own
+    loss only.
+
+    The suffixes name axes: B batch, M masked places, D d_model.
 
     Args:
-      generated: the generator's output at these places, whose `hidden` is
-        [batch, M, d_model].
-      deterministic: whether there is no dropout; then the draws are always the
-        same.
+      generated: the generator's output at these places.
+      deterministic: whether there is no dropout, as outside of training. Then
+        the draws are always the same.
 
     Returns:
       The tokens, int32 [B, M].
@@ -554,9 +560,9 @@ class Encoder(nn.Module):
       key, hidden_BD = key_and_hidden
       return jax.random.categorical(key, head.logits(hidden_BD))
 
-    # lax.map goes over the places one after the other, so that logits of one
-    # place are held, [B, V], and not those of all, [B, M, V]. It maps over the
-    # first axis, so M goes in front, and the result is transposed back.
+    # Go over the places one after another, so that only the logits of one
+    # place, [B, vocabulary], are in memory. lax.map goes over the first axis,
+    # so M is moved to the front, and the result is transposed back.
     keys_M = jax.random.split(key, hidden_BMD.shape[1])
     hidden_MBD = jnp.moveaxis(hidden_BMD, 1, 0)
     drawn_MB = jax.lax.map(draw_at_place, (keys_M, hidden_MBD))
@@ -565,8 +571,8 @@ class Encoder(nn.Module):
   def _apply_task_head(self, x_BLD: jax.Array,
                        segment_ids_BL: Optional[jax.Array],
                        deterministic: bool) -> Output:
-    """Returns the output of a model with the head of a task, such as
-    classification, instead of that of masked words.
+    """Applies the head of a task, such as classification, which takes the place
+    of the head that predicts masked words.
 
     Args:
       x_BLD: the result of the last layer, [batch, length, d_model].
@@ -605,17 +611,18 @@ class Encoder(nn.Module):
 
   def input_of_task_head(self, x: jax.Array, of_row: bool
                          ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the vectors to which the head of a task is applied: a pooled one
-    of each row, or the tokens as they are. Subclasses override it.
+    """Prepares the vectors to which the head of a task is applied. Those of
+    rows go through BERT's pooler (a dense layer and tanh), and those of tokens
+    stay as they are. Subclasses may override this.
 
     Args:
-      x: a vector of each row, [batch, d_model], or of each token, [batch,
+      x: a vector for each row, [batch, d_model], or for each token, [batch,
         length, d_model].
-      of_row: whether x is of rows.
+      of_row: whether x has a vector for each row.
 
     Returns:
-      The vectors, of the shape of x, and a dict of further results for
-      Output.extra: `pooled`, [B, D], for rows, and none for tokens.
+      The vectors, of the shape of x; and a dict of further results for
+      Output.extra, which has `pooled` for rows and is {} for tokens.
     """
     if not of_row:
       return x, {}
@@ -633,8 +640,9 @@ class Encoder(nn.Module):
 
   def _apply_pretraining_head(self, x_BLD: jax.Array, table_DV: jax.Array,
                               aux: dict) -> Output:
-    """Returns the output for pretraining: the logits of masked words and, with
-    next_sentence, whether the second text of a row follows the first (BERT).
+    """Applies the heads for pretraining (BERT): the one that predicts masked
+    words and, with next_sentence, the one that says whether the second text of
+    a row follows the first.
 
     Args:
       x_BLD: the result of the last layer, [batch, length, d_model].
@@ -687,15 +695,18 @@ class Encoder(nn.Module):
 
   def _dense(self, name: str, x: jax.Array, size: int, output: bool = False,
              bias: bool = True) -> jax.Array:
-    """Returns a dense layer of x, x W + b, [..., E].
+    """Declares the parameters of a dense layer and applies it, x W + b.
 
     Args:
-      name: the name of the parameter W, [D, E]; that of b is `{name}_bias`.
+      name: the name of W, which is [D, E]. That of b is `{name}_bias`.
       x: the input, [..., D].
-      size: the number of outputs, E.
+      size: E, the number of outputs.
       output: whether the result is logits. Their number does not grow with the
-        model's width, by which weights are initialised.
-      bias: whether there is b.
+        width of the model, which matters to how muP initialises W.
+      bias: whether there is a b.
+
+    Returns:
+      The result, [..., E].
     """
     w_DE = layers.weight(self, name, shape=(x.shape[-1], size),
                          axes=('embed', None), output=output)
@@ -721,13 +732,18 @@ def _select_positions(output: Output, places_BM: jax.Array) -> Output:
 
 def _replace_tokens(tokens_BL: jax.Array, places_BM: jax.Array,
                     new_BM: jax.Array) -> jax.Array:
-  """Returns the tokens with those at M places of each row replaced.
+  """Replaces the tokens at M places of each row.
+
+  The suffixes name axes: B batch, L length, M places.
 
   Args:
-    tokens_BL: the token ids, [batch, length].
-    places_BM: the M places of each row, from 0 on. Rows with fewer places are
-      filled up with a place past the row's end, at which nothing is written.
-    new_BM: the token that is put at each place.
+    tokens_BL: the token ids.
+    places_BM: the places, numbered from 0. A row with fewer places is filled up
+      with numbers from L on, at which nothing is written.
+    new_BM: the new token at each place.
+
+  Returns:
+    The token ids after the replacement, [B, L].
   """
   tokens_BL = jnp.asarray(tokens_BL)
   # The row numbers [B, 1] and the places [B, M] index together, and 'drop'
@@ -775,21 +791,23 @@ class EncoderDecoder(nn.Module):
                decoder_segment_ids_BL: Optional[jax.Array] = None,
                cache: Any = None, memory: Optional[jax.Array] = None,
                one_by_one: bool = False, **context_fields: Any) -> Output:
-    """Runs the encoder and the decoder, or the decoder alone where the output
-    of the encoder is known.
+    """Runs the encoder and then the decoder, or only the decoder if the output
+    of the encoder is known already.
 
-    Axes: B rows, M tokens of the source, and L tokens of the target.
+    The suffixes name axes: B batch, M tokens of the source, L tokens of the
+    target.
 
     Args:
-      tokens_BM: the source; None with `memory` or a cache that holds it.
-      decoder_tokens_BL: the tokens that the decoder is shown; default: the
-        source.
-      segment_ids_BM: 0 where the source is padding; as a Decoder's.
-      decoder_positions_BL: where the target's tokens stand; default: 0..L-1;
-        with a cache, where they go.
-      decoder_segment_ids_BL: 0 where the target is padding; as a Decoder's.
+      tokens_BM: the source; None if `memory` is given, or a cache that holds
+        the memory.
+      decoder_tokens_BL: the tokens that the decoder reads; None: the source.
+      segment_ids_BM: the number of the document of each token of the source, 0
+        on padding; None: each row is one document.
+      decoder_positions_BL: the positions of the target's tokens; None: 0, 1, 2,
+        ... With a cache, these are the places where they are written.
+      decoder_segment_ids_BL: as segment_ids_BM, for the target.
       cache: the decoder's cache; see architectures.init_cache.
-      memory: the encoder's output, where it is known.
+      memory: the encoder's output, if it is known.
       one_by_one: whether parameters and cache are those that `unstack_layers`
         returns.
       **context_fields: further fields of Context: deterministic; keep_layers
@@ -813,18 +831,21 @@ class EncoderDecoder(nn.Module):
 
   def encode(self, tokens_BM: jax.Array, *,
              segment_ids_BM: Optional[jax.Array] = None,
-             **context_fields: Any             ) -> tuple[jax.Array, dict]:
+             **context_fields: Any) -> tuple[jax.Array, dict]:
     """Runs the encoder over the source.
 
+    The suffixes name axes: B batch, M tokens of the source, D d_model.
+
     Args:
-      tokens_BM: the tokens of the source, [batch, M].
-      segment_ids_BM: 0 where the source is padding; as a Decoder's.
+      tokens_BM: the tokens of the source.
+      segment_ids_BM: the number of each token's document, 0 on padding; None:
+        each row is one document.
       **context_fields: further fields of Context, such as deterministic.
 
     Returns:
-      The memory that the decoder attends to: the result of the last layer after
-      the final norm, [B, M, D]. And what the layers report, by name: see
-      Output.aux.
+      The memory, which the decoder attends to: the result of the last layer
+      after the final norm, [B, M, D]. And what the layers report, by name (see
+      Output.aux).
     """
     ctx = _make_context(tokens_BM, positions_BL=None,
                         segment_ids_BL=segment_ids_BM, **context_fields)
@@ -838,16 +859,20 @@ class EncoderDecoder(nn.Module):
              positions_BL: Optional[jax.Array] = None,
              segment_ids_BL: Optional[jax.Array] = None, cache: Any = None,
              one_by_one: bool = False, **context_fields: Any) -> Output:
-    """Runs the decoder over the target, of which it predicts the token after
-    each one.
+    """Runs the decoder over the target. After each token it predicts the next
+    one.
+
+    The suffixes name axes: B batch, M tokens of the source, L tokens of the
+    target, D d_model.
 
     Args:
-      tokens_BL: the tokens of the target, [batch, L].
-      memory: the encoder's output, [B, M, D]; None where the cache has its keys
-        and values already.
-      memory_segment_ids_BM: 0 where the source is padding; as a Decoder's.
-      positions_BL: where the target's tokens stand; default: 0..L-1.
-      segment_ids_BL: 0 where the target is padding; as a Decoder's.
+      tokens_BL: the tokens of the target.
+      memory: the encoder's output, [B, M, D]; None if the cache already has its
+        keys and values.
+      memory_segment_ids_BM: the number of the document of each token of the
+        source, 0 on padding; None: each row is one document.
+      positions_BL: the positions of the target's tokens; None: 0, 1, 2, ...
+      segment_ids_BL: as memory_segment_ids_BM, for the target.
       cache: the cache of the decoder; None: there is none.
       one_by_one: whether parameters and cache are those that `unstack_layers`
         returns.
@@ -879,25 +904,25 @@ class EncoderDecoder(nn.Module):
 
 def init_cache(config: ModelConfig, batch: int, length: int
                ) -> tuple[LayerCache, ...]:
-  """Returns an empty generation cache for `batch` rows of `length` tokens.
+  """Makes an empty cache for generating text with a model.
 
-  Layers are stored by section: the prefix, the repeated period of the layer
-  pattern, and the suffix. Axes: N layers, B rows of the batch, M = `length`
-  tokens, J heads of keys and values, and K features of a head.
+  The layers of a model are in up to three sections: a prefix, a pattern that is
+  repeated, and a suffix. A repetition of the pattern is called a period.
 
   Args:
     config: the model.
-    batch: the number of rows, B.
-    length: the number of tokens that each row has room for, M.
+    batch: the number of rows.
+    length: for how many tokens each row has room.
 
   Returns:
-    One entry for each layer of the prefix and the suffix, [1, B, M, J, K], and
-    for each layer of the period, [N / period, B, M, J, K], in their order.
-    Layers that are run several times (model.loop) have rows for each pass:
-    [passes * N / period, B, M, J, K].
+    A cache for each layer of the prefix, of the pattern and of the suffix, in
+    their order. Its arrays have an axis of periods in front, such as
+    [periods, batch, length, heads, features], where the prefix and the suffix
+    have 1 period. Layers that are run several times (model.loop) have
+    passes * periods in its place.
 
   Raises:
-    ValueError: where learned positions do not reach `length`.
+    RequestError: if the model's learned positions do not reach `length`.
   """
   positions.check_length(config, length)
   entries = []
@@ -911,21 +936,23 @@ def init_cache(config: ModelConfig, batch: int, length: int
 
 
 def unstack_layers(params: Any, cache: Any) -> tuple[Any, list]:
-  """Returns parameters and cache with each layer's arrays apart instead of
-  stacked, for a loop that generates single tokens.
+  """Splits the parameters and the cache of a decoder, which are stacked over
+  layers, into arrays of each layer. A loop that generates text token by token
+  calls the model with these and `one_by_one=True`.
 
-  Each call of the model in that loop has `one_by_one=True`. On CPU the weights
-  are copied once, here: XLA would otherwise slice them from the stack at every
-  turn of the loop. Elsewhere it reads them where they lie.
+  On CPU the weights are copied here, once. Otherwise XLA would slice them from
+  the stack at every turn of the loop. On other platforms it reads them where
+  they lie.
 
   Args:
-    params: the parameters of the model, whose arrays stack the layers of each
-      section.
-    cache: the cache of the model, stacked likewise.
+    params: the parameters of the model. The arrays of each section (the prefix,
+      the repeated pattern, the suffix) are stacked over its periods, which are
+      the repetitions of the pattern.
+    cache: the cache of the model, stacked in the same way.
 
   Returns:
-    The parameters, with those of each period of the decoder's layers apart, and
-    a list of the cache's entries of the prefix, each period and the suffix.
+    The parameters, with those of each period of the decoder apart; and a list
+    with the caches of the prefix, of each period, and of the suffix.
   """
   decoder = params['decoder']
   entries = iter(cache)
@@ -933,9 +960,9 @@ def unstack_layers(params: Any, cache: Any) -> tuple[Any, list]:
   for name in SECTIONS:
     if name not in decoder:
       continue
-    # The weights and the entries of the cache, row by row. A row is a period of
-    # the pattern; the prefix and the suffix have one each. A section has an
-    # entry of the cache for each of the layers that its parameters hold.
+    # Split the weights and the caches row by row, where a row is a period. The
+    # section has a cache for each layer of its pattern, and takes as many from
+    # the iterator.
     rows_of_weights = _unstack_rows(decoder[name])
     entries_of_section = tuple(itertools.islice(entries, len(decoder[name])))
     unstacked_cache += _unstack_rows(entries_of_section)

@@ -132,28 +132,30 @@ class Stack(nn.Module):
 
   def _complete_context(self, x_BLD: jax.Array, ctx: Context, cache: Any
                         ) -> Context:
-    """Returns the context of a call with what is computed once for all layers
-    of the stack.
+    """Adds to the context of a call what is computed once for all layers of the
+    stack.
+
+    The suffixes name axes: B batch, L length, D d_model, M keys.
 
     Args:
-      x_BLD: the embedding of the tokens, [batch, length, d_model].
+      x_BLD: the embedding of the tokens.
       ctx: the context of the call.
-      cache: the generation cache of all layers; None: there is none.
+      cache: the cache of all layers; None: there is none.
 
     Returns:
-      The context with `lengths_B`, the number of tokens of each row, where
-      there is a cache; `distances`, for relative position encodings; and
-      `embedded_BLD`, where some layer looks up tables by it.
+      The context with three more fields: `lengths_B`, the number of tokens of
+      each row so far, if there is a cache; `distances`, if the position
+      encoding is relative; and `embedded_BLD`, if some layer reads it.
     """
     config = self.config
-    # The keys are those of this call or, with a cache, all of its slots, of
-    # which slot m is for the token at position m. The mask of attention leaves
-    # out slots that are not filled yet.
+    # The keys are those of this call or, with a cache, all of its slots. Slot m
+    # is for the token at position m. The mask of attention hides slots that are
+    # not filled yet.
     k_positions_BM = ctx.positions_BL
     cache_of_tokens = find_cache_of_tokens(cache)
     if cache_of_tokens is not None:
       k_positions_BM = jnp.arange(cache_of_tokens.num_slots)[None]
-    # With a cache, a row reaches up to the last token of this call.
+    # With a cache, a row has as many tokens as the last position says.
     if cache is not None and ctx.lengths_B is None:
       ctx = ctx.replace(lengths_B=ctx.positions_BL[:, -1] + 1)
     # All layers of a stack are causal, or none is, so the first one tells.
@@ -179,16 +181,14 @@ class Stack(nn.Module):
 
   def _scan_sections(self, carry: Carry, cache: Any, ctx: Context
                      ) -> tuple[Carry, list[LayerResults]]:
-    """Runs all layers: the sections one after another, each as a scan over the
-    periods of its layer pattern.
-
-    A section is the prefix, the repeated pattern or the suffix of the model's
-    layers. A period is the layers of one repetition.
+    """Runs all layers of the stack, section by section. A section is the
+    prefix, the repeated pattern or the suffix of the layers. It is run as a
+    scan over its periods; a period is one repetition of the pattern.
 
     Args:
-      carry: what goes from layer to layer: the residual stream, and the values
-        of the first layer where the others mix them in.
-      cache: the entries of all layers, section by section; None: there is no
+      carry: what goes from layer to layer: the residual stream, and the first
+        layer's values if the others mix them in.
+      cache: the caches of all layers, section by section; None: there is no
         cache.
       ctx: what the layers read besides their input.
 
@@ -196,8 +196,8 @@ class Stack(nn.Module):
       The carry after the last layer, and the LayerResults of each section,
       whose arrays have an axis of periods in front.
     """
-    # One iterator over all entries: each section takes as many as it has layers
-    # in a period, since the entries of a layer are stacked over the periods.
+    # The caches of a layer are stacked over the periods. So each section takes
+    # from the iterator as many as it has layers in one period.
     entries = iter(cache or ())
     lent: dict[int, KeysAndValues] = {}
     results_of_sections = []
@@ -207,7 +207,8 @@ class Stack(nn.Module):
         section_cache = tuple(itertools.islice(entries, len(section.kinds)))
       carry, results = self._run_section(
           section, carry=carry, cache=section_cache, ctx=ctx, lent=lent)
-      # Later sections read what this one lends, without its axis of periods.
+      # Layers of later sections may read keys and values of this one. It is the
+      # prefix, which has a single period, so the axis of periods is dropped.
       lent = jax.tree.map(operator.itemgetter(0), results.lent)
       results_of_sections.append(results)
     return carry, results_of_sections
@@ -216,19 +217,21 @@ class Stack(nn.Module):
                    cache: Optional[tuple[LayerCache, ...]], ctx: Context,
                    lent: dict[int, KeysAndValues]
                    ) -> tuple[Carry, LayerResults]:
-    """Runs the layers of one section: all periods of its pattern and, where
-    they loop, all passes over these.
+    """Runs the layers of one section (the prefix, the repeated pattern or the
+    suffix): all periods of its pattern and, if the model runs layers several
+    times, all passes over them.
 
-    The keys and values of the cache, its slots, go along with the carry (see
-    Scanned). What else the cache holds is given to the periods one by one.
+    The keys and values of the cache, its slots, are a part of the carry, so
+    that they are updated in place. What else the cache holds is given to the
+    periods one by one.
 
     Args:
-      section: the section: the prefix, the repeated pattern or the suffix.
+      section: the section.
       carry: what goes from layer to layer.
-      cache: the entries of its layers; None: there is no cache.
+      cache: the caches of its layers; None: there is no cache.
       ctx: what the layers read besides their input.
-      lent: keys and values of layers of the sections before, by how far before
-        this section they are: -1, ...
+      lent: keys and values of earlier layers that layers of this section read,
+        by how far before the section those layers are: -1, -2, ...
 
     Returns:
       The carry after the section, and the LayerResults, whose arrays have an
@@ -238,8 +241,8 @@ class Stack(nn.Module):
     if cache is not None:
       slots, other_cache = split_off_slots(cache)
       period_N = jnp.arange(section.periods)
-    # One scan over the periods, or one in each pass. A new model runs one pass:
-    # all passes have the same parameters, which must be declared once.
+    # One scan over the periods, or one for each pass. A model whose parameters
+    # are being declared runs a single pass, since all passes share them.
     if self._is_looped(section) and not self.is_initializing():
       (carry, slots), results = self._run_passes(section, carry=(carry, slots),
                                                  other_cache=other_cache,
@@ -248,8 +251,8 @@ class Stack(nn.Module):
       periods = self._scanned_periods(section, name=section.name)
       (carry, slots), results = periods(
           (carry, slots), (period_N, other_cache), ctx, lent)
-    # That one pass does not read what passes are entered with, so the
-    # parameters of this are declared here.
+    # That single pass does not use the parameters that mix the input of a pass,
+    # so these are declared here.
     if self._is_looped(section) and self.is_initializing():
       passes.Enter(self.config, name='loop')(carry[0], carry[0], 0)
     if slots is None:
@@ -259,19 +262,19 @@ class Stack(nn.Module):
 
   def _scanned_periods(self, section: Section, **module_options: Any
                        ) -> nn.Module:
-    """Returns the module that runs the periods of a section as one scan, whose
-    parameters are stacked over the periods in their first axis.
+    """Makes the module that runs the periods of a section as one scan. Its
+    parameters are stacked over the periods along their first axis.
 
     Args:
-      section: the section: the prefix, the repeated pattern or the suffix.
+      section: the section (the prefix, the repeated pattern or the suffix). A
+        period is one repetition of its pattern.
       **module_options: `name`, its name in the stack, or parent=None, which
         leaves it unbound.
     """
     config = self.config
-    # Flax checks what is constant in a scan by tracing its body a second time,
-    # which is left out where nothing is drawn. Where the layers draw random
-    # numbers, the draws of both traces are counted, and what is drawn depends
-    # on the count: without the check, the same seed would draw other numbers.
+    # Flax can check what is constant in a scan by tracing its body a second
+    # time. This must stay on where layers draw random numbers: the second trace
+    # counts as draws too, so without it the same seed would draw other numbers.
     draws_numbers = any(map(self.has_rng, ('params', 'dropout', 'router')))
     scanned = nn.scan(
         Scanned, variable_axes={'params': 0},
@@ -288,15 +291,15 @@ class Stack(nn.Module):
         in_loop=config.scan_layers and has_several_periods, **module_options)
 
   def _places_lent_by_section(self, section_name: str) -> tuple[int, ...]:
-    """Returns which layers of a section lend their keys and values to layers of
-    later sections.
+    """Returns which layers of a section (the prefix, the repeated pattern or
+    the suffix) lend their keys and values to layers of later sections.
 
     Args:
       section_name: the name of the section. Only layers of the prefix lend.
 
     Returns:
-      How far before the end of the section each lender is, in ascending order:
-      -1 is the last layer. () where there is none.
+      The lenders in ascending order, counted from the end of the section: -1 is
+      its last layer. () if there are none.
     """
     if section_name != 'prefix':
       return ()
@@ -351,20 +354,21 @@ class Stack(nn.Module):
         params: the parameters of the stack, which all passes share.
         inputs: the input of the first pass.
         ctx: what the layers read besides their input.
-        lent: keys and values of layers of the sections before.
-        carry: what goes from layer to layer, and the slots (the cached keys and
-          values) of all passes; None: no cache.
-        of_pass: what this pass alone is given: its number, its rows of what
-          else the cache holds, and its random keys by name.
+        lent: keys and values of earlier layers that these layers read.
+        carry: two things: what goes from layer to layer, and the slots (the
+          cached keys and values) of all passes, or None without a cache.
+        of_pass: what this pass alone is given: its number, what else its caches
+          hold, and its random keys by name.
 
       Returns:
-        The carry after the pass, and the LayerResults of its periods.
+        The carry after the pass, and the LayerResults of its periods, which are
+        the repetitions of the pattern of layers.
       """
       (x, first_values), slots = carry
       n, other_cache, rngs = of_pass
       x = passes.input_of_pass(config, params=params, state=x, inputs=inputs,
                                n=n)
-      # The cache has the rows of all passes, those of a pass side by side.
+      # The slots have a row for each period of each pass, pass after pass.
       period_N = None
       if slots is not None:
         period_N = n * num_periods + jnp.arange(num_periods)
@@ -414,21 +418,22 @@ class Stack(nn.Module):
     return max(num_passes - num_with_gradient, 0)
 
   def _mean_loads(self, section: Section, layer_report: Report) -> Report:
-    """Returns a layer's report with the loads of its experts averaged over the
-    passes, where the layers of a section are run several times.
+    """Averages the loads of a layer's experts over the passes, in a model that
+    runs its layers several times with the same weights.
 
-    A load is the share of tokens that each expert got. The optimizer step moves
-    a bias of the router by it, and all passes share one bias.
+    A load is the share of tokens that each expert got. The training step moves
+    a bias of the router by it, and all passes share the bias.
 
     Args:
-      section: the section of the layer.
-      layer_report: the report, whose loads are [N, E] with N = passes * periods
-        rows and E experts, by the path of the bias inside the section.
+      section: the section of the layer (the prefix, the repeated pattern or the
+        suffix).
+      layer_report: the layer's report. Its loads are [passes * periods,
+        experts], by the path of the bias inside the section.
 
     Returns:
-      The report with loads [periods, E], by the whole path of the bias in the
-      model. The module that made the report ran unbound, and did not know where
-      it stands.
+      The report with loads [periods, experts], by the whole path of the bias in
+      the model. The module that made the report did not know this path, because
+      it was not bound to the model.
     """
     path_of_section = '/'.join((*self.path, section.name))
     loads = {}
@@ -441,12 +446,16 @@ class Stack(nn.Module):
 
   def _run_one_by_one(self, carry: Carry, cache: Any, ctx: Context
                       ) -> tuple[Carry, list[LayerResults]]:
-    """Runs all layers as a loop of Python over the periods of each section, so
-    that the program holds each layer apart (for a loop of single tokens).
+    """Runs all layers by a Python loop, so that each layer is a part of the
+    program by itself. This is fast where text is generated token by token.
+
+    The loop goes over the sections (the prefix, the repeated pattern, the
+    suffix), the passes over a section, and its periods, which are the
+    repetitions of its pattern.
 
     Args:
       carry: what goes from layer to layer.
-      cache: the entries of each period of each pass, in order.
+      cache: the caches of each period of each pass, in order.
       ctx: what the layers read besides their input.
 
     Returns:
@@ -463,8 +472,9 @@ class Stack(nn.Module):
       period = Period(config, pattern=section.kinds, lends=lends, parent=None)
       inputs, _ = carry
       for i in range(section.periods * section.passes):
-        # Pass n runs all periods with the weights that the other passes have.
+        # Pass n runs all periods, with the same weights as the other passes.
         n, row = divmod(i, section.periods)  # the pass, and the period in it
+        # A pass begins with a mixture of the last result and the first input.
         if self._is_looped(section) and row == 0:
           x, first_values = carry
           x = passes.input_of_pass(config, params=params, state=x,
@@ -518,27 +528,30 @@ def _flatten_passes(*of_scans: jax.Array) -> jax.Array:
 
 def add_distances(config: ModelConfig, kind: LayerKind, ctx: Context,
                   k_positions_BM: jax.Array, name_suffix: str = '') -> Context:
-  """Returns the context with what a relative position encoding computes once
-  for all layers of a stack: biases of the attention scores, or a table of
+  """Adds to the context of a stack of layers what a relative position encoding
+  computes once for all layers: biases on attention's scores, or a table of
   vectors for the distances between queries and keys.
 
-  It is called inside the module of the stack, which the encoding's modules
-  become children of.
+  It must be called inside the module of the stack, since the modules of the
+  encoding become its children.
+
+  The suffixes name axes: B batch (or 1 for all rows), H heads, L queries, M
+  keys, U distances, D d_model.
 
   Args:
     config: the model.
     kind: a kind of layer of the stack, which says whether it is causal.
-    ctx: the context, which has the positions of the L queries.
-    k_positions_BM: the positions of the M keys, [batch or 1, M].
-    name_suffix: the end of the names of the encoding's modules, which keeps
+    ctx: the context, which has the positions of the queries.
+    k_positions_BM: the positions of the keys.
+    name_suffix: the end of the names of the encoding's modules, which tells
       those of several stacks in one module apart.
 
   Returns:
-    The context, whose `distances` has `bias_BHLM`, added to the scores of H
-    heads, and `table_UD`, the vectors of U distances; each is None where the
-    encoding has none.
+    The context. Its `distances` has `bias_BHLM`, which is added to the scores,
+    and `table_UD`, the vectors of distances. Each is None if the encoding has
+    none.
   """
-  # An encoding has a module of one of these kinds, or neither.
+  # An encoding has a bias or a table for all layers, or neither.
   encoding = positions.position_of(config)
   bias_BHLM, table_UD = None, None
   if encoding.stack_bias:
@@ -626,16 +639,16 @@ class Period(nn.Module):
   def _run_layer(self, i: int, kind: LayerKind, x: LayerInput,
                  ctx: Context, cache: Optional[LayerCache]
                  ) -> tuple[LayerInput, Optional[LayerCache], Report]:
-    """Runs layer i of the period, with the rematerialisation that the model
-    has.
+    """Runs one layer, with the rematerialisation that the model asks for.
 
-    On several devices, the layer's gradient is passed on only when those of its
-    weights are there, see `_run_after_weight_gradients`. This is not needed for
-    the first layer in an iteration of a loop, whose end waits for all
-    gradients.
+    On several devices the gradient of the layer's input waits for the gradients
+    of its weights, see `_run_after_weight_gradients`. The first layer in an
+    iteration of a loop does not need this, as the end of the iteration waits
+    for all gradients anyway.
 
     Args:
-      i: the place of the layer in the period, from 0 on.
+      i: the index of the layer in its period, which is one repetition of the
+        pattern of layers.
       kind: its kind.
       x: its input, the residual stream.
       ctx: what it reads besides.
@@ -665,20 +678,15 @@ class Period(nn.Module):
       self, name: str, make_layer: Callable[[], nn.Module],
       x: LayerInput, ctx: Context, cache: Optional[LayerCache]
       ) -> tuple[LayerInput, Optional[LayerCache], Report]:
-    """Runs a layer so that in the backward pass the gradient of its input waits
-    for the gradients of its weights.
+    """Runs a layer such that in the backward pass the gradient of its input
+    waits for the gradients of its weights, and these are already summed over
+    the devices. The forward pass is unchanged.
 
-    The order of the forward pass is unchanged. In the backward pass the layer's
-    gradient goes on to the layer before it only when the gradients of its
-    weights are there, each of them in its shards: x and the weights go through
-    one barrier, before the layer reads them.
-
-    XLA's scheduler may otherwise put off the sums over the devices, and then
-    several layers have whole gradients at once. In a loop it cannot: the end of
-    an iteration needs them.
+    Without this, XLA's scheduler may put off the sums over the devices. Then
+    the whole gradients of several layers are in memory at once.
 
     Args:
-      name: the name of the layer in the period.
+      name: the name of the layer, which is that of its parameters.
       make_layer: a function that makes the layer.
       x: its input, the residual stream.
       ctx: what it reads besides.
@@ -688,6 +696,8 @@ class Period(nn.Module):
       The residual stream after the layer, its cache (None: there is none), and
       its Report.
     """
+    # x and the weights go through one barrier before the layer reads them. In
+    # the backward pass the barrier waits for the gradients of both.
     x, weights = _tie_gradients(x, self.get_variable('params', name))
 
     def replace_weights(variables: Any) -> dict:
@@ -695,8 +705,9 @@ class Period(nn.Module):
       barrier."""
       return {'params': {**variables['params'], name: weights}}
 
-    def run_layer(period: nn.Module):
-      del period  # the parent of the layer
+    def run_layer(period: nn.Module) -> Any:
+      """Makes the layer inside of its parent, and applies it."""
+      del period  # the parent, which Flax binds the layer to by itself
       return make_layer()(x, ctx, cache)
 
     # Inside run_layer, the period's parameters are what replace_weights
@@ -736,27 +747,29 @@ class Scanned(Period):
   def __call__(self, carry: tuple[Carry, SlotsOfEntries],
                xs: tuple[Optional[jax.Array], Any], ctx: Context,
                lent: dict[int, KeysAndValues]) -> tuple[Any, LayerResults]:
-    """Runs the period as one turn of a scan.
+    """Runs one period, a repetition of the pattern of layers, as one turn of a
+    scan.
 
     Args:
-      carry: what goes from turn to turn: what goes from layer to layer, and the
-        slots (the cached keys and values) of all periods; None: no cache.
+      carry: two things that go from turn to turn: what goes from layer to layer
+        (the residual stream), and the slots (the cached keys and values) of all
+        periods, or None without a cache.
       xs: what this turn alone is given: the number n of the period, which is
-        its row of the slots, and what else its entries of the cache hold.
+        its row of the slots; and what else its caches hold.
       ctx: what the layers read besides their input.
-      lent: keys and values of layers of the sections before, by how far before
-        they are.
+      lent: keys and values of earlier layers that layers of this period read,
+        by how far before the section those layers are: -1, -2, ...
 
     Returns:
-      The carry, in the two parts in which it came, and the LayerResults, whose
-      caches are without slots: these are in the carry.
+      The carry, in the same two parts; and the LayerResults. Their caches have
+      no slots, as these are in the carry.
     """
     carry, slots = carry
     n, other_cache = xs
     if slots is None:
       carry, results = super().__call__(carry, None, ctx, lent)
       return (carry, None), results
-    # The layers see whole entries, of which they write row n only.
+    # The layers get the slots of all periods, and write into row n only.
     cache = put_slots_back(slots, other_cache, n)
     carry, results = super().__call__(carry, cache, ctx, lent)
     slots, other_cache = split_off_slots(results.caches)
@@ -775,18 +788,22 @@ def sum_losses_by_name(losses: list[dict[str, jax.Array]]
 
 
 def gather_figures(sections: list[tuple[Report, ...]]) -> dict[str, dict]:
-  """Gathers what the layers of a stack report: auxiliary losses, the loads of
-  experts, and figures on the health of routers.
+  """Gathers what the layers of a stack report beside their results: auxiliary
+  losses, how many tokens experts got, and statistics of routers.
 
   Args:
-    sections: the reports of the layers, see above.
+    sections: the reports of the layers, for each section of the stack (the
+      prefix, the repeated pattern, the suffix).
 
   Returns:
-    'losses': the sums over the layers, by name. 'loads': the loads of experts,
-    by the path of the bias that they move. 'health': the figures of routers,
-    [N, ...] of the N layers that have some. 'experts': with
-    context.keep_layers, the choices of routers, likewise. {} where the layers
-    have neither losses nor experts.
+    A dict, which is {} if the layers have neither losses nor experts:
+      losses: the sums over the layers, by name.
+      loads: the share of tokens that each expert got, by the path of the
+        router's bias which they move.
+      health: statistics of routers by name, [N, ...] for the N layers that have
+        experts.
+      experts: with context.keep_layers, the choices of the routers by name,
+        [N, ...].
   """
   reports = [report for section in sections for report in section]
   if not any(report.losses or report.health for report in reports):
@@ -807,20 +824,21 @@ def gather_figures(sections: list[tuple[Report, ...]]) -> dict[str, dict]:
 
 def _stack_field_by_layer(sections: list[tuple[Report, ...]], field: str
                           ) -> dict[str, jax.Array]:
-  """Stacks what the layers of a stack report in one field, in the order of the
-  layers.
+  """Joins what the layers of a stack report in one field to arrays of all
+  layers, in the order of the layers.
 
   Args:
-    sections: the reports of the layers of one period of each section (the
-      prefix, the repeated pattern, the suffix). Their arrays have an axis of
-      periods in front.
+    sections: for each section of the stack (the prefix, the repeated pattern,
+      the suffix) the reports of the layers of one period, that is one
+      repetition of its pattern. Their arrays have an axis of periods in front.
     field: the field, a dict of arrays by name, such as 'health'.
 
   Returns:
-    The arrays [N, ...] by name, of the N layers that have some. {} where none
-    has.
+    The arrays by name, [N, ...] for the N layers that report them; {} if none
+    does.
   """
-  # The dicts of the layers that have arrays, section by section.
+  # Leave out the layers that report nothing in this field, such as those
+  # without experts.
   sections_with_arrays = []
   for section in sections:
     arrays_of_layers = []
@@ -831,7 +849,7 @@ def _stack_field_by_layer(sections: list[tuple[Report, ...]], field: str
       sections_with_arrays.append(arrays_of_layers)
   if not sections_with_arrays:
     return {}
-  # All layers have the same names.
+  # Join the arrays of one name after another. All layers have the same names.
   stacked = {}
   for name in sorted(sections_with_arrays[0][0]):
     arrays = []
@@ -843,18 +861,19 @@ def _stack_field_by_layer(sections: list[tuple[Report, ...]], field: str
 
 def gather_attention_weights(sections: list[tuple[Report, ...]]
                              ) -> dict[str, jax.Array]:
-  """Returns the attention weights of all layers of a stack, [N, B, H, L, M].
+  """Gathers the attention weights of all layers of a stack.
 
   Args:
-    sections: the reports of the layers of each section.
+    sections: the reports of the layers, for each section of the stack (the
+      prefix, the repeated pattern, the suffix).
 
   Returns:
-    'attention': the weights of self-attention. 'cross_attention': those of
-    attention to a memory. A name is missing where the reports have no such
-    weights.
+    A dict of arrays [layers, batch, heads, queries, keys]. 'attention' has the
+    weights of self-attention, and 'cross_attention' those of attention to an
+    encoder's result. A name is missing if the layers kept no such weights.
 
   Raises:
-    RequestError: where layers differ in their number of heads.
+    RequestError: if layers differ in their number of heads.
   """
   fields = {'attention': 'weights_BHLM',
             'cross_attention': 'memory_weights_BHLM'}
@@ -876,20 +895,23 @@ def gather_attention_weights(sections: list[tuple[Report, ...]]
 
 
 def stack_by_layer(sections: list[list[jax.Array]]) -> jax.Array:
-  """Joins the results of scans over layers into one array of all layers, in
-  the order in which a token goes through them.
+  """Joins the results of scans over layers to one array of all layers, in the
+  order in which a token goes through them.
+
+  The letters name axes: U layers of a pattern, N layers.
 
   Args:
-    sections: for each section (the prefix, the repeated pattern, the suffix) an
-      array [periods, ...] for each of the U layers of its pattern.
+    sections: for each section of the stack (the prefix, the repeated pattern,
+      the suffix) a list with an array for each layer of its pattern,
+      [periods, ...]. A period is one repetition of the pattern.
 
   Returns:
-    The array, [N layers, ...].
+    The array, [N, ...].
   """
   arrays_of_sections = []
   for arrays_of_period in sections:
-    # The layers of a period follow one another, and then those of the next
-    # period: [periods, U, ...] is flattened in this order.
+    # A token goes through all layers of a period, and then through those of the
+    # next one. So [periods, U, ...] is flattened, and not [U, periods, ...].
     layers_NU = jnp.stack(arrays_of_period, 1)
     shape = arrays_of_period[0].shape[1:]
     arrays_of_sections.append(layers_NU.reshape(-1, *shape))
@@ -899,13 +921,17 @@ def stack_by_layer(sections: list[list[jax.Array]]) -> jax.Array:
 
 
 def add_losses(aux: dict, losses: dict, loads: dict) -> dict:
-  """Returns what a stack of layers reports, with the auxiliary losses of
-  further layers added to its own.
+  """Adds the auxiliary losses of further layers to what a stack of layers
+  reports.
 
   Args:
-    aux: the figures, as `gather_figures` returns them.
-    losses: the losses that are added, by name.
-    loads: further loads of experts, by the path of the bias that they move.
+    aux: what the stack reports, as `gather_figures` returns it.
+    losses: the losses of the further layers, by name.
+    loads: the share of tokens that each of their experts got, by the path of
+      the router's bias which they move.
+
+  Returns:
+    The report with both. `aux` itself is not changed.
   """
   if not losses and not loads:
     return aux
@@ -914,12 +940,16 @@ def add_losses(aux: dict, losses: dict, loads: dict) -> dict:
 
 
 def merge_reports_of_stacks(encoder: dict, decoder: dict) -> dict:
-  """Merges what the layers of an encoder and those of a decoder report: losses
-  are added up, and in all arrays by layer the encoder's layers come first.
+  """Merges what the layers of an encoder and those of a decoder report. Losses
+  are added up. In arrays with an axis of layers, the encoder's layers come
+  first.
 
   Args:
-    encoder: the figures of the encoder's stack; {}: there are none.
-    decoder: those of the decoder's, with the same names.
+    encoder: what the encoder's layers report; {}: nothing.
+    decoder: what the decoder's layers report, by the same names; {}: nothing.
+
+  Returns:
+    The merged report.
   """
   if not encoder or not decoder:
     return encoder or decoder
