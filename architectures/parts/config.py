@@ -333,22 +333,22 @@ class ModelConfig:
     return part
 
   def with_part(self, kind: type[Any], **fields: Any) -> 'ModelConfig':
-    """Returns a copy of the config with some fields of one part changed.
-
-    A part is a group of fields with a frozen dataclass of its own, such as
-    those of rotary positions.
+    """Returns a copy of the config in which some fields of one part are
+    changed. A part is a group of fields that has a frozen dataclass of its own,
+    such as RopeConfig for rotary positions.
 
     Args:
-      kind: the class of the part, such as RopeConfig.
-      **fields: the new values of the part's fields, by their names in it.
+      kind: the class of the part.
+      **fields: the new values of its fields.
 
     Returns:
-      The new config; the config itself where no layer has the part.
+      The new config; this config itself if the model does not have the part.
     """
     part = self.find_part(kind)
     if part is None:
       return self
-    # The order of the parts stays, so that equal configs compare as equal.
+    # The part keeps its place among the others, so that equal configs still
+    # compare as equal.
     parts = list(self.parts)
     parts[parts.index(part)] = dataclasses.replace(part, **fields)
     return dataclasses.replace(self, parts=tuple(parts))
@@ -359,13 +359,13 @@ class ModelConfig:
     return dataclasses.replace(self, parts=tuple(parts))
 
   def conditions_of_reading(self) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads because of the value of another
-    field: with a standard parametrization, for example, those of muP.
+    """Returns the fields that have no effect as the config stands, such as
+    those of muP in the standard parametrisation. A field that a user sets
+    without effect is refused by this list.
 
     Returns:
-      For each such field, by name, the field that it depends on and, in words,
-      the value which that one would have to have. Fields that are read are left
-      out.
+      {field without effect: the other field that switches it off, and the
+      condition under which it would be read}.
     """
     conditions = {}
     if not self.attention_bias:
@@ -433,19 +433,21 @@ class ModelConfig:
     return tuple([self.layer_config(name) for name in self.kinds_used])
 
   def layer_config(self, name: str) -> 'ModelConfig':
-    """Returns the config of the layers of one kind, where a model has several
-    kinds of layer.
-
-    The config has the sizes, choices and parts of these layers, and no pattern
-    of layers. Each is made once, so that the result is always the same object.
+    """Returns the config of the layers of one kind. A model may have several
+    kinds of layer, each with its own values of some fields.
 
     Args:
-      name: the name of the kind, a key of model.kinds; '': layers that are as
-        the model's own fields say.
+      name: the name of the kind, a key of model.kinds; '': the layers that have
+        the model's own fields.
+
+    Returns:
+      The config, which has no pattern of layers. It is always the same object
+      for a kind.
     """
-    # A model of one kind has no pattern either, and is its own layers' config.
+    # In a model without kinds, the model's config is also that of its layers.
     if not (name or self.pattern or self.prefix or self.suffix):
       return self
+    # Each is made once and kept.
     if name not in self._configs_by_kind:
       self._configs_by_kind[name] = self._make_layer_config(name)
     return self._configs_by_kind[name]
@@ -458,20 +460,21 @@ class ModelConfig:
     return {}
 
   def _make_layer_config(self, name: str) -> 'ModelConfig':
-    """Returns a new config of the layers of one kind: that of the model, with
-    the fields replaced that the kind overrides.
+    """Makes the config of the layers of one kind. It is the config of the
+    model, with the fields replaced that the kind overrides.
 
     Args:
-      name: the name of the kind, a key of model.kinds; '': layers that are as
-        the model's own fields say.
+      name: the name of the kind, a key of model.kinds; '': the layers that have
+        the model's own fields.
     """
-    # A layer has no layers: the pattern and the kinds are left out.
+    # The config describes a layer, so it has no pattern and no kinds of layer.
     layer = dataclasses.replace(self, pattern='', prefix='', suffix='',
                                 kinds=FrozenDict())
     if not name:
       return layer
     kind = self.kinds[name]
-    # The model's own fields first, and then those of its parts.
+    # Replace the model's own fields, and then those of its parts. A part is a
+    # group of fields with a dataclass of its own, such as RopeConfig.
     layer = dataclasses.replace(layer, **kind.fields)
     for part_class, fields in kind.parts:
       layer = layer.with_part(part_class, **fields)
@@ -508,19 +511,21 @@ class ModelConfig:
 
   def sections(self, num_layers: int, *, causal: bool = True,
                cross: bool = False) -> tuple[Section, ...]:
-    """Returns the layers of a stack in up to three sections: the prefix, the
-    repetitions of the pattern of layers, and the suffix.
+    """Divides the layers of a stack into up to three sections: the prefix, the
+    repeated pattern of layers, and the suffix. A repetition of the pattern is
+    called a period.
 
-    Only the repetitions are run several times, where model.loop says so.
+    With model.loop, the repeated section is run several times (in passes).
 
     Args:
       num_layers: the number of layers, each counted once.
-      causal: whether a token sees no later one.
-      cross: whether the layers attend to the encoder's tokens too.
+      causal: whether tokens see no later tokens.
+      cross: whether the layers also attend to an encoder's result.
 
     Returns:
-      The sections in order, each with the layers of one period, the number of
-      periods, and that of passes. A section without layers is left out.
+      The sections in order, each with the kinds of layer of one period, the
+      number of periods, and the number of passes. A section without layers is
+      left out.
     """
     # The pattern is repeated as often as it fits between prefix and suffix.
     prefix, period, suffix = self.kind_names_of_sections
@@ -535,7 +540,7 @@ class ModelConfig:
     for section, names in zip(kinds.SECTIONS, (prefix, period, suffix)):
       if not names:
         continue
-      # A period may read the keys of a layer of the prefix.
+      # Only layers of the repeated section may read keys of the prefix.
       names_before: tuple[str, ...] = ()
       periods, passes = 1, 1
       if section == kinds.REPEATED_SECTION:
@@ -549,15 +554,16 @@ class ModelConfig:
   def _section_kinds(self, names: tuple[str, ...],
                      names_before: tuple[str, ...], causal: bool, cross: bool
                      ) -> tuple[LayerKind, ...]:
-    """Returns the LayerKind of each layer of one period of a section: what its
-    module is made by, and whose keys and values it reads.
+    """Returns what a section of the stack (the prefix, the repeated pattern or
+    the suffix) needs to make its layers: a LayerKind for each. It names the
+    kind of attention and of network, and the layer whose keys it reads, if any.
 
     Args:
       names: the name of each layer's kind, a key of model.kinds or ''.
-      names_before: likewise, those of the layers just before the section whose
-        keys and values its layers may read.
-      causal: whether a token sees no later one.
-      cross: whether the layers attend to the encoder's tokens too.
+      names_before: the names for the layers just before the section. Layers of
+        the section may read their keys and values.
+      causal: whether tokens see no later tokens.
+      cross: whether the layers also attend to an encoder's result.
     """
     num_before = len(names_before)
     configs = [self.layer_config(name) for name in (*names_before, *names)]
@@ -574,13 +580,14 @@ class ModelConfig:
                   cross: bool = False) -> tuple[LayerKind, ...]:
     """Returns the kind of each layer that a token goes through, in order.
 
-    Layers that are run several times (model.loop) are there once for each pass,
-    so there may be more than `num_layers`.
-
     Args:
       num_layers: the number of layers of the stack, each counted once.
-      causal: whether a token sees no later one.
-      cross: whether the layers attend to the encoder's tokens too.
+      causal: whether tokens see no later tokens.
+      cross: whether the layers also attend to an encoder's result.
+
+    Returns:
+      The kinds. There are more than `num_layers` if layers are run several
+      times (model.loop): each occurs once for each pass.
     """
     layer_kinds: tuple[LayerKind, ...] = ()
     for section in self.sections(num_layers, causal=causal, cross=cross):
@@ -590,19 +597,22 @@ class ModelConfig:
 
 def _find_lender_of_keys(layers: list[ModelConfig], i: int, num_before: int
                          ) -> int | None:
-  """Returns the layer whose keys and values layer i of a section reads instead
-  of its own: the nearest one before it that has some, and whose attention sees
-  as many tokens.
+  """Finds the layer that lends its keys and values to layer i, if layer i has
+  none of its own. This is the nearest earlier layer that has keys and values
+  and whose attention sees as many tokens.
+
+  A section is the prefix, the repeated pattern or the suffix of a model's
+  layers.
 
   Args:
-    layers: the layers before the section whose keys may be read, and then those
-      of one period of the section.
-    i: the place of the reader, counted from the section's first layer.
-    num_before: how many of `layers` stand before the section's first one.
+    layers: the layers before the section that may lend, followed by those of
+      one repetition of the section's pattern.
+    i: the index of the reading layer, counted from the section's first layer.
+    num_before: how many of `layers` stand before the section.
 
   Returns:
-    The place of the lender, counted as i is: below 0, it stands before the
-    section. None: the layer has its own keys, or there is no such lender.
+    The index of the lender, counted in the same way; a negative one stands
+    before the section. None: layer i has its own keys, or no layer can lend.
   """
   reader = layers[num_before + i]
   if not reader.shares_keys:

@@ -116,13 +116,12 @@ def _name_of_model_field(name: str) -> str:
 
 
 def flatten_groups(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns the values in nested dicts by their dotted names: {'moe': {'top_k':
-  2}} becomes {'moe.top_k': 2}.
+  """Flattens nested dicts to one dict with dotted names. For example,
+  {'moe': {'top_k': 2}} becomes {'moe.top_k': 2}.
 
   Args:
-    tree: a dict of values and, at any depth, of further dicts; a ConfigDict
-      counts as one.
-    prefix: the text before each name, such as 'moe.'.
+    tree: a dict, whose values may be further dicts or ConfigDicts.
+    prefix: what each name begins with, such as 'moe.'.
   """
   flat: dict[str, Any] = {}
   for name, value in tree.items():
@@ -162,14 +161,14 @@ _NAMES_IN_TREE = list(default_tree())
 
 
 def refresh_from_tables() -> None:
-  """Makes this module's dicts of fields and groups again, from the tables of
-  parts (tables.TABLES).
+  """Fills this module's dicts of the config's fields anew, from the tables that
+  name the choices of a model, such as its norms (tables.TABLES).
 
-  It is called after a file from outside the project has added entries to these
-  tables. Other modules hold the dicts, so they are changed in place.
+  It must be called after a user's file has added entries to these tables. Other
+  modules hold the dicts, so they are changed in place and not replaced.
   """
-  # Each dict with the function that makes it. The order matters: each is made
-  # of those before it.
+  # Pairs of a dict and the function that makes its content. The order matters,
+  # because each function reads the dicts before its own.
   makers: tuple[tuple[dict[Any, Any], Callable[[], dict]], ...] = (
       (GROUPS, _classes_by_group), (_GROUP_OF_CLASS, _groups_by_class),
       (FIELDS, _fields_of_all_models), (_GROUP_OF_FIELD, _groups_by_field),
@@ -185,18 +184,18 @@ def refresh_from_tables() -> None:
 
 
 def get_field(config: ModelConfig, name: str) -> Any:
-  """Returns the value of a model's field by its flat name.
+  """Returns the value of a field of a model's config by its dotted name.
 
   Args:
     config: the model.
-    name: the name, with that of its group before a dot where it is in one, such
-      as 'rope.theta'.
+    name: the name. If the field is in a group, that of the group stands before
+      a dot, such as 'rope.theta'.
 
   Returns:
-    The value; the field's default where no layer has the group.
+    The value; the field's default if the model does not have the group.
   """
-  # The part of the model in which the group's fields are; the model itself has
-  # the fields that are in none.
+  # Find the object that holds the field: the config of the group, or the
+  # model's own config.
   group = _GROUP_OF_FIELD.get(name, '')
   part: Any = config
   if group == GROUP_OF_LORA:
@@ -215,23 +214,23 @@ def group_of(part: Any) -> str:
 
 
 def to_dict(config: ModelConfig) -> dict[str, Any]:
-  """Returns a model's fields as nested dicts, from which `make_model` makes the
-  same model again.
+  """Converts a model's config to nested dicts, from which `make_model` makes
+  the same config again.
 
   Args:
     config: the model.
 
   Returns:
-    The fields by name, with a dict for each group of fields, such as 'rope',
-    and with the overrides of each kind of layer in 'kinds'. Groups that no
-    layer reads are left out.
+    The fields by name. Each group of fields, such as 'rope', is a dict, and
+    'kinds' has what each kind of layer overrides. Groups that no layer reads
+    are left out.
   """
-  # The fields that are in no part.
+  # The fields that are in no group.
   tree: dict[str, Any] = {}
   for name in FIELDS:
     if name not in _GROUP_OF_FIELD:
       tree[name] = getattr(config, name)
-  # The kinds of layer, and the parts.
+  # The kinds of layer, and the groups, each of which is a part of the config.
   tree['kinds'] = {name: _copy_as_dicts(kind.overrides)
                    for name, kind in config.kinds.items()}
   tree[GROUP_OF_LORA] = dataclasses.asdict(config.lora)
@@ -313,11 +312,12 @@ def _fields_of_entry(selector: str, entry_name: str) -> frozenset[str]:
 
 
 def _fields_of_choices(choices: Mapping[str, Any]) -> set[str]:
-  """Returns the flat names of the fields that layers with these parts take.
+  """Returns the names of the config's fields that matter to layers with these
+  choices, such as 'rope.theta' for layers with rotary positions.
 
   Args:
-    choices: the name of the chosen entry for each field of tables.TABLES, such
-      as {'norm': 'rmsnorm', ...}.
+    choices: what is chosen in each field that names a part of a layer (the keys
+      of tables.TABLES), such as {'norm': 'rmsnorm', ...}.
   """
   # Some mixers have no use for a position encoding, unless it is one of the
   # embedding.
@@ -326,9 +326,9 @@ def _fields_of_choices(choices: Mapping[str, Any]) -> set[str]:
   position = positions.POSITIONS[choices['position']]
   if not (mixer.positional or position.embed or choices['position'] == 'none'):
     fields.discard('position')
-  # A selector that is itself a field of a part, such as moe.router, counts only
-  # if that part was chosen. TABLES has a part before what is chosen inside it,
-  # so `fields` knows by then.
+  # A choice inside a group, such as moe.router, counts only if that group was
+  # chosen. The order of TABLES matters: a group comes before the choices inside
+  # it, so that `fields` has them by then.
   for selector in tables.TABLES:
     if selector in fields:
       fields |= _fields_of_entry(selector, choices[selector])
@@ -336,17 +336,17 @@ def _fields_of_choices(choices: Mapping[str, Any]) -> set[str]:
 
 
 def _conditions_of_reading(config: ModelConfig) -> dict[str, declared.ReadIf]:
-  """Returns the fields that a model's layers have but do not read because of
-  the value of another field, such as the sizes of an absent network.
+  """Returns the fields of a config that have no effect because of the value of
+  another field, such as the sizes of a network that the layers do not have.
 
   Args:
     config: the model, or the config of one kind of layer.
 
   Returns:
-    For each such field, by its flat name, the field that it depends on and, in
-    words, the value which that one would have to have.
+    {dotted name of a field without effect: the other field that switches it
+    off, and the condition under which it would be read}.
   """
-  # The model says it of its own fields, and each part of its fields.
+  # The model and each group of fields list those of their own.
   conditions = config.conditions_of_reading()
   for part in (config.lora, *config.parts):
     if hasattr(part, 'conditions_of_reading'):
@@ -356,9 +356,9 @@ def _conditions_of_reading(config: ModelConfig) -> dict[str, declared.ReadIf]:
         if field_name in conditions_in_part:
           conditions[name] = conditions_in_part[field_name]
 
-  # The sizes of a feed-forward network that is not there. A model of experts
-  # has no dense network of its own: d_ff is then read only as the default of
-  # moe.d_ff, and the dropout by the experts that all tokens go through.
+  # The sizes of a feed-forward network that the layers do not have. In a model
+  # with experts, d_ff is only the default of moe.d_ff, and ffn_dropout is only
+  # read by the shared experts, which all tokens go through.
   moe = config.find_part(MoEConfig)
   if config.ffn == layers.NO_FFN:
     for name in ('d_ff', 'ffn_bias', 'ffn_dropout'):
@@ -381,10 +381,10 @@ def fields_of_layers(config: ModelConfig) -> set[str]:
 
 
 def fields_that_are_read(config: ModelConfig) -> set[str]:
-  """Returns the flat names of the model's fields that something reads: a layer,
-  or the model beside its layers.
+  """Returns the dotted names of the model's own fields that have an effect: a
+  layer reads them, or the model beside its layers does.
 
-  A field that every layer has a value of its own for, by its kind, is not read.
+  A field has no effect if the kinds of all layers override it.
 
   Args:
     config: the model.
@@ -394,12 +394,13 @@ def fields_that_are_read(config: ModelConfig) -> set[str]:
     overrides: Mapping[str, Any] = {}
     if kind_name:
       overrides = flatten_groups(config.kinds[kind_name].overrides)
-    # The fields that a kind overrides are read of the kind, not of the model. A
-    # kind's `window` also chooses its rule of attention.
+    # What a kind of layer overrides is not read from the model. The field
+    # `window` of a kind also replaces the model's rule of attention.
     replaced = {_name_of_model_field(name) for name in overrides}
     if 'window' in overrides:
       replaced.add('attention')
-    # These are read beside the layers too.
+    # These are also read by the model itself, so overriding them in all layers
+    # does not make them useless.
     replaced -= {'position', 'ffn', 'block'}
     fields |= fields_of_layers(config.layer_config(kind_name)) - replaced
   if positions.position_of(config).of_stack:
@@ -422,21 +423,19 @@ class UnreadField:
 def fields_that_are_unread(config: ModelConfig,
                            tree: Mapping[str, Any] | None = None
                            ) -> dict[str, UnreadField]:
-  """Returns the fields that a model has and nothing reads: the model's own, and
-  those of a kind of layer.
-
-  A field that is set and not read is a mistake of the user's, so each comes
-  with the reason.
+  """Returns the fields that a model's config has without any effect, the
+  model's own and those of its kinds of layer. A user who sets one has made a
+  mistake, and is told the reason.
 
   Args:
     config: the model.
-    tree: the config.model of which `c` was made, which alone tells whether
-      there are sizes that are derived; None: fields from which sizes may be
-      derived count as read.
+    tree: the nested dicts that `config` was made from. They tell which sizes
+      were left open and derived. None: fields from which sizes may be derived
+      count as read.
 
   Returns:
-    For each such field, by its flat name ('kinds.{kind}.{field}' for a kind of
-    layer), when it would be read, and the fields that decide on it.
+    {dotted name of the field ('kinds.{kind}.{field}' for one of a kind of
+    layer): when it would be read, and the fields that decide on that}.
   """
   unread: dict[str, UnreadField] = {}
   if tree is not None:
@@ -460,16 +459,16 @@ def fields_that_are_unread(config: ModelConfig,
 
 def _unread_fields_of_layer_kind(config: ModelConfig, kind_name: str
                                  ) -> dict[str, UnreadField]:
-  """Returns the fields that a kind of layer overrides and its layers do not
-  read.
+  """Returns the fields that a kind of layer overrides without effect, because
+  its layers do not read them.
 
   Args:
     config: the model.
     kind_name: the name of the kind, a key of model.kinds.
 
   Returns:
-    For each such field, by its name in the kind, when it would be read, and the
-    fields that decide on it.
+    {name of the field in the kind: when it would be read, and the fields that
+    decide on that}.
   """
   layer = config.layer_config(kind_name)
   read, conditions = fields_of_layers(layer), _conditions_of_reading(layer)
@@ -477,7 +476,7 @@ def _unread_fields_of_layer_kind(config: ModelConfig, kind_name: str
   unread = {}
   for name, value in flatten_groups(config.kinds[kind_name].overrides).items():
     model_field = _name_of_model_field(name)
-    # A size that its mixer has as a field of its own.
+    # The mixer (such as a recurrence) has its own field for this size.
     if name in sources:
       unread[name] = UnreadField(
           where='a layer of the kind has attention: the sizes of model.mixer '
@@ -495,21 +494,21 @@ def _unread_fields_of_layer_kind(config: ModelConfig, kind_name: str
 
 def _explain_unread_field(name: str, conditions: Mapping[str, declared.ReadIf]
                           ) -> Optional[UnreadField]:
-  """Returns when a field is read, in words for the user.
+  """Explains to the user when a field of the config would be read.
 
   Args:
-    name: the flat name of the field.
-    conditions: the fields that the value of another field keeps from being
-      read, each with that field; see `_conditions_of_reading`.
+    name: the dotted name of the field.
+    conditions: the fields that have no effect because of the value of another
+      field, each with that field; see `_conditions_of_reading`.
 
   Returns:
-    The clauses that must all hold, joined by 'and', such as "model.ffn is moe
-    and model.moe.router is sigmoid", with the fields that they are about; None:
-    the field is always read.
+    The conditions that must all hold, such as "model.ffn is moe and
+    model.moe.router is sigmoid", and the fields that they are about. None: the
+    field is always read.
   """
   clauses: list[str] = []
   deciding_fields: list[str] = []
-  # A field is read where its group is chosen, and where it is itself.
+  # First, its group must be chosen, and the field inside of it.
   for group_or_field in (_GROUP_OF_FIELD.get(name, ''), name):
     entries_by_selector = _CHOICES_BY_NAME.get(group_or_field, {})
     if not entries_by_selector:
@@ -519,7 +518,7 @@ def _explain_unread_field(name: str, conditions: Mapping[str, declared.ReadIf]
       choices.append(f'model.{selector} is {" or ".join(entries)}')
       deciding_fields.append(selector)
     clauses.append(' or '.join(choices))
-  # And where the field on which that depends has another value.
+  # Second, no other field must switch it off.
   if name in conditions:
     read_if = conditions[name]
     clauses.append(f'model.{read_if.field} {read_if.until}')
@@ -547,21 +546,20 @@ class _ModelThatRecordsReads:
 
 def _unneeded_sources_of_sizes(config: ModelConfig, tree: Mapping[str, Any]
                                ) -> dict[str, UnreadField]:
-  """Returns the fields that are read only to derive sizes, where all of these
-  sizes are given and nothing is left to derive.
+  """Returns the fields that are read only to derive other sizes, if all of
+  those sizes are given and nothing is left to derive.
 
-  A mixer, the part of a layer that mixes tokens (attention or a recurrence),
-  may have sizes of its own that follow from those of the model unless they are
-  set.
+  A mixer (the attention or the recurrence of a layer) may have sizes of its
+  own. They follow from sizes of the model, unless they are given.
 
   Args:
     config: the model.
-    tree: the config.model of which it was made.
+    tree: the nested dicts that `config` was made from.
 
   Returns:
-    For each such field, by its flat name, when it would be read.
+    {dotted name of the field: when it would be read}.
   """
-  # The rules of muP are by the size of a head.
+  # muP always reads the size of a head.
   if config.parametrization == 'mup':
     return {}
   mixers: dict[str, None] = {}
@@ -572,8 +570,9 @@ def _unneeded_sources_of_sizes(config: ModelConfig, tree: Mapping[str, Any]
   if not sources:
     return {}
 
-  # The sizes that the parts do ask for. They are made once more of `tree`,
-  # where sizes that are not given are still open, and the reads are recorded.
+  # Find the sizes that are read after all. The groups of fields are made a
+  # second time from `tree`, in which missing sizes are still open, with a
+  # recorder in place of the model.
   recorder: Any = _ModelThatRecordsReads(config)
   for part in config.parts:
     _make_part(type(part), tree, recorder)
@@ -588,13 +587,12 @@ def _unneeded_sources_of_sizes(config: ModelConfig, tree: Mapping[str, Any]
 
 
 def _make_part(part_class: type, tree: Mapping[str, Any], sizes: Sizes) -> Any:
-  """Returns one part of a model, the frozen dataclass of a group of fields,
-  with the fields derived that follow from the model's sizes.
+  """Makes one part of a model's config, the frozen dataclass of a group of
+  fields, and fills in its fields that follow from the model's sizes.
 
   Args:
     part_class: the class of the part, such as RopeConfig.
-    tree: config.model as nested dicts; fields that are not there have their
-      default.
+    tree: config.model as nested dicts. Missing fields have their default.
     sizes: the sizes of the model.
   """
   group = group_of(part_class)
@@ -680,15 +678,16 @@ def make_model(tree: Mapping[str, Any]) -> ModelConfig:
 
 def _choices_of_layer_kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
                            ) -> dict[str, Any]:
-  """Returns the parts that the layers of one kind have: those of the model,
-  where the kind does not choose others.
+  """Returns what the layers of one kind choose for each of their parts, such as
+  the norm. These are the model's choices, unless the kind has its own.
 
   Args:
-    fields: all fields of the model, by their flat names.
-    kind: the entry of the kind in config.model.kinds, as nested dicts.
+    fields: all fields of the model, by their dotted names.
+    kind: what the kind overrides, its entry of config.model.kinds.
 
   Returns:
-    The name of the chosen entry for each field of tables.TABLES.
+    The choices by field (the keys of tables.TABLES), such as {'norm':
+    'rmsnorm', ...}.
   """
   choices = {selector: fields[selector] for selector in tables.TABLES}
   if 'window' in kind:
@@ -710,13 +709,12 @@ def _attention_rule_of_window(window: int) -> str:
 
 
 def _network_of_layer_kind(name: str, fields: Mapping[str, Any]) -> str:
-  """Returns the feed-forward network that the field `ffn` of a kind of layer
-  stands for.
+  """Returns the name of the feed-forward network that a kind of layer has.
 
   Args:
-    name: the value of `ffn`: a network's name, or 'dense', which stands for the
-      model's own network without a mixture of experts.
-    fields: all fields of the model, by their flat names.
+    name: the kind's field `ffn`: a network's name, or 'dense', which stands for
+      the model's own network without a mixture of experts.
+    fields: all fields of the model, by their dotted names.
   """
   if name != layer_kinds.DENSE_NETWORK:
     return name
@@ -786,17 +784,20 @@ _SIZES_THAT_ZERO_LEAVES_OPEN = (
 
 def _complete_layer_kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
                          ) -> dict[str, Any]:
-  """Returns the fields that a kind of layer overrides, with those that follow
-  from them: another num_heads, for example, means another num_kv_heads.
+  """Completes what a kind of layer overrides by the fields that follow from it.
+  For example, another num_heads means another num_kv_heads.
 
-  Only what the model itself leaves to be derived follows: a value that the
-  model's user has set holds for all kinds.
+  A field follows only if the user has not set it for the model. A value that is
+  set holds for all kinds.
 
   Args:
-    fields: all fields of the model, by their flat names.
-    kind: the entry of the kind in config.model.kinds.
+    fields: all fields of the model, by their dotted names.
+    kind: what the kind overrides, its entry of config.model.kinds.
+
+  Returns:
+    The fields that the kind overrides.
   """
-  # A size of 0 leaves the model's in place, as if it were not there.
+  # A size of 0 counts as not given, so the model's own size stays.
   overrides = {}
   for name, value in kind.items():
     if value or name not in _SIZES_THAT_ZERO_LEAVES_OPEN:
@@ -817,15 +818,14 @@ def _complete_layer_kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
 
 def _make_layer_kind(overrides: Mapping[str, Any], fields: Mapping[str, Any]
                      ) -> config.LayerOverrides:
-  """Returns the frozen record of what a kind of layer overrides, sorted into
-  the model's own fields and those of its parts.
-
-  A part is the frozen dataclass of a group of fields, such as rope.
+  """Makes the frozen record of what a kind of layer overrides. The fields are
+  sorted into the model's own ones and those of its parts. A part is the frozen
+  dataclass of a group of fields, such as RopeConfig.
 
   Args:
-    overrides: the fields of the kind, by their names in it; the value of a
-      whole group is a dict.
-    fields: all fields of the model, by their flat names.
+    overrides: the fields of the kind, by their names in it. The value of a
+      whole group, such as rope, is a dict.
+    fields: all fields of the model, by their dotted names.
 
   Returns:
     The record with the overrides as they were given, the model's fields, and
@@ -856,9 +856,9 @@ def _make_layer_kind(overrides: Mapping[str, Any], fields: Mapping[str, Any]
 
 def _sizes_of_mup_base(fields: Mapping[str, Any], head_dim: int
                        ) -> tuple[int, int]:
-  """Returns the width and the size of a head of muP's base model: the width at
-  which muP (Yang et al. 2022, arXiv 2203.03466) equals the standard
-  parametrization.
+  """Returns the width and the size of a head of muP's base model. At the width
+  of the base model, muP (Yang et al. 2022, arXiv 2203.03466) equals the
+  standard parametrisation.
 
   Args:
     fields: all fields of the model, or of a kind of layer.
@@ -899,12 +899,11 @@ def check_fields(tree: Mapping[str, Any], subject: str = 'model') -> None:
   and choices.
 
   Args:
-    tree: config.model, or some of its fields, as nested dicts.
-    subject: the name of the tree in messages.
+    tree: config.model as nested dicts, or some of its fields.
+    subject: what the dict is called in messages.
 
   Raises:
-    RequestError: for a name that is no field, or a value that its field cannot
-      have.
+    RequestError: if a name is no field, or a value is not allowed.
   """
   declared.check_type(tree, {}, subject)
   values = []
@@ -923,13 +922,12 @@ def check_kinds(kinds: Any, subject: str = 'model.kinds') -> None:
   names and values of the fields that they override.
 
   Args:
-    kinds: config.model.kinds: the fields of each kind, by its name.
-    subject: the name of this dict in messages.
+    kinds: config.model.kinds, {name of a kind: the fields that it overrides}.
+    subject: what this dict is called in messages.
 
   Raises:
-    RequestError: for a kind whose name is no identifier, with a field that
-      kinds do not have, or with a value that the model's own field could not
-      have.
+    RequestError: if the name of a kind is no identifier, if kinds cannot have a
+      field, or if a value is not allowed.
   """
   declared.check_type(kinds, {}, subject)
   values = []
@@ -957,16 +955,16 @@ def check_kinds(kinds: Any, subject: str = 'model.kinds') -> None:
 def _values_to_check(name: str, field: str, value: Any, subject: str,
                      more_choices: Collection[str] = ()
                      ) -> list[declared.FieldValue]:
-  """Returns a field's value together with all that it is checked against; for
-  a group of fields, those of each field.
+  """Collects what is needed to check the value of a field, or the values of all
+  fields of a group.
 
   Args:
-    name: the name of the field or group in the dict that has it.
-    field: its name in FIELDS, which a kind of layer may call otherwise; or the
-      name of a group.
-    value: the value that it is to have; for a group, a dict.
-    subject: the name of the dict in messages.
-    more_choices: choices beside those that are declared.
+    name: the name of the field or group in the user's dict.
+    field: its name in FIELDS, if it is a field (a kind of layer may call it
+      otherwise), or the name of the group.
+    value: the value; for a group, a dict.
+    subject: what the user's dict is called in messages.
+    more_choices: values that are allowed beside the declared choices.
 
   Returns:
     One FieldValue for each field, for `declared.check_values`.
@@ -981,7 +979,7 @@ def _values_to_check(name: str, field: str, value: Any, subject: str,
       choices = *choices, *more_choices
     return [declared.FieldValue(leaf=FIELDS[field], value=value,
                                 subject=full_name, choices=choices)]
-  # A group, each of whose fields is such a value.
+  # For a group, collect the same for each of its fields.
   if not hasattr(value, 'items'):
     declared.check_type(value, {}, full_name)
   names_in_group = [x.name for x in dataclasses.fields(GROUPS[field])]
@@ -997,12 +995,13 @@ def _values_to_check(name: str, field: str, value: Any, subject: str,
 
 def _error_of_unknown_field(name: str, subject: str, names: Iterable[str]
                             ) -> RequestError:
-  """Returns the error for a name that is no field.
+  """Returns the error for a name that is no field of a dict. It lists the names
+  that the dict may have, and suggests one that is spelled like it.
 
   Args:
     name: the name.
-    subject: the name of the dict in which it stands.
-    names: the names of the fields that this dict may have.
+    subject: what the dict is called in messages.
+    names: the names of the fields that the dict may have.
   """
   names = list(names)
   return RequestError(f'{subject}.{name} is no field of {subject}: choose from '

@@ -64,15 +64,20 @@ class Head:
   tied: bool = struct.field(pytree_node=False, default=False)
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
-    """Returns the logits of vectors: their product with the head's matrix, and
+    """Computes the logits of vectors: their product with the head's matrix, and
     then its bias, scale and bound.
 
+    The suffixes name axes: B batch, L length, D d_model, V vocabulary (or the
+    scores of a task), T tokens.
+
     Args:
-      x_BLD: the vectors, [..., D] with D = d_model.
+      x_BLD: the vectors, [..., D].
 
     Returns:
-      The logits, float32 [..., V] with V entries of the vocabulary (or scores).
+      The logits, float32 [..., V].
     """
+    # The usual product. On CPU, a few tokens are multiplied by a tied table in
+    # another way, below.
     num_tokens = x_BLD.size // x_BLD.shape[-1]
     is_table_first = (
         self.tied and num_tokens <= MOST_TOKENS_WITH_TABLE_FIRST
@@ -81,10 +86,10 @@ class Head:
       logits_BLV = layers.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
                                  dtype=x_BLD.dtype, out_dtype=jnp.float32)
       return self.finish_logits(logits_BLV)
-    # The transposed product for T tokens. XLA's CPU backend copies a table that
-    # is the second operand, for each token that is generated, and reads one
-    # that is the first as it lies: the transpose of the kernel is the table of
-    # embeddings itself. The barrier keeps XLA from exchanging the two again.
+    # The transposed product. XLA's CPU backend copies the second operand of a
+    # product and reads the first as it lies. So the table stands first, which
+    # saves a copy of it for each token that is generated. The barrier keeps XLA
+    # from exchanging the operands again.
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     logits_VT = layers.einsum('VD,TD->VT', self.kernel_DV.T, x_TD,
                               dtype=x_BLD.dtype, out_dtype=jnp.float32)
@@ -115,15 +120,16 @@ class TaskHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
-    """Returns the scores of a task, such as the logits of its classes.
+    """Computes the scores of a task, such as the logits of its classes.
+
+    The suffixes name axes: B batch, L length, D d_model, U scores.
 
     Args:
-      x: a vector of each row, [batch, d_model], or of each token, [batch,
-        length, d_model].
-      deterministic: whether there is no dropout.
+      x: a vector for each row, [B, D], or for each token, [B, L, D].
+      deterministic: whether there is no dropout, as outside of training.
 
     Returns:
-      The U scores in float32, [B, U] or [B, L, U].
+      The scores, float32 [B, U] or [B, L, U].
     """
     config = self.config
     num_scores = HEADS[config.head].outputs(config)
@@ -153,24 +159,27 @@ class Unfold(nn.Module):
 
   @nn.compact
   def __call__(self, x_BD: jax.Array, length: int) -> tuple[jax.Array, Head]:
-    """Returns what predicts all tokens of a row from its one vector: a network
-    of the vector plus a position, for each place.
+    """Predicts all tokens of a row from a single vector. For each place in the
+    row, a small network is applied to the vector plus the place's position.
+
+    The suffixes name axes: B batch, L length, D d_model (E in an einsum), V
+    vocabulary.
 
     Args:
-      x_BD: the vector of each row, [batch, d_model].
-      length: the number of tokens that are predicted, L.
+      x_BD: the vector of each row.
+      length: L, how many tokens are predicted.
 
     Returns:
-      The input of the head, [B, L, D], and the Head, whose logits are [B, L, V]
-      with V entries of the vocabulary.
+      The input of the head, [B, L, D]; and the Head, whose logits are
+      [B, L, V].
     """
     config = self.config
-    # The places are told apart by sinusoidal positions. fairseq's layout adds 2
-    # to positions, and the published ones begin at 0, so 2 is taken off first.
+    # Sinusoidal positions tell the places apart. The layout 'fairseq' adds 2 to
+    # positions, and the published model's begin at 0, so 2 is subtracted.
     places_LD = positions.sinusoidal_encoding(
         jnp.arange(length) - 2, config.d_model, 'fairseq')
     x_BLD = x_BD[:, None] + places_LD[None].astype(x_BD.dtype)
-    # Twice a norm, a product and gelu.
+    # The network: twice a norm, a product and a GELU.
     for i in range(2):
       normed_BLD = norm(config, f'norm_{i}')(x_BLD)
       w_DD = layers.weight(self, f'kernel_{i}',
@@ -194,20 +203,24 @@ class Unfold(nn.Module):
 
 def pool_last_token(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
                     segment_ids_BL: Optional[jax.Array]) -> jax.Array:
-  """Returns the vector of the last token of each row that is not padding.
+  """Picks the vector of the last token of each row that is no padding.
+
+  The suffixes name axes: B batch, L length, D d_model.
 
   Args:
-    x_BLD: a vector of each token, [batch, length, d_model].
-    valid_BL: 0 on padding; None: `segment_ids_BL` tell.
-    segment_ids_BL: 0 on padding; None: nothing is padding.
+    x_BLD: the vectors of the tokens.
+    valid_BL: 0 on padding; None: `segment_ids_BL` says what is padding.
+    segment_ids_BL: 0 on padding; None: there is no padding.
 
   Returns:
-    The vectors, [B, D]. In a row of padding alone, that of the first place.
+    The vectors, [B, D]. For a row that is all padding, this is its first one.
   """
-  not_padding_BL = segment_ids_BL if valid_BL is None else valid_BL
+  not_padding_BL = segment_ids_BL
+  if valid_BL is not None:
+    not_padding_BL = valid_BL
   if not_padding_BL is None:
     return x_BLD[:, -1]
-  # Padding counts as place 0, so that the largest place is that of a token.
+  # Padding counts as index 0, so the largest index is that of the last token.
   index_L = jnp.arange(x_BLD.shape[1])
   last_B = jnp.where(not_padding_BL != 0, index_L[None], 0).max(1)
   return jnp.take_along_axis(x_BLD, last_B[:, None, None], 1)[:, 0]
@@ -215,15 +228,16 @@ def pool_last_token(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
 
 def pool_mean_of_tokens(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]
                         ) -> jax.Array:
-  """Returns the mean vector of each row's tokens, padding left out.
+  """Averages the vectors of each row's tokens, without padding.
+
+  The suffixes name axes: B batch, L length, D d_model.
 
   Args:
-    x_BLD: a vector of each token, [batch, length, d_model].
-    segment_ids_BL: 0 on padding; None: nothing is padding.
+    x_BLD: the vectors of the tokens.
+    segment_ids_BL: 0 on padding; None: there is no padding.
 
   Returns:
-    The means, [B, D], summed in float32 where there are segment ids, in the
-    dtype of x. In a row of padding alone, 0.
+    The means, [B, D], in the dtype of x; 0 for a row that is all padding.
   """
   if segment_ids_BL is None:
     return x_BLD.mean(1)
@@ -284,14 +298,15 @@ class GeneratorConfig:
 
 def _check_generator(config: ModelConfig) -> None:
   """Checks the sizes of ELECTRA's generator, the small network that replaces
-  masked tokens for the model to find.
+  masked tokens by others, which the model learns to find.
 
   Args:
-    config: the config of the model, which has a generator as a part.
+    config: the config of the model, which has the sizes of a generator.
 
   Raises:
-    RequestError: for heads that do not divide the generator's width, or a model
-      with several kinds of layer, whose pattern a generator could not have.
+    RequestError: if the number of heads does not divide the generator's width,
+      or if the model has several kinds of layer, whose pattern a generator with
+      another number of layers could not follow.
   """
   generator = config.part(GeneratorConfig)
   require(generator.d_model % generator.num_heads == 0,

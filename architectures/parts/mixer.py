@@ -119,16 +119,17 @@ class Mixer:
 
   def sizes_over_tensor(self, config: ModelConfig, tensor: int
                         ) -> dict[str, int]:
-    """Returns the sizes that the number of devices for tensor parallelism must
-    divide.
+    """Returns the sizes of a layer's parameters that the number of devices for
+    tensor parallelism must divide.
 
     Args:
       config: the config of the layer.
-      tensor: the number of devices along the mesh axis `tensor`.
+      tensor: the number of devices along the mesh axis 'tensor'.
 
     Returns:
-      Each size, by the path of the parameter that has an axis of it over these
-      devices. {} with one device, and where `fields_to_divide` names the sizes.
+      {path of a parameter that is split over these devices: the size that they
+      must divide}. It is {} for a single device, and if `fields_to_divide`
+      names fields of the config in its place.
     """
     sizes: dict[str, int] = {}
     if tensor == 1 or self.fields_to_divide(config):
@@ -141,10 +142,8 @@ class Mixer:
     return sizes
 
   def widest_step_of_token(self, config: ModelConfig, length: int) -> int:
-    """Returns the size of the largest array that a mixer without attention
-    scores computes, in numbers for each token.
-
-    The mixer's program is traced for shapes alone; nothing is run.
+    """Returns the size of the largest array that a recurrence computes, as
+    numbers for each token. The program is only traced for shapes, and not run.
 
     Args:
       config: the config of the layer.
@@ -156,15 +155,16 @@ class Mixer:
     return -(-_size_of_largest_array(program.jaxpr) // length)  # rounded up
 
   def check(self, config: ModelConfig, stack: str) -> None:
-    """Refuses what a layer of this mixer cannot be; without an override, what a
-    layer with a state cannot.
+    """Checks that a layer of this mixer (attention or a recurrence) fits the
+    rest of the model. Unless a subclass overrides it, only layers that keep a
+    state are checked.
 
     Args:
       config: the config of the layer.
-      stack: 'encoder', 'decoder' or 'encoder-decoder'.
+      stack: the kind of stack: 'encoder', 'decoder' or 'encoder-decoder'.
 
     Raises:
-      RequestError: for such a layer.
+      RequestError: if it does not fit.
     """
     if self.keeps_state(config):
       check_layer_of_recurrence(config, stack)
@@ -190,13 +190,13 @@ class Mixer:
 
 
 def has_array_of_fixed_size(cache: Callable[[tuple[int, ...]], Any]) -> bool:
-  """Returns whether a generation cache holds a state: an array whose size does
-  not depend on the number of tokens that there is room for.
+  """Returns whether a layer's cache holds a state, which is an array whose size
+  does not depend on the number of tokens.
 
   Args:
-    cache: a function from the shape of a cache, [batch, tokens], to the cache.
+    cache: a function that makes an empty cache, given (rows, tokens).
   """
-  # Two shapes are compared; eval_shape makes no arrays.
+  # Compare caches for two numbers of tokens. eval_shape makes no arrays.
   cache_of_1024 = jax.eval_shape(lambda: cache((1, 1024)))
   cache_of_2048 = jax.eval_shape(lambda: cache((1, 2048)))
   pairs = zip(jax.tree.leaves(cache_of_1024), jax.tree.leaves(cache_of_2048),
@@ -205,11 +205,11 @@ def has_array_of_fixed_size(cache: Callable[[tuple[int, ...]], Any]) -> bool:
 
 
 def _size_of_largest_array(program: Any) -> int:
-  """Returns how many numbers the largest array has that a program of JAX
-  computes, its inner programs (of loops, for example) included.
+  """Returns how many numbers the largest array has that a JAX program computes.
+  Programs inside of it, such as those of loops, are searched too.
 
   Args:
-    program: a jaxpr.
+    program: the program, a jaxpr.
   """
   largest = 0
   for equation in program.eqns:
@@ -224,15 +224,15 @@ def _size_of_largest_array(program: Any) -> int:
 
 def check_context_of_recurrence(name: str, ctx: Context) -> None:
   """Checks that a call of the model asks for nothing that a recurrence cannot
-  do: it reads a row from left to right, and has no attention weights.
+  do. A recurrence reads a row from left to right, and has no attention weights.
 
   Args:
-    name: the value of model.mixer: which recurrence it is.
+    name: which recurrence it is, the value of model.mixer.
     ctx: the context of the call.
 
   Raises:
-    RequestError: for a prefix whose tokens see each other, or a request to
-      return attention weights.
+    RequestError: if the call has a prefix whose tokens see each other, or asks
+      for the attention weights.
   """
   mixer = f'model.mixer is {name!r}, which reads a row from left to right'
   if ctx.prefix_B is not None:
@@ -244,15 +244,16 @@ def check_context_of_recurrence(name: str, ctx: Context) -> None:
 
 
 def check_layer_of_recurrence(config: ModelConfig, stack: str) -> None:
-  """Checks a layer with a recurrence, or another mixer that keeps a state.
+  """Checks that a layer with a recurrence, or with another mixer that keeps a
+  state from token to token, fits the rest of the model.
 
   Args:
     config: the config of the layer.
-    stack: what the architecture is: 'encoder', 'decoder' or 'encoder-decoder'.
+    stack: the kind of stack: 'encoder', 'decoder' or 'encoder-decoder'.
 
   Raises:
-    RequestError: for a stack other than a decoder, a rule of attention, or a
-      position encoding that is a bias of attention scores.
+    RequestError: if the stack is no decoder, the layer has a rule of which keys
+      are seen, or the position encoding is a bias on attention's scores.
   """
   mixer = f'model.mixer is {config.mixer!r}'
   if stack != 'decoder':

@@ -43,15 +43,16 @@ class Plain:
 
   def input_of_pass(self, module: nn.Module, state: LayerInput,
                     inputs: LayerInput, n: Any) -> LayerInput:
-    """Returns what pass n over the repeated layers reads; here, the result of
-    the pass before. Subclasses mix the first input into it.
+    """Makes the input of pass n in a model that runs its layers several times.
+    Here, it is the result of the pass before. Subclasses mix the input of the
+    first pass into it.
 
     Args:
       module: the module in which a subclass may declare parameters.
-      state: the result of the pass before, [batch, length, d_model] or Streams;
-        for the first pass, its input.
-      inputs: the input of the first pass, e, of the same shape.
-      n: the number of the pass, from 0 on; an int or a traced scalar.
+      state: the result of the pass before, [batch, length, d_model], or
+        Streams; for the first pass, its input.
+      inputs: the input of the first pass, of the same shape.
+      n: the number of the pass, from 0 on: an int, or a traced scalar.
     """
     del module, inputs, n
     return state
@@ -103,23 +104,27 @@ class Gate(Plain):
 
   def _mix_through_gates(self, module: nn.Module, state_BLD: jax.Array,
                          inputs_BLD: jax.Array) -> jax.Array:
-    """Returns the first input and the last result, mixed by gates:
+    """Mixes the input e of the first pass and the result s of the pass before
+    by gates, in a model that runs its layers several times:
 
       (1 - f) * e + g * s,   f = tanh(r W_f),   g = tanh(r W_g)
       r = [rms(e); rms(s)] W_r
 
+    The suffixes name axes: B batch, L length, D d_model, U = 2 D, R features
+    of r.
+
     Args:
       module: the module that declares W_r, W_f and W_g.
-      state_BLD: s, the result of the pass before, [batch, length, d_model].
-      inputs_BLD: e, the input of the first pass, of the same shape.
+      state_BLD: s.
+      inputs_BLD: e.
 
     Returns:
       The mixture, [B, L, D], in the dtype of e.
     """
     config: ModelConfig = module.config  # type: ignore[attr-defined]
     D, R = config.d_model, config.part(LoopsConfig).gate_rank
-    # r, with R features, of the U features of e and s side by side. The norms
-    # have no scale of their own, as W_r can hold it.
+    # Make r of e and s, joined after their norms. The norms have no scale of
+    # their own, since W_r can hold it.
     both_BLU = jnp.concatenate([
         layers.rmsnorm(inputs_BLD, None, config.norm_eps),
         layers.rmsnorm(state_BLD, None, config.norm_eps)], -1)
@@ -153,14 +158,16 @@ LOOPS: dict[str, Optional[Plain]] = {
 
 def project_concatenation(module: nn.Module, name: str, first_BLD: jax.Array,
                           second_BLD: jax.Array) -> jax.Array:
-  """Returns [first; second] W: two vectors of each token, put side by side and
-  projected to the width of one.
+  """Joins two vectors of each token and projects them to the width of one:
+  [first; second] W.
+
+  The suffixes name axes: B batch, L length, D d_model, U = 2 D.
 
   Args:
     module: the module that declares W.
-    name: the name of its parameter W, [U, D] with U = 2 * d_model.
-    first_BLD: the first vectors, [batch, length, d_model].
-    second_BLD: the second ones, of the same shape.
+    name: the name of W, which is [U, D].
+    first_BLD: the first vectors.
+    second_BLD: the second vectors.
 
   Returns:
     The product, [B, L, D].
@@ -190,20 +197,24 @@ class Enter(nn.Module):
 
 def input_of_pass(config: ModelConfig, params: Any, state: LayerInput,
                   inputs: LayerInput, n: Any) -> LayerInput:
-  """Returns what pass n reads, where layers are run several times with the same
-  weights: a mixture of the result of the pass before and the first input.
+  """Makes the input of pass n in a model that runs its layers several times
+  with the same weights. It is a mixture of the result of the pass before and
+  the input of the first pass.
 
-  It calls modules by their parameters instead of declaring these, so it may run
-  inside a scan over the passes.
+  The modules are applied with given parameters and do not declare any, so that
+  this can run inside a scan over the passes.
 
   Args:
     config: the model.
     params: the parameters of the stack of layers, of which 'final_norm' and
       'loop' are read.
-    state: the result of the pass before, [batch, length, d_model] or Streams;
+    state: the result of the pass before, [batch, length, d_model], or Streams;
       for the first pass, its input.
     inputs: the input of the first pass, of the same shape.
-    n: the number of the pass, from 0 on; an int or a traced scalar.
+    n: the number of the pass, from 0 on: an int, or a traced scalar.
+
+  Returns:
+    The input, of the same shape.
   """
   # Between two passes, the state may go through the final norm.
   if config.part(LoopsConfig).boundary == 'norm':

@@ -115,18 +115,17 @@ class Stacks:
 
 def first_match(patterns: Sequence[tuple[str, Any]], path: str,
                 name: str) -> Any:
-  """Returns the value of the first pattern that matches all of a path.
+  """Returns the value of the first pattern that matches the whole path of a
+  parameter. The order of the patterns matters.
 
   Args:
     patterns: pairs of a regular expression and a value.
-    path: the path of a parameter.
-    name: the field of the config that holds the patterns, for a message.
+    path: the path.
+    name: the field of the config that has the patterns, for messages.
 
   Raises:
-    ValueError: where no pattern matches, or one that is tried is no regular
-      expression.
+    RequestError: if no pattern matches, or one is no regular expression.
   """
-  # The first pattern that matches a whole path counts, so their order matters.
   for pattern, value in patterns:
     try:
       is_match = re.fullmatch(pattern, path) is not None
@@ -144,23 +143,23 @@ def first_match(patterns: Sequence[tuple[str, Any]], path: str,
 
 def map_by_pattern(patterns: Sequence[tuple[str, Any]], tree: Any, name: str
                    ) -> Any:
-  """Returns a value for each parameter of a model, chosen by regular
-  expressions for the parameter's path.
+  """Chooses a value for each parameter of a model, such as a multiplier of the
+  learning rate, by regular expressions for the parameter's path.
 
   Args:
-    patterns: pairs of a regular expression and a value: a 0/1 mask, a
-      multiplier of the learning rate, a label. The first one counts that
-      matches a whole path.
+    patterns: pairs of a regular expression and a value. The first one that
+      matches the whole path counts.
     tree: the parameters, as nested dicts.
-    name: the field of the config that holds the patterns, for a message.
+    name: the field of the config that has the patterns, for messages.
 
   Returns:
     A tree of the same structure with the values as its leaves.
 
   Raises:
-    ValueError: for a path that no pattern matches.
+    RequestError: if no pattern matches a path.
   """
   def value_of_path(path: Any, _: Any) -> Any:
+    """Returns the value for one parameter."""
     return first_match(patterns, path_to_string(path), name)
 
   return jax.tree_util.tree_map_with_path(value_of_path, tree)

@@ -612,8 +612,8 @@ class Encoder(nn.Module):
   def input_of_task_head(self, x: jax.Array, of_row: bool
                          ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Prepares the vectors to which the head of a task is applied. Those of
-    rows go through BERT's pooler (a dense layer and tanh), and those of tokens
-    stay as they are. Subclasses may override this.
+    rows go through BERT's pooler (a dense layer and its activation), and those
+    of tokens stay as they are. Subclasses may override this.
 
     Args:
       x: a vector for each row, [batch, d_model], or for each token, [batch,
