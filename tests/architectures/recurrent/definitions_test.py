@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import blocks
+from architectures.parts import blocks, flat
 from architectures.parts.context import Context
 from architectures.parts.recurrent.mamba2 import Mamba2Config
+from common.fields import FUNCTION
 from configs import sharding as tables
 from tests.helpers import models
 from tests.helpers.recurrences import apply_layer, changes_with_mixer
-from tests.helpers.recurrences import make_layer, settings_of_mixer
+from tests.helpers.recurrences import make_layer, MIXERS_WITH_STATE
+from tests.helpers.recurrences import settings_of_mixer, small_sizes
 from training.distributed import devices
+from training.runs import abstract_params
 
 SIGMOID = lambda x: 1 / (1 + np.exp(-x))
 SILU = lambda x: x * SIGMOID(x)
@@ -311,6 +314,37 @@ def test_rwkv7_is_born_as_in_the_authors_program():
       removal_scale=0.71 - 0.1 * linear, boost_scale=1.02 + 0 * n,
       bonus_scale=-0.04 + 0 * n).items():
     np.testing.assert_allclose(p[name].reshape(want.shape), want, atol=1e-5)
+
+
+def program_of(config) -> str:
+  """Returns the traced program of a model, numbers included, without the
+  addresses of functions."""
+  module = architectures.build(config)
+  program = jax.make_jaxpr(lambda params, tokens: module.apply(
+      {'params': params}, tokens).logits)(
+          nn.meta.unbox(abstract_params(module)), models.random_tokens())
+  return re.sub('0x[0-9a-f]+', '', str(program))
+
+
+@pytest.mark.parametrize('mixer', [
+    name for name, mixer in blocks.MIXERS.items() if mixer.settings])
+def test_a_field_that_is_said_to_change_the_function_changes_the_program(mixer):
+  sizes = {mixer: small_sizes(mixer)} if mixer in MIXERS_WITH_STATE else {}
+  c = architectures.resolve(models.small_config(
+      'llama', num_layers=1, mixer=mixer, **sizes))
+  group, unread = settings_of_mixer(c, mixer), flat.fields_that_are_unread(c)
+  program = program_of(c)
+  assert program == program_of(c)
+  for field in dataclasses.fields(group):
+    rule, value = field.metadata.get('rule'), getattr(group, field.name)
+    names = {field.name, f'{mixer}.{field.name}'}
+    if rule is None or rule.resume is not FUNCTION or names & unread.keys():
+      continue
+    other = next((x for x in rule.choices or () if x != value), None)
+    if other is None:
+      other = not value if isinstance(value, bool) else value + 1
+    changed = c.with_part(type(group), **{field.name: other})
+    assert program_of(changed) != program, field.name
 
 
 @pytest.mark.parametrize('mixer', [

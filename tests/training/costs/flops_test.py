@@ -1,9 +1,11 @@
 """Model FLOPs, counted in the traced program, against the sizes of weights and
 by hand."""
 
+import collections
 import types
 
 import jax
+from jax.extend import core as jex
 import jax.numpy as jnp
 import pytest
 
@@ -90,6 +92,27 @@ def test_a_convolution_counts_its_window():
   program = jax.make_jaxpr(short)(*args)
   work = flops.count_work(program, flops.CountOptions('gpu'))
   assert work.flops == 2 * 4 * 2 * LENGTH * 16
+
+
+def test_a_kernel_of_splash_is_counted_by_the_products_in_it():
+  q, k, v = [jnp.ones((1, 256, 2, 64))] * 3
+  program = jax.make_jaxpr(jax.grad(lambda *x: kernels.splash_attention(
+      *x, kernels.Mask(causal=True), scale=0.2, interpret=True).sum(),
+                                    (0, 1, 2)))(q, k, v)
+  products = collections.Counter()
+  def visit(jaxpr, kernel=''):
+    for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+      products[kernel] += eqn.primitive.name == 'dot_general'
+      inside = kernel
+      if eqn.primitive.name == 'pallas_call':
+        inside = str(eqn.params.get('name', eqn.params.get(
+            'name_and_src_info')))
+      for inner in jex.jaxprs_in_params(eqn.params):
+        visit(inner, inside)
+  visit(program)
+  for prefix, count in flops._PRODUCTS_OF_SPLASH_KERNEL.items():
+    assert [products[name] for name in products if name.startswith(
+        prefix)] == [count], prefix
 
 
 def test_a_recurrence_without_matrices_counts_element_by_element():
