@@ -127,8 +127,9 @@ class Differences(NamedTuple):
 
 
 def is_of_held_out_text(name: str, config: Mapping[str, Any]) -> bool:
-  """Returns whether the held-out losses of two runs are of different text, or
-  of other things to predict in it, if a field of their configs differs.
+  """Returns whether a config field decides which held-out text the loss is
+  measured on, or what is predicted in it. If such a field differs between two
+  runs, their held-out losses cannot be compared.
 
   Args:
     name: the dotted name of the field.
@@ -140,18 +141,19 @@ def is_of_held_out_text(name: str, config: Mapping[str, Any]) -> bool:
     return True
   if name in objective.ignores:
     return False
-  # A number of batches is a part of the text, whose length hangs on the size of
-  # a batch; 0 is all of it.
+  # If the evaluation reads a number of batches, the size of a batch decides how
+  # much text that is. With 0 it reads all of the text.
   if name == 'data.batch_size':
     return bool(config['eval.batches'])
-  # With text of its own to evaluate on, nothing is held out of the source.
+  # If there is separate text to evaluate on, nothing is held out of the source.
   has_own_text = (bool(config['data.eval_source'])
                   and 'data.eval_source' not in objective.ignores)
   if name in ('data.source', 'data.holdout_every') and has_own_text:
     return False
   if effect is fields_lib.TRAINING_BATCHES:
     return False
-  # Beside fields of batches, an objective may read others, as a loss's weight.
+  # Besides fields of batches, an objective may read others, such as the weight
+  # of a loss.
   if not name.startswith(spec.FIELDS_OF_BATCHES):
     return name in objective.reads
   return effect is None or effect.kind != SAFE
@@ -167,8 +169,9 @@ def _effect_of_field(name: str) -> Effect | None:
 
 
 def quantity_of_field(name: str, config: Mapping[str, Any]) -> str:
-  """Returns the quantity of a certificate that a field of a config belongs to;
-  '' where a change of it computes the same, and for the seed.
+  """Returns which quantity of a certificate a config field belongs to, such as
+  'model' or 'batches'. A certificate lists by quantity what a run was given. It
+  is '' for the seed, and for fields whose change computes the same.
 
   Args:
     name: the dotted name of the field.
@@ -208,18 +211,18 @@ def group_fields_by_quantity(config: Mapping[str, Any]
 
 def count_recipes(configs: Mapping[str, Mapping[str, Any]],
                   num_seeds: Mapping[str, int]) -> dict[str, dict[str, int]]:
-  """Returns how far each of some variants was tuned: how many recipes (of
-  optimiser and schedule) were tried for the same model on the same data.
+  """Returns how much each of some variants was tuned: how many recipes (values
+  of the optimizer and schedule) were tried for the same model on the same data.
 
   Args:
     configs: the config of each variant, by dotted name.
     num_seeds: the number of seeds of each variant.
 
   Returns:
-    The `tuning` of a certificate, by the name of the variant. Where more than
-    one recipe was tried, it has the least number of seeds of them.
+    For each variant, by name: 'recipes tried', and if there are several, 'seeds
+    of each', the smallest number of seeds of any of them.
   """
-  # Variants are of one group if all but their recipe is equal.
+  # Group the variants that are equal in all but their recipe.
   recipes_of_group: dict[str, set[str]] = {}
   group_of_variant: dict[str, str] = {}
   for variant, config in configs.items():
@@ -246,17 +249,18 @@ def certify_runs(config: Mapping[str, Any], costs: Mapping[str, Any],
                  folders: Iterable[pathlib.Path], seeds: Iterable[int],
                  tuning: Mapping[str, Any] | None, seconds: Sequence[float]
                  ) -> Certificate:
-  """Returns the certificate of the runs of one side.
+  """Returns the certificate of the runs of one side of a comparison: what they
+  were given, by the names of QUANTITIES, such as tokens, tuning and devices.
 
   Args:
-    config: the config that they share, by dotted name.
-    costs: the numbers of a cost.Cost, by name; a plan that was frozen by an
-      earlier version may lack some, which are not known then.
+    config: the config that the runs share, by dotted name.
+    costs: the numbers of a cost.Cost, by name. A missing one is not known.
     folders: the folders of the runs, as far as they are there.
-    seeds: their seeds.
-    tuning: how far the side was tuned.
-    seconds: the training time of each run; NaN where it is not known.
+    seeds: the seeds of the runs.
+    tuning: how much this side was tuned; None: it is not known.
+    seconds: the training time of each run; NaN: it is not known.
   """
+  # What the config and its costs say.
   values: dict[str, Any] = group_fields_by_quantity(config)
   for name in _COSTS:
     if costs.get(name) is not None:
@@ -268,7 +272,7 @@ def certify_runs(config: Mapping[str, Any], costs: Mapping[str, Any],
   if seconds and not any(map(math.isnan, seconds)):
     values['seconds'] = sum(seconds) / len(seconds)
 
-  # The quantities that the starts and the logs of the runs tell.
+  # What the folders of the runs say: code, devices, and hashes of the data.
   codes, devices, hashes = _provenance_of_runs(folders)
   if codes:
     values['code'] = {'code': '; '.join(codes)}
@@ -292,8 +296,16 @@ def _describe_seeds(seeds: Iterable[int]) -> dict[str, str]:
 
 def _provenance_of_runs(folders: Iterable[pathlib.Path]
                         ) -> tuple[list[str], list[str], dict[str, str]]:
-  """Returns the codes and the devices that trained some runs, and the hashes of
-  their data by name, each as far as it is known."""
+  """Reads from their folders which code and devices trained some runs, and the
+  hashes of their data.
+
+  Args:
+    folders: the folders of the runs.
+
+  Returns:
+    The versions of the code, the kinds of devices, and the hashes by the name
+    of the data; each as far as it is known.
+  """
   starts: list[dict[str, Any]] = []
   devices: list[str] = []
   hashes: dict[str, str] = {}
@@ -310,16 +322,17 @@ def certify_folders(config: Mapping[str, Any],
                     runs_by_seed: Mapping[int, curves.Run],
                     folders: Sequence[pathlib.Path],
                     tuning: Mapping[str, Any] | None) -> Certificate:
-  """Returns the certificate of runs that lie in folders of their own, whose
-  step is traced for it.
+  """Returns the certificate (the list of what was given) of runs that belong to
+  no sweep or study. Their costs are counted here.
 
   Args:
-    config: the config that they share, by dotted name.
+    config: the config that the runs share, by dotted name.
     runs_by_seed: the runs by seed.
-    folders: their folders, one or more, of which the first gives the model.
-    tuning: how far they were tuned.
+    folders: the folders of the runs, one or more. The first gives the model.
+    tuning: how much they were tuned; None: it is not known.
   """
-  # The values that were derived when the first run began complete its model.
+  # Complete the model by the values that were derived when the first run began,
+  # such as the size of the vocabulary, and count its costs.
   cost.keep_off_accelerators()
   first_config = run_config.load_config(folders[0])
   complete_config = first_config.copy_and_resolve_references().unlock()
@@ -333,13 +346,15 @@ def certify_folders(config: Mapping[str, Any],
 
 
 def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:
-  """Returns the certificate of each point of a sweep, by name.
+  """Returns the certificate (the list of what was given) of each point of a
+  sweep, by name. A point is a variant of the config.
 
   Args:
     sweep: the sweep.
-    workdir: its folder.
+    workdir: the folder of the sweep.
   """
-  # Fields that were solved for to match a cost are no difference of the model.
+  # Make the config of each point. Fields that were set to match a cost do not
+  # count as a difference.
   configs, num_seeds = {}, {}
   for point in sweep.points:
     changes = {name: value for name, value in point.changes.items()
@@ -350,6 +365,8 @@ def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:
   tuning = count_recipes({point.name: configs[point.name]
                           for point in trained_here}, num_seeds)
 
+  # Certify the points that were trained here, and then those of a CSV, which
+  # may refer to the base.
   certificates = {}
   for point in trained_here:
     ended = [seed for seed, run in point.runs.items()
@@ -373,11 +390,11 @@ def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:
 def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
                   tuned: Sequence[Mapping[str, Any]],
                   sweeps: Sequence[pathlib.Path]) -> dict[str, Certificate]:
-  """Returns the certificate of each confirmed variant of a study and of its
-  base, by name, at the largest of its sizes.
+  """Returns the certificate (the list of what was given) of the base and of
+  each variant that was confirmed in a study, by name, at the largest size.
 
   Args:
-    frozen: the plan.
+    frozen: the plan of the study.
     outcomes: the outcomes of its runs.
     tuned: how variants were tuned, as rows of plans.Tuned.
     sweeps: the folders of the confirmation, as far as they are there.
@@ -410,8 +427,13 @@ def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
 
 def _folders_of_variant(sweeps: Sequence[pathlib.Path], variant: str, size: str
                         ) -> list[pathlib.Path]:
-  """Returns the folders of the runs of a variant at a size on text, in the
-  folders of a phase of a study."""
+  """Returns the folders of the runs of a variant on text.
+
+  Args:
+    sweeps: the folders of a phase of a study.
+    variant: the name of the variant.
+    size: the name of the size of the model.
+  """
   wanted = variant, size, plans.TEXT
   folders = []
   for sweep in sweeps:
@@ -424,8 +446,14 @@ def _folders_of_variant(sweeps: Sequence[pathlib.Path], variant: str, size: str
 
 def _tuned_values(plan: plans.Plan, outcomes: Sequence[plans.Outcome],
                   variant: str) -> dict[str, Any]:
-  """Returns the values that tuning chose for the confirmed runs of a variant on
-  text, by 'FIELD at SIZE'."""
+  """Returns the values that tuning chose for a variant, such as the learning
+  rate, by 'FIELD at SIZE'. They are read from its confirmed runs on text.
+
+  Args:
+    plan: the plan of the study.
+    outcomes: the outcomes of its runs.
+    variant: the name of the variant.
+  """
   values = {}
   for run in outcomes:
     if (run.phase, run.variant, run.workload) == (
@@ -438,8 +466,15 @@ def _tuned_values(plan: plans.Plan, outcomes: Sequence[plans.Outcome],
 
 def _tuning_of_variant(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],
                        variant: str) -> dict[str, int] | None:
-  """Returns the most values that tuning tried for a variant at any size on
-  text, and with how many seeds; None where it was not tuned."""
+  """Returns how much a variant of a study was tuned on text: the largest number
+  of values that were tried at any size, and the number of seeds of each. None
+  if it was not tuned.
+
+  Args:
+    plan: the plan of the study.
+    tuned: what tuning found, as rows of plans.Tuned.
+    variant: the name of the variant.
+  """
   num_tried = []
   for row in tuned:
     if (row['variant'], row['workload']) == (variant, plans.TEXT):
@@ -452,8 +487,9 @@ def _tuning_of_variant(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],
 
 def certify_cells(name: str, cells: Mapping[str, str], base: Certificate,
                   seeds: Iterable[int]) -> Certificate:
-  """Returns the certificate of what was trained elsewhere, by what its CSV or
-  its log tells: a number, SAME for what the base has, or words.
+  """Returns the certificate (the list of what was given) of runs that were
+  trained by other code, from the cells of a CSV or a log. A cell has a number,
+  words, or SAME for what the base has.
 
   Args:
     name: the name of the variant or entry.
@@ -462,7 +498,7 @@ def certify_cells(name: str, cells: Mapping[str, str], base: Certificate,
     seeds: the seeds of its runs, as far as they are known.
 
   Raises:
-    RequestError: where a cell of a number has none.
+    RequestError: if the cell of a number has none.
   """
   values: dict[str, Any] = {}
   for column, quantity in QUANTITIES.items():
@@ -473,8 +509,9 @@ def certify_cells(name: str, cells: Mapping[str, str], base: Certificate,
       values[column] = text
       if quantity.tolerance is not None:
         values[column] = _parse_number(f'{column} of {name}', text)
-  # The runs themselves tell the seeds; and the FLOPs of a run follow from those
-  # of a token.
+
+  # The seeds are those of the runs. The FLOPs of a run follow from those of a
+  # token.
   values.pop('seeds', None)
   if seeds:
     values['seeds'] = _describe_seeds(seeds)
@@ -506,17 +543,20 @@ def _parse_number(what: str, text: str) -> float:
 
 def compare_certificates(base: Certificate, variant: Certificate,
                          asked: Sequence[str] = ()) -> Differences:
-  """Returns in what two sides differ beyond the question.
+  """Returns in what the two sides of a comparison differ besides what the
+  question is about. A certificate lists what a side was given.
 
   Args:
-    base, variant: the certificates of both.
-    asked: the fields and quantities that the question is about; (): the fields
-      of the model that differ; or where none does, those that differ, if they
-      are of one quantity. Code and first weights are asked about by name alone.
+    base: the certificate of the base.
+    variant: the certificate of the variant.
+    asked: the fields and quantities that the question is about. With (), it is
+      guessed: the fields of the model that differ, or else those that differ,
+      if all belong to one quantity. Code and initial weights are never guessed.
 
   Returns:
-    The differences. Costs are named also where they follow from what is asked.
+    The differences. A cost is named even if it follows from what is asked.
   """
+  # Compare each quantity that both certificates have.
   named: dict[str, str] = {}
   unknown: list[str] = []
   known_of_both = base.keys() & variant.keys()
@@ -534,7 +574,7 @@ def compare_certificates(base: Certificate, variant: Certificate,
   if asked:
     return Differences(tuple(asked), named, tuple(unknown))
 
-  # Nobody said what is asked. It is the model where that differs.
+  # Guess what is asked: the model, if that differs.
   candidates = [
       name for name in _QUANTITIES_OF_QUESTIONS
       if name in named and isinstance(variant[name], Mapping)]
@@ -549,14 +589,17 @@ def compare_certificates(base: Certificate, variant: Certificate,
 
 def _describe_difference(base: Any, variant: Any, tolerance: float | None,
                          asked: Sequence[str]) -> str:
-  """Returns the difference of a quantity between two sides in words; '' where
-  there is none.
+  """Returns the difference of a quantity between base and variant in words, or
+  '' if there is none.
 
   Args:
-    base, variant: its values, both of which are known.
-    tolerance: the share by which numbers may differ; None: they are none.
-    asked: the fields that are left out.
+    base: the value of the base, which is known.
+    variant: the value of the variant, which is known.
+    tolerance: the share by which two numbers may differ and still count as
+      equal; None: the values are no numbers.
+    asked: the fields that the question is about, which are left out.
   """
+  # A number, a text, or a dict of fields.
   if tolerance is not None:
     if abs(variant - base) <= tolerance * min(abs(base), abs(variant)):
       return ''
@@ -585,8 +628,13 @@ def format_value(value: Value) -> str:
 
 
 def differing_names(base: Any, variant: Any) -> list[str]:
-  """Returns the names of what differs between two values of a quantity that is
-  no number; [] where one of them is not known, or told in words."""
+  """Returns the names of the fields that differ between two dicts; [] if one of
+  the values is no dict, because it is not known or told in words.
+
+  Args:
+    base: the value of the base.
+    variant: the value of the variant.
+  """
   if not isinstance(base, Mapping) or not isinstance(variant, Mapping):
     return []
   names = []
@@ -601,13 +649,15 @@ def differing_names(base: Any, variant: Any) -> list[str]:
 
 def name_differences(differences_by_variant: Mapping[str, Differences]
                      ) -> list[str]:
-  """Returns the sentences that name what is not alike beside a verdict, for
-  every command that gives one; [] where all pairs are fair.
+  """Returns the sentences that warn beside a verdict that a comparison was not
+  fair: what variants were given differently, and what is not known. [] if there
+  is nothing to name.
 
   Args:
-    differences_by_variant: in what variants differ from the base, by name.
+    differences_by_variant: for each variant, by name, in what it differs from
+      the base.
   """
-  # A sentence for each quantity, with all variants that have it unlike.
+  # A sentence for each quantity that differs, with all variants concerned.
   sentences = []
   for name, quantity in QUANTITIES.items():
     parts = [f'{variant} ({differences.named[name]})'
@@ -617,7 +667,7 @@ def name_differences(differences_by_variant: Mapping[str, Differences]
       sentences.append(f'Beyond the question, not alike in {quantity.title}: '
                        f'{"; ".join(parts)}.')
 
-  # A sentence for all variants of which the same is not known.
+  # A sentence for all variants of which the same quantities are not known.
   variants_by_unknown: dict[tuple[str, ...], list[str]] = {}
   for variant, differences in differences_by_variant.items():
     if differences.unknown:

@@ -70,8 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-  """Prints whether a variant is better than its base; returns the exit code
-  that says it."""
+  """Prints whether a variant is better than its base, and returns the exit code
+  that says so.
+
+  Args:
+    args: the arguments of the command: base and variant (folders), about (what
+      the question is about, with commas between) and json.
+  """
   about = tuple(filter(None, args.about.split(',')))
   answer = judge_variant(pathlib.Path(args.base), pathlib.Path(args.variant),
                          about)
@@ -85,36 +90,39 @@ def main(args) -> int:
 
 
 def latest_look(num_seeds: int) -> tuple[int, float]:
-  """Returns the last look at the data that is due (group-sequential testing),
-  and the share of a question's alpha, its error rate, that this look may spend.
+  """Returns the newest look at the data that is due, and the share of the error
+  rate that it may spend (alpha-spending in group-sequential testing).
 
-  Looks are at the first 3, 6, 12, ... seeds and have 1/2, 1/4, 1/8, ... of it,
-  so that all of them together spend no more than the whole.
+  A question may be tested again as seeds are added. It is tested at the first
+  3, 6, 12, ... seeds, and these looks may spend 1/2, 1/4, 1/8, ... of the error
+  rate, so that all of them together spend no more than the whole.
 
   Args:
-    num_seeds: how many seeds have ended, 3 or more.
+    num_seeds: the number of seeds that have ended, 3 or more.
 
   Returns:
-    The number of seeds that are looked at, and the share.
+    The number of seeds of that look, and its share.
   """
-  # The number of looks before this one; seeds beyond a look wait for the next.
+  # Count how often the seeds of the first look have doubled. Further seeds wait
+  # for the next look.
   doublings = int(math.log2(num_seeds / SEEDS_OF_FIRST_LOOK))
   return SEEDS_OF_FIRST_LOOK * 2 ** doublings, 0.5 ** (doublings + 1)
 
 
 def alpha_share_of_question(num_before: int, together: int) -> float:
   """Returns the share of the error rate ALPHA that each of some questions may
-  spend, so that the shares of all questions ever asked sum to 1 or less
-  (alpha-spending).
+  spend (alpha-spending). The shares of all questions ever asked sum to 1 at
+  most, however many there are.
 
-  Question k has 1 / (k (k + 1)) = 1 / k - 1 / (k + 1), so the sum over
-  consecutive questions telescopes. Questions of one time share it alike.
+  Question k has the share 1 / (k (k + 1)) = 1 / k - 1 / (k + 1), so that the
+  sum from question i to question j is 1 / i - 1 / (j + 1). Questions that are
+  asked together divide their sum equally.
 
   Args:
-    num_before: how many questions were asked before.
-    together: how many are asked at this time.
+    num_before: the number of questions that were asked before.
+    together: the number of questions that are asked now.
   """
-  # The questions are numbered from 1 on: these are first to after_last - 1.
+  # Questions are numbered from 1 on. Now, first to after_last - 1 are asked.
   first = num_before + 1
   after_last = num_before + together + 1
   return (1 / first - 1 / after_last) / together
@@ -138,18 +146,18 @@ class PairedTest(NamedTuple):
 
 def paired_test(differences: Sequence[float], share: float,
                 pooled: statistics.PooledDeviation | None = None) -> PairedTest:
-  """Returns Student's paired t-test at the level ALPHA * share.
+  """Tests paired differences by Student's t-test at the level ALPHA * share.
 
   Args:
     differences: the difference of each seed, variant minus base.
     share: the share of the error rate ALPHA that the test may spend. The
-      corrected p is p / share, as of a weighted Bonferroni correction.
+      corrected p-value is p / share (a weighted Bonferroni correction).
     pooled: a standard deviation over all that was compared, for noise that is
-      not normal; None: it is not used.
+      not normal; None: there is none.
 
   Returns:
-    The mean difference, its interval at that level (None where it is not
-    known), and the p-value before and after correction.
+    The mean difference, its interval at that level (None: it is not known), and
+    the p-value before and after correction.
   """
   p = statistics.student_p_value(differences, pooled)
   mean, low, high, _ = statistics.student_interval(
@@ -262,15 +270,14 @@ def _test_figures(test: PairedTest | None) -> dict[str, Any]:
 
 def _verdict(test: PairedTest | None, base_diverged: int, variant_diverged: int
              ) -> str:
-  """Returns the verdict of a test of losses, which are better where they are
-  lower.
+  """Returns the verdict on a variant by a test of its losses. Lower is better.
 
   Args:
-    test: the test; None where a run diverged.
-    base_diverged: how many of the base's runs diverged.
-    variant_diverged: how many of the variant's runs diverged.
+    test: the test; None: there is none, because a run diverged.
+    base_diverged: the number of the base's runs that diverged.
+    variant_diverged: the number of the variant's runs that diverged.
   """
-  # Runs that diverged have no loss, so this goes before any test.
+  # Runs that diverged have no loss, so they count before any test.
   if variant_diverged > base_diverged:
     return decide.UNSTABLE
   if test is None or test.p_corrected > ALPHA:
@@ -279,18 +286,18 @@ def _verdict(test: PairedTest | None, base_diverged: int, variant_diverged: int
 
 
 def _read_runs(folder: pathlib.Path) -> dict[int, curves.Run]:
-  """Returns the runs that were begun in seed-0, seed-1, ... of a folder, by
-  seed in rising order.
+  """Reads the runs in the folders seed-0, seed-1, ... of a base or a variant,
+  and returns them by seed, in rising order.
 
   Args:
     folder: the folder of the base or of a variant.
 
   Raises:
-    RequestError: where there is none.
+    RequestError: if there is no run.
   """
-  runs = {}
-  # A run has its config.json from its beginning, and metrics.jsonl once it has
+  # A run has config.json from its beginning on, and metrics.jsonl once it has
   # trained a few steps.
+  runs = {}
   for config_file in folder.glob('seed-*/config.json'):
     seed_text = config_file.parent.name.removeprefix('seed-')
     # A folder such as seed-0-old is no run.
@@ -369,7 +376,7 @@ def _ended_seeds(runs: Mapping[str, RunBySeed], names: Sequence[str]
 
 def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
                     ) -> dict[str, list]:
-  """Returns in which fields of the config base and variant differ.
+  """Returns the fields in which the configs of base and variant differ.
 
   Args:
     config_pairs: the configs of base and variant, by dotted name, for each
@@ -379,11 +386,11 @@ def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
     [value of the base, value of the variant] by the name of the field.
 
   Raises:
-    RequestError: where the losses are of different text.
+    RequestError: if the losses of both are measured on different text.
   """
+  # A field counts if it differs at any seed. A field that only one config has
+  # is None in the other.
   changes = {}
-  # A field that differs at any seed counts; one that only one of both has is
-  # None in the other.
   for base_config, variant_config in config_pairs:
     for name in base_config | variant_config:
       if base_config.get(name) != variant_config.get(name):
@@ -528,11 +535,11 @@ def _earlier_look(looks: Sequence[dict], names: tuple[str, str]) -> dict | None:
 
 def _new_question(questions: Sequence[Mapping], folder: pathlib.Path,
                   base: str, variant: str) -> dict[str, Any]:
-  """Returns the next question, whether variants are better than a base, with
-  its share of the error rate ALPHA.
+  """Returns the next question, which is whether a variant is better than a
+  base, with its share of the error rate ALPHA.
 
-  It is about the variant and about all others that lie in the folder and were
-  in no question before: who asks of the best of twenty has looked at twenty.
+  All other variants in the folder that were in no question before count as
+  asked about too. Who asks about the best of twenty has looked at twenty.
 
   Args:
     questions: the questions that were asked before.
@@ -543,14 +550,16 @@ def _new_question(questions: Sequence[Mapping], folder: pathlib.Path,
   Returns:
     The 'base', the 'variants' and the 'share' that each of them has.
   """
-  # Names that were in a question, as its base or as a variant; and how many
-  # variants have spent a share so far.
+  # Collect the names that were in a question, as base or as variant, and count
+  # the variants, each of which has spent a share.
   asked_before = {base}
   num_before = 0
   for question in questions:
     asked_before |= {question['base'], *question['variants']}
     num_before += len(question['variants'])
-  # The folder above a seed is that of a variant.
+
+  # Find the variants in the folder, which are named like the folder of their
+  # seeds, and divide the share of the new questions among them.
   names_in_folder = {config_file.parent.parent.name
                      for config_file in folder.glob('*/seed-*/config.json')}
   variants = sorted({variant} | (names_in_folder - asked_before))
@@ -561,15 +570,15 @@ def _new_question(questions: Sequence[Mapping], folder: pathlib.Path,
 def _pooled_spread_of_looks(looks: Sequence[Mapping], base: str
                             ) -> statistics.PooledDeviation | None:
   """Returns the standard deviation of the differences from a base, pooled over
-  all variants that were looked at.
+  all variants that were tested against it.
 
   Args:
-    looks: the looks so far, with the 'names' of base and variant, and in
-      'values' pairs of a seed and its difference, None where a run diverged.
+    looks: the tests so far. Each has the 'names' of base and variant, and in
+      'values' pairs of a seed and its difference (None: a run diverged).
     base: the name of the base.
 
   Returns:
-    The deviation; None where the noise looks normal, and needs no pooling.
+    The deviation, or None if the noise looks normal, and needs no pooling.
   """
   differences_of_variants = []
   for look in looks:
@@ -585,7 +594,8 @@ def _pooled_spread_of_looks(looks: Sequence[Mapping], base: str
 
 
 def render_answer(answer: Mapping[str, Any]) -> str:
-  """Returns the text of an answer of `judge_variant`, for a terminal.
+  """Returns the answer of `judge_variant` as text for a terminal: the verdict
+  first, then the figures that it rests on, and warnings last.
 
   Args:
     answer: the answer.
@@ -593,7 +603,7 @@ def render_answer(answer: Mapping[str, Any]) -> str:
   if answer['p'] is None:
     figures = 'shows nothing, since runs diverged'
   else:
-    # An effect may have no interval, as where all differences are alike.
+    # There is no interval if all differences are equal.
     low, high = answer['interval'] or (None, None)
     estimate = page.estimate(answer['effect'], low, high).text
     figures = (f'{estimate}, p {answer["p"]:.2g}, corrected p '

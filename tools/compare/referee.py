@@ -107,7 +107,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-  """Prints the verdicts on the runs of the sources."""
+  """Compares runs that were trained by any code, as their logs tell, and prints
+  the verdicts. Returns the exit code, 0.
+
+  Args:
+    args: the arguments that `add_arguments` defines.
+  """
+  # Check the arguments.
   check_number('--alpha', args.alpha, (('>', 0), ('<', 1)))
   if args.sd is not None:
     check_number('--sd', args.sd, (('>', 0),))
@@ -139,23 +145,27 @@ def main(args) -> int:
 
 def group_by_entry(sources: Sequence[pathlib.Path], picks: str,
                    format_name: str) -> dict[str, tuple[list, int | None]]:
-  """Returns the runs of each entry, and the step at which it is to be read.
+  """Reads the sources, and groups their runs into entries, which are what is
+  compared: the variants, with several runs each.
 
   Args:
-    sources: the files or folders.
-    picks: the text of --entries.
-    format_name: the text of --format.
+    sources: the files or folders. Of several, each is an entry. A single one
+      holds several entries.
+    picks: the text of --entries, which picks entries of a single source; '':
+      all of them.
+    format_name: the text of --format; '': any format.
 
   Returns:
-    {name: (runs or reported means, step or None)}, in the order to compare.
+    {name: (runs or reported means, step at which they are read)}, in the order
+    to compare. A step of None stands for the last one.
 
   Raises:
-    RequestError: for an entry without runs, and for fewer than two.
+    RequestError: for an entry without runs, and for fewer than two entries.
   """
   groups: dict[str, tuple[list, int | None]] = {}
   if len(sources) > 1:
     require(not picks, '--entries picks entries of one SOURCE: name one')
-    # The short name, where it tells an entry from the others.
+    # Name the entries after their files, or by whole paths if names are equal.
     names = [source.stem for source in sources]
     if len(set(names)) < len(names):  # as a/runs and b/runs
       names = [source.as_posix() for source in sources]
@@ -184,7 +194,13 @@ def group_by_entry(sources: Sequence[pathlib.Path], picks: str,
 
 
 def _parse_picks(text: str) -> list[tuple[str, int | None]]:
-  """Returns the entries that --entries names, with the step of each."""
+  """Parses --entries, and returns the names of entries with the step at which
+  each is read (None: the last one).
+
+  Args:
+    text: the path of a CSV with columns entry and steps, or a list such as
+      'A,B@STEP'.
+  """
   picks: list[tuple[str, int | None]] = []
   if pathlib.Path(text).is_file():
     with open(text, newline='') as file:
@@ -202,13 +218,18 @@ def _parse_picks(text: str) -> list[tuple[str, int | None]]:
 
 def choose_metric(groups: Mapping[str, tuple[list, int | None]], asked: str
                   ) -> str:
-  """Returns the name of the figure that is compared: the held-out loss, or what
-  --metric names; '' where the runs have scores of items alone.
+  """Returns the name of the figure that is compared, such as 'eval/loss'. It is
+  '' if the runs have only scores of single items.
 
   Args:
     groups: the runs of each entry, as `group_by_entry` returns them.
-    asked: the text of --metric.
+    asked: the text of --metric; '': the held-out loss is chosen.
+
+  Raises:
+    RequestError: if there is no figure of the name, or if it is not clear which
+      one is the held-out loss.
   """
+  # Collect the names of all figures.
   names: dict[str, None] = {}
   for runs, _ in groups.values():
     for run in runs:
@@ -293,8 +314,14 @@ def read_sample(name: str, runs: Sequence, step: int | None, metric: str
 
 def _join_what_was_given(runs: Sequence[foreign.ForeignRun], step: int
                          ) -> dict[str, str]:
-  """Returns what some runs were given up to a step, by the names of
-  certificate.QUANTITIES: the mean of numbers, and all different words."""
+  """Returns what some runs were given up to a step, such as tokens or a code,
+  as one text for each of certificate.QUANTITIES: the mean of numbers, and all
+  different words.
+
+  Args:
+    runs: the runs of one entry.
+    step: the step.
+  """
   values_of_quantity: dict[str, list] = {}
   for run in runs:
     for quantity, value in run.given_until(step).items():
@@ -383,8 +410,9 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
 
 def _add_what_is_unlike(answer: dict[str, Any], samples: Mapping[str, Sample],
                         about: str) -> None:
-  """Adds to an answer in what the entries of each comparison differ beyond the
-  question, and what nothing tells of any entry.
+  """Adds to an answer whether its comparisons are fair: what the entries of
+  each comparison were given differently besides what the question is about, and
+  what is not known about any entry.
 
   Args:
     answer: the answer, with its 'comparisons'.
@@ -394,7 +422,9 @@ def _add_what_is_unlike(answer: dict[str, Any], samples: Mapping[str, Sample],
   asked = tuple(filter(None, about.split(',')))
   for quantity in asked:
     check_choice('--about', quantity, certificate.QUANTITIES)
-  # An entry is compared with one that was certified before it.
+
+  # Make the certificate of each entry: the list of what it was given. An entry
+  # may refer to that of its base, so the base must come before it.
   certificates: dict[str, certificate.Certificate] = {}
   first_entry = answer['comparisons'][0]['base']
   pairs = [(first_entry, first_entry)]
@@ -405,6 +435,7 @@ def _add_what_is_unlike(answer: dict[str, Any], samples: Mapping[str, Sample],
         entry, sample.given, base=certificates.get(base, {}),
         seeds=[seed for seed in sample.seeds if seed is not None])
 
+  # Compare the certificates of the two entries of each comparison.
   differences_by_entry = {}
   for row in answer['comparisons']:
     differences = certificate.compare_certificates(
@@ -417,8 +448,14 @@ def _add_what_is_unlike(answer: dict[str, Any], samples: Mapping[str, Sample],
 
 
 def _correct_and_summarize(answer: dict[str, Any], args) -> dict[str, Any]:
-  """Adds the corrected p and the verdict to each comparison of an answer, and
-  the summary to the answer; returns the answer."""
+  """Corrects the p-values of an answer's comparisons for their number by Holm's
+  method, and adds the verdicts and a summary. The answer is changed and
+  returned.
+
+  Args:
+    answer: the answer, with its 'comparisons' and 'alpha'.
+    args: the arguments of the command. With --uncorrected, p-values stay.
+  """
   rows = answer['comparisons']
   corrected = [row['p'] for row in rows]
   if not args.uncorrected:
@@ -440,11 +477,16 @@ def _list_pairs(names: Sequence[str], successive: bool
 
 def _deviation_for_all(samples: Mapping[str, Sample], args
                        ) -> PooledDeviation | None:
-  """Returns one standard deviation of a run for all entries, the known or the
-  pooled one; None where each entry has its own.
+  """Returns one standard deviation of a run for all entries: that of --sd, or
+  with --pooled the one pooled over all of them. It is None if each entry has
+  its own.
+
+  Args:
+    samples: the entries by name.
+    args: the arguments of the command.
 
   Raises:
-    RequestError: where no deviation is known.
+    RequestError: if no deviation is known.
   """
   if args.sd is not None:
     return PooledDeviation(sd=args.sd, df=math.inf)
@@ -530,8 +572,21 @@ def _values_by_seed(seeds: Sequence[int | None], values: Sequence[float]
 def _compare_items(base: str, base_runs: Sequence[foreign.ForeignRun],
                    entry: str, runs: Sequence[foreign.ForeignRun]
                    ) -> list[dict[str, Any]]:
-  """Returns a test for each figure of which two entries have the scores of the
-  same items; the rows are as those of `_compare_samples`."""
+  """Tests each figure of which two entries have the scores of single items,
+  such as questions. If the items are the same, the test is paired.
+
+  Args:
+    base: the name of the entry that is compared with.
+    base_runs: its runs.
+    entry: the name of the other entry.
+    runs: its runs.
+
+  Returns:
+    A row for each figure, in the form of those of `_compare_samples`.
+
+  Raises:
+    RequestError: if the entries have no figure in common.
+  """
   base_records = {str(run.seed): run.items for run in base_runs}
   records = {str(run.seed): run.items for run in runs}
   rows = []
@@ -544,7 +599,8 @@ def _compare_items(base: str, base_runs: Sequence[foreign.ForeignRun],
         'effect': row['effect'], 'low': row['low'], 'high': row['high'],
         'p': row['p']})
 
-  # Figures whose items are others are those of two samples, of one run each.
+  # If the items are others, the scores of one run each are two independent
+  # samples, which Welch's t-test compares.
   paired = {row['metric'] for row in rows}
   for figure in base_runs[0].items:
     if figure in paired or figure not in runs[0].items:
@@ -578,8 +634,10 @@ def _verdict(row: Mapping[str, Any], alpha: float) -> str:
 
 def _find_first_step_below(sample: Sample, metric: str, args
                            ) -> dict[str, Any]:
-  """Returns the first step at which the mean of an entry is below --target, as
-  it is read and with all looks counted (statistics.p_values_of_looks).
+  """Returns the first step at which the mean loss of an entry is below
+  --target, by two tests: one that takes each evaluation as if it were the only
+  one, and one that is corrected for looking at all of them
+  (statistics.p_values_of_looks).
 
   Args:
     sample: the entry.
@@ -615,7 +673,8 @@ def _find_first_step_below(sample: Sample, metric: str, args
 
 
 def render_table(answer: Mapping[str, Any]) -> str:
-  """Returns the table of an answer of `judge_entries`, for a terminal."""
+  """Returns the answer of `judge_entries` as a table for a terminal: a row for
+  each comparison, or with --target one for each entry."""
   cells = []
   for row in answer['steps']:
     cells.append({
@@ -650,7 +709,13 @@ def render_table(answer: Mapping[str, Any]) -> str:
 
 
 def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
-  """Returns a paragraph on the comparisons, for a reader in a hurry."""
+  """Returns a paragraph that sums the comparisons up, for a reader in a hurry.
+
+  Args:
+    answer: the answer of `judge_entries`.
+    args: the arguments of the command.
+  """
+  # What was compared, and how certain the verdicts are.
   rows = answer['comparisons']
   beside = f'with {rows[0]["base"]}'
   if args.successive:
@@ -664,7 +729,7 @@ def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
       f'probability that {chance} called better or worse by chance is at most '
       f'{answer["alpha"]:.3g}.']
 
-  # Who is what. Of those without a difference the number will do.
+  # Which entries are better or worse, and how many show no difference.
   for verdict in (decide.BETTER, decide.WORSE, decide.NONE_SHOWN,
                   decide.NO_NOISE):
     names = [row['entry'] for row in rows if row['verdict'] == verdict]

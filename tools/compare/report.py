@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
+  """Writes the report of a sweep or a study into its folder, and prints it as
+  text or JSON. Returns the exit code, 0."""
   comparison = comparison_lib.load_comparison(layout.parse_workdir(args),
                                               args.rows)
   if args.target is not None:
@@ -62,8 +64,12 @@ def main(args) -> int:
 
 
 def format_report(comparison: Comparison) -> str:
-  """Returns the report for a terminal: the main table, the warnings, and the
-  further tables that have a row."""
+  """Returns the report for a terminal: the table of verdicts, the warnings, and
+  the further tables that have a row.
+
+  Args:
+    comparison: the sweep or study.
+  """
   shown = [tables.verdict_table(comparison), tables.target_table(comparison)]
   if not comparison.is_study:
     shown += [tables.cost_table(comparison), tables.other_table(comparison),
@@ -100,9 +106,14 @@ def write_report(comparison: Comparison) -> list[pathlib.Path]:
   """Writes the report into the folder `report` of a sweep or a study: the page,
   the estimates, runs and curves as CSV, and the figures.
 
+  Args:
+    comparison: the sweep or study.
+
   Returns:
-    The paths of what was written, the page's first.
+    The paths of the files, that of the page first.
   """
+  # Make all contents before anything is written, so that an error leaves the
+  # last report whole.
   folder = pathlib.Path(comparison.workdir) / 'report'
   storage.check_folder_is_writable(folder)
   drawn = figures.draw_figures(comparison)
@@ -211,8 +222,13 @@ def _figures_with_name(drawn: Sequence[page.Figure],
 
 def _section_of_other_estimates(comparison: Comparison,
                                 drawn: Sequence[page.Figure]) -> Section:
-  """Returns the section of estimates that no verdict is on: those at each size
-  and of the further measures."""
+  """Returns the section of the report with the estimates that no verdict is
+  about: those at each size of the model, and those of further measures.
+
+  Args:
+    comparison: the sweep or study.
+    drawn: the figures that were drawn for the report.
+  """
   paragraphs = []
   if not _have_all_runs_cooled(comparison):
     paragraphs.append(NOT_COOLED)
@@ -253,8 +269,13 @@ def _say_power_of_study(results: Mapping[str, Any]) -> list[str]:
 
 def section_of_phase(comparison: Comparison,
                      phase: phases_lib.Phase) -> Section:
-  """Returns the section of what a phase found, such as the screening, whose
-  estimates no final verdict is on."""
+  """Returns the section of the report about a phase of a study that gives no
+  final verdict, such as the screening: a table of what it found.
+
+  Args:
+    comparison: the study.
+    phase: the phase.
+  """
   sizes = phase.narrow_plan(comparison.plan).sizes
   title = f'At {", ".join(sizes)}'
   if sizes == comparison.plan.sizes[:1]:
@@ -271,8 +292,12 @@ def section_of_phase(comparison: Comparison,
 
 
 def section_of_prediction(comparison: Comparison) -> Section:
-  """Returns the section of what was predicted for the largest size, and of what
-  was observed there."""
+  """Returns the section of the report that compares what was predicted for the
+  largest size of the model with what was observed there.
+
+  Args:
+    comparison: the study.
+  """
   table = tables.prediction_table(comparison)
   paragraphs = []
   if table.rows:
@@ -292,8 +317,12 @@ def section_of_prediction(comparison: Comparison) -> Section:
 
 def answer_in_a_sentence(comparison: Comparison) -> str:
   """Returns one sentence that names the variants of each verdict, with their
-  effects on the primary measure."""
-  # The variants of each verdict, with their effects.
+  differences from the base in the primary measure.
+
+  Args:
+    comparison: the sweep or study.
+  """
+  # Group the variants by verdict. The first row is the base.
   groups: dict[str, list[str]] = {}
   for row in comparison.verdicts()[1:]:
     variant = row['variant']
@@ -312,11 +341,12 @@ def answer_in_a_sentence(comparison: Comparison) -> str:
 
 
 def _say_excluded_effect(comparison: Comparison, row: Mapping[str, Any]) -> str:
-  """Returns words that exclude an effect of a variant as large as EFFECT, the
-  one that the study looks for; '' where they cannot be said.
+  """Returns words that say that a variant without a shown difference has no
+  effect as large as the study looks for (EFFECT), or '' if that is not known.
 
-  They are said where no difference is shown, and the effect lies outside of the
-  simultaneous interval (Bonferroni) that holds for all confirmed variants.
+  It is known if an effect of that size lies outside of the interval that holds
+  for all confirmed variants at once (Bonferroni): Student's interval at the
+  level alpha / (number of variants).
 
   Args:
     comparison: the study.
@@ -328,7 +358,7 @@ def _say_excluded_effect(comparison: Comparison, row: Mapping[str, Any]) -> str:
   measures = [other['measure'] for other in comparison.results['confirm']]
   family = measures.count(row['measure'])
   degrees = row['n'] - 1
-  # How much wider an interval is that holds with all others at once.
+  # Widen the 95 % interval to one that holds for all variants at once.
   at_once = t.isf(comparison.plan.alpha / (2 * family), degrees)
   wider = max(at_once / t.isf(0.025, degrees), 1.0)
   half = max(row['high'] - row['effect'], row['effect'] - row['low'])
@@ -338,8 +368,13 @@ def _say_excluded_effect(comparison: Comparison, row: Mapping[str, Any]) -> str:
 
 
 def say_what_screening_may_lose(comparison: Comparison) -> list[str]:
-  """Returns a paragraph on the good variants that the screening may have
-  stopped by its noise; [] where it stopped none, or its power is not known."""
+  """Returns a paragraph about the good variants that the screening of a study
+  may have stopped because of noise, as a list of one text. It is [] if none was
+  stopped, or the power of the screening is not known.
+
+  Args:
+    comparison: the study.
+  """
   plan, rows = comparison.plan, comparison.results.get('screen', ())
   noise = first_row_with(comparison.results['noise'], phase='screen',
                          measure=plan.primary.name)
@@ -426,9 +461,9 @@ def _has_run(results: Mapping[str, Any], phase: str) -> bool:
 
 def _format_changes_of_size(frozen: plans.FrozenPlan,
                             row: Mapping[str, Any]) -> str:
-  """Returns the fields that a size and a workload set, as 'field=value, ...';
-  where all those of the smallest size are among them and some are equal, 'as at
-  SMALLEST, but ...'.
+  """Returns the fields that a size of the model and a workload (the text, or a
+  probe) set, as 'field=value, ...'. If they include all fields of the smallest
+  size, only the different ones are listed: 'as at SMALLEST, but ...'.
 
   Args:
     frozen: the plan of the study.
