@@ -446,8 +446,7 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
 
     def draw_bound(_: None, k: jax.Array) -> tuple[None, jax.Array]:
       """Estimates the bound on the loss of each row by masking it once at
-      random.
-      It is one step of a jax.lax.scan over the draws, without a carry.
+      random. It is one step of a jax.lax.scan over the draws, without a carry.
 
       The rows have n_B tokens, which is_token_BL tells from padding.
 
