@@ -341,7 +341,7 @@ class Model:
       return old_params[name]
 
     params = jax.tree_util.tree_map_with_path(old_or_drawn, new_params)
-    # The names of labels stay where their number does.
+    # Keep the names of the labels if there are as many as before.
     labels = self.labels
     if module.config.num_labels != self.config.num_labels:
       labels = ()
@@ -368,7 +368,7 @@ class Model:
     config = self._config_of_run()
     generation = self.generation
 
-    # Whether the tokenizer can be written.
+    # Find out whether the tokenizer can be written.
     tokenizer = self.tokenizer
     if isinstance(tokenizer, tokenizers.Bytes):
       stands_in = generation is not None
@@ -379,7 +379,7 @@ class Model:
       generation = generation or hf_generation.generation_of_run(
           config, model=self.config, tokenizer=tokenizer)
 
-    # The weights with their configs, and the tokenizer beside them.
+    # Write the weights with their configs, and the tokenizer.
     weights.to_hf(self.module, self.params, folder, generation=generation,
                   labels=self.labels)
     if tokenizer is not None:
@@ -426,12 +426,13 @@ class Model:
                                          vocab_size=self.config.vocab_size)
 
   def _split_by_stack(self, by_layer: Any, num_extra: int) -> Any:
-    """Returns what was computed for each layer, in numpy; in an encoder-decoder
-    as {'encoder': ..., 'decoder': ...}.
+    """Converts what was computed for each layer to numpy. In an
+    encoder-decoder, the layers are split into {'encoder': ..., 'decoder': ...}.
 
     Args:
       by_layer: an array for each layer, those of the encoder first.
-      num_extra: the number of entries of a stack that are more than its layers.
+      num_extra: the number of arrays that each stack has beside those of its
+        layers, such as 1 for the input of the first layer.
     """
     if self.stack != 'encoder-decoder':
       return _as_numpy_float32(by_layer)

@@ -305,30 +305,30 @@ def declare_parts(file: str, text: str, module: types.ModuleType) -> None:
       _add_entry(table_name, table=table, name=name, entry=entry, file=file,
                  text=text)
     remember_file(file, text)
-  # Flags and all else that is made from the tables are made again.
+  # Make everything again that was made from the tables, such as flags.
   if len(_text_that_declared) > num_before:
     _refresh_derived_tables()
 
 
 def _add_entry(table_name: str, table: Any, name: str, entry: Any, file: str,
                text: str) -> None:
-  """Adds one entry of a file from outside the tree, such as the norm 'half', to
-  a table of the tree, such as NORMS.
+  """Adds a part of models that a user's file declares, such as the norm 'half',
+  to our own table of such parts, such as NORMS.
 
   Args:
-    table_name: the name of the table, as the file has it.
-    table: the table of the tree, which the entry is added to.
-    name: the name of the entry.
-    entry: the class or function that the file gives under this name.
+    table_name: the name of the table.
+    table: the table, which is changed.
+    name: the name of the part.
+    entry: the class or function that the file has for it.
     file: the path of the file.
     text: the content of the file.
 
   Raises:
-    RequestError: where the tree, or another file, has an entry of that name.
+    RequestError: if we, or another file, have a part of that name already.
   """
   key = table_name, name
   if name in table:
-    # A file may be read again, and may have changed meanwhile.
+    # The same file may be read again, and may have been changed meanwhile.
     is_same_entry = key in _text_that_declared and _text_that_declared[key] in (
         text, text_of_loaded_file.get(file))
     require(is_same_entry, f'{file}: {table_name} has {name!r}, which '
@@ -356,12 +356,12 @@ def _refresh_derived_tables() -> None:
 
 
 def restore_declared_parts(files: Mapping[str, str]) -> None:
-  """Declares the parts that a run which was started before has taken from files
-  outside the tree, as these were then. A file that this process has loaded
-  itself stays as it is.
+  """Declares the parts of models that a run has taken from the user's files, as
+  these files were when the run was started. A file that this process has loaded
+  itself is left as it is.
 
   Args:
-    files: the text of each file, by its path, as config.json has them.
+    files: {path: text} of the files, as the run's config.json has them.
   """
   for file, text in files.items():
     if file not in text_of_loaded_file:
@@ -394,17 +394,18 @@ class LazyTable(Mapping):
   def __init__(self, package: str, path: Any,
                read: Callable[[types.ModuleType], Mapping[str, Any]],
                without: tuple[str, ...] = ()):
-    """Lists the files of the package; none is imported yet.
+    """Makes a table whose entries are in the files of a package. A file is
+    imported only when one of its entries is needed.
 
     Args:
       package: the name of the package.
       path: the folders of the package's files, its __path__.
-      read: a function that returns the entries of a file's module.
-      without: the names of the files that have no entries.
+      read: returns {name: entry} for the module of a file.
+      without: the names of files that have no entries.
     """
     self._package = package
     self._read = read
-    # Entries that were set come before those of files.
+    # Entries that were set by hand have precedence over those of files.
     self._set_entries: dict[str, Any] = {}
     self._entries_of_file: dict[str, Mapping[str, Any]] = {}  # if imported
     self._files = []
@@ -423,8 +424,8 @@ class LazyTable(Mapping):
     self._set_entries[name] = entry
 
   def __getitem__(self, name: str) -> Any:
-    """Returns an entry by its name, and imports files of the package until one
-    has it.
+    """Returns the entry with a given name. Files of the package are imported
+    one after another until one has it.
 
     Args:
       name: the name of the entry, such as 'causal'.
@@ -434,7 +435,7 @@ class LazyTable(Mapping):
     """
     if name in self._set_entries:
       return self._set_entries[name]
-    # The file of that name is the likeliest one.
+    # Try the file of that name first.
     files = self._files
     if name in files:
       files = [name, *files]

@@ -35,12 +35,13 @@ class WorkStopped(Exception):
 
 @contextlib.contextmanager
 def stop_work_of_run(stop: Callable[[], bool]) -> Iterator[None]:
-  """Makes the work of a training run that the `with` block does, such as an
-  evaluation, end soon after a signal: `show_items` raises WorkStopped before
-  the next item. Nothing is drawn here, because the run has a bar of its own.
+  """Within a `with` block, lets the work of a training run, such as an
+  evaluation, end soon after a signal: `show_items` then raises WorkStopped
+  before the next item. No progress is shown, because the run has a progress bar
+  of its own.
 
   Args:
-    stop: whether the work is to end.
+    stop: returns whether the work is to end.
   """
   global _should_stop
   _should_stop = stop
@@ -52,12 +53,12 @@ def stop_work_of_run(stop: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def print_milestones_only(is_wanted: bool) -> Iterator[None]:
-  """Leaves out what the `with` block prints to stdout, but for milestones: for
-  a program that is waited for by one who pays for each line, as an agent does.
-  Warnings and errors go to stderr as ever.
+  """Within a `with` block, hides what is printed to stdout, except for a few
+  milestones. It is for a program that is called by somebody who pays for each
+  line, such as an agent. Warnings and errors are printed to stderr as usual.
 
   Args:
-    is_wanted: whether to do so; else all is printed.
+    is_wanted: whether to do so; if not, everything is printed.
   """
   global _milestones_stream
   if not is_wanted:
@@ -90,22 +91,22 @@ def print_result(text: str) -> None:
 @contextlib.contextmanager
 def show_task(text: str, total: int | None = None
               ) -> Iterator[Callable[[], None]]:
-  """Shows on the terminal what is being done while the `with` block runs, and
-  for how long.
+  """Shows on the terminal what is being done while a `with` block runs, and for
+  how long.
 
   Args:
     text: the words for what is being done.
-    total: the number of its parts, where that is known.
+    total: the number of its parts, if that is known.
 
   Yields:
-    A function to call when one more part is done.
+    A function to be called whenever a part is done.
   """
   global _tasks_bar
   if _should_stop is not None or not sys.stderr.isatty():
     yield lambda: None
     return
-  # One bar shows everything that is under way, with a line for each task. The
-  # outermost `with` block makes and removes it, and inner ones add a line.
+  # There is one bar on the terminal, with a line for each task. The outermost
+  # `with` block makes and removes it; those inside it add lines.
   is_outermost = _tasks_bar is None
   if is_outermost:
     _tasks_bar = _make_tasks_bar()
@@ -121,7 +122,9 @@ def show_task(text: str, total: int | None = None
 
 
 def _make_tasks_bar() -> Any:
-  """Returns rich's bar on stderr, which has a line for each task."""
+  """Makes the progress bar on stderr, which has a line for each task. It is of
+  the package rich.
+  """
   from rich import progress
   columns = [
       progress.TextColumn('{task.description}', markup=False),
@@ -129,7 +132,8 @@ def _make_tasks_bar() -> Any:
       progress.MofNCompleteColumn(),
       progress.TimeElapsedColumn(),
   ]
-  # rich prints what it redirects on its console: to stderr.
+  # Redirect stdout only if it is a terminal: rich prints what it redirects to
+  # its own console, which is stderr.
   redirects = sys.stdout.isatty()
   return progress.Progress(
       *columns, console=_make_console(sys.stderr), transient=True,
@@ -142,12 +146,12 @@ def show_items(items: Iterable[Item], text: str, total: int | None = None
   done.
 
   Args:
-    items: the items to iterate over.
+    items: the items.
     text: the words for what is being done with them.
-    total: the number of items; None: as len() says, if it does.
+    total: the number of items; None: len(items), if it has one.
 
   Raises:
-    WorkStopped: inside a training run, once a signal has come.
+    WorkStopped: during a training run, after a signal.
   """
   if total is None and isinstance(items, Sized):
     total = len(items)
@@ -248,7 +252,7 @@ class _ProgressBar:
         progress.BarColumn(bar_width=None),
         progress.TextColumn('{task.fields[text]}'),
         console=_make_console(stream),
-        # No thread of its own: it would take time from the host's two cores.
+        # Do not redraw in a thread, which would take time from the training.
         auto_refresh=False,
         redirect_stderr=sys.stderr.isatty())
     self._task = self._bar.add_task('', total=total, completed=first_step,
@@ -278,14 +282,13 @@ class _ProgressBar:
 def make_run_progress(total: int, first_step: int = 0, primary: bool = True,
                       stream: TextIO | None = None
                       ) -> ProgressLines | _ProgressBar:
-  """Returns the object that shows the progress of a training run: a bar on a
-  terminal, plain lines elsewhere, and a few where milestones alone are printed.
-  Its methods are step(), update(), say()
-  and close().
+  """Makes the object that shows the progress of a training run: a bar on a
+  terminal, plain lines elsewhere, or only a few lines if the user wants
+  milestones. It has the methods step, update, say and close.
 
   Args:
     total: the number of steps of the run, train.steps.
-    first_step: the step that the run starts or resumes at.
+    first_step: the step at which the run starts or is resumed.
     primary: whether this is process 0; the others print nothing.
     stream: the stream to print to; None: stdout.
   """
@@ -301,8 +304,12 @@ def make_run_progress(total: int, first_step: int = 0, primary: bool = True,
 
 @contextlib.contextmanager
 def show_compilation(primary: bool = True):
-  """Prints that the `with` block compiles the first step, and afterwards how
-  long it took; `primary` says whether this is process 0, which alone does."""
+  """Around a `with` block that compiles the first step, prints that it does,
+  and afterwards how long it took.
+
+  Args:
+    primary: whether this is process 0; the others print nothing.
+  """
   if not primary:
     yield
     return
@@ -320,13 +327,13 @@ def format_seconds(seconds: float) -> str:
 
 
 def _format_figures(step: int, total: int, figures: Mapping[str, Any]) -> str:
-  """Returns one line with the figures of a step that are known, as in: loss
-  3.1416  12,345 tokens/s  MFU 43.2%  1:02:03 left.
+  """Formats the figures of a step that are known as one line, such as: loss
+  3.1416 12,345 tokens/s  MFU 43.2%  1:02:03 left.
 
   Args:
     step: the number of the step.
     total: the last step of the run.
-    figures: the figures, by name.
+    figures: {name: figure}.
   """
   parts = []
   if 'loss' in figures:
@@ -367,22 +374,26 @@ class DeferredFigures:
     self._now = now
 
   def push(self, step: int, metrics: Mapping[str, Any]) -> StepFigures | None:
-    """Takes the metrics of a step that was dispatched, and returns those of the
-    step before it, read from the devices; None at the first call.
+    """Keeps the metrics of a step that has been dispatched, and returns those
+    of the step before it. Reading them a step late keeps the devices busy.
 
     Args:
       step: the number of the step.
       metrics: its metrics, arrays that may not be computed yet.
+
+    Returns:
+      The metrics of the step before, as numbers; None at the first call.
     """
     import jax  # late: what only draws progress needs no jax
+    # Begin to copy the metrics to the host, without waiting.
     leaves = jax.tree.leaves(metrics)
     for value in leaves:
       value.copy_to_host_async()
-    # The copies to the host begin now and end later. The last step is read
-    # before the time of this one is taken, since this one is done after it.
+    # Wait for the step before. This must come before the time is taken below.
     last_figures = self.flush()
-    # A CPU computes in the thread that dispatches (distributed/cpu.py):
-    # there the step is done by now, and not when it is read, a step later.
+    # If the step has been computed already, as on a CPU, which computes while
+    # it dispatches (distributed/cpu.py), it was done now and not when it is
+    # read.
     done = None
     if all(x.is_ready() for x in leaves):
       done = self._now()
@@ -390,9 +401,12 @@ class DeferredFigures:
     return last_figures
 
   def flush(self) -> StepFigures | None:
-    """Returns the metrics of the last step, which are held back, and forgets
-    them; None where there are none. Waits until the step is done. Called before
-    an evaluation, a save and the end, too."""
+    """Waits until the last step is done, and returns its metrics, which `push`
+    has kept. It must also be called before an evaluation, a save and the end.
+
+    Returns:
+      The metrics as numbers; None if none are kept.
+    """
     if self._waiting is None:
       return None
     import jax  # late, as above
@@ -454,9 +468,9 @@ class StepTimer:
 
   @contextlib.contextmanager
   def paused(self):
-    """Leaves out the time of the `with` block, which does no training step. A
-    pause within another one counts once: an evaluation may compile its step for
-    rows of another length."""
+    """Leaves the time of a `with` block out of the time of training steps. A
+    pause within another one counts once: during an evaluation, which is a
+    pause, a step may be compiled, which is one too."""
     start = self._clock()
     self._pauses += 1
     try:
@@ -477,7 +491,8 @@ class StepTimer:
 
   def lap(self, step: int, done: tuple[float, float]
           ) -> dict[str, float | None]:
-    """Ends a lap, the steps since the last lap, and begins the next one.
+    """Computes the times of a lap, which is all steps since the last lap, and
+    begins the next one.
 
     Args:
       step: the last step of the lap.
@@ -491,15 +506,16 @@ class StepTimer:
       (Chowdhery et al. 2022), None if no peak is known; and compile_seconds, if
       something was compiled.
     """
-    # The time of this lap. Neither number has the seconds of pauses.
+    # Compute the seconds of this lap, and how many of them were spent waiting.
+    # Pauses are in neither.
     end, waited_by_end = done
     start, waited_by_start = self._since
     seconds = end - start
     waited = waited_by_end - waited_by_start
     num_steps = step - self._step
 
-    # The work of its steps. A step whose rows have another length has its own
-    # tokens and FLOPs (`note_work`), which are needed no more afterwards.
+    # Add up the tokens and FLOPs of its steps. `_others` has the steps whose
+    # batches have another shape than usual (`note_work`).
     tokens = 0
     flops = 0
     for n in range(self._step + 1, step + 1):
@@ -507,7 +523,7 @@ class StepTimer:
       tokens += tokens_of_step
       flops += flops_of_step
 
-    # Seconds of compiling are reported once, apart from those of steps.
+    # Report the seconds of compiling separately, and only once.
     figures: dict[str, float | None] = {
         'step_seconds': seconds / num_steps,
         'tokens_per_second': tokens / seconds,
@@ -523,20 +539,24 @@ class StepTimer:
 
 def parse_profiled_steps(steps: str, total: float = math.inf
                          ) -> tuple[int, int] | None:
-  """Returns the first step to profile and the step after the last one, given
-  the text of --profile_steps, 'START:STOP'; None for ''.
+  """Parses the flag --profile_steps, 'START:STOP', which says which steps are
+  traced with a profiler.
 
   Args:
     steps: the text of the flag.
     total: the number of steps of the run.
 
+  Returns:
+    The first step, and the step after the last one; None for ''.
+
   Raises:
-    RequestError: for any other text, and for steps after the last one.
+    RequestError: for any other text, and for a START that the run does not
+      reach.
   """
   if not steps:
     return None
-  # A range is not empty and begins before the run ends. STOP may lie after the
-  # last step.
+  # The range must not be empty, and must begin before the run ends. STOP may
+  # come after the last step.
   match = re.fullmatch('([0-9]{1,9}):([0-9]{1,9})', steps)
   if match is not None:
     start = int(match[1])

@@ -522,13 +522,13 @@ class Depo(Probe):
 
     Args:
       settings: the settings of the probe.
-      hops: the number of hops.
+      hops: the number of hops from one word of a circle to another.
     """
     reason = record.reason_against_harder_level(settings, hops)
     if reason:
       return reason
-    # The words of a row must all differ: so many of the allowed sizes have to
-    # exist, or drawing them would never end.
+    # The words of a row must all be different. There must be at least so many
+    # words of the allowed sizes, or drawing them would never end.
     least, longest = self._words
     num_possible_words = 0
     for size in range(least, longest + 1):

@@ -25,8 +25,8 @@ def blimp(folder: str = '', **_: Any):
 
 def blimp_results(doc: dict, results: list[tuple[float, bool]]
                   ) -> dict[str, float]:
-  """Scores a pair of sentences of BLiMP (Warstadt et al. 2020): whether the
-  model finds the grammatical one likelier.
+  """Scores a pair of sentences of BLiMP (Warstadt et al. 2020): is the
+  grammatical sentence likelier to the model than the other one?
 
   Args:
     doc: the pair, with its phenomenon as `linguistics_term`.
@@ -34,8 +34,8 @@ def blimp_results(doc: dict, results: list[tuple[float, bool]]
       bad one.
 
   Returns:
-    {figure: 1 or 0}, one figure of all pairs, and one of the phenomenon.
-    lm_eval averages each over the pairs that have it.
+    {figure: 1 or 0}: 'acc', which lm_eval averages over all pairs, and 'acc
+    PHENOMENON', which it averages over the pairs of this phenomenon.
   """
   (good, _), (bad, _) = results
   is_right = float(good > bad)
@@ -73,21 +73,22 @@ def cloze_results(doc: dict, results: list[tuple[float, bool]]
 
 @functools.lru_cache  # a run that is evaluated as it trains asks again
 def _load_documents(folder: str, name: str, fields: tuple[str, ...]):
-  """Reads the documents of a task of lm_eval out of a folder of *.jsonl.
+  """Loads the documents of an lm_eval task from a folder of *.jsonl files.
 
   Args:
     folder: the data folder; '': $ARCHETYPE_DATA.
-    name: the name of the folder in it.
-    fields: the texts that each object has.
+    name: the name of the task's folder in it.
+    fields: the fields with text that each object must have.
 
   Returns:
-    {'validation': a data set of the package datasets, a row for each line}.
+    {'validation': a data set of the package `datasets`, with a row for each
+    line}.
 
   Raises:
     RequestError: where there is no such folder, or a line is wrong.
   """
   import datasets
-  # Find the files.
+  # Find the files. `datasets` is imported late, as it is an optional package.
   root = folder or os.environ.get(DATA_VARIABLE, '')
   require(bool(root), f'lm_eval reads the folder {name} of a data folder, and '
           f'none is named: pass --lm_eval_data=DIR, or set {DATA_VARIABLE}')
@@ -96,7 +97,7 @@ def _load_documents(folder: str, name: str, fields: tuple[str, ...]):
   require(bool(files), f'{data_folder} holds no *.jsonl: lm_eval reads the '
           f'folder {name} of --lm_eval_data, or of {DATA_VARIABLE}')
 
-  # Read their lines, of each the fields that the task reads.
+  # Read the fields of each line.
   documents = []
   for file in files:
     for location, row in texts.read_rows(str(file)):
