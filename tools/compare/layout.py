@@ -135,13 +135,13 @@ def check_workdir(workdir, marker: str = 'sweep.json') -> None:
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-  """Returns the lines of a table for a terminal, with columns that are padded
-  to one width.
+  """Returns the lines of a table for a terminal, whose columns are padded to
+  the width of their longest cell.
 
   Args:
-    rows: the cells of each row; the headings are the first row.
-    left: how many columns are words, and stand to the left; the others are
-      figures, and stand to the right.
+    rows: the cells of each row. The first row has the headings.
+    left: the number of columns with words, which come first and are aligned to
+      the left. The others have numbers, and are aligned to the right.
   """
   # A column is as wide as its longest cell, the heading included.
   widths = [max(map(len, column)) for column in zip(*rows)]
@@ -192,17 +192,17 @@ def json_checksum(tree: Any) -> str:
 
 
 def load_sweep_description(workdir) -> dict:
-  """Returns what sweep.json holds: the points of a sweep (its variants of the
-  config) with their changes, costs and seeds, and the config of its base.
+  """Reads sweep.json: the points of a sweep (its variants of the config) with
+  their changes, costs and seeds, and the config of its base.
 
-  Where the sweep declared parts of its own, such as a new layer, these are
+  If the sweep declared parts of its own, such as a new layer, they are
   registered as a side effect, so that its configs can be built.
 
   Args:
     workdir: the folder of the sweep.
 
   Raises:
-    RequestError: where there is none, or it is damaged.
+    RequestError: if the file is missing or damaged.
   """
   path = pathlib.Path(workdir) / 'sweep.json'
   require(path.is_file(), f'{path} is missing: no sweep was checked or run in '
@@ -231,32 +231,34 @@ def save_sweep_description(workdir, description: dict) -> None:
 
 
 def _merge_descriptions(workdir, old: dict, new: dict) -> dict:
-  """Returns the description of a sweep with the points and seeds of an older
-  description of the same sweep added.
+  """Merges two descriptions of the same sweep, so that it never loses points
+  (variants of the config) or seeds.
 
   Args:
     workdir: the folder of the sweep, for messages.
-    old: what sweep.json holds.
-    new: what it is to hold.
+    old: the contents of sweep.json.
+    new: the new description.
+
+  Returns:
+    The new description, with the points and seeds of the old one added.
 
   Raises:
-    RequestError: where they are of different sweeps.
+    RequestError: if they describe different sweeps.
   """
-  # They may differ in nothing that is fixed for the points of both. Sources
-  # (hashes of data) that only one of both has seen do not differ: each gets
-  # those of the other, and its own win.
+  # Compare what must not change. A source (the hash of some data) that only one
+  # of the two has is no difference, so each gets the sources of the other.
   sources = old['sources'] | new['sources']
   fixed_before = _fixed_part(old)
   fixed_before['sources'] = new['sources'] | old['sources']
-  # New points may be added: only points that the old one has are compared.
+  # New points may be added, so only points that the old one has are compared.
   fixed_now = _fixed_part(new, old['points'])
   fixed_now['sources'] = sources
   differing = differing_names(fixed_before, fixed_now)
   require(not differing, f'{workdir} holds another sweep, which differs in '
           f'{", ".join(differing)}: take another --workdir')
 
-  # The new points, each with the seeds of both, and then the other old ones,
-  # which are all that is left after the loop.
+  # List the new points, each with the seeds of both descriptions, and then the
+  # old points that are left after the loop.
   old_point_by_name = {point['name']: point for point in old['points']}
   points = []
   for point in new['points']:
@@ -268,12 +270,13 @@ def _merge_descriptions(workdir, old: dict, new: dict) -> dict:
 
 
 def _fixed_part(description: dict, points: Sequence[dict] = ()) -> dict:
-  """Returns the part of a sweep's description that no later one may change.
+  """Returns the part of a sweep's description that must stay the same as long
+  as the sweep goes on: the changes of its points, its base, and its files.
 
   Args:
     description: the description.
-    points: the points whose changes are a part of it, if it has them; (): all
-      of its own.
+    points: the points whose changes are returned, as far as the description has
+      them; (): all of its points.
   """
   names = [point['name'] for point in points or description['points']]
   changes_by_name = {}
@@ -307,16 +310,16 @@ def _flatten_as_json(tree: dict) -> dict:
 
 
 def point_row(description: dict, point: str) -> dict:
-  """Returns what the description of a sweep says of one of its points (variants
-  of the config).
+  """Returns the entry of a point (a variant of the config) in the description
+  of a sweep.
 
   Args:
-    description: what sweep.json holds.
+    description: the contents of sweep.json.
     point: the name of the point.
 
   Raises:
-    RequestError: where it has no such point, which a ledger of another sweep
-      may name.
+    RequestError: if there is no such point. The ledger, a database beside the
+      file, may be that of another sweep and name it.
   """
   for row in description['points']:
     if row['name'] == point:
@@ -337,29 +340,27 @@ def config_of_run(description: dict, point: str, seed: int):
 
 def fields_unlike_sweep(description: dict, workdir, point: str, seed: int
                         ) -> list[str]:
-  """Returns the fields of the config in which a run on disk differs from what
-  its sweep says.
+  """Returns the dotted names of the fields in which the config of a run on disk
+  differs from what its sweep says.
 
   Args:
-    description: what sweep.json holds.
+    description: the contents of sweep.json.
     workdir: the folder of the sweep.
-    point: the name of the point that the run is of.
-    seed: its seed.
-
-  Returns:
-    The dotted names of the fields.
+    point: the name of the point (a variant of the config) that was trained.
+    seed: the seed of the run.
 
   Raises:
-    ValueError: where its config.json is missing or damaged.
+    ValueError: if the run's config.json is missing or damaged.
   """
   config = config_of_run(description, point, seed)
   config_on_disk = run_config.load_config(run_folder(workdir, point, seed))
   different = differing_names(config_on_disk.to_dict(), config.to_dict())
   if not different:
     return []
-  # A run's config.json does not hold fields that its model does not read, such
-  # as the number of experts of a model that has none. To find them is slow, so
-  # equal configs return before.
+
+  # config.json does not have the fields that the model does not read, such as
+  # the number of experts of a model without any. Leave these out. To find them
+  # is slow, so equal configs have returned before.
   unread = flat.fields_that_are_unread(
       runs.resolve_model_without_tokenizer(config))
   return [name for name in different
@@ -367,19 +368,20 @@ def fields_unlike_sweep(description: dict, workdir, point: str, seed: int
 
 
 def why_not_of_sweep(description: dict, workdir, point: str, seed: int) -> str:
-  """Returns why what lies in the folder of a run is not that run, or ''.
+  """Returns the reason why the folder of a run holds another run than the sweep
+  says, or '' if it holds the right one.
 
   Args:
-    description: what sweep.json holds.
+    description: the contents of sweep.json.
     workdir: the folder of the sweep.
-    point: the name of the point that the run is of.
-    seed: its seed.
+    point: the name of the point (a variant of the config) that was trained.
+    seed: the seed of the run.
   """
   folder = run_folder(workdir, point, seed)
   try:
     different = fields_unlike_sweep(description, workdir=workdir, point=point,
                                     seed=seed)
-  # A config that cannot be read is no run of the sweep, either.
+  # A config that cannot be read is not that of the run either.
   except RequestError as error:
     return str(error)
   if not different:
@@ -410,8 +412,12 @@ def codes_of_runs(workdir, description: Mapping[str, Any]) -> list[str]:
 
 
 def devices_of_run(folder: pathlib.Path) -> list[str]:
-  """Returns the kinds of device that the log of a run names, each as 'N of the
-  kind KIND'; [] where it has no log."""
+  """Returns the kinds of devices that trained a run, each as 'N of the kind
+  KIND', from the lines 'devices: ...' of its log. [] if it has no log.
+
+  Args:
+    folder: the folder of the run.
+  """
   log = folder / 'log.txt'
   if not log.is_file():
     return []
@@ -424,19 +430,16 @@ def devices_of_run(folder: pathlib.Path) -> list[str]:
 
 
 def plan_hashes_of_runs(workdir) -> set[str]:
-  """Returns the hashes of the plans of studies by which the runs of a folder
-  were started.
+  """Returns the hashes of the study plans by which the runs in a folder were
+  started. '' is among them if a run was started by no study.
 
   Args:
     workdir: the folder of a phase of a study.
-
-  Returns:
-    The hashes; '' is among them where no study started a run.
   """
+  # A run has a record for each time that it was started or resumed.
   hashes = set()
   for start in starts_of_runs(pathlib.Path(workdir).glob('points/*/seed-*')):
-    # A start has the plan as 'HASH DATE', and once for each time that the run
-    # was started or resumed.
+    # A record has the plan as 'HASH DATE'.
     hash, _, _ = str(start.get('plan', '')).partition(' ')
     hashes.add(hash)
   return hashes
@@ -460,14 +463,14 @@ def read_metrics(folder: pathlib.Path, split: str) -> list[dict]:
 
 
 def is_trained(folder: pathlib.Path, train) -> bool:
-  """Returns whether a run took its last step and saved it, and did not end
-  there after too many steps that were skipped for bad gradients.
+  """Returns whether a run is trained: it took its last step and saved it, and
+  did not give up there because of too many bad gradients in a row.
 
   Args:
     folder: the folder of the run.
     train: config.train of the run.
   """
-  # The last row of the last step: a run that was resumed has rows twice.
+  # Find the last row of the last step. A run that was resumed may have several.
   last_row = None
   for row in read_metrics(folder, 'train'):
     if row['step'] == train.steps:
@@ -475,8 +478,9 @@ def is_trained(folder: pathlib.Path, train) -> bool:
   is_saved = (folder / 'checkpoints' / str(train.steps)).is_dir()
   if last_row is None or not is_saved:
     return False
-  # A run that gave up after too many bad steps saved its last one, too. Where
-  # nothing is recorded of them, -1 is below any limit.
+
+  # A run that gave up has saved its last step too. If no number of bad steps is
+  # recorded, -1 is below any limit.
   return last_row.get('bad_in_row', -1) < train.max_bad_steps
 
 
@@ -493,18 +497,15 @@ def hash_figures(folder: pathlib.Path) -> str:
 
 
 def load_evaluation(folder: pathlib.Path) -> dict:
-  """Returns what a run's eval.json holds: the figures of each evaluation task.
-
-  It was written in one piece, so it is whole or not there.
+  """Reads the results of the evaluations of a run from its eval.json, {task:
+  figures}. Returns {} if there is no such file.
 
   Args:
     folder: the folder of the run.
 
-  Returns:
-    The figures by task; {} where there is no such file.
-
   Raises:
-    RequestError: where it is damaged.
+    RequestError: if the file is damaged. It is written in one piece, so an
+      interrupted run cannot be the reason.
   """
   path = folder / 'eval.json'
   if not path.is_file():
@@ -537,13 +538,14 @@ def read_error_of_log(folder: pathlib.Path) -> str:
 
 def train_command(description: dict, workdir, point: str, seed: int
                   ) -> list[str]:
-  """Returns the words of the command that trains one run, from `train.py` on.
+  """Returns the words of the command that trains one run of a sweep, from
+  `train.py` on.
 
   Args:
-    description: what sweep.json holds.
+    description: the contents of sweep.json.
     workdir: the folder of the sweep.
-    point: the name of the point (a variant of the config) that the run is of.
-    seed: its seed.
+    point: the name of the point (a variant of the config) to train.
+    seed: the seed of the run.
   """
   folder = run_folder(workdir, point, seed)
   command = ['train.py', '--config', description['file'],
@@ -551,7 +553,7 @@ def train_command(description: dict, workdir, point: str, seed: int
   # The file has the config of the base; the changes of the point are overrides.
   changes = point_row(description, point)['changes'] | {'seed': seed}
   for field, value in changes.items():
-    # JSON made lists of tuples, which the config asks for.
+    # JSON has turned tuples into lists, but the config needs tuples.
     command.append(f'--config.{field}={run_config.lists_to_tuples(value)}')
   return command
 
@@ -640,9 +642,9 @@ class Ledger:
     self.has_doubtful_runners = False
     self._path.parent.mkdir(parents=True, exist_ok=True)
 
-    # One process at a time looks whether the file is whole, else a second one
-    # would set aside the file that the first has just written anew. The lock is
-    # released when the file is closed.
+    # Open the database. If the file is damaged, it is set aside and made anew.
+    # Only one process at a time may do that, or a second one would set the new
+    # file aside. The lock is released when its file is closed.
     lock = self._path.with_suffix('.lock')
     with storage.explain_write_failures(lock), lock.open('w') as file:
       fcntl.lockf(file, fcntl.LOCK_EX)
@@ -651,8 +653,8 @@ class Ledger:
         self._set_file_aside(damage)
         self._connect()
 
-    # A sweep without runs: the file was lost, or is new. Its rows are written
-    # from what lies on disk.
+    # If a sweep has no runs in the database, it was lost or is new. Then its
+    # rows are written from what lies on disk.
     is_of_sweep = (self._path.parent / 'sweep.json').is_file()
     if is_of_sweep and not self._select('SELECT id FROM runs LIMIT 1'):
       reconcile_ledger(workdir, self)
@@ -1018,12 +1020,14 @@ def begin_sweep(workdir, ledger: Ledger, description: dict) -> dict:
   Raises:
     RequestError: where the workdir holds another sweep.
   """
-  # Another process may add to the sweep at the same time: the transaction is
-  # the lock of sweep.json.
+  # Write sweep.json. Another process may add to the sweep at the same time, so
+  # the transaction of the ledger serves as a lock of the file.
   with ledger.transaction():
     save_sweep_description(workdir, description)
-  # A runner that was killed still holds its runs. Whether one lives is known
-  # once its heartbeat was seen to rise, or to stand still for several looks.
+
+  # Free the runs of runners (processes that train) which were killed. Whether
+  # a runner lives is known once its heartbeat was seen to rise, or to stand
+  # still for several looks.
   ledger.free_runs_of_dead_runners()
   if ledger.has_doubtful_runners:
     print('waiting for a sign of life of those who hold runs', file=sys.stderr)

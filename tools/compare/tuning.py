@@ -60,23 +60,26 @@ class TuningRuns:
     return False
 
   def draw_misses(self, run: plans.Outcome) -> np.ndarray | None:
-    """Returns by how much the values of a run may be worse than the best
-    candidate: max(L_chosen - min_c L_c, 0) in draws of the true losses L_c of
-    all candidates c,
+    """Draws by how much the tuned values of a run may be worse than those of
+    the best candidate, L_chosen - min_c L_c. The true losses L_c of all
+    candidates c are not known, and are drawn as
 
       L_c = m_c + s sqrt(df / X) Z_c / sqrt(n),
 
-    with the mean m_c of n seeds, the deviation s of a run with its degrees of
-    freedom, a standard normal Z_c and a chi-squared X of df: what the data tell
-    of L_c without any prior knowledge (the parametric bootstrap around the
-    observed curve; Efron and Tibshirani 1993, chapter 6.5). A choice that won
-    narrowly may have missed by as much as the noise of a tuning run; one that
-    won clearly has missed by nothing.
+    where m_c is the mean loss over n seeds, s the standard deviation of a run
+    with df degrees of freedom, Z_c standard normal, and X chi-squared with df
+    degrees of freedom (the parametric bootstrap: Efron and Tibshirani 1993,
+    chapter 6.5). A choice that won narrowly may miss the best one by as much as
+    the noise of a tuning run, and one that won clearly misses it by nothing.
+
+    Args:
+      run: the outcome of a run with tuned values.
 
     Returns:
-      The misses, [draws]; None where nothing was tuned, the run's values are
-      none of the candidates, or the noise is not known.
+      The misses, [draws], none below 0; None if nothing was tuned, if the
+      values of the run are none of the candidates, or if the noise is unknown.
     """
+    # Look up the losses of all candidates, and their noise.
     point = self._tuned_point(run)
     _, size, workload = point
     losses = self.losses.get(point, {})
@@ -87,7 +90,9 @@ class TuningRuns:
     if self._values(run) not in values:
       return None
 
-    # The draws of a point are always these, for whatever it is compared.
+    # Draw the true losses. The seed follows from the point (the variant at a
+    # size on a workload), so that a point has the same draws in each
+    # comparison.
     rng = np.random.default_rng(zlib.crc32('/'.join(point).encode()))
     scales = np.sqrt(deviation.df / rng.chisquare(deviation.df, NUM_DRAWS))
     noise = rng.normal(size=(NUM_DRAWS, len(means)))
@@ -110,16 +115,23 @@ class TuningRuns:
 
 def read_tuning_runs(plan: plans.Plan, outcomes: pairing.Outcomes
                      ) -> TuningRuns:
-  """Returns the runs of tuning among the outcomes of all phases of a study, and
-  the noise by which they choose."""
+  """Collects the runs of a study's tuning, and measures how noisy their losses
+  are, since the best values were chosen by these losses.
+
+  Args:
+    plan: the plan of the study.
+    outcomes: the outcomes of the runs of all its phases.
+  """
+  # Select the runs. A phase may compare only some of the measures, and needs
+  # only the workloads (the text, or probes) of these.
   outcomes = [*outcomes]
-  # A phase may compare some of the measures alone, on their workloads.
   workloads = {measure.workload for measure in plan.measures}
   runs_of_tuning = [run for run in outcomes
                     if run.phase == 'tune' and run.workload in workloads]
   runs_of_tuning.sort(key=lambda run: run.seed)
 
-  # The losses of each candidate, seed by seed.
+  # Collect the losses of each candidate (the values of the tuned fields), seed
+  # by seed. A candidate of which any run diverged is left out.
   tried: dict[Point, list[Values]] = {}
   diverged = set()  # pairs of a point and its values
   losses: dict[Point, dict[Values, LossesBySteps]] = {}
@@ -138,7 +150,7 @@ def read_tuning_runs(plan: plans.Plan, outcomes: pairing.Outcomes
   for point, values in diverged:
     del losses[point][values]
 
-  # The noise at each size on each workload.
+  # Measure the noise at each size of the model on each workload.
   noise_runs = pairing.outcomes_of_phase(outcomes, 'noise')
   deviations = {}
   for size, workload in {(size, workload) for _, size, workload in losses}:
@@ -154,19 +166,27 @@ def read_tuning_runs(plan: plans.Plan, outcomes: pairing.Outcomes
 
 def _losses_of_whole_runs(losses: Mapping[Values, LossesBySteps]
                           ) -> tuple[list[Values], np.ndarray, int]:
-  """Returns the mean loss of each candidate of a point after whole runs.
+  """Returns the mean loss that each candidate of tuning has after a whole run.
 
-  A candidate that was dropped before stands as far from the best one that was
-  kept then as it stood from it at their last common rung.
+  Tuning drops candidates after shorter runs. The loss of a dropped candidate is
+  estimated: it is that of the best candidate which went on, plus the difference
+  that the two had after the last runs that they have in common.
+
+  Args:
+    losses: the losses of each candidate by the number of steps, seed by seed.
 
   Returns:
-    The values of the candidates, their means, [C], and the number of seeds.
+    The values of the C candidates, their mean losses, [C], and the number of
+    seeds.
   """
+  # The candidates that were trained to the end.
   num_steps = max(steps for by_steps in losses.values() for steps in by_steps)
   means = {values: float(np.mean(by_steps[num_steps]))
            for values, by_steps in losses.items() if num_steps in by_steps}
   best_first = sorted(means, key=means.__getitem__)
   num_seeds = len(losses[best_first[0]][num_steps])
+
+  # The candidates that were dropped before.
   for values, by_steps in losses.items():
     if num_steps in by_steps:
       continue
@@ -203,20 +223,21 @@ def _differences_of_noise(plan: plans.Plan, runs: pairing.Runs, size: str,
 
 def _deviation_of_run(tables: Sequence[np.ndarray], differences: Sequence[float]
                       ) -> statistics.PooledDeviation | None:
-  """Returns the standard deviation of a run beside others of its seed, pooled
-  over all that shows it.
+  """Returns the standard deviation of the loss of a run compared with other
+  runs of the same seed, pooled over all runs that show it.
 
   Args:
-    tables: the losses of tuning of each variant, [candidates, seeds]: what is
-      left without the means of candidates and of seeds is noise (the residual
-      of a two-way table).
+    tables: the losses of tuning of each variant, [candidates, seeds]. What is
+      left after the means of candidates and of seeds are subtracted is noise
+      (the residuals of a two-way analysis of variance).
     differences: the differences of pairs of runs of the base, whose variance is
       twice that of a run.
 
   Returns:
-    The deviation; None where nothing has a degree of freedom, or there is no
-    noise.
+    The deviation, or None if no run was repeated or all repeats are equal.
   """
+  # Sum the squares and the degrees of freedom (df): of the tables, and then of
+  # the pairs.
   sum_of_squares, df = 0.0, 0
   for table in tables:
     num_candidates, num_seeds = table.shape
