@@ -287,3 +287,12 @@ def test_zero_experts_have_a_share_of_the_room():
       moe, factor=1.0, tokens=16, groups=1, axes=dispatch.MixtureAxes(), T=16,
       routed=routed)
   assert (routed.expert_A < 4).tolist() == [True, False] * 4 + [False] * 24
+
+
+def test_dropout_of_hidden_units_keeps_their_mean():
+  dropout = dispatch.ExpertDropout(seed=jnp.uint32(7), rate=0.25)
+  mask_PF = np.asarray(dropout.mask(jnp.arange(300), 200))
+  np.testing.assert_allclose(np.unique(mask_PF), [0, 4 / 3], rtol=1e-6)
+  for axis in 0, 1:  # each row and each unit has draws of its own
+    np.testing.assert_allclose(mask_PF.mean(axis).mean(), 1, atol=0.02)
+    assert mask_PF.mean(axis).std() < 0.07
