@@ -43,11 +43,11 @@ class TaskHead:
   prefix: tuple[str, str] = ('', '')
 
   def rows(self, names: Iterable[Row]) -> tuple[Row, ...]:
-    """Returns the rows that give the Hugging Face names of a model with this
-    head.
+    """Returns table rows that name the Hugging Face tensor of each parameter of
+    a model with the head of this task.
 
     Args:
-      names: the rows of the model with the head of a language model, whose
+      names: the rows of the same model with the head of a language model. Its
         tensors may have another prefix.
 
     Returns:
@@ -284,15 +284,16 @@ BIAS_FIELDS = {'attention_bias': 'attention_bias', 'mlp_bias': 'ffn_bias'}
 
 
 def fields_with_defaults(**defaults: Any) -> dict[str, tuple]:
-  """Returns a table from fields of our config.model to those of a Hugging Face
-  config.json, with transformers' defaults.
+  """Makes a table that maps fields of our config.model to the fields of a
+  Hugging Face config.json of the same meaning.
 
   Args:
-    **defaults: transformers' default of each field of config.json, by its name
-      there. Our name is that of the usual table above, or else the same.
+    **defaults: the fields of config.json, each with the value that transformers
+      takes if it is missing. Our name of a field is looked up in a table of
+      usual names; if it is not there, both names are the same.
 
   Returns:
-    Entries of `HuggingFace.fields`, our name: (name in config.json, default).
+    {our name: (name in config.json, default)}.
   """
   entries = {}
   for hf_name, default in defaults.items():
@@ -320,17 +321,17 @@ def default_head_dim(fields: Mapping[str, Any]) -> int:
 
 
 def prefix_rows(our_folder: str, hf_module: str, *rows: Row) -> tuple[Row, ...]:
-  """Returns the rows of a part of a model with the names of what contains it
-  put before those of the part, on both sides.
-
-  A row maps a parameter of ours to a tensor of a Hugging Face file: our path,
-  our axes, their name, their axes.
+  """Puts the name of a part of a model, such as its attention, before the names
+  of the part's parameters, ours and those of Hugging Face.
 
   Args:
-    our_folder: the folder to stand before our paths, with a '/'.
-    hf_module: the name of transformers' module to stand before the names of the
-      tensors, with a '.'.
-    *rows: rows whose path and name begin within the part.
+    our_folder: what is put before our paths, with a '/'.
+    hf_module: what is put before the names of the tensors, with a '.'.
+    *rows: rows of four strings: the path and the axes of our parameter, and the
+      name and the axes of its tensor. Path and name begin within the part.
+
+  Returns:
+    The rows with longer paths and names.
   """
   prefixed = []
   for our_path, our_axes, hf_name, hf_axes in rows:
@@ -353,8 +354,8 @@ def norm_rows(ours: str, theirs: str) -> tuple[Row, Row]:
 
 def dense_rows(ours: str, our_axes: str, theirs: str, hf_axes: str
                ) -> tuple[Row, Row]:
-  """Returns the rows that give the Hugging Face names of a matrix and of its
-  bias.
+  """Returns table rows that name the Hugging Face tensors of a matrix and of
+  its bias.
 
   Args:
     ours: the path of our matrix; the bias is beside it, with _bias at its end.
@@ -370,16 +371,16 @@ def dense_rows(ours: str, our_axes: str, theirs: str, hf_axes: str
     and 'HK D' say that the tensor has two axes, of which the first is our H and
     K joined.
   """
-  # The bias has the axes of the output: the dimension of theirs whose letters
-  # are the last of ours. A digit in it is the number of matrices that lie there
-  # one after another, which no letter of ours stands for.
+  # The bias has the axes of the output, which are the last ones of ours. Find
+  # the dimension of the tensor that has these letters. A digit in it says how
+  # many of our matrices it joins, and is no axis of ours.
   output_dimensions = []
   for dimension in hf_axes.split():
     letters = re.sub(r'\d', '', dimension)
     if our_axes.endswith(letters):
       output_dimensions.append((dimension, letters))
   hf_bias_axes, our_bias_axes = output_dimensions[0]
-  # Each expert has a tensor of its own there, and ours have an axis E of them.
+  # A Hugging Face file has a tensor for each expert; ours have an axis E.
   if '{e}' in theirs:
     our_bias_axes = 'E' + our_bias_axes
   bias_names = [f'{name}_bias' for name in ours.split('|')]
@@ -390,8 +391,8 @@ def dense_rows(ours: str, our_axes: str, theirs: str, hf_axes: str
 
 def attention_rows(query: str, key: str, value: str, out: str,
                    kv_heads: str = 'H') -> tuple[Row, ...]:
-  """Returns the rows that give the Hugging Face names of the matrices and the
-  biases of attention.
+  """Returns table rows that name the Hugging Face tensors of the matrices and
+  the biases of attention.
 
   Args:
     query: the name of the matrix for queries in transformers.
@@ -441,21 +442,21 @@ def check_heads_divide_width(config: ModelConfig) -> None:
 def check_gates(fields: Mapping[str, Any],
                 top_k_name: str = 'num_experts_per_tok',
                 normalize_name: str = 'norm_topk_prob') -> None:
-  """Refuses a mixture of experts whose only gate transformers would divide by
-  itself.
+  """Refuses a Hugging Face config.json in which each token goes to one expert
+  and gates are made to sum to 1.
 
-  With one expert for each token, gates that are made to sum to 1 are all 1. The
-  gate here is the router's score, so that the router learns.
+  In transformers the gate of each token is then always 1. Our model would
+  compute something else: its gate is the router's score, so that the router
+  learns.
 
   Args:
-    fields: the fields of the model that were read so far; a system without
-      moe.normalize_gates always normalises them.
-    top_k_name: the field of the config.json that says how many experts a token
-      has.
-    normalize_name: the field that says whether its gates are made to sum to 1.
+    fields: the fields of the model that were read so far. A system that has no
+      field moe.normalize_gates always normalises the gates.
+    top_k_name: the field of the file that says how many experts a token has.
+    normalize_name: the field that says whether gates are made to sum to 1.
 
   Raises:
-    RequestError: for one expert and gates that are normalised.
+    RequestError: in this case.
   """
   if fields['moe.top_k'] > 1:
     return
@@ -472,17 +473,18 @@ def check_gates(fields: Mapping[str, Any],
 
 def read_shared_experts(reader: Reader, name: str, default: int, width: int
                         ) -> int:
-  """Returns how many times as wide as one expert the dense network beside the
-  experts is, which is model.moe.shared_experts.
+  """Reads the width of the dense network beside the experts, as a multiple of
+  the width of one expert (our field moe.shared_experts).
 
   Args:
-    reader: the reader of the config.json.
-    name: the field of the config.json with the hidden units of this network.
+    reader: the fields of a Hugging Face config.json: `reader(name, default)`
+      returns one.
+    name: the field that has the number of hidden units of this network.
     default: transformers' default of the field.
-    width: the hidden units of an expert.
+    width: the number of hidden units of an expert.
 
   Raises:
-    RequestError: where the one is no multiple of the other.
+    RequestError: if the width is no multiple of an expert's.
   """
   shared_width = reader(name, default)
   require(shared_width % width == 0,
@@ -494,17 +496,17 @@ def read_shared_experts(reader: Reader, name: str, default: int, width: int
 
 def find_hf_word(our_value_of_word: Mapping[str, str], value: str, field: str
                  ) -> str:
-  """Returns the word in a Hugging Face config.json for a value of one of our
-  fields: the inverse of a table of words.
+  """Looks up the word by which a Hugging Face config.json calls a value of one
+  of our fields.
 
   Args:
-    our_value_of_word: our value, by each word of theirs. Where several words
-      mean the same value, the first one is written.
+    our_value_of_word: {word of theirs: our value}. If several words have the
+      same meaning, the first one is returned.
     value: the value of our field.
-    field: the name of our field, below model.
+    field: the name of our field in config.model, for the message.
 
   Raises:
-    RequestError: if they have no word for it.
+    RequestError: if there is no word for the value.
   """
   for word, our_value in our_value_of_word.items():
     if our_value == value:

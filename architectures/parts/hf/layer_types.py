@@ -83,19 +83,20 @@ def _are_words(entries: Sequence[Any], words: Collection[str]) -> bool:
 
 def read_attention_types(reader: hf.Reader, layers: int,
                          has_window: Callable[[int], Any]) -> list[str]:
-  """Returns for each layer whether it attends to a sliding window or to all
-  keys, as a Hugging Face config.json says it.
+  """Reads from a Hugging Face config.json which layers attend to a sliding
+  window, and which to all keys.
 
   Args:
-    reader: the reader of the config.json.
+    reader: the fields of the config.json.
     layers: the number of layers.
-    has_window: a function of the number of a layer, from 0 on, whose result is
-      true for one with a window. It is asked where the file has no layer_types.
+    has_window: a function that says whether layer n (from 0 on) has a window.
+      It is used if the file does not list the types of the layers.
 
   Returns:
-    The entry of layer_types for each layer; it is checked where it is used.
+    The type of each layer, such as 'sliding_attention'. It may be unknown:
+    callers check it.
   """
-  # The field counts as read, also where it is not there or null.
+  # This marks the field as known, even if it is missing or null.
   reader.ignore_fields('layer_types')
   if reader.has('layer_types'):
     return reader.read_list('layer_types')
@@ -119,11 +120,11 @@ def read_sliding_window(reader: hf.Reader) -> int:
 def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
   """Finds the shortest repeating pattern in the order of a model's layers.
 
-  The layers are a prefix, a pattern that is repeated one or more times, and a
-  suffix that has only kinds of the pattern. Of all such divisions, this is the
-  one that names the fewest layers together; then the one with the shortest
-  suffix; and then the one with the shortest prefix. For example, a, b, c, b, c
-  is the prefix a and the pattern b, c.
+  The layers are divided into a prefix, a pattern that is repeated one or more
+  times, and a suffix that has only kinds of layer of the pattern. The best
+  division names the fewest layers in all; among equals, it has the shortest
+  suffix, and then the shortest prefix. For example, a, b, c, b, c is divided
+  into the prefix a and the pattern b, c.
 
   Args:
     names: the kind of each layer, in order.
@@ -132,8 +133,8 @@ def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
     The fields `prefix`, `pattern` and `suffix` of config.model, each as names
     with commas between.
   """
-  # Each candidate: how many names it has, and the lengths of its suffix, its
-  # prefix and its period, in the order in which they are to be least.
+  # A candidate is (number of names, length of suffix, length of prefix, length
+  # of pattern). The order matters: min() compares the first number first.
   candidates = []
   for prefix_length in range(len(names)):
     for period in range(1, len(names) - prefix_length + 1):
@@ -154,35 +155,40 @@ def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
 
 def pattern_and_kinds(names: Sequence[str],
                       kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  """Returns the fields of config.model that say the order of its layers, and
-  what each kind of layer is.
+  """Returns the fields of config.model that say in which order its kinds of
+  layer stand, and how each kind differs from the model's own fields.
 
   Args:
-    names: the kind of each layer, in order.
-    kinds: the fields of the model that each kind sets, of those that `names`
-      has and maybe of others.
+    names: the name of each layer's kind, in order.
+    kinds: {name of a kind: the fields that it overrides}. It may have more
+      kinds than occur in `names`.
+
+  Returns:
+    The fields `prefix`, `pattern`, `suffix` and `kinds`.
   """
   used_kinds = {name: kinds[name] for name in dict.fromkeys(names)}
   return shortest_pattern(names) | dict(kinds=used_kinds)
 
 
 def read_layers_with_rope(reader: hf.Reader, layers: int) -> list[int]:
-  """Returns which layers have rotary positions (RoPE), by no_rope_layers of a
-  Hugging Face config.json, whose entries mean the opposite of its name.
+  """Reads from a Hugging Face config.json which layers have rotary positions
+  (RoPE). The field is called no_rope_layers, but its entries mean the opposite:
+  1 is a layer with positions.
 
-  Where they are not listed, the last of every no_rope_layer_interval layers has
-  no positions.
+  Without the field, the last of every no_rope_layer_interval layers has no
+  positions.
 
   Args:
-    reader: the reader of the config.json.
+    reader: the fields of the config.json.
     layers: the number of layers.
 
   Returns:
-    For each layer 1 where its queries and keys are rotated by their positions,
-    and 0 where they are not.
+    For each layer, 1 if its queries and keys are rotated by their positions,
+    and 0 if not.
 
   Raises:
-    RequestError: for another number of entries, or one that is neither.
+    RequestError: if there is not one entry for each layer, or one is not 0 or
+      1.
   """
   interval = reader('no_rope_layer_interval', 4)
   entries = reader.read_list('no_rope_layers')
@@ -218,16 +224,21 @@ def attention_type(config: ModelConfig) -> str:
 
 def read_recurrent_layers(reader: hf.Reader, layers: int, mixer: str
                           ) -> dict[str, Any]:
-  """Returns the fields of config.model that say which layers of a hybrid model
-  are a recurrence, and which have a dense network in place of experts.
+  """Reads from a Hugging Face config.json which layers of a hybrid model are a
+  recurrence (the others are attention), and which have a dense network in place
+  of experts.
 
   Args:
-    reader: the reader of the config.json.
+    reader: the fields of the config.json.
     layers: the number of layers.
-    mixer: model.mixer of the recurrence.
+    mixer: our name of the recurrence, the value of model.mixer.
+
+  Returns:
+    The fields of config.model that say this: the order of the layers, and
+    `kinds`, how each kind of layer differs from the model's own fields.
   """
   check_number_of_layers('num_hidden_layers', layers)
-  # Where the types are not listed, the last of every few layers is attention.
+  # If the types are not listed, the last of every few layers is attention.
   interval = reader('full_attention_interval', 4)
   types = read_entry_of_each_layer(
       reader, field='layer_types', layers=layers, words=KIND_OF_MIXER)
@@ -247,14 +258,15 @@ def read_recurrent_layers(reader: hf.Reader, layers: int, mixer: str
 
 
 def interval_of_expert_layers(config: ModelConfig) -> int:
-  """Returns the distance n between the layers with experts, in a model whose
-  last of every n layers has some.
+  """Returns the number n such that the last of every n layers has experts, as
+  some config.json of Hugging Face write it.
 
   Args:
     config: our config of the model.
 
   Raises:
-    RequestError: where no layer, or other layers, have experts.
+    RequestError: if no layer has experts, or if the layers with experts have
+      another order.
   """
   layers = max(config.num_layers, config.num_decoder_layers)
   has_experts = [kind.ffn == 'moe' for kind in config.layer_kinds(layers)]
@@ -278,17 +290,19 @@ def check_number_of_layers(field: str, layers: int) -> None:
 
 def read_entry_of_each_layer(reader: hf.Reader, field: str, layers: int,
                              words: Collection[str]) -> list[str]:
-  """Returns the entries of a field of a Hugging Face config.json that has one
-  word for each layer; an empty list if there is no such field.
+  """Reads a field of a Hugging Face config.json that has a word for each layer.
 
   Args:
-    reader: the reader of the config.json.
-    field: the name of the field, such as layer_types.
+    reader: the fields of the config.json.
+    field: the name of the field, such as 'layer_types'.
     layers: the number of layers.
-    words: the entries that are known.
+    words: the words that are known.
+
+  Returns:
+    The words in the order of the layers; [] if there is no such field.
 
   Raises:
-    RequestError: for another number of entries, or an unknown one.
+    RequestError: if there is not one entry for each layer, or one is unknown.
   """
   entries = reader.read_list(field)
   if not reader.has(field):
@@ -308,16 +322,21 @@ def check_has_attention(config: ModelConfig) -> None:
 
 def fields_of_recurrent_layers(types: Sequence[str], is_dense: Sequence[bool],
                                mixer: str) -> dict[str, Any]:
-  """Returns the fields of config.model for a hybrid of attention and a
-  recurrence: the order of its layers, and what each kind of layer is.
+  """Returns the fields of config.model that describe the layers of a hybrid of
+  attention and a recurrence.
 
   Args:
-    types: the entry of layer_types for each layer: 'linear_attention', which is
-      a recurrence, or 'full_attention'.
-    is_dense: whether each layer has a dense network in place of experts.
-    mixer: model.mixer of the recurrence.
+    types: the type of each layer: 'linear_attention', which is the recurrence,
+      or 'full_attention'.
+    is_dense: for each layer, whether it has a dense network in place of
+      experts.
+    mixer: our name of the recurrence, the value of model.mixer.
+
+  Returns:
+    The order of the layers, and `kinds`, how each kind of layer differs from
+    the model's own fields.
   """
-  # A kind for each of the up to four combinations that are there.
+  # There is a kind for each combination of the two that occurs.
   kind_names, kinds = [], {}
   for layer_type, has_dense_network in zip(types, is_dense, strict=True):
     name, kind = KIND_OF_MIXER[layer_type], {}
@@ -334,12 +353,13 @@ def fields_of_recurrent_layers(types: Sequence[str], is_dense: Sequence[bool],
 def write_recurrent_layers(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields of a Hugging Face config.json that say which layers of a
   hybrid model are a recurrence, and which have a dense network in place of
-  experts: the inverse of `read_recurrent_layers`.
+  experts. This is the inverse of `read_recurrent_layers`.
 
   Args:
     config: our config of the model.
   """
-  # Layers without experts are listed, so an interval of 1 is always right.
+  # The file says "every n-th layer has experts, except the listed ones". All
+  # layers without experts are listed, so n is always 1.
   types, dense_layers = [], []
   for n, layer in enumerate(config.layers(config.num_layers)):
     if layer.mixer == 'attention':

@@ -35,11 +35,12 @@ def read_rope(reader: hf.Reader, *,
               interleaved: bool = False, on_scores: bool = False,
               words: Mapping[str, str] = SCALING_OF_ROPE_TYPE,
               original: int = 0, unread: tuple[str, ...] = ()) -> dict:
-  """Reads the rotary positions (RoPE) of a Hugging Face config.json: a new one
-  with rope_parameters, or an old one with rope_theta and rope_scaling.
+  """Reads the rotary positions (RoPE) from a Hugging Face config.json. A new
+  file has an object rope_parameters; an old one has rope_theta and an object
+  rope_scaling.
 
   Args:
-    reader: the reader of the config.json.
+    reader: the fields of the config.json.
     theta: the name of theta outside of these objects, and its default.
     fraction: the name of the share of a head that is rotated, and its default.
       None: the system rotates whole heads, whatever its config.json says:
@@ -58,7 +59,7 @@ def read_rope(reader: hf.Reader, *,
   old_section = reader.read_object('rope_scaling')
   for section in (new_section, old_section):
     section.ignore_fields(*unread)
-  # An old object goes before a new one where both are there.
+  # If a file has both objects, the old one counts.
   section = old_section or new_section
   return _read_section(reader, section=section, theta=theta, fraction=fraction,
                        interleaved=interleaved, on_scores=on_scores,
@@ -68,17 +69,17 @@ def read_rope(reader: hf.Reader, *,
 def read_rope_of_layer_kinds(reader: hf.Reader,
                              *kinds: tuple[str, tuple[str, float]],
                              **how: Any) -> list[dict]:
-  """Reads the rotary positions (RoPE) of each kind of layer, from a Hugging
-  Face config.json whose rope_parameters have an object for each.
+  """Reads the rotary positions (RoPE) of each kind of layer from a Hugging Face
+  config.json, whose rope_parameters have an object for each kind.
 
-  An old config.json has one rope_scaling, which is that of the last kind.
+  An old file has a single object rope_scaling. It belongs to the last kind.
 
   Args:
-    reader: the reader of the config.json.
-    *kinds: the name of each kind in rope_parameters, with the `theta` of
-      `read_rope`.
+    reader: the fields of the config.json.
+    *kinds: pairs: the name of a kind in rope_parameters; and its `theta`, as
+      `read_rope` takes it.
     **how: further arguments of `read_rope`, and `temperature`: whether YaRN has
-      one.
+      a temperature.
 
   Returns:
     The fields of config.model.rope for each of `kinds`, in their order.
@@ -171,15 +172,16 @@ def _read_section(reader: hf.Reader, section: hf.Reader, *,
 
 def _read_longrope(reader: hf.Reader, section: hf.Reader, original: int
                    ) -> dict[str, Any]:
-  """Reads the fields of rotary positions that LongRoPE (Ding et al. 2024, arXiv
-  2402.13753) alone has: a divisor of each frequency, for short and long texts.
+  """Reads the fields of rotary positions that only LongRoPE has (Ding et al.
+  2024, arXiv 2402.13753): a divisor for each frequency, in short and in long
+  texts.
 
-  Without a factor in the config.json, the factor is the length of the model
-  over that for which it was trained at first.
+  If the config.json has no factor, it is the length of the model divided by the
+  length for which the model was trained at first.
 
   Args:
-    reader: the reader of the config.json.
-    section: the reader of the object that has the fields of positions.
+    reader: the fields of the config.json.
+    section: the fields of the object in it that describes positions.
     original: the length for which the model was trained at first.
 
   Returns:
@@ -198,25 +200,27 @@ def _read_longrope(reader: hf.Reader, section: hf.Reader, original: int
 
 def _read_temperature(section: hf.Reader, on_scores: bool, temperature: bool
                       ) -> dict[str, float]:
-  """Reads the two fields for the temperature of YaRN, a factor on attention
-  scores that makes stretched positions sharper.
-
-  Where one of them is 0 in a config.json, transformers reads neither.
+  """Reads the two fields for the temperature of YaRN from a Hugging Face
+  config.json. The temperature is a factor on attention's scores, which makes
+  them sharper where positions are stretched.
 
   Args:
-    section: the reader of the object that has the fields of positions.
-    on_scores: whether this system puts mscale_all_dim on the scores.
+    section: the fields of the object in the file that describes positions.
+    on_scores: whether this system multiplies whole scores by a part of the
+      temperature (mscale_all_dim), as DeepSeek's systems do.
     temperature: whether YaRN has a temperature in this system.
 
   Returns:
-    mscale, its share on rotated features, and mscale_all_dim, that on whole
-    scores. Both 0 mean no temperature; 1 and 0 are YaRN's own.
+    mscale, for the part of the temperature on rotated features, and
+    mscale_all_dim, for that on whole scores. Both are 0 without a temperature;
+    1 and 0 are YaRN's own.
 
   Raises:
-    RequestError: for values that the system does not go with.
+    RequestError: if the system cannot have the values of the file.
   """
   if not temperature:
     return dict(mscale=0.0, mscale_all_dim=0.0)
+  # If one of the fields is 0, transformers reads neither.
   mscale, all_dim = section('mscale', 0.0), section('mscale_all_dim', 0.0)
   has_both = bool(mscale and all_dim)
   require(has_both == bool(on_scores and all_dim),
@@ -229,13 +233,14 @@ def _read_temperature(section: hf.Reader, on_scores: bool, temperature: bool
 
 def _read_rotated_fraction(reader: hf.Reader, section: hf.Reader,
                            name_and_default: tuple[str, float] | None) -> float:
-  """Returns the share of a head's features that is rotated by positions.
+  """Reads which share of a head's features is rotated by positions.
 
   Args:
-    reader: the reader of the config.json.
-    section: the reader of the object that has the fields of positions.
-    name_and_default: the field for the share outside of this object, and its
-      default; None: the system rotates whole heads, and refuses another share.
+    reader: the fields of a Hugging Face config.json.
+    section: the fields of the object in it that describes positions.
+    name_and_default: the field that has the share outside of this object, and
+      its default; None: the system always rotates whole heads, and another
+      share is refused.
   """
   if name_and_default:
     return section('partial_rotary_factor', reader(*name_and_default))
@@ -250,16 +255,19 @@ def _read_rotated_fraction(reader: hf.Reader, section: hf.Reader,
 def write_rope_of_layer_kinds(config: ModelConfig,
                               names: Mapping[str, str] | None = None,
                               **how: Any) -> dict:
-  """Returns rope_parameters of a Hugging Face config.json, the rotary positions
-  (RoPE), with an object for each kind of layer.
+  """Writes the rotary positions (RoPE) of each kind of layer, as the object
+  rope_parameters of a Hugging Face config.json.
 
   Args:
     config: the model.
-    names: the name of the object by the mixer of a layer. None: the objects are
-      of the layers with a window and of those that see all keys.
+    names: {mixer of a layer: the name of its object}. None: there is an object
+      for layers with a sliding window, and one for those that see all keys.
     **how: further arguments of `write_rope`.
+
+  Returns:
+    {name of the object: the fields of its positions}.
   """
-  # Layers of one kind write the same object again. Those without attention have
+  # Layers of the same kind write the same object. Layers without attention have
   # no positions.
   ropes: dict[str, dict] = {}
   for layer in config.layers(config.num_layers):
@@ -319,13 +327,13 @@ def write_rope(config: ModelConfig, *, whole_heads: bool = True,
 
 
 def _write_scaling(rope: RopeConfig) -> dict[str, Any]:
-  """Returns the fields of rope_parameters, in a Hugging Face config.json, that
-  only some ways to scale rotary positions have.
+  """Returns those fields of rope_parameters in a Hugging Face config.json that
+  belong to the model's way of scaling rotary positions to longer texts.
 
   Args:
-    rope: our fields of the positions, whose `scaling` is the way.
+    rope: our fields of the positions. `scaling` names the way.
   """
-  # `truncate` is written only where it is false, as true is the default.
+  # transformers' default of `truncate` is true, so it is written if false.
   rope_parameters: dict[str, Any] = {}
   for name in _DEFAULTS_OF_SCALING.get(rope.scaling, ()):
     value = getattr(rope, name)

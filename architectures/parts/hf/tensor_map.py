@@ -87,8 +87,8 @@ class Tensor:
       An array with the axes of the parameter, ours[number].
     """
     axes, positions = self._find_parameter(number, ranges)
-    # The smallest slice of the tensor, the positions of the wanted part in it,
-    # and the shape of this part with one dimension for each axis.
+    # Find the smallest slice of the tensor, the positions of the wanted part in
+    # it, and the shape of this part with one dimension for each axis.
     slices, indices = [], []
     shape: list[int] = []
     for positions_in_dimension in positions:
@@ -99,25 +99,30 @@ class Tensor:
       shape += positions_in_dimension.shape
     part = cut(tuple(slices))[tuple(indices)].reshape(shape)
 
-    # The axes in the order of the parameter. The reshape above has split each
-    # dimension of the tensor into the axes that are joined in it.
+    # Bring the axes to the order of the parameter. The reshape above has split
+    # each dimension of the tensor into the axes that it joins.
     order = [axes.index(axis) for axis in self.ours[number]]
     return part.transpose(order)
 
   def join_parameters(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the tensor, made of our parameters: the inverse of reading them.
+    """Makes the tensor of our parameters. This is the inverse of
+    `read_parameter`.
 
     Args:
-      parameters: one array for each of `paths`, with the axes in `ours`.
+      parameters: an array for each of `paths`, with the axes that `ours` names.
+
+    Returns:
+      The tensor, as a Hugging Face file has it.
     """
     tensor = np.empty(self.shape, parameters[0].dtype)
     for number, x in enumerate(parameters):
-      # Where the whole parameter stands in the tensor.
+      # Find where the whole parameter stands in the tensor.
       our_axes = self.ours[number]
       ranges = {axis: (0, size) for axis, size in zip(our_axes, x.shape)}
       axes, positions = self._find_parameter(number, ranges)
 
-      # Its axes in the order of the tensor, joined as the tensor joins them.
+      # Bring its axes to the order of the tensor, and join them as the tensor
+      # does.
       order = [our_axes.index(axis) for axis in axes]
       shape = [positions_in_dimension.size
                for positions_in_dimension in positions]
@@ -140,8 +145,8 @@ class Tensor:
       dimension of the tensor the positions in it of the part: an array with one
       dimension for each axis of the parameter that the dimension has.
     """
-    # Dimension by dimension: the positions of the whole parameter in it, and of
-    # these the wanted range along each axis.
+    # For each dimension of the tensor, find the positions of the whole
+    # parameter, and pick the wanted range of them along each axis.
     all_axes, positions = '', []
     for text in self.axes.split():
       dimension = _Dimension.parse(text)
@@ -150,7 +155,7 @@ class Tensor:
       axes, positions_by_axis = self._pick_parameter(
           axes, positions_by_axis, number)
 
-      # Our heads H, where theirs are ordered by groups J of R heads.
+      # Heads that the tensor orders as J groups of R heads are our H heads.
       if 'JR' in axes:
         first = axes.index('JR')
         shape = positions_by_axis.shape
@@ -267,16 +272,19 @@ def _as_index(positions: np.ndarray) -> slice | np.ndarray:
 
 def map_tensors(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
                 ) -> list[Tensor]:
-  """Returns every tensor of a Hugging Face folder for a model, each with the
-  parameters of ours that it holds.
+  """Lists the tensors of the Hugging Face files of a model, each with our
+  parameters that it holds.
 
   Args:
-    rows: the rows of the model's architecture: our path and axes, their name
-      and axes.
-    shapes: the shapes of the model's parameters, by path.
+    rows: rows of four strings: the path and the axes of our parameter, and the
+      name and the axes of its tensor.
+    shapes: the shapes of our parameters, by path.
+
+  Returns:
+    The tensors.
 
   Raises:
-    RequestError: naming the parameters for which there is no row.
+    RequestError: if a parameter has no row.
   """
   # A parameter that no row names would be lost in an export, and missing after
   # an import.
@@ -323,26 +331,29 @@ class RowMatch:
 
 def _tensors_of_match(match: RowMatch, shapes: Mapping[str, tuple[int, ...]]
                       ) -> list[Tensor]:
-  """Returns the tensors that one row stands for: one for each layer and each
-  expert, as a Hugging Face file does not stack them.
+  """Lists the tensors that one row of the table of names stands for. There is
+  one for each layer and each expert, since a Hugging Face file does not stack
+  them.
 
   Args:
-    match: the row, the parameters of ours that it names, and the numbers of the
-      layers and the experts; None in place of a number where there is none.
+    match: the row, our parameters that it names, and the numbers of the layers
+      and the experts. None stands in place of a number if there are no layers
+      or experts.
     shapes: the shapes of our parameters, by path.
   """
   _, our_axes, name, their_axes = match.row
   axes_of_each = axes_of_parameters(our_axes, len(match.paths))
 
-  # The sizes of the axes, of which the row may give some, as in J=2.
+  # Find the sizes of the axes. The row may give some of them, as in J=2.
   sizes = {}
   for axis, size in re.findall(r'(\w)=(\d+)', their_axes):
     sizes[axis] = int(size)
   their_axes = re.sub(r'=\d+', '', their_axes)
-  # Our shapes have the layers in front, which `axes` leave out.
+  # Other sizes follow from our shapes, which have an axis of layers in front
+  # that `axes` leave out.
   for axes, path in zip(axes_of_each, match.paths):
     sizes |= zip(axes, shapes[path][-len(axes):])
-  # R are the query heads H of each of the J heads of keys.
+  # R is how many heads of queries share a head of keys.
   if 'R' in their_axes:
     sizes['R'] = sizes['H'] // sizes['J']
   # A digit stands for its value.
@@ -383,14 +394,15 @@ def axes_of_parameters(axes: str, num_parameters: int) -> tuple[str, ...]:
 
 def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
                ) -> Iterator[RowMatch]:
-  """Finds the parameters of a model that the rows of its architecture name.
+  """Finds our parameters that the rows of a table of tensors' names stand for.
 
-  Our parameters of layer i of each period of the layer pattern are stacked in
-  one block, the folder block_i.
+  Our layers follow a repeated pattern. The parameters of its layer i are
+  stacked over the repetitions in one folder, block_i, which is called a block.
 
   Args:
-    rows: the rows: our path and axes, their name and axes. A path with
-      '/layers/' is of every block, and one with '/block_2/' of that one.
+    rows: rows of four strings: the path and the axes of our parameter, and the
+      name and the axes of its tensor. A path with '/layers/' stands for every
+      block, and one with '/block_2/' for that block.
     shapes: the shapes of our parameters, by path.
 
   Yields:
@@ -427,12 +439,13 @@ def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
 
 def _match_row(row: Row, our_path: str, shapes: Mapping[str, tuple[int, ...]],
                layers: range | None) -> RowMatch | None:
-  """Finds the parameters that a row names in one block of layers.
+  """Finds our parameters that a row of the table of tensors' names stands for
+  in one block, the folder in which layers are stacked.
 
   Args:
-    row: the row: our path and axes, their name and axes.
-    our_path: the path of the row in the block, still with several names at its
-      end, such as 'decoder/layers/block_0/attention/query|key'.
+    row: four strings: our path and axes, and the tensor's name and axes.
+    our_path: the path of the row in the block. It may still end with several
+      names, as in 'decoder/layers/block_0/attention/query|key'.
     shapes: the shapes of our parameters, by path.
     layers: the numbers of the layers of the block; None: the parameter stands
       outside of the layers.
@@ -448,7 +461,7 @@ def _match_row(row: Row, our_path: str, shapes: Mapping[str, tuple[int, ...]],
     path = f'{folder}/{name}'
     paths.append(path.lstrip('/'))
 
-  # The first parameter tells whether the model has them, and how many experts.
+  # Look at the first parameter: does the model have it, with as many axes?
   shape = shapes.get(paths[0])
   axes = axes_of_parameters(our_axes, len(paths))[0]
   # Parameters of layers are stacked over the N layers of the block.
@@ -485,24 +498,25 @@ class _Block:
 def _blocks_of_stack(stack: str, shapes: Mapping[str, tuple[int, ...]],
                      counts_networks: bool) -> Iterator[_Block]:
   """Finds the blocks of the encoder or the decoder, and which layers of a
-  Hugging Face file each holds.
+  Hugging Face file each block holds.
 
-  A block is the layers at one place of each period of the layer pattern, which
-  are stacked in our parameters.
+  Our layers follow a repeated pattern. A block is a folder with the parameters
+  of one layer of the pattern, stacked over its repetitions.
 
   Args:
     stack: the folder of the stack, 'encoder' or 'decoder'.
     shapes: the shapes of our parameters, by path.
-    counts_networks: whether their files count the feed-forward network of a
-      layer as a layer of its own.
+    counts_networks: whether the file counts the feed-forward network of a layer
+      as a layer of its own.
 
   Yields:
-    Each block with the number of its first layer in their files, the step to
-    its next one, and the number of its layers.
+    Each block, with the number of its first layer in the file, the step to its
+    next layer, and the number of its layers.
   """
   num_layers_before = 0
   for section in SECTIONS:
-    # The blocks of the section, which have equally many layers.
+    # Collect the blocks of this section (the prefix, the repeated pattern or
+    # the suffix). All have the same number of layers.
     block_names, layers_of_a_block = set(), 0
     for path, shape in shapes.items():
       if path.startswith(f'{stack}/{section}/'):
@@ -511,7 +525,7 @@ def _blocks_of_stack(stack: str, shapes: Mapping[str, tuple[int, ...]],
     if not block_names:
       continue
 
-    # How many layers of theirs a layer of each block is.
+    # As how many layers the file counts a layer of each block.
     folders = [f'{section}/block_{i}' for i in range(len(block_names))]
     num_hf_layers = []
     for folder in folders:
