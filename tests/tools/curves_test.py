@@ -50,6 +50,13 @@ def test_what_cannot_be_drawn_is_refused(folders, words, sentence,
                         for x in words))
 
 
+def test_what_was_evaluated_is_drawn_as_it_is(folders):
+  plain, smooth = (curves._curves_of_run(folders[1], w) for w in (0.0, 0.9))
+  same = {figure for figure, line in plain.items()
+          if line['loss'] == smooth[figure]['loss']}
+  assert 'eval/loss' in same and 'train/loss' not in same
+
+
 def test_a_moving_average_passes_over_what_is_not_finite():
   np.testing.assert_allclose(curves.smooth_curve([4, 2, np.nan, 8], 0.5), [
       4, (2 + 4 / 2) / 1.5, np.nan, (8 + 2 / 2 + 4 / 4) / 1.75])

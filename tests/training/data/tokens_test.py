@@ -202,6 +202,14 @@ def test_jobs_make_what_one_makes(corpus, shards, capsys, monkeypatch):
   monkeypatch.setenv('SLURM_ARRAY_TASK_ID', '0')
   assert tokenize(corpus, other, '--jobs=2') == 0
   assert contents(other) == contents(shards)
+  capsys.readouterr()
+  tokenize(corpus, other, '--json')
+  figures = json.loads(capsys.readouterr().out)
+  (_, source), = sources.parse_sources(spec_of(corpus))
+  texts = list(source.documents())
+  size = sum(map(len, texts))  # of bytes, each of which is a token
+  assert (figures['documents'], figures['bytes'], figures['tokens']) == (
+      len(texts), size, size)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import sharding as tables
 import training
 from training.distributed import cpu, devices, processes
 
@@ -34,6 +35,12 @@ class Chip:
 
 def rows(mesh):
   return np.asarray([[d.id for d in row.flat] for row in mesh.devices])
+
+
+def test_a_replicated_model_shards_its_batch_alone():
+  split = {axis for axis, mesh in tables.RULES['replicated']
+           if {'data', 'fsdp'} & {*mesh}}
+  assert split == {'batch', 'tokens'}
 
 
 def test_only_data_goes_over_the_slices_of_cpu_devices():
