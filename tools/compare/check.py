@@ -52,7 +52,11 @@ def add_flag_of_kind(parser: argparse.ArgumentParser, kind: str, flag: str,
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments that the commands `check` and `run` share: a file of a
-  sweep or a study, and how many runs are trained at once."""
+  sweep or a study, and how many runs are trained at once.
+
+  Args:
+    parser: the parser of one of these commands.
+  """
   parser.add_argument('file', help='of configs/sweeps/ or configs/studies/')
   add_flag_of_kind(parser, 'sweep', '--seeds', type=int, default=0,
                    help="how many: 0, 1, ...; default: the file's, or 3")

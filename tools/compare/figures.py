@@ -173,6 +173,9 @@ def draw_outcome(comparison: Comparison) -> Any:
   The left panel has the loss curves at the largest size: the held-out loss over
   the tokens, averaged over seeds. The right panel has the difference of each
   variant from the base with its interval and verdict, the best at the top.
+
+  Args:
+    comparison: the sweep or study.
   """
   from matplotlib.figure import Figure
   plan = comparison.plan
@@ -381,6 +384,9 @@ def draw_measures_by_size(comparison: Comparison) -> Any:
   """Draws a panel for each measure besides the primary one: the means over the
   seeds with their intervals, by the size of the model, and the score that
   guessing gives. Returns the matplotlib figure.
+
+  Args:
+    comparison: the study.
   """
   from matplotlib.figure import Figure
   other_measures = comparison.plan.measures[1:]
@@ -466,7 +472,11 @@ def _interval_arms(measure: Measure, values: Sequence[float]) -> list[float]:
 
 def draw_figures(comparison: Comparison) -> list[page.Figure]:
   """Draws the figures of a report with their captions, as far as there are
-  numbers for them."""
+  numbers for them.
+
+  Args:
+    comparison: the sweep or study.
+  """
   plan, figures = comparison.plan, []
 
   # The loss curves, and the difference of each variant from the base.

@@ -184,7 +184,6 @@ class TrainerState:
     return text.lstrip().startswith('{') and '"log_history"' in text
 
   def read(self, file, path, text):
-    state = storage.parse_json_object(text, str(file), {'log_history': list})
     """Returns the run of a trainer_state.json: the curve of each figure in its
     log_history.
 
@@ -193,6 +192,7 @@ class TrainerState:
       path: its path below the folder of all runs.
       text: its content.
     """
+    state = storage.parse_json_object(text, str(file), {'log_history': list})
     # The run is named after its folder, without the folder of the checkpoint.
     folders = re.sub(r'(^|/)checkpoint-\d+(?=/|$)', '', path).split('/')[:-1]
     run_path = '/'.join(folders).strip('/')

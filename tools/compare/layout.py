@@ -637,6 +637,11 @@ class Ledger:
                       'on disk')
 
   def __init__(self, workdir):
+    """Opens the database of a folder, and makes it if there is none.
+
+    Args:
+      workdir: the folder of the sweep or the study.
+    """
     self._path = pathlib.Path(workdir) / self.file_name
     self._heartbeat_of_runner: dict[str, _Heartbeat] = {}
     self.has_doubtful_runners = False

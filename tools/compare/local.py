@@ -69,6 +69,16 @@ class Runner:
   def __init__(self, workdir, ledger: layout.Ledger, parallel: int, group: int,
                begun: Callable[[Sequence], None] = lambda runs: None,
                ended: Callable[[layout.Run], None] = lambda run: None):
+    """Enters this runner (a process that trains runs) into the ledger.
+
+    Args:
+      workdir: the folder of the sweep.
+      ledger: its open ledger, the database of the states of runs.
+      parallel: the number of processes that train at once.
+      group: the most runs that are trained as one program.
+      begun: a function that is called with the runs of each job that starts.
+      ended: a function that is called with each run that ends.
+    """
     self._workdir = pathlib.Path(workdir)
     self._ledger = ledger
     self._parallel = parallel
@@ -255,7 +265,11 @@ class Runner:
 
   def _group_runs(self, runs: list[layout.Run]) -> list[list[layout.Run]]:
     """Splits runs into groups that are each trained as one program. Runs that
-    must be trained alone come last, each in a group of its own."""
+    must be trained alone come last, each in a group of its own.
+
+    Args:
+      runs: the runs to split.
+    """
     # A run is trained alone after a program that it was in has failed.
     single_groups, groupable = [], []
     for run in runs:

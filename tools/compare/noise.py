@@ -357,8 +357,15 @@ def _tests_of_primary(plan: Plan, rows: Sequence[Noise]) -> list[Noise]:
 
 def _describe_power(plan: Plan, screen_power: float, confirm_power: float
                     ) -> str:
-  """Returns the sentence about the power of the study and of its two tests."""
-  # Rounded down, since the power of the study is promised.
+  """Returns the sentence about the power of a study, which is the probability
+  that it finds the effect that its plan asks for.
+
+  Args:
+    plan: the plan of the study.
+    screen_power: the probability that the effect passes the screening.
+    confirm_power: the probability that it passes the confirmation.
+  """
+  # The power is rounded down, because it is a promise.
   percent = math.floor(100 * screen_power * confirm_power)
   screen_seeds = plan.seeds['screen']
   confirm_seeds = plan.seeds['confirm']
@@ -370,12 +377,16 @@ def _describe_power(plan: Plan, screen_power: float, confirm_power: float
 
 
 def _describe_unseen_plateaus(plan: Plan) -> str:
-  """Returns the sentence about runs that end on a plateau and are so rare that
-  the screening may meet none, whatever its power is.
+  """Returns the sentence about runs that end on a plateau (a loss far above the
+  others). They may be so rare that a study's screening has none of them, and
+  then its tests know nothing of such noise.
 
-  If a share s of runs does, none of n runs does with probability (1 - s)^n. The
-  false discovery rate is at most larger by as much. A variant that is alone
-  with such runs has only its own to be seen by.
+  If a share s of all runs ends on a plateau, none of n runs does with
+  probability (1 - s)^n, by which the false discovery rate may be higher. If
+  only one variant has such runs, n is the number of its own runs.
+
+  Args:
+    plan: the plan of the study.
   """
   num_seeds = plan.seeds['screen']
   num_runs = num_seeds * len(plan.variants)
@@ -391,12 +402,14 @@ def _describe_unseen_plateaus(plan: Plan) -> str:
 
 
 def _describe_resampling(plan: Plan, row: Noise, planned_share: float) -> str:
-  """Returns the sentence about noise that does not look normal.
+  """Returns the sentence that warns of noise that does not look normal. The
+  power of the test is then resampled from this noise.
 
   Args:
     plan: the plan of the study.
-    row: the noise of the test.
-    planned_share: the share of studies without effect that may find one.
+    row: the noise of the test, which is the screening or the confirmation.
+    planned_share: the share of studies without any effect that may find one, by
+      the plan.
   """
   # The chance that any of the variants is found wrongly (Boole's inequality).
   share_of_errors = min(row.error * len(plan.variants), 1)

@@ -195,8 +195,14 @@ def _verdicts_by_name(results: Mapping[str, Any]
 
 def _differing_figures(saved: Mapping[str, Any], computed: Mapping[str, Any]
                        ) -> list[str]:
-  """Returns 'FIGURE SAVED and not COMPUTED' of each figure in which two
-  verdicts on a variant differ."""
+  """Returns a text 'FIGURE SAVED and not COMPUTED' for each figure in which two
+  verdicts on a variant differ.
+
+  Args:
+    saved: the verdict in results.json, as decide.Verdict has it.
+    computed: the verdict that follows from the runs.
+  """
+  # Numbers may differ by rounding, as on another machine.
   differences = []
   if saved['verdict'] != computed['verdict']:
     differences.append(f'{saved["verdict"]} and not {computed["verdict"]}')

@@ -132,7 +132,12 @@ def write_report(comparison: Comparison) -> list[pathlib.Path]:
 
 
 def _rows_of_runs(comparison: Comparison) -> list[dict[str, Any]]:
-  """Returns the rows of runs.csv, one for each measure of each run."""
+  """Returns the rows of runs.csv, one for each measure of each run.
+
+  Args:
+    comparison: the sweep or study.
+  """
+  # The columns are in the order in which they are added here.
   rows = []
   for run in comparison.outcomes:
     changes = json.dumps(run.changes, sort_keys=True)

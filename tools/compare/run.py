@@ -105,8 +105,12 @@ def run_sweep_or_study(args) -> int:
 
 
 def _print_verdicts(workdir) -> None:
-  """Prints the verdict on each point of a sweep that is done, where milestones
-  alone are printed."""
+  """Prints the verdict on each point (a variant of the config) of a sweep that
+  is done, if only milestones are printed.
+
+  Args:
+    workdir: the folder of the sweep.
+  """
   if not progress.are_milestones_wanted():
     return
   from tools.compare import comparison, page

@@ -306,6 +306,9 @@ def _trained_model(config: ml_collections.ConfigDict) -> tuple[dict, dict]:
   can be compared: if they train the same, the results are equal. The name of
   the system (model.arch) alone changes nothing, and is left out.
 
+  Args:
+    config: the config of a run.
+
   Returns:
     The config as nested dicts, without model.arch; and the values that the
     system's module in architectures/ defines besides its name and parts, such

@@ -89,6 +89,13 @@ class Timing:
   """
 
   def __init__(self, frozen: plans.FrozenPlan, parallel: int, group: int):
+    """Reads from the plan how many steps the base trains, and what they cost.
+
+    Args:
+      frozen: the plan of the study.
+      parallel: the number of processes that run at once.
+      group: the most runs that are trained as one program.
+    """
     self._frozen, self._parallel = frozen, parallel
     plan = frozen.plan
     # A program of the confirmation trains the runs of all seeds at once, up to

@@ -301,6 +301,9 @@ def set_environment(topology: Topology) -> None:
 
   If no compiler is installed for the topology, jax is asked for as many virtual
   CPU devices as the topology has.
+
+  Args:
+    topology: the devices.
   """
   if topology.chip.platform == 'tpu':
     os.environ |= {

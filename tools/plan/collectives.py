@@ -525,6 +525,9 @@ def _text_of_results(instruction: _Instruction) -> str:
 
   An instruction that only starts an asynchronous operation has a shape of the
   form ((operands), results, contexts).
+
+  Args:
+    instruction: an instruction of a compiled program (HLO).
   """
   shape = instruction.shape
   if not (instruction.op.endswith('-start') and shape.startswith('((')):
