@@ -129,6 +129,9 @@ def test_few_shapes_are_compiled_whatever_the_lengths(shards):
       assert len(row) > 1 and len({
           questions[i].tokens[:-1].tobytes() for i in row}) == 1
   assert len({shape for shape, _ in batches}) < 12
+  for length in range(1, 41):  # of the lengths the least that is as long
+    assert scoring.padded_length(length, 40) == min(
+        x for x in (8, 12, 16, 24, 32, 40) if x >= length)
 
 
 TEXT = 'What is sown is reaped ,\n and what is not is not .\n' * 2
