@@ -145,6 +145,17 @@ def test_damage_is_named_and_the_step_before_is_used(run, copy, damage):
     assert checkpoints.list_steps(store.directory) == [10, 20, 30]
 
 
+def test_what_was_saved_of_bad_steps_pushes_no_good_one_out(tmp_path):
+  """Nor after a resume, where the records tell which are good."""
+  state = toy_run.born(1, 1)
+  for saves, kept in (({10: True, 20: True, 30: False, 40: False}, [20, 40]),
+                      ({50: False}, [20, 50]), ({60: True}, [60])):
+    with toy_run.open_store(tmp_path, keep=1) as store:
+      for step, is_good in saves.items():
+        toy_run.save(store, step, state, good=is_good)
+    assert checkpoints.list_steps(store.directory) == kept
+
+
 @pytest.mark.parametrize('part', ['record', 'arrays'])
 @pytest.mark.parametrize('code', [errno.ESTALE, errno.EIO])
 def test_an_error_of_the_machine_is_no_damage(copy, monkeypatch, code, part):
