@@ -31,21 +31,22 @@ class Gemma2(Decoder):
 
 def read_alternating_layers(reader: hf.Reader, fields: dict, interval: int,
                             **kind_fields: Any) -> dict:
-  """Reads which layers attend to a sliding window of keys, and which to all
-  keys.
+  """Reads from a Hugging Face config.json which layers attend to a sliding
+  window of keys, and which to all keys.
 
   Args:
-    reader: the reader of the Hugging Face config.json.
+    reader: the fields of the config.json.
     fields: the fields of our config.model that were looked up before.
-    interval: where there are no layer_types, the last of every `interval`
-      layers sees all.
+    interval: if the file does not list the types of the layers, the last of
+      every `interval` layers sees all keys.
     **kind_fields: further arguments of layer_types.fields_of_attention_types.
 
   Returns:
-    Fields of config.model: the window, the order of the layers, and what each
-    kind of layer is.
+    Fields of config.model: the window, the order of the layers, and how each
+    kind of layer differs from the model's own fields.
   """
-  # Layers are numbered from 0, so those that see all are every - 1, and so on.
+  # Layers are numbered from 0, so layer interval - 1 is the first that sees all
+  # keys.
   num_layers = fields['num_layers']
   types = layer_types.read_attention_types(
       reader, layers=num_layers, has_window=lambda n: (n + 1) % interval)

@@ -45,21 +45,25 @@ class Llama4(Decoder):
 
 def _name_and_kind(is_chunked: bool, is_rotated: bool, has_experts: bool,
                    has_norm: bool, scale: float) -> tuple[str, dict[str, Any]]:
-  """Returns the name of a kind of layer with these properties, and the fields
-  of config.model that the kind overrides.
+  """Makes a kind of layer with these properties: its name, and the fields of
+  config.model that it overrides.
 
   Args:
-    is_chunked: whether a token sees its chunk alone.
+    is_chunked: whether a token sees only the keys of its own chunk.
     is_rotated: whether queries and keys are rotated by their positions.
-    has_experts: whether the network is one of experts.
-    has_norm: whether the queries and keys that are rotated have a norm.
-    scale: by how much queries that are not rotated grow with the position.
+    has_experts: whether the network is a mixture of experts.
+    has_norm: whether queries and keys have a norm if they are rotated.
+    scale: by how much queries grow with their position if they are not rotated.
+
+  Returns:
+    The name, such as 'chunk' or 'full_dense', and the fields.
   """
   name, kind = 'full', {}
   if is_chunked:
     name = 'chunk'
     kind['attention'] = 'chunked'
-  # Mostly, a layer is both or neither, and the name leaves it out.
+  # Most layers are both chunked and rotated, or neither. The name mentions
+  # positions only in the other cases.
   if is_chunked != is_rotated:
     name += '_turned' if is_rotated else '_nope'
   if is_rotated:

@@ -45,17 +45,21 @@ SHARED_EXPERT_WIDTH = 'moe_shared_expert_intermediate_size'
 
 
 def pattern_of_letters(pattern: Sequence[str]) -> dict[str, Any]:
-  """Returns the fields of the model for the layers that letters stand for.
+  """Translates the letters by which Nemotron-H describes its layers to fields
+  of our config.model.
 
-  A letter for a mixer begins a layer, and a letter for a network belongs to the
-  layer before it: M-M* makes the layers mamba_mlp, mamba and attention.
+  M (Mamba-2) and * (attention) begin a layer. - (a dense network) and E
+  (experts) belong to the layer before them. So M-M* makes three layers, of the
+  kinds mamba_mlp, mamba and attention.
 
   Args:
-    pattern: letters, M for Mamba-2, * for attention, - for a dense network and
-      E for experts.
+    pattern: the letters.
+
+  Returns:
+    The number and the order of the layers, and what each kind of layer is.
 
   Raises:
-    RequestError: for a network that follows no mixer.
+    RequestError: if a network does not follow Mamba-2 or attention.
   """
   kind_names: list[str] = []
   for letter in pattern:

@@ -42,16 +42,16 @@ class Qwen3Next(Decoder):
 
 
 def read_experts(reader: hf.Reader, fields: dict) -> dict:
-  """Reads the shared expert of a mixture of experts: a dense network beside the
-  experts, which all tokens go through.
+  """Reads the shared expert from a Hugging Face config.json. It is a dense
+  network beside the experts of a mixture, which all tokens go through.
 
   Args:
-    reader: the reader of the Hugging Face config.json.
+    reader: the fields of the config.json.
     fields: the fields of our config.model that were looked up before.
 
   Returns:
-    The field `shared_experts` of config.model.moe: how many times as wide as an
-    expert the shared one is.
+    The field `shared_experts` of config.model.moe, which is the width of the
+    shared expert as a multiple of an expert's.
   """
   hf.check_gates(fields)
   shared_experts = hf.read_shared_experts(

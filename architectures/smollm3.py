@@ -41,14 +41,14 @@ def _pattern_of_layers(types: list[str], has_rope: list[int], window: int
     The fields `position`, `attention` and `sliding_window` of the model; the
     order of the layers; and `kinds`, what each kind of layer has of its own.
   """
-  # All layers have positions, or none has: the window alone makes kinds.
+  # If all layers have positions, or none has, they differ only in the window.
   model_fields = layer_types.fields_of_attention_types(
       types, layers=len(has_rope), window=window)
   if len(set(has_rope)) == 1:
     return model_fields | dict(position='rope' if has_rope[0] else 'none')
 
-  # Up to four kinds. A kind says that it has no window only where others have
-  # one.
+  # There are up to four kinds of layer. A kind says that it has no window only
+  # if other kinds have one.
   kind_names, kinds = [], {}
   for layer_type, is_rotated in zip(types, has_rope):
     name, kind = 'rope', {}

@@ -126,10 +126,9 @@ def head_fields(fields: dict, tied: bool) -> dict:
 
 def check_ffn(reader: hf.Reader, fields: dict) -> None:
   """Checks that the fields of a Hugging Face config.json for the feed-forward
-  network agree: the same network may be written in two ways.
-
-  Where a file has no dense_act_fn and is_gated_act, transformers derives them
-  from feed_forward_proj; where it has them, they count.
+  network agree. A file may say the same in two ways: by feed_forward_proj, or
+  by dense_act_fn and is_gated_act. If it has the latter, they count in
+  transformers; if not, they are derived from the former.
 
   Args:
     reader: the reader of the config.json.

@@ -266,8 +266,9 @@ def _check_position(config: ModelConfig, kind_name: str) -> None:
 
 
 def _check_layers(config: ModelConfig, stack: str) -> None:
-  """Checks the parts inside a layer: its mixer (attention or a recurrence), its
-  positions, attention rule, memory, wiring and heads.
+  """Checks that the parts of a layer fit each other: its mixer (attention or a
+  recurrence), its positions, its rule of which keys are seen, its memory, its
+  wiring and its heads.
 
   Args:
     config: the config of the model, or of the layers of one kind.
@@ -276,7 +277,8 @@ def _check_layers(config: ModelConfig, stack: str) -> None:
   Raises:
     RequestError: for parts that do not go together.
   """
-  # Each chosen part has a check of its own; a mixer may refuse the position.
+  # Each chosen part has a check of its own. A mixer checks positions too, so it
+  # comes first.
   position, mixer = positions.position_of(config), blocks.MIXERS[config.mixer]
   mixer.check(config, stack)
   has_positions = mixer.positional or position.of_stack
@@ -314,8 +316,8 @@ def _check_block(config: ModelConfig, stack: str) -> None:
     RequestError: for a wiring without an equation for several residual streams,
       a residual scale, a layer without a network, or cross-attention.
   """
-  # Pairs of an attribute of Block that must be true, and the field with its
-  # value that needs it, for the message.
+  # Pairs: an attribute of Block that must be true, and which field of the
+  # config needs it, for the message.
   needs = []
   if config.residual != 'plain':
     needs.append(('STREAMS', f'model.residual {config.residual!r}'))
