@@ -417,6 +417,14 @@ def test_over_seeds_and_items_nothing_is_surer_than_over_seeds_alone(plateau):
     assert row.both.p >= row.p
 
 
+def test_each_p_is_corrected_over_its_family_and_divergence_by_holm():
+  ps = (0.01, 0.03, 0.04, 0.2)
+  corrected = decide._correct_family([decide.PValues(p, p) for p in ps], 'bh')
+  for name, method in (('p', 'fdr_bh'), ('p_diverged', 'holm')):
+    assert [getattr(row, name) for row in corrected] == pytest.approx(
+        multipletests(ps, method=method)[1])
+
+
 def test_a_loss_is_warm_from_where_the_rate_is_at_its_height():
   config = {'data.batch_ramp': '20:4', 'data.batch_size': 8, 'train.steps': 40,
             'optim.warmup_steps': 20}
