@@ -284,6 +284,12 @@ def test_the_runs_that_are_needed_and_what_so_many_find():
     samples = random.normal(0, sd, (2, 4000, n)) + [[[0.0]], [[effect]]]
     p = stats.ttest_ind(samples[0], samples[1], axis=1).pvalue
     assert np.mean(p < 0.05) == pytest.approx(0.8, abs=0.03)
+  # Of a known deviation: 2 sd^2 (z(0.975) + z(0.8))^2 / d^2 of each group.
+  known = statistics.difference_with_deviation(
+      *(statistics.GroupOfRuns(mean, 3, None) for mean in (0.8, 0.0)),
+      statistics.PooledDeviation(sd=1.5, df=np.inf))
+  z = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+  assert known.runs_needed(0.05, 0.8) == np.ceil(2 * (1.5 * z / 0.8) ** 2)
 
 
 def test_looks_at_every_step_are_counted_by_their_correlation(monkeypatch):
