@@ -319,11 +319,17 @@ class Model:
     """Returns the model with other fields of `config.model`, for example
     `norm='rmsnorm'` or `moe=dict(top_k=1)`.
 
-    Parameters keep their values where name and shape stay the same. The others
-    are drawn from `seed` as at the start of a run; `drawn` names them.
+    Parameters whose name and shape stay the same keep their values. The others
+    are drawn at random, as at the start of a run; the attribute `drawn` names
+    them.
+
+    Args:
+      seed: the seed of the parameters that are drawn.
+      **fields: the fields and their new values.
 
     Raises:
-      RequestError: for a field, a value or a combination that there is not.
+      RequestError: for an unknown field, and for a value or a combination that
+        is not possible.
     """
     module = architectures.build(changed_model(self.config, fields))
     old_params = paths.flatten_by_path(self.params)

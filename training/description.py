@@ -37,8 +37,11 @@ def describe_run(run: runs.Run, start: int, tokens: int,
 
 
 def _model_line(run: runs.Run) -> str:
-  """Returns the line that names the model of a run and counts its
-  parameters."""
+  """Returns the line that names the model of a run and counts its parameters.
+
+  Args:
+    run: the run, built on its devices.
+  """
   model = run.model
   num_parameters = runs.count_parameters(run.abstract_state.params)
   num_trained = totals.trained_parameters(run.module, run.config.optim)

@@ -232,7 +232,12 @@ class Evaluate(Hook):
         writer.end(ENDED_EARLY, loop.n)
 
   def after_step(self, loop: Loop, figures: Any) -> None:
-    """Evaluates the runs where that is due, and after the last step."""
+    """Evaluates the runs, if that is due after this step.
+
+    Args:
+      loop: the training loop.
+      figures: the metrics of the step, which are not read.
+    """
     is_last = loop.n == loop.steps
     if not self._is_due(loop) or loop.stopped and not is_last:
       return

@@ -380,7 +380,16 @@ class Documents:
   """
 
   def __init__(self, split: Split):
-    """Reads the tables of all shards, and finds the documents of the split."""
+    """Finds the parts and documents of a split in the tables of all shards.
+
+    A shard is one file of tokens, and its table describes the documents in it.
+    A document consists of one part, or of several, such as questions and
+    answers.
+
+    Args:
+      split: the documents of a folder of tokens that belong to the training
+        data or to the held-out data.
+    """
     # Join the tables, so that parts are numbered through all shards.
     self._tokens = split.tokens
     tables = list(self._tokens.tables())

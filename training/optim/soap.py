@@ -223,6 +223,13 @@ def _refine_bases(state: SoapState) -> SoapState:
   The mean M is a matrix like G, and is rotated. The mean square V is not, and
   cannot be rotated: its rows and columns only change places as the vectors of
   the bases do.
+
+  Args:
+    state: the state of the optimiser for one parameter, whose fields are
+      matrices [*batch, rows, columns].
+
+  Returns:
+    The state with the new bases and moments.
   """
   # Rotate M out of the old bases.
   mean = _project_back(state.mean, state.left_basis, state.right_basis)

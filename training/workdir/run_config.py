@@ -353,8 +353,14 @@ def advise_on_incompatible(changes: list[FieldChange]) -> str:
 
 
 def format_changes(changes: list[FieldChange]) -> str:
-  """Returns changes of a config as a table for a terminal, with the columns
-  field, old, new, class and why."""
+  """Formats changes of a config as a table for the terminal.
+
+  Args:
+    changes: the changed fields.
+
+  Returns:
+    The table, with the columns field, old, new, class and why.
+  """
   rows = [('field', 'old', 'new', 'class', 'why')]
   for change in changes:
     rows.append((change.name, shorten(change.old), shorten(change.new),
