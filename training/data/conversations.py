@@ -481,8 +481,9 @@ class Template:
       RequestError: where the template fails, or takes too long.
     """
     from training.data import limited
-    # Mark in each message what must not be taken for the template's own tokens.
-    # Every field is marked, since a template may write any of them.
+    # Mark in each message what must not be read as a special token that the
+    # template itself writes. All fields are marked, as a template may write
+    # any.
     tokens_of_assistant, tokens_of_others = self.tokens_to_spell
     chat = []
     for message in messages:
@@ -495,9 +496,9 @@ class Template:
             value, tokenizer=self.tokenizer, tokens=tokens_to_spell)
       chat.append(marked_message)
 
-    # Render in another process: the template comes with a model that anybody
-    # may have published, and may do anything. transformers returns the spans
-    # of the marked blocks only if it is asked for them.
+    # Render in another process, with limits of time and memory: anybody may
+    # have published the template, and it may do anything. transformers returns
+    # the spans of {% generation %} blocks only if it is asked for them.
     options = dict(
         self.special_tokens, add_generation_prompt=answer,
         continue_final_message=goes_on,

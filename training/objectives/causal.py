@@ -289,11 +289,12 @@ class Chat(Objective):
   def example(self, item: list[tuple[str, np.ndarray]],
               rng: np.random.Generator | None, config: Config,
               tokenizer: Tokenizer) -> Row:
-    """Lays out one conversation as a row of a decoder that learns to answer,
-    cut off at data.length = L.
+    """Lays out one conversation as a row of a decoder, which learns to write
+    the answers. A conversation of more than data.length = L tokens is cut off.
 
     Args:
-      item: the (kind, token ids) parts of the conversation.
+      item: (kind, token ids) of each part of the conversation, such as a
+        question or an answer.
       rng: not used, as nothing is drawn.
       config: the config of the run.
       tokenizer: the tokenizer of the run.
@@ -302,9 +303,9 @@ class Chat(Objective):
       The arrays of the row, [up to L]: tokens; targets, the token after each;
       weights, 1 where the target is the assistant's; and valid, which is 1.
     """
-    # The target of a token is the one after it, so that both are moved by one.
-    # A conversation that is not cut off has one target fewer than tokens; the
-    # rest of the row is filled up with padding of weight 0.
+    # The target of a token is the one after it, hence the shift by one. If the
+    # conversation is not cut off, its last token has no target. The caller pads
+    # the arrays, with weight 0.
     L = config.data.length
     ids, is_predicted = lay_out_conversation(item, tokenizer)
     tokens = ids[:L]

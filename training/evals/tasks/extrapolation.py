@@ -124,19 +124,20 @@ def _figures_for_json(curves: Curves,
                       tokens_by_multiple: Mapping[int, TokensByPosition],
                       length: int, position: str) -> dict[str, Any]:
   """Collects the losses by position, and the mean loss at each length, as
-  values that JSON can hold (--json).
+  values for JSON (--json).
 
   Args:
     curves: {variant of the model: {multiple of the training length: the loss at
-      each position; None: the model refuses the length}}.
-    tokens_by_multiple: {multiple: the tokens that the losses were measured on}.
+      each position; None if the model refuses the length}}.
+    tokens_by_multiple: {multiple: the tokens on which the losses were
+      measured}.
     length: the number of tokens of a row in training.
-    position: the position encoding of the model as it was trained, whose
-      figures have no variant in their names.
+    position: the position encoding with which the model was trained. The
+      figures of this variant have no variant in their names.
 
   Returns:
-    The mean losses by name; `length`; `texts`, the tokens at each position; and
-    `curves`, the losses there.
+    A dict with the mean losses by name; `length`; `texts`, the numbers of
+    tokens at each position; and `curves`, the losses at each position.
   """
   # Keys of JSON are texts, so multiples are written as such.
   figures: dict[str, Any] = {'length': length, 'texts': {}, 'curves': {}}
@@ -184,11 +185,11 @@ def mean_loss(curve: Any, tokens: TokensByPosition,
 
 def _load_sources(evaluation: Evaluation, multiple: int
                   ) -> Iterator[SourceBatches]:
-  """Loads the held-out text in rows of a multiple of the training length.
+  """Loads the held-out text in rows that are a multiple of the training length.
 
-  The rows are those of the longest multiple, cut into pieces, so that at each
-  length the same tokens are predicted. A batch has as many tokens as the mesh
-  allows; whatever their number, the rows are the same.
+  At each multiple, the rows are pieces of the same long rows, so that the same
+  tokens are predicted. A batch has as many tokens as the mesh allows; the rows
+  do not depend on it.
 
   Args:
     evaluation: the evaluation of the run.
@@ -196,7 +197,7 @@ def _load_sources(evaluation: Evaluation, multiple: int
       LENGTH_MULTIPLES.
 
   Yields:
-    For each source its batches, on the devices, and the weight of a token.
+    For each data source its batches, on the devices, and the weight of a token.
   """
   config = evaluation.run.config.copy_and_resolve_references()
   device_placement = evaluation.run.batch_sharding
@@ -204,15 +205,16 @@ def _load_sources(evaluation: Evaluation, multiple: int
   longest_length = config.data.length * longest_multiple
   num_pieces = longest_multiple // multiple
 
-  # Read rows of the longest text, as many as a batch of training has tokens
-  # for, in a multiple of the devices. They are cut into pieces below.
+  # Choose how many of the longest rows make a batch: about as many tokens as in
+  # a batch of training, and a multiple of the number of devices.
   num_devices = math.prod(evaluation.run.mesh.shape.values())
   rows_of_device = config.data.batch_size // longest_multiple // num_devices
   num_rows = max(rows_of_device, 1) * num_devices
   config.data.update(length=longest_length, batch_size=num_rows)
 
-  # Each process reads its slice of the rows, and cuts them up. A source has the
-  # same weight in all, however many tokens are read of it.
+  # Each process reads its slice of the rows, and cuts them into pieces. A
+  # source counts by its share in the mixture, however many tokens are read of
+  # it.
   index, count = devices.batch_slice_of_process(device_placement, num_rows)
   loaders = pipeline.make_evaluation_loaders(
       config, tokenizer=evaluation.tokenizer, process_index=index,
@@ -231,26 +233,26 @@ def _load_sources(evaluation: Evaluation, multiple: int
 
 def _cut_rows(batch: Mapping[str, np.ndarray], num_pieces: int,
               tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-  """Cuts each row of a batch into pieces of one length, which become rows.
+  """Cuts each row of a batch into pieces of equal length, which become rows.
 
   Args:
-    batch: {key: array [B, L]}.
-    num_pieces: the pieces of a row; it must divide L.
+    batch: {name: array [B, L]} of B rows of L tokens.
+    num_pieces: the number of pieces of a row; it must divide L.
     tokenizer: the tokenizer, whose separator stands between packed documents.
 
   Returns:
-    Arrays of [B num_pieces, L / num_pieces]. Documents and positions count from
-    the beginning of each new row.
+    Arrays [B num_pieces, L / num_pieces]. The numbers and positions of packed
+    documents begin anew in each new row.
   """
-  # An array lies in memory row by row, so reshaping cuts its rows.
+  # Reshaping cuts the rows, as an array lies in memory row by row.
   cut_batch = {}
   for name, x_BL in batch.items():
     cut_batch[name] = x_BL.reshape(len(x_BL) * num_pieces, -1)
   if 'positions' not in cut_batch:
     return cut_batch
 
-  # Rows of packed documents have numbers and positions of these, which must be
-  # counted anew: a piece may begin in the middle of a document.
+  # If documents are packed into rows, compute their numbers and positions
+  # again: a piece may begin in the middle of a document.
   segments = []
   positions_of_rows = []
   for tokens_L in cut_batch['tokens']:
@@ -310,8 +312,8 @@ def _loss_by_position(evaluation: Evaluation, model: ModelConfig,
 
   step = evaluation.jit_once(sum_losses, 'extrapolation', model)
 
-  # A source counts as much as its share of the held-out text, by the weight of
-  # its tokens. Positions without tokens keep the nan of `out`.
+  # Add up the losses, weighted so that a source counts by its share in the
+  # mixture. Positions without tokens keep the nan of `out`.
   total_L = np.zeros(len(tokens.num_tokens))
   for source in sources:
     sum_L = _sum_over_batches(lambda batch: step(evaluation.params, batch),

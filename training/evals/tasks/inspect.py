@@ -217,7 +217,8 @@ class Inspect(Task):
 
 
 def _lay_out_text(evaluation: Evaluation, stack: str) -> TextForModel:
-  """Lays out the text of --prompt as the model reads texts in training.
+  """Encodes the text of --prompt in the form in which the model has read texts
+  in training.
 
   Args:
     evaluation: the evaluation, with --prompt and --target.
@@ -225,7 +226,7 @@ def _lay_out_text(evaluation: Evaluation, stack: str) -> TextForModel:
 
   Returns:
     The arguments of the model, a batch of one row; the tokens of each stack;
-    and sentences for the reader.
+    and sentences for the user.
   """
   config = evaluation.run.config
   tokenizer = evaluation.tokenizer
@@ -241,7 +242,7 @@ def _lay_out_text(evaluation: Evaluation, stack: str) -> TextForModel:
         arrays=dict(tokens_BM=source_1M, decoder_tokens_BL=target_1L),
         tokens=dict(encoder=source_1M[0], decoder=target_1L[0]), notes=[note])
 
-  # A model that writes reads the prompt as what it would go on from.
+  # A model that writes text reads the prompt as the beginning of a text.
   if objective.writes:
     folder = hf_generation.load_if_published(evaluation.workdir,
                                              evaluation.step)
@@ -252,7 +253,7 @@ def _lay_out_text(evaluation: Evaluation, stack: str) -> TextForModel:
         arrays=dict(tokens_BL=prompts.tokens, **prompts.arguments),
         tokens={stack: prompts.tokens[0]}, notes=[])
 
-  # Others read the prompt as a whole text, as an encoder is trained.
+  # Any other model, an encoder, reads the prompt as a whole text.
   tokens_before, tokens_after = reading.tokens_around_text(evaluation)
   prompt_ids = reading.encode_with_masks(prompt, tokenizer)
   ids_L = np.concatenate([tokens_before, prompt_ids, tokens_after])
@@ -298,23 +299,23 @@ def _decoder_tokens(evaluation: Evaluation, prompts: objectives.Prompts
 
 
 def _measure_induction(evaluation: Evaluation) -> np.ndarray | None:
-  """Measures the induction score of each attention head of a decoder, on random
-  tokens that come twice (Olsson et al. 2022).
+  """Measures the induction score of each attention head of a decoder, on rows
+  of random tokens that come twice (Olsson et al. 2022).
 
   Args:
     evaluation: the evaluation of the run.
 
   Returns:
-    float [N layers, H heads]; None where the model is no decoder, or has no
-    room or tokens for such rows.
+    float [N, H] for N layers of H heads; None for a model that is no decoder,
+    or that has too few positions or tokens for such rows.
   """
   model = evaluation.run.model
   tokenizer = evaluation.tokenizer
   if architectures.stack(model) != 'decoder':
     return None
 
-  # Draw from the tokens of text. Where these are fewer than a row takes, some
-  # would come more than twice.
+  # Find the tokens to draw from: all but special ones. A row needs that many
+  # different tokens, or some would come more than twice.
   num_tokens = min(NUM_REPEATED_TOKENS, (model.max_len - 1) // 2)
   all_tokens = np.arange(min(tokenizer.vocab_size, model.vocab_size))
   special_tokens = [*tokenizer.special_ids.values(), *tokenizer.sentinel_ids]
@@ -323,8 +324,8 @@ def _measure_induction(evaluation: Evaluation) -> np.ndarray | None:
     return None
 
   # Make rows of the separator, random tokens, and the same tokens again. The
-  # seed is fixed, so that two models see the same rows. The scores are averaged
-  # over these.
+  # seed is fixed, so that all models see the same rows. Average the scores over
+  # them.
   random = np.random.default_rng(0)
   rows = []
   for _ in range(NUM_REPEATED_ROWS):
@@ -339,21 +340,21 @@ def _measure_induction(evaluation: Evaluation) -> np.ndarray | None:
 
 def figures_by_head(inspected: Inspection, induction_NH: np.ndarray | None
                     ) -> dict[str, dict[str, np.ndarray]]:
-  """Reduces the attention of a text to one number for each head and figure of
-  MEANING_OF_FIGURE.
+  """Reduces the attention to a text to one number for each head and each
+  figure, such as its mean entropy (MEANING_OF_FIGURE lists them).
 
   Args:
-    inspected: the record of the model, of whose rows the first counts.
-    induction_NH: the induction score of a decoder, [layers, heads], of
+    inspected: what was recorded of the model, of whose rows the first counts.
+    induction_NH: the induction score of each head of a decoder, from
       `_measure_induction`; None: there is none.
 
   Returns:
-    {name of attention: {figure: [N layers, H heads]}}.
+    {attention: {figure: [N, H]}}, for N layers of H heads.
   """
   measures = {}
   for name, attention in inspected.attention.items():
-    # The first query of a causal model sees the first token alone, so all its
-    # weight is there. That says nothing of a head, so the query is left out.
+    # In a decoder, the first query can only attend to the first token. As that
+    # says nothing about a head, leave this query out of its weight there.
     all_queries_BL = inspected.is_real[STACK_OF_QUERIES[name]]
     later_queries_BL = all_queries_BL.copy()
     if name == 'decoder' and all_queries_BL.shape[1] > 1:
