@@ -149,7 +149,8 @@ def scale_by_adafactor(roles: Any) -> optax.GradientTransformation:
         rows=map_over_parameters(roles, zero_row_moments, params),
         columns=map_over_parameters(roles, zero_column_moments, params))
 
-  def update(grads: Any, state: FactoredState, params: Any):
+  def update(grads: optax.Updates, state: FactoredState, params: optax.Params
+             ) -> tuple[optax.Updates, FactoredState]:
     """Returns the steps of all parameters, and the new state of the optimiser.
     A step is the gradient divided by the root of its factored second moment."""
     count = optax.safe_increment(state.count)
@@ -231,7 +232,9 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
     """Returns an orthogonal matrix at 0.2 root mean square."""
     return 0.2 * max(axes.sizes(orthogonal.shape)) ** 0.5 * orthogonal
 
-  def update(grads: Any, state: optax.contrib.MuonState, params: Any = None):
+  def update(grads: optax.Updates, state: optax.contrib.MuonState,
+             params: optax.Params | None = None
+             ) -> tuple[optax.Updates, optax.contrib.MuonState]:
     """Returns the steps of all parameters, orthogonal matrices in the
     directions of the momentum, and the new state of the optimiser."""
     del params
@@ -305,7 +308,9 @@ def scale_by_normuon(roles: Any, beta: float, b2: float
         momentum=optax.tree.zeros_like(params),
         neurons=map_over_parameters(roles, zero_neuron_squares, params))
 
-  def update(grads: Any, state: NorMuonState, params: Any = None):
+  def update(grads: optax.Updates, state: NorMuonState,
+             params: optax.Params | None = None
+             ) -> tuple[optax.Updates, NorMuonState]:
     """Returns the steps and the new state, by the equations above."""
     del params
     momentum = jax.tree.map(add_gradient, state.momentum, grads)

@@ -89,7 +89,9 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
                      left=left, right=right, left_basis=left,
                      right_basis=right)
 
-  def update(grads: Any, state: SoapState, params: Any = None):
+  def update(grads: optax.Updates, state: SoapState,
+             params: optax.Params | None = None
+             ) -> tuple[optax.Updates, SoapState]:
     """Returns the steps of all parameters, and the new state."""
     del params
 
