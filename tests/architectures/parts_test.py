@@ -159,6 +159,13 @@ def rope(scaling, **fields):
   return np.float64(frequency), factor, 5e5 ** (-np.arange(0, 128, 2) / 128)
 
 
+def test_alibi_falls_with_the_distance_to_both_sides():
+  at = np.arange(4)
+  np.testing.assert_allclose(
+      positions.alibi_bias(jnp.array(at)[None], jnp.array(at)[None], 2)[0],
+      -np.array([2**-4, 2**-8])[:, None, None] * np.abs(at[:, None] - at))
+
+
 def test_llama3_keeps_short_waves_stretches_long_ones_and_blends_between():
   """As Meta's own apply_scaling has it, by wavelengths."""
   got, factor, plain = rope('llama3', factor=8.0, low_freq_factor=1.0,

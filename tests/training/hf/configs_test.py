@@ -308,6 +308,7 @@ def test_what_a_file_leaves_out_is_what_transformers_takes_for_it(system):
   tree = json.loads(text.replace('{"__float__": "Infinity"}', 'Infinity'))
   trees = {name: x for name, x in PUBLISHED.items()
            if name.partition(':')[0] == system}
+  trees['no field'] = dict(model_type=tree['model_type'])
   # And seven layers, of which nothing says what each is.
   trees['seven layers'] = dict(num_hidden_layers=7) | {
       key: x for key, x in tree.items() if not isinstance(x, list)

@@ -292,6 +292,13 @@ def test_the_loss_of_an_answer_is_that_of_both_ends_without_padding():
   assert figures['accuracy'] == 1 / 2
   scores[0, 4:] += 1000  # what a model says of padding changes nothing
   assert _figures('question_answering', scores, batch)[-1] == figures
+  # Who knows nothing tells all tokens of a whole row alike.
+  config = base.base()
+  config.data.length = 6
+  batch['segment_ids'] = np.ones((3, 6), np.int32)
+  figures = _figures('question_answering', 0 * scores, batch)[-1]
+  assert figures['loss'] == pytest.approx(objectives.OBJECTIVES[
+      'question_answering'].loss_of_guessing(config, 0))
 
 
 def _sources(folder):
