@@ -425,6 +425,11 @@ def test_each_p_is_corrected_over_its_family_and_divergence_by_holm():
         multipletests(ps, method=method)[1])
 
 
+def test_no_more_power_is_promised_than_there_is():
+  assert 'with a probability of 76% or more' in noise_lib._describe_power(
+      PLAN, screen_power=0.9, confirm_power=0.85)  # 76.5 %
+
+
 def test_a_loss_is_warm_from_where_the_rate_is_at_its_height():
   config = {'data.batch_ramp': '20:4', 'data.batch_size': 8, 'train.steps': 40,
             'optim.warmup_steps': 20}
