@@ -4,6 +4,7 @@ where they lie."""
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -411,3 +412,12 @@ def test_a_prompt_sees_no_slots_behind_it(changes):
     entry = jax.device_get(entry.mixer)
     assert (entry.key_BMJK[:, :, 9:] == 1e3).all()
     assert not (entry.key_BMJK[:, :, :9] == 1e3).any()
+
+
+def test_long_keys_are_clipped_and_short_ones_stay():
+  c = architectures.resolve(models.small_config(qk_clip=0.5))
+  x = np.array([[0.3, 0.4], [3.0, 4.0], [0.06, 0.08]], np.float32)
+  clipped = steps.clip_lengths(
+      types.SimpleNamespace(config=c), 'key', jnp.asarray(x)[None, None], None)
+  np.testing.assert_allclose(
+      clipped[0, 0], [[0.3, 0.4], [0.3, 0.4], [0.06, 0.08]], rtol=1e-5)
