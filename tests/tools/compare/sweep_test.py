@@ -102,6 +102,17 @@ def test_matched_points_cost_what_the_base_costs(what, tmp_path):
   assert '(matched)' in check.render_cost_table(description)
 
 
+def test_a_sweep_that_is_begun_again_forgets_no_seed(tmp_path):
+  description = described(sweeps.write(tmp_path))
+  for seeds, all_seeds in (([0, 1], [0, 1]), ([2], [0, 1, 2]),
+                           ([0], [0, 1, 2])):
+    rows = [row | {'seeds': seeds} for row in description['points']]
+    layout.save_sweep_description(tmp_path / 'w', description | {
+        'points': rows})
+    for point in layout.load_sweep_description(tmp_path / 'w')['points']:
+      assert point['seeds'] == all_seeds
+
+
 def test_a_matched_width_is_of_whole_heads(tmp_path, monkeypatch):
   deep = sweeps.write(tmp_path, "  add('deep', **{'model.num_layers': 4})\n")
   made = points(described(deep, 'params', 'model.d_model'))
