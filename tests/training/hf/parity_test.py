@@ -25,9 +25,9 @@ def _load(path):
 
 # The first case of each system is run every time: whole for those that stand
 # for others, and for the others what the model returns.
-# The plain one goes before variants.
+# One without the experts of its system is the last.
 FIRST = {system: sorted(recording.files(system),
-                        key=lambda p: not p.stem.endswith('-plain'))[0]
+                        key=lambda p: p.stem.endswith('-dense'))[0]
          for system in recording.systems()}
 WHOLE = [FIRST[s] for s in 'bert gpt llama mamba2 mixtral t5'.split()]
 
