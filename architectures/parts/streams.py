@@ -879,6 +879,9 @@ class LearnedSum(Residual):
   """One stream, to which results of branches are added with learned factors."""
   fields: tuple[str, ...] = ()
 
+  def count(self, config: ModelConfig, branches: int) -> int:
+    return 1
+
   def begin(self, x_BLD: jax.Array, count: int) -> jax.Array:
     return x_BLD[:, :, None]
 
