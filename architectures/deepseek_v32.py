@@ -40,7 +40,8 @@ def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
     RequestError: if layers have no indexer, or if the order of the layers is
       not dense layers first and layers with experts after them.
   """
-  # What older DeepSeek models have. By default, three layers are dense.
+  # These fields older DeepSeek models have too. Three layers are dense by
+  # default.
   deepseek_v3.note_multi_token_prediction(reader)
   hf.check_gates(fields)
   model_fields = deepseek_v2.read_shared_fields(reader, fields=fields, dense=3,

@@ -1,4 +1,4 @@
-"""What a value may be: the fields of a config, and the arguments of functions.
+"""Rules of values: the fields of a config, and the arguments of functions.
 
 A field of a config is declared once, beside what reads it. A group of fields is
 a frozen dataclass. Each of its fields is made by `field`, which is given a

@@ -330,7 +330,7 @@ def _make_workdir(workdir: epath.Path) -> Iterator[None]:
           f'{workdir} holds a run already: choose another WORKDIR')
   storage.refuse_folder_of_others(workdir, 'WORKDIR')
 
-  # What was in the folder before stays there.
+  # Files that were in the folder before stay there.
   files_before = set(epath.Path(workdir).glob('*'))
   try:
     yield

@@ -394,7 +394,7 @@ def fields_that_are_read(config: ModelConfig) -> set[str]:
     overrides: Mapping[str, Any] = {}
     if kind_name:
       overrides = flatten_groups(config.kinds[kind_name].overrides)
-    # What a kind of layer overrides is not read from the model. The field
+    # The model does not read a field that a kind of layer overrides. The field
     # `window` of a kind also replaces the model's rule of attention.
     replaced = {_name_of_model_field(name) for name in overrides}
     if 'window' in overrides:

@@ -903,7 +903,7 @@ class LearnedSum(Residual):
     return x.x_BLUD[..., 0, :]
 
 
-# What the root of `Balanced` is at least, so that its gradient stays finite.
+# The least square in the root of `Balanced`, so that its gradient stays finite.
 SMALLEST_SQUARE_OF_FACTOR = 1e-3
 
 

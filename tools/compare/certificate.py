@@ -56,7 +56,7 @@ QUANTITIES = {
     'params': Quantity('parameters', _COST),
     'multiplied_params': Quantity('parameters that are multiplied', _COST),
     'looked_up_params': Quantity('parameters that are looked up', _COST),
-    # Of training, for a token and for the run.
+    # The FLOPs of training, for a token and for the run.
     'flops_per_token': Quantity('FLOPs of a token', _COST),
     'flops': Quantity('FLOPs of the run', _COST),
     'tokens': Quantity('tokens', _COST),
@@ -111,7 +111,7 @@ class Differences(NamedTuple):
 
   @property
   def unlike(self) -> dict[str, str]:
-    """What is not known to be alike beyond the question, by quantity."""
+    """The quantities that are not known to be alike beyond the question."""
     return self.named | dict.fromkeys(self.unknown, 'known of one side alone')
 
   @property
@@ -260,7 +260,7 @@ def certify_runs(config: Mapping[str, Any], costs: Mapping[str, Any],
     tuning: how much this side was tuned; None: it is not known.
     seconds: the training time of each run; NaN: it is not known.
   """
-  # What the config and its costs say.
+  # First come the quantities that the config and its costs tell.
   values: dict[str, Any] = group_fields_by_quantity(config)
   for name in _COSTS:
     if costs.get(name) is not None:
@@ -272,7 +272,8 @@ def certify_runs(config: Mapping[str, Any], costs: Mapping[str, Any],
   if seconds and not any(map(math.isnan, seconds)):
     values['seconds'] = sum(seconds) / len(seconds)
 
-  # What the folders of the runs say: code, devices, and hashes of the data.
+  # Then come those in the folders of the runs: code, devices, and hashes of
+  # the data.
   codes, devices, hashes = _provenance_of_runs(folders)
   if codes:
     values['code'] = {'code': '; '.join(codes)}

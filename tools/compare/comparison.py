@@ -456,7 +456,7 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
                     'beyond, so that there is no verdict on '
                     f'{"any" if plan.base in variants_at_edge else "these"}.')
 
-  # What the choice of values adds to the noise, and to the question.
+  # Warnings of the noise and the differences that the choice of values adds.
   few_seeds = tuning.describe_few_seeds(plan)
   if few_seeds:
     warnings.append(few_seeds)
@@ -698,8 +698,8 @@ def add_variants_of_csv(sweep: curves.Sweep, file: str) -> curves.Sweep:
     cells_of_variant[variant] = {
         name: str(value) for name, value in given.items()}
 
-  # What the CSV does not tell is that of the base (config, tokens) or NaN
-  # (costs).
+  # The CSV may leave out a config and tokens, which are then those of the base,
+  # and costs, which are then NaN.
   costs_of_run = dict.fromkeys(
       ('params', 'active_params', 'multiplied_params', 'looked_up_params',
        'flops_per_token'), math.nan)

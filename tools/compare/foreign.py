@@ -372,6 +372,31 @@ class ResultsTable:
     return results
 
 
+def _split_figures_and_words(cells: dict[str, str], no_figures: set[str]
+                             ) -> tuple[dict[str, float], dict[str, str]]:
+  """Splits the cells of a row of a CSV into figures, and words that say what a
+  run was given, such as its code.
+
+  Args:
+    cells: the cells of a row by their column.
+    no_figures: columns, in lower case, whose numbers are no figures.
+
+  Returns:
+    The figures by column, and the words by the name of their quantity.
+  """
+  figures, given = {}, {}
+  for column, cell in cells.items():
+    # The name of a commit may look like a number.
+    quantity, value = quantity_of_figure(column), None
+    if quantity not in _QUANTITIES_IN_WORDS:
+      value = _parse_number(cell)
+    if value is None and quantity and cell:
+      given[quantity] = cell
+    elif value is not None and column.lower() not in no_figures:
+      figures[column] = value
+  return figures, given
+
+
 class PlainCsv:
   """Reads a CSV with a row for each evaluation: columns for the entry, the run,
   the seed and the step, as far as there are any, and one for each figure. The
@@ -406,19 +431,10 @@ class PlainCsv:
     given_to_run: dict[tuple, dict[str, str]] = {}
     for row in table:
       key = tuple(row.get(name) or '' for name in (entry, run, seed))
-      given = given_to_run.setdefault(key, {})
-      figures = {}
-      for column, cell in row.items():
-        if not column or column in (entry, run, seed, step):
-          continue
-        # The name of a commit may look like a number.
-        quantity, value = quantity_of_figure(column), None
-        if quantity not in _QUANTITIES_IN_WORDS:
-          value = _parse_number(cell)
-        if value is None and quantity and cell:
-          given[quantity] = cell
-        elif value is not None and column.lower() not in no_figures:
-          figures[column] = value
+      cells = {column: cell for column, cell in row.items()
+               if column and column not in (entry, run, seed, step)}
+      figures, given = _split_figures_and_words(cells, no_figures)
+      given_to_run.setdefault(key, {}).update(given)
       step_of_row = int(float(row[step])) if step else 0
       rows_by_run.setdefault(key, []).append((step_of_row, figures))
 

@@ -17,8 +17,8 @@ from tools.compare import curves, layout, outcomes, page, phases
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
 
-# What is compared of two verdicts on a variant, and by what share figures may
-# differ that two machines have computed.
+# The figures of two verdicts on a variant that are compared, and the share by
+# which they may differ where two machines have computed them.
 _FIGURES_OF_VERDICT = ('effect', 'low', 'high', 'p', 'p_corrected')
 LARGEST_RELATIVE_ERROR = 1e-6
 MOST_RUNS_NAMED = 3  # of those that a message is about

@@ -715,7 +715,7 @@ def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
     answer: the answer of `judge_entries`.
     args: the arguments of the command.
   """
-  # What was compared, and how certain the verdicts are.
+  # The comparisons, and how certain the verdicts are.
   rows = answer['comparisons']
   beside = f'with {rows[0]["base"]}'
   if args.successive:

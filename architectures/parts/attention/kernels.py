@@ -982,7 +982,7 @@ def reason_of_refusal(name: str, config: ModelConfig, mask: Mask, q_length: int,
   """
   if name == 'xla':
     return ''
-  # What no fused kernel can do comes first, and then what this one cannot.
+  # First come the limits of all fused kernels, and then those of this one.
   if mask.has_bias or mask.has_dropout:
     return ('which adds no bias to the scores and drops no weights, as '
             f'model.position {config.position} and model.attention_dropout '

@@ -525,7 +525,7 @@ def _blocks_of_stack(stack: str, shapes: Mapping[str, tuple[int, ...]],
     if not block_names:
       continue
 
-    # As how many layers the file counts a layer of each block.
+    # The number of layers that the file counts for a layer of each block.
     folders = [f'{section}/block_{i}' for i in range(len(block_names))]
     num_hf_layers = []
     for folder in folders:

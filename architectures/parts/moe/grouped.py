@@ -185,8 +185,8 @@ def _grouped_ffn_backward(settings: GroupedSettings, saved: tuple,
     A gradient for each argument in their order: the rows, the counts (None),
     the gates, the weights, and the dropout mask (None).
   """
-  # As in the forward pass, CPU goes through blocks of rows, and other platforms
-  # compute all rows at once.
+  # CPU goes through blocks of rows, and other platforms compute all rows at
+  # once, like in the forward pass.
   by_blocks = functools.partial(
       _backward_by_blocks, settings.activation, settings.even_rows)
   grouped_product = grouped_product_of_kernel(

@@ -134,7 +134,7 @@ class Mamba2(layer.Layer):
         self.step(x_BLD), sizes.least_step, sizes.most_step or None)
     scale_H = self.declare_by_head(
         'decay_scale', layer.log_uniform_initializer(1.0))
-    # What the state takes in, and the logarithm of its decay, with the negative
+    # The input of the state, and the logarithm of its decay, with the negative
     # A = -exp(scale) of each head.
     written_BLHU = features.scale_vectors(v_BLHU.astype(jnp.float32), dt_BLH)
     log_decay_BLH = -jnp.exp(scale_H)[None, None] * dt_BLH
