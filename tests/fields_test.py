@@ -135,7 +135,8 @@ def test_every_field_can_be_set_by_a_flag():
 @pytest.mark.parametrize('objective, arch', [
     ('causal', 'gpt'), ('mlm', 'bert'), ('span', 't5')])
 def test_no_field_that_changes_the_batches_is_safe_to_change(
-    objective, arch, tmp_path):
+    objective, arch, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # a field may name a folder that is written
   for i in range(40):
     (tmp_path / f'{i}.txt').write_text(f'What is said {i} times. ' * 9)
   config = data_files.make_run_config(f'text:{tmp_path}/*.txt', objective, 64,

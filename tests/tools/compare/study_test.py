@@ -1083,7 +1083,8 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
 
   results = json.loads((workdir / 'results.json').read_text())
   assert all(row['finished'] and row['done'] == row['planned']
-             for row in results['phases'].values())
+             for row in results['phases'].values()), (
+                 results['phases'], outputs)
   frozen = plans.load_frozen_plan(workdir)
   assert [results['phases'][phase]['done'] for phase in frozen.plan.seeds] == [
       3 * 2 * 3, 2 * 3, 2 * 3, 2 * 3 * 3]
