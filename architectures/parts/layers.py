@@ -21,7 +21,7 @@ from architectures.parts.config import ModelConfig, MOST_FEATURES
 from architectures.parts.context import Context, Report
 from architectures.parts.loops import LoopsConfig
 from architectures.parts.sharding import Role, declare
-from common.fields import field, FUNCTION, SHAPES
+from common.fields import AT_START, field, FUNCTION, RUN, SHAPES
 
 # The distributions of new weights, values of model.init: see _initializer.
 WEIGHT_DISTRIBUTIONS = ('normal', 'scaled_normal', 'fan_in')
@@ -701,7 +701,7 @@ class LayerNorm(Norm):
     scale_D = self.declare_per_feature('scale', nn.initializers.ones, x)
     bias_D = self.declare_per_feature('bias', nn.initializers.zeros, x)
     return recompute_in_backward(layernorm)(
-  x, scale_D, bias_D, self.config.norm_eps)
+        x, scale_D, bias_D, self.config.norm_eps)
 
 
 class LayerNormNoBias(Norm):
@@ -711,7 +711,7 @@ class LayerNormNoBias(Norm):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale_D = self.declare_per_feature('scale', nn.initializers.ones, x)
     return recompute_in_backward(layernorm)(
-      x, scale_D, None, self.config.norm_eps)
+        x, scale_D, None, self.config.norm_eps)
 
 
 class RMSNorm(Norm):
@@ -788,6 +788,40 @@ class GatedRMSNorm(RMSNorm):
     return (y * gate).astype(y.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class DynamicTanhConfig:
+  """The fields of the norm dynamic_tanh."""
+  GROUP = 'dynamic_tanh'
+  alpha: float = field(0.5, 'The slope of the tanh at first.', above=0,
+                       resume=AT_START, about=RUN)
+
+
+class DynamicTanh(Norm):
+  """Dynamic tanh in a norm's place (DyT: Zhu et al. 2025, arXiv 2503.10622,
+  equation 1),
+
+    y = scale * tanh(alpha x) + bias,
+
+  where alpha is one learned number. It bounds large features as a norm does,
+  and computes no statistic of a token.
+  """
+  fields = ()
+  settings = DynamicTanhConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    # The learned slope, which all features share.
+    first_slope = self.config.part(DynamicTanhConfig).alpha
+    alpha = declare(self, 'alpha', init=nn.initializers.constant(first_slope),
+                    shape=(), role=Role(()))
+    scale_D = self.declare_per_feature('scale', nn.initializers.ones, x)
+    bias_D = self.declare_per_feature('bias', nn.initializers.zeros, x)
+
+    # As in the norms, the result alone is rounded.
+    y = jnp.tanh(alpha.astype(jnp.float32) * x.astype(jnp.float32))
+    return _scale_and_shift(y, scale_D=scale_D, bias_D=bias_D, dtype=x.dtype)
+
+
 # A norm is a module. It may have `settings`, the group of fields of
 # config.model, a dataclass, that it alone reads.
 NORMS = {
@@ -797,6 +831,7 @@ NORMS = {
     'rmsnorm_1p': RMSNorm1P,
     'rmsnorm_plain': PlainRMSNorm,
     'rmsnorm_gated': GatedRMSNorm,
+    'dynamic_tanh': DynamicTanh,
 }
 
 

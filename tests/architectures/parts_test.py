@@ -137,6 +137,18 @@ def test_a_gated_norm_is_its_definition():
                              rtol=1e-4, atol=1e-5)
 
 
+def test_a_dynamic_tanh_is_its_definition():
+  c = resolved(norm='dynamic_tanh', dynamic_tanh=dict(alpha=0.8))
+  module, x = layers.norm(c, 'norm'), normal(0, 2, 5, D)
+  params = born(module, x)
+  p = jax.tree.map(np.asarray, params)
+  want = p['scale'] * np.tanh(p['alpha'] * np.asarray(x)) + p['bias']
+  np.testing.assert_allclose(module.apply({'params': params}, x), want,
+                             rtol=1e-4, atol=1e-5)
+  first = module.init(jax.random.key(0), x)['params']
+  np.testing.assert_allclose(nn.unbox(first)['alpha'], 0.8, rtol=1e-6)
+
+
 # Positions.
 
 
