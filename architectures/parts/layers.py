@@ -8,7 +8,7 @@ An entry of NORMS, of FFNS or of REMAT is all that there is of one.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Optional
+from typing import Any, ClassVar, NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -681,7 +681,7 @@ class Norm(nn.Module):
     config: the model.
     axis: the logical axis of the norm's parameters.
   """
-  fields = ('norm_eps',)
+  fields: ClassVar[tuple[str, ...]] = ('norm_eps',)
   config: ModelConfig
   axis: str = 'embed'
 
