@@ -215,12 +215,12 @@ def _parse_iota(dims: str, order: str | None) -> np.ndarray:
   Args:
     dims: the text of the shape, such as '2,3'.
     order: the text of the order of the axes after the transposition, such as
-      '1,0'; None, where XLA writes none: the axes are reversed.
+      '1,0'; None, where XLA writes none: the axes keep their order.
   """
   shape = _parse_integers(dims)
   devices = np.arange(math.prod(shape)).reshape(shape)
   if order is None:
-    return devices.transpose()
+    return devices
   return devices.transpose(_parse_integers(order))
 
 

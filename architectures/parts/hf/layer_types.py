@@ -4,6 +4,8 @@ which have a recurrence in place of attention."""
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from architectures.parts import hf
 from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
@@ -133,24 +135,57 @@ def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
     The fields `prefix`, `pattern` and `suffix` of config.model, each as names
     with commas between.
   """
-  # A candidate is (number of names, length of suffix, length of prefix, length
-  # of pattern). The order matters: min() compares the first number first.
-  candidates = []
-  for prefix_length in range(len(names)):
-    for period in range(1, len(names) - prefix_length + 1):
-      pattern = names[prefix_length:prefix_length + period]
-      end = prefix_length + period
-      # The pattern repeats as often as it fits; what follows is the suffix.
-      while names[end:end + period] == pattern:
-        end += period
-      if set(names[end:]) <= set(pattern):
-        suffix_length = len(names) - end
-        num_names = prefix_length + period + suffix_length
-        candidates.append((num_names, suffix_length, prefix_length, period))
-  _, suffix_length, prefix_length, period = min(candidates)
-  return dict(prefix=','.join(names[:prefix_length]),
-              pattern=','.join(names[prefix_length:prefix_length + period]),
-              suffix=','.join(names[len(names) - suffix_length:]))
+  # The kind of each layer as a number, and each kind's last layer.
+  kinds = sorted(set(names))
+  kind_of_layer = np.array([kinds.index(name) for name in names])
+  num_layers = len(names)
+  next_of_kind = [_indices_of_next_true(kind_of_layer == kind)
+                  for kind in range(len(kinds))]  # from each layer on
+  last_of_kind = [np.flatnonzero(kind_of_layer == kind)[-1]
+                  for kind in range(len(kinds))]
+
+  # Try each length of the pattern, with all lengths of the prefix at once. A
+  # division is (number of names, length of suffix, of prefix, of pattern), so
+  # that min() compares the number of names first.
+  best = (num_layers + 1, 0, 0, 0)
+  for period in range(1, num_layers + 1):
+    if period > best[0]:
+      break  # a longer pattern alone names more layers than the best division
+    prefix_lengths = np.arange(num_layers - period + 1)
+    # The pattern repeats as often as it fits; what follows is the suffix.
+    differs = kind_of_layer[:num_layers - period] != kind_of_layer[period:]
+    equal_layers = _indices_of_next_true(differs) - prefix_lengths
+    ends = prefix_lengths + period + equal_layers // period * period
+    suffix_lengths = num_layers - ends
+
+    # The suffix may have no kind of layer that the pattern lacks.
+    is_allowed = np.ones(len(prefix_lengths), bool)
+    for next_layers, last in zip(next_of_kind, last_of_kind):
+      is_in_pattern = next_layers[prefix_lengths] < prefix_lengths + period
+      is_allowed &= is_in_pattern | (ends > last)
+    if not is_allowed.any():
+      continue
+
+    # argmin returns the first of several, which has the shortest prefix.
+    num_names = prefix_lengths + period + suffix_lengths
+    rank = num_names * (num_layers + 1) + suffix_lengths
+    prefix = int(np.where(is_allowed, rank, rank.max() + 1).argmin())
+    suffix = int(suffix_lengths[prefix])
+    best = min(best, (prefix + period + suffix, suffix, prefix, period))
+
+  _, suffix, prefix, period = best
+  return dict(prefix=','.join(names[:prefix]),
+              pattern=','.join(names[prefix:prefix + period]),
+              suffix=','.join(names[num_layers - suffix:]))
+
+
+def _indices_of_next_true(flags: np.ndarray) -> np.ndarray:
+  """Returns, for each index of an array of truth values [n], and for its end,
+  the first index from there on that is true, [n + 1]. Where none is true, this
+  is n."""
+  length = len(flags)
+  indices = np.append(np.where(flags, np.arange(length), length), length)
+  return np.minimum.accumulate(indices[::-1])[::-1]
 
 
 def pattern_and_kinds(names: Sequence[str],

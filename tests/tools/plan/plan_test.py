@@ -308,6 +308,7 @@ def test_every_pass_keeps_its_activations():
 @pytest.mark.parametrize('text, members', [
     ('replica_groups={{0,2},{1,3}}, x', [[0, 2], [1, 3]]),
     ('replica_groups=[2,2]<=[4], x', [[0, 1], [2, 3]]),
+    ('replica_groups=[2,3]<=[3,2], x', [[0, 1, 2], [3, 4, 5]]),
     ('replica_groups=[4,2]<=[2,2,2]T(2,1,0), x',
      [[0, 4], [2, 6], [1, 5], [3, 7]]),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, use",
