@@ -83,9 +83,10 @@ def empty_cache_of_layer(config: ModelConfig, shape: tuple[int, ...]
     recurrence; `memory`, the last tokens, or None; and `inputs`, the last
     results of the branches 'attention' and 'ffn', or {}.
   """
-  # The last tokens, where the layer looks up tables by n-grams of tokens.
+  # The last tokens, where the layer looks up tables by n-grams of tokens, or
+  # the last input, where it reads that of the token before.
   memory = None
-  if lookup.keeps_last_tokens(config):
+  if lookup.keeps_state(config):
     memory = lookup.empty_state(config, shape)
   # The last results of each branch, if a convolution over W = branch_conv
   # tokens follows it. The next token brings its own, so W - 1 are kept.

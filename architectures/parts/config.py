@@ -177,6 +177,9 @@ class ModelConfig:
       'sum; hyper (hyper-connections), mhc or gated, a mixture of several '
       'streams; or attention (attention residuals), a weighted mean of what '
       'came before.')
+  skips: bool = field(
+      False, 'Whether the result of layer i, times a learned number, is added '
+      'to the input of layer N - 1 - i, of N layers.')
   layer_scale: bool = field(
       False, 'A learned factor of the output of each layer, 1 at first.')
   loop: str = field(
@@ -198,9 +201,10 @@ class ModelConfig:
       'or short_conv, a convolution over a few tokens.',
       of_layers=True)
   memory: str = field(
-      'none', 'The tables that a layer reads beside its input: none, or rows '
-      'that the last tokens look up, by gates (engram) or added up '
-      '(over_encoding), or that the token does (per_layer).', of_layers=True)
+      'none', 'The vectors that a layer reads beside its input: none, or rows '
+      'of tables that the last tokens look up, by gates (engram) or added up '
+      '(over_encoding), or that the token does (per_layer), or the input of '
+      'the token before (smear).', of_layers=True)
   attention: str = field('global', 'Which keys a query sees.', of_layers=True)
   pattern: str = field(
       '', 'The kinds of layer, names of model.kinds, that are repeated over '

@@ -43,6 +43,9 @@ Gemma's layers have the scale of the first norm in common; here each has one.
 
 The tables are sharded by rows, over fsdp and the experts' axis, and only rows
 that were looked up are sent.
+
+smear (modded-nanogpt) reads no table, but the input of the token before: see
+Smear. A row of a batch keeps the last one.
 """
 
 import dataclasses
@@ -61,12 +64,14 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
-from architectures.parts.streams import StreamsConfig
+from architectures.parts.streams import RESIDUALS
 from common.errors import require
 from common.fields import field, FUNCTION, SHAPES
 
-# The value of model.memory of layers that look up no table.
+# The values of model.memory of layers that look up no table, and of those that
+# read the token before.
 NAME_OF_NO_MEMORY = 'none'
+NAME_OF_SMEAR = 'smear'
 # The rows of all tables together are a multiple of it, so that a mesh divides
 # them.
 ROWS_ARE_MULTIPLE_OF = 128
@@ -115,15 +120,23 @@ class PerLayerConfig:
                                size=self.size or max(1, config.d_model // 8))
 
 
+@dataclasses.dataclass(frozen=True)
+class SmearConfig:
+  """The fields of memory smear."""
+  features: int = field(
+      12, 'The features of the input of a token, from the first on, of which '
+      'its gate is made.', least=1, resume=SHAPES)
+
+
 @struct.dataclass
 class State:
-  """The part of a cache for a layer that reads n-grams.
+  """The part of a cache for a layer that reads n-grams or the token before.
 
   Attributes:
-    tokens_BW: the last N - 1 tokens.
-    inputs_BWD: the last inputs of engram's convolution.
+    tokens_BW: the last N - 1 tokens; None: the layer reads no n-grams.
+    inputs_BWD: the last inputs of engram's convolution, or of smear.
   """
-  tokens_BW: jax.Array
+  tokens_BW: Optional[jax.Array] = None
   inputs_BWD: Optional[jax.Array] = None
 
 
@@ -315,6 +328,7 @@ def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
   assert tokens_BL is not None
   # The tokens, after those before them; at a row's start, these are padding.
   if state:
+    assert state.tokens_BW is not None
     before_BW = state.tokens_BW
   else:
     shape = len(tokens_BL), ngrams.order - 1
@@ -541,6 +555,52 @@ class PerLayer(nn.Module):
     return layers.norm(config, 'out_norm')(y_BLD)
 
 
+class Smear(nn.Module):
+  """The memory smear (modded-nanogpt): what is added to the input x_l of token
+  l is a part of the input of the token before it, in the same document,
+
+    y_l = a sigmoid(w . x_l[:S]) x_(l-1)
+
+  with a number a and a vector w of S = smear.features features, 0 at first. All
+  residual streams have the gate of the first.
+
+  (x_BLD, context, state) -> (what is added to x_BLD, state). x may be several
+  streams, [B, L, U, D].
+  """
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
+    B, L = x_BLD.shape[:2]
+    size = min(self.config.part(SmearConfig).features, x_BLD.shape[-1])
+    # The inputs of the tokens before, which are 0 where a document begins.
+    x_BLU = x_BLD.reshape(B, L, -1)
+    before_BWU = jnp.zeros_like(x_BLU[:, :1])
+    if state is not None:
+      before_BWU = state.inputs_BWD.astype(x_BLU.dtype)
+    all_BMU = jnp.concatenate([before_BWU, x_BLU], 1)
+    previous_BLU = all_BMU[:, :-1]
+    if ctx.segment_ids_BL is not None:
+      previous_BLU = features.mask_other_documents(
+          previous_BLU, ctx.segment_ids_BL, 1)
+
+    # Their gates, one number a token.
+    zeros = nn.initializers.zeros
+    w_S = declare(self, 'gate', init=zeros, shape=(size,), role=Role((None,)))
+    scale = declare(self, 'scale', init=zeros, shape=(), role=Role(()))
+    features_BLS = x_BLU[..., :size].astype(jnp.float32)
+    gate_BL = scale * jax.nn.sigmoid(jnp.einsum(
+        'BLS,S->BL', features_BLS, w_S.astype(jnp.float32)))
+    y_BLU = features.scale_vectors(previous_BLU.astype(jnp.float32), gate_BL)
+    y_BLD = y_BLU.astype(x_BLD.dtype).reshape(x_BLD.shape)
+
+    # The last input that is no padding.
+    if state is None:
+      return y_BLD, None
+    return y_BLD, State(inputs_BWD=features.last_inputs(
+        all_BMU, count=1, length=L, valid_BL=ctx.valid_BL))
+
+
 def keeps_last_tokens(config: ModelConfig) -> bool:
   """Returns whether a layer looks up n-grams, for which its cache keeps the
   last tokens of a row."""
@@ -548,9 +608,14 @@ def keeps_last_tokens(config: ModelConfig) -> bool:
   return memory is not None and memory.settings is NGramsConfig
 
 
+def keeps_state(config: ModelConfig) -> bool:
+  """Returns whether a layer's cache keeps a State for model.memory."""
+  return keeps_last_tokens(config) or config.memory == NAME_OF_SMEAR
+
+
 def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns what a layer with tables of n-grams keeps between calls, before the
-  first token.
+  """Returns what a layer with tables of n-grams, or with smear, keeps between
+  calls, before the first token.
 
   Args:
     config: the config of the layer.
@@ -559,8 +624,16 @@ def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
   Returns:
     The State. It has the last N - 1 tokens of each row, which are padding at
     first (N is the length of the longest n-gram); and for the memory 'engram'
-    the last inputs of its convolution, all 0.
+    the last inputs of its convolution, all 0. For 'smear' it has the last
+    input, 0, alone.
   """
+  # The features of all residual streams.
+  size = config.d_model
+  if config.residual != 'plain':
+    size *= RESIDUALS[config.residual].count(config, branches=1)
+  if config.memory == NAME_OF_SMEAR:
+    return State(inputs_BWD=jnp.zeros((*shape[:-1], 1, size),
+                                      config.compute_dtype))
   ngrams = config.part(NGramsConfig)
   tokens_BW = jnp.full(
       (*shape[:-1], ngrams.order - 1), ngrams.pad_token, jnp.int32)
@@ -568,9 +641,6 @@ def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
     return State(tokens_BW=tokens_BW)
   # Engram's convolution is over all residual streams. It sees `kernel` tokens
   # that are `order` tokens apart.
-  size = config.d_model
-  if config.residual != 'plain':
-    size *= config.part(StreamsConfig).count
   reach = (ngrams.kernel - 1) * ngrams.order
   inputs_BWD = jnp.zeros((*shape[:-1], reach, size), config.compute_dtype)
   return State(tokens_BW=tokens_BW, inputs_BWD=inputs_BWD)
@@ -589,8 +659,8 @@ def check_memory(config: ModelConfig) -> None:
   """
   memory = f'model.memory is {config.memory!r}'
   # The residual stream, and muP.
-  can_have_streams = (
-      config.memory == 'engram' and config.residual != 'attention')
+  can_have_streams = (config.memory in ('engram', NAME_OF_SMEAR)
+                      and config.residual != 'attention')
   require(config.residual == 'plain' or can_have_streams,
           f'{memory}, which adds to one stream, and model.residual '
           f"{config.residual!r} has others: set it to 'plain'")
@@ -615,7 +685,7 @@ def check_memory(config: ModelConfig) -> None:
 
 
 class TableMemory(NamedTuple):
-  """An entry of MEMORIES: tables that a layer looks up beside its input.
+  """An entry of MEMORIES: what a layer reads beside its input, such as tables.
 
   Attributes:
     module: (x_BLD, context, state) -> (what is added to x_BLD, state); of one
@@ -637,4 +707,5 @@ MEMORIES: dict[str, Optional[TableMemory]] = {
     'over_encoding': TableMemory(OverEncoding),
     'per_layer': TableMemory(
         PerLayer, PerLayerConfig, is_read_after_layer=True),
+    NAME_OF_SMEAR: TableMemory(Smear, SmearConfig),
 }

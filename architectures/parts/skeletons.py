@@ -31,7 +31,8 @@ from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.passes import project_concatenation
 from architectures.parts.stack import add_distances, add_losses
 from architectures.parts.stack import find_cache_of_tokens, is_cache
-from architectures.parts.stack import merge_reports_of_stacks, Period, Stack
+from architectures.parts.stack import merge_reports_of_stacks, PassedOn
+from architectures.parts.stack import Period, Stack
 from common.errors import require, shorten
 from common.kinds import SECTIONS
 
@@ -369,7 +370,7 @@ class Mtp(nn.Module):
           config, kind=kind, ctx=ctx_k, k_positions_BM=ctx.positions_BL,
           name_suffix=f'_{depth}')
       period = Period(config, (kind,), name=f'depth_{depth}')
-      (x, _), results = period((x, None), None, ctx_k, {})
+      (x, _), results = period((x, PassedOn()), None, ctx_k, {})
       x_BLD = blocks.EndOfResidual(config, name=f'streams_{depth}')(x)
       if blocks.BLOCKS[config.layer_config(kind.name).block].FINAL_NORM:
         x_BLD = norm(config, f'norm_{depth}')(x_BLD)

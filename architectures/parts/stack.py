@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import layers, passes, positions, sharding
+from architectures.parts import layers, passes, positions, sharding, streams
 from architectures.parts.attention import steps
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.blocks import BLOCKS, begin_residual, EndOfResidual
@@ -36,9 +36,24 @@ from architectures.parts.loops import LoopsConfig
 from architectures.parts.streams import LayerInput
 from common.errors import require
 
+
+@struct.dataclass
+class PassedOn:
+  """The arrays that each layer passes on to the next, beside the residual
+  stream. None stands for those that the model does not have.
+
+  Attributes:
+    first_values: the values of the first layer (model.value_residual).
+    skips: the results of the first half of the layers, on their way to the
+      second half (model.skips).
+  """
+  first_values: Optional[FirstLayerValues] = None
+  skips: Optional[streams.Skips] = None
+
+
 # The state that goes from layer to layer: the residual stream x, or several,
-# and with model.value_residual the values of the first layer.
-Carry = tuple[LayerInput, Optional[FirstLayerValues]]
+# and what else each layer passes on.
+Carry = tuple[LayerInput, PassedOn]
 
 
 @struct.dataclass
@@ -84,11 +99,14 @@ class Stack(nn.Module):
     config = self.config
     # The input of the first layer, and what all layers read besides.
     ctx = self._complete_context(x_BLD, ctx, cache)
-    first_values = self._first_values(x_BLD)
     kinds = self._layer_kinds()
     x = begin_residual(config, x_BLD, kinds)
+    skips = None
+    if config.skips:
+      skips = streams.begin_skips(self, x_BLD, num_layers=len(kinds))
+    passed = PassedOn(first_values=self._first_values(x_BLD), skips=skips)
     # The layers.
-    carry = x, first_values
+    carry = x, passed
     if one_by_one:
       (x, _), sections = self._run_one_by_one(carry, cache, ctx)
     else:
@@ -186,8 +204,8 @@ class Stack(nn.Module):
     scan over its periods; a period is one repetition of the pattern.
 
     Args:
-      carry: what goes from layer to layer: the residual stream, and the first
-        layer's values if the others mix them in.
+      carry: what goes from layer to layer: the residual stream, and what else
+        each layer passes on.
       cache: the caches of all layers, section by section; None: there is no
         cache.
       ctx: what the layers read besides their input.
@@ -364,7 +382,7 @@ class Stack(nn.Module):
         The carry after the pass, and the LayerResults of its periods, which are
         the repetitions of the pattern of layers.
       """
-      (x, first_values), slots = carry
+      (x, passed), slots = carry
       n, other_cache, rngs = of_pass
       x = passes.input_of_pass(config, params=params, state=x, inputs=inputs,
                                n=n)
@@ -373,7 +391,7 @@ class Stack(nn.Module):
       if slots is not None:
         period_N = n * num_periods + jnp.arange(num_periods)
       return module.apply(
-          {'params': params[section.name]}, ((x, first_values), slots),
+          {'params': params[section.name]}, ((x, passed), slots),
           (period_N, other_cache), ctx, lent, rngs=rngs)
 
     # The random numbers of each pass, with an axis of passes in front.
@@ -476,10 +494,10 @@ class Stack(nn.Module):
         n, row = divmod(i, section.periods)  # the pass, and the period in it
         # A pass begins with a mixture of the last result and the first input.
         if self._is_looped(section) and row == 0:
-          x, first_values = carry
+          x, passed = carry
           x = passes.input_of_pass(config, params=params, state=x,
                                    inputs=inputs, n=n)
-          carry = x, first_values
+          carry = x, passed
         carry, results = period.apply(
             {'params': params[section.name][str(row)]}, carry, next(entries),
             ctx, lent)
@@ -593,8 +611,8 @@ class Period(nn.Module):
     """Runs the layers of one period of the layer pattern, one after another.
 
     Args:
-      carry: what goes from layer to layer: the residual stream, and the values
-        of the first layer where the others mix them in; else None.
+      carry: what goes from layer to layer: the residual stream, and what else
+        each layer passes on.
       cache: the entries of the layers; None: there is no cache.
       ctx: what the layers read besides their input.
       lent: keys and values of layers before the period, by how far before it
@@ -605,7 +623,7 @@ class Period(nn.Module):
       the results that were to be kept, and the keys and values that later
       periods read, by how far before the end of this period their layer is.
     """
-    x, first_values = carry
+    x, passed = carry
     # This copy also takes the keys and values of layers of the period, whose
     # places count from 0 and cannot meet those below 0.
     lent = dict(lent)
@@ -617,14 +635,16 @@ class Period(nn.Module):
     lenders |= {num_layers + place for place in self.lends}
     caches, reports, kept = [], [], []
     for i, kind in enumerate(self.pattern):
-      shared = SharedArrays(first_values=first_values,
+      shared = SharedArrays(first_values=passed.first_values,
                             keys=lent.get(kind.source), lends=i in lenders)
       entry = None if cache is None else cache[i]
+      x = streams.read_skip(x, passed.skips)
       x, entry, layer_report = self._run_layer(
           i, kind=kind, x=x, ctx=ctx.replace(shared=shared), cache=entry)
       # Arrays that later layers read go with the carry, not into the report.
       if layer_report.first_values is not None:
-        first_values = layer_report.first_values
+        passed = passed.replace(first_values=layer_report.first_values)
+      passed = passed.replace(skips=streams.write_skip(x, passed.skips))
       if layer_report.keys is not None:
         lent[i] = layer_report.keys
       caches.append(entry)
@@ -634,7 +654,7 @@ class Period(nn.Module):
         caches=None if cache is None else tuple(caches),
         reports=tuple(reports), kept=tuple(kept),
         lent={place: lent[num_layers + place] for place in self.lends})
-    return (x, first_values), results
+    return (x, passed), results
 
   def _run_layer(self, i: int, kind: LayerKind, x: LayerInput,
                  ctx: Context, cache: Optional[LayerCache]

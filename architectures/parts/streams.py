@@ -89,6 +89,7 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import norm, recompute_in_backward, rmsnorm
 from architectures.parts.sharding import Role, declare
+from common.errors import require
 from common.fields import field, FUNCTION, SHAPES
 
 # In a new mhc: the logits of A off its diagonal, and the weight with which
@@ -211,15 +212,16 @@ def pin_streams(x_BLUD: jax.Array) -> jax.Array:
 
 
 class Residual:
-  """The base of the forms: the plain one, of which blocks.py has all, and those
-  with several streams, which define the methods.
+  """The base of the forms. Those that are not plain define the methods.
 
   Attributes:
     settings: the group of fields of config.model that the form reads.
     fields: of config.model, those that this form reads and others may not.
+    is_sum: whether the first stream is the sum of all that came before.
   """
   settings: Optional[type] = None
   fields: tuple[str, ...] = ('residual_scale',)
+  is_sum = False
 
   def count(self, config: ModelConfig, branches: int) -> int:
     """Returns how many arrays go from layer to layer in a stack with this
@@ -878,6 +880,7 @@ def _add_with_factors(x_BLD: jax.Array, y_BLD: jax.Array, factors: SumFactors
 class LearnedSum(Residual):
   """One stream, to which results of branches are added with learned factors."""
   fields: tuple[str, ...] = ()
+  is_sum = True
 
   def count(self, config: ModelConfig, branches: int) -> int:
     return 1
@@ -956,6 +959,7 @@ class WithEmbedding(Residual):
   The two streams are x and e.
   """
   fields = ()
+  is_sum = True
 
   def count(self, config: ModelConfig, branches: int) -> int:
     return 2
@@ -982,8 +986,13 @@ class WithEmbedding(Residual):
     return x.x_BLUD[..., 0, :]
 
 
+class Plain(Residual):
+  """The plain sum, of which blocks.py has all."""
+  is_sum = True
+
+
 RESIDUALS = {
-    'plain': Residual(),
+    'plain': Plain(),
     'hyper': Hyper(),
     'mhc': MHC(),
     'gated': Gated(),
@@ -992,3 +1001,111 @@ RESIDUALS = {
     'affine': Affine(),
     'embedding': WithEmbedding(),
 }
+
+
+# Skips from the first half of the layers to the second.
+
+
+@struct.dataclass
+class Skips:
+  """The results of layers of the first half, on their way to the second half.
+
+  Attributes:
+    kept_BLUD: the results, in a slot for each layer of the first half. The last
+      slot belongs to no layer, and is 0 until the second half begins.
+    weight_U: the learned number of each slot.
+    layer: how many layers have run so far, int32.
+    num_layers: how many layers the whole stack has.
+  """
+  kept_BLUD: jax.Array
+  weight_U: jax.Array
+  layer: jax.Array
+  num_layers: int = struct.field(pytree_node=False)
+
+
+def begin_skips(module: Any, x_BLD: jax.Array, num_layers: int) -> Skips:
+  """Returns the Skips that the first layer is given, whose slots are 0, and
+  declares their numbers, 1 at first, in the module of the stack.
+
+  Args:
+    module: the module of the stack.
+    x_BLD: the embedding of the tokens, [batch, length, d_model].
+    num_layers: how many layers the stack has.
+  """
+  half = num_layers // 2
+  weight_U = _declare_in_float32(
+      module, 'skip_streams', nn.initializers.ones, half)
+  B, L, D = x_BLD.shape
+  kept_BLUD = jnp.zeros((B, L, half + 1, D), x_BLD.dtype)
+  return Skips(kept_BLUD=pin_streams(kept_BLUD),
+               weight_U=jnp.pad(weight_U, (0, 1)),
+               layer=jnp.zeros((), jnp.int32), num_layers=num_layers)
+
+
+def read_skip(x: LayerInput, skips: Optional[Skips]) -> LayerInput:
+  """Returns the input of a layer with a skip added (modded-nanogpt, as in
+  U-nets): for layer l of the N layers of a stack, in its second half,
+
+    x'_l = x_l + w_(N-1-l) y_(N-1-l)
+
+  where y_i is what layer i returned, and w_i a learned number.
+
+  Args:
+    x: the residual stream, [B, L, D], or Streams, whose first is the sum.
+    skips: the results of the first half; None: x is returned as it is.
+  """
+  if skips is None:
+    return x
+  # In the first half this is past the slots. Then the last one is read, which
+  # is 0, as it is for the layer in the middle of an odd number.
+  slot = skips.num_layers - 1 - skips.layer
+  slot = jnp.minimum(slot, skips.kept_BLUD.shape[2] - 1)
+  kept_BLD = jax.lax.dynamic_index_in_dim(
+      skips.kept_BLUD, slot, axis=2, keepdims=False)
+  weight = jax.lax.dynamic_index_in_dim(skips.weight_U, slot, keepdims=False)
+  add = recompute_in_backward(layers.count_flops_by_result(_add_weighted, 2))
+  if isinstance(x, Streams):
+    sum_BLD = add(x.x_BLUD[:, :, 0], kept_BLD, weight)
+    return x.replace(x_BLUD=x.x_BLUD.at[:, :, 0].set(sum_BLD))
+  return add(x, kept_BLD, weight)
+
+
+def _add_weighted(x_BLD: jax.Array, y_BLD: jax.Array, weight: jax.Array
+                  ) -> jax.Array:
+  """Returns x + weight y, in the dtype of x."""
+  sum_BLD = x_BLD.astype(jnp.float32) + weight * y_BLD.astype(jnp.float32)
+  return sum_BLD.astype(x_BLD.dtype)
+
+
+def write_skip(x: LayerInput, skips: Optional[Skips]) -> Optional[Skips]:
+  """Returns the Skips with the result x of a layer in its slot; None: there are
+  none. Layers of the second half write into the last slot, which none of them
+  reads."""
+  if skips is None:
+    return None
+  x_BLD = x.x_BLUD[:, :, 0] if isinstance(x, Streams) else x
+  slot = jnp.minimum(skips.layer, skips.kept_BLUD.shape[2] - 1)
+  kept_BLUD = jax.lax.dynamic_update_index_in_dim(
+      skips.kept_BLUD, x_BLD, slot, axis=2)
+  return skips.replace(kept_BLUD=pin_streams(kept_BLUD), layer=skips.layer + 1)
+
+
+def check_skips(config: ModelConfig) -> None:
+  """Checks that the layers of a model can have skips.
+
+  Args:
+    config: the config of the whole model.
+
+  Raises:
+    RequestError: for a single layer, layers that loop, and residual streams
+      none of which is the sum.
+  """
+  forms = [name for name, form in RESIDUALS.items() if form.is_sum]
+  require(min(config.num_layers, config.num_decoder_layers) > 1,
+          'model.skips is True, and a stack has one layer, which has no other '
+          'half: set model.num_layers to 2 or more')
+  require(config.residual in forms, 'model.skips is True, which adds to the '
+          f'residual sum, and model.residual {config.residual!r} has none: '
+          f'choose it from {", ".join(forms)}')
+  require(config.loop == 'none', 'model.skips is True, whose halves no pass of '
+          f"model.loop {config.loop!r} has: set it to 'none'")

@@ -99,6 +99,8 @@ def check_model(config: ModelConfig, stack: str,
       raise RequestError(f'model.kinds.{name}: {error}') from error
   # All layers together, and what stands beside them.
   _check_value_residual(config)
+  if config.skips:
+    streams.check_skips(config)
   if config.find_part(LoopsConfig):
     _check_loop(config)
   _check_stack(config, stack, archs)

@@ -129,7 +129,7 @@ def test_modules_are_those_of_the_oracle():
                            rms(before[:, :L - k], mtp[f'hidden_norm_{k}'])], -1)
     layer = stack.Period(c, c.layer_kinds(c.num_layers)[-1:])
     one = jax.jit(lambda p, x, k=k, layer=layer: layer.apply(
-        {'params': p}, (x, None), None,
+        {'params': p}, (x, stack.PassedOn()), None,
         Context(jnp.arange(L - k)[None]), {})[0][0])
     h = one(mtp[f'depth_{k}'], pair @ np.asarray(mtp[f'join_{k}']))
     before = rms(h, mtp[f'norm_{k}'])

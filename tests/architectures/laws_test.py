@@ -98,6 +98,20 @@ def test_laws_of_a_variant(parts):
     run.train_step().lower(run.abstract_state, step_test.batch())
 
 
+# Parts that take arrays from layer to layer or, with a cache, from token to
+# token, beside the residual stream.
+PASSED_ON = {
+    'skips': dict(skips=True, memory='smear', residual='embedding',
+                  num_layers=5),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', PASSED_ON)
+def test_laws_of_arrays_that_layers_pass_on(name):
+  check_laws(*models.make_model('llama', **PASSED_ON[name]))
+
+
 def check_laws(module, params):
   tokens = np.asarray(models.random_tokens())
   apply = jax.jit(functools.partial(models.logits, module))
@@ -191,7 +205,7 @@ def _picture(mask):
     dict(memory='engram', ngrams=NGRAMS, branch_conv=3, attention_conv=3,
          key_offset=True, forget_gate=True, rope=dict(fraction=0.5)),
     ATTENTIONS['indexed'], ATTENTIONS['indexed'] | dict(mixer='latent'),
-    ATTENTIONS['blocks']])
+    ATTENTIONS['blocks'], *PASSED_ON.values()])
 def test_packed_documents_do_not_see_each_other(changes):
   module, params = models.make_model(position='rope', **changes)
   a, b = models.random_tokens(1, 7, seed=4), models.random_tokens(1, 9, seed=5)
@@ -293,6 +307,7 @@ MODELS = {
     'mamba2': ('mamba2', {}),
     'mamba3': ('llama', dict(mixer='mamba3', residual='embedding')),
     'lfm2': ('lfm2', {}),
+    **{name: ('llama', changes) for name, changes in PASSED_ON.items()},
     'llama4': ('llama4', dict(attention_chunk=4, attention_log_from=4)),
     'streams': ('llama', dict(residual='mhc', streams=dict(
         learned_end=True))),

@@ -94,6 +94,25 @@ def test_per_layer_is_its_definition():
   models.assert_trees_close(ours, n((gelu_BLS * e_BLS) @ p['out'], 'out_norm'))
 
 
+@pytest.mark.parametrize('streams', [(), (2,)])
+def test_smear_is_its_definition(streams):
+  """All streams have the gate of the first one."""
+  c = models.make_model('llama', memory='smear', smear=dict(features=5))[
+      0].config
+  draw = np.random.default_rng(0)
+  x_BLD = draw.standard_normal((2, 12, *streams, c.d_model))
+  p = dict(gate=draw.standard_normal(5), scale=np.array(0.7))
+  ctx = Context(jnp.arange(12)[None], jnp.asarray(IDS))
+  ours, _ = lookup.Smear(c).apply(
+      {'params': p}, x_BLD.astype(np.float32), ctx, None)
+  theirs = np.zeros_like(x_BLD)
+  for b, at in np.ndindex(2, 12):
+    if at and IDS[b, at - 1] == IDS[b, at]:
+      gate = 0.7 / (1 + np.exp(-x_BLD[b, at].reshape(-1)[:5] @ p['gate']))
+      theirs[b, at] = gate * x_BLD[b, at - 1]
+  models.assert_trees_close(ours, theirs)
+
+
 def test_tables_are_told_apart_from_what_multiplies():
   """They cost no FLOPs, a token uses the rows that it reads, and they learn at
   a rate of their own without decay."""

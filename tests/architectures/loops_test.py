@@ -12,7 +12,7 @@ import architectures
 from architectures.parts import flat, layers
 from architectures.parts.context import Context
 from architectures.parts.loops import LoopsConfig
-from architectures.parts.stack import Period
+from architectures.parts.stack import PassedOn, Period
 from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
@@ -98,7 +98,7 @@ def by_hand(module, params, tokens):
     for i in range(c.num_layers):
       row = jax.tree.map(lambda w, i=i: w[i], p['layers'])
       (x, _), _ = Period(c, c.layer_kinds(1)[:1]).apply(
-          {'params': row}, (x, None), None, ctx, {})
+          {'params': row}, (x, PassedOn()), None, ctx, {})
     s = x
   return s, rms(s) * stack['final_norm']['scale'][None, None]
 

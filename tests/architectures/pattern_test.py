@@ -53,8 +53,8 @@ def test_each_layer_is_that_of_its_kind():
   def alone(name, layer, x_BLD):
     config = c.layer_config(name)
     plain = stack.Period(config, config.layer_kinds(1))
-    return plain.apply({'params': {'block_0': layer}}, (x_BLD, None), None,
-                       ctx, {})[0][0]
+    return plain.apply({'params': {'block_0': layer}},
+                       (x_BLD, stack.PassedOn()), None, ctx, {})[0][0]
   for n, (name, layer) in enumerate(zip(names, each_layer)):
     models.assert_trees_close(alone(name, layer, layers_NBLD[n]),
                               layers_NBLD[n + 1])

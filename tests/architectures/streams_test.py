@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import blocks, streams
+from architectures.parts import blocks, stack, streams
+from architectures.parts.context import Context
 from tests.architectures.parts_test import D, born, normal, resolved
 from tests.helpers import models, numpy_attention
 from tests.training import step_test
@@ -172,6 +173,28 @@ def test_mixing_neither_adds_nor_takes():
   grad = jax.jit(jax.grad(lambda z: streams.sinkhorn(z, 20)[..., 0, 0].sum()))(
       100 * np.asarray(normal(1, 1, 1, N, N)))
   assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize('num_layers', [4, 5])
+def test_a_skip_ends_where_as_many_layers_are_left(num_layers):
+  """Compares all layers with a loop over them that keeps their results."""
+  module, params = models.make_model('llama', skips=True, num_layers=num_layers)
+  c, tokens, stacked = module.config, models.random_tokens(), params['decoder']
+  layers = jax.jit(lambda p: module.apply(
+      {'params': p}, tokens, keep_layers=True).aux['layers'])(params)
+  layer = stack.Period(c, c.layer_kinds(1))
+  run = jax.jit(lambda p, x: layer.apply(
+      {'params': p}, (x, stack.PassedOn()), None,
+      Context(jnp.arange(tokens.shape[1])[None]), {})[0][0])
+  x, results = layers[0], []
+  assert stacked['skip_streams'].shape == (num_layers // 2,)
+  for n in range(num_layers):
+    if n >= num_layers - num_layers // 2:
+      n_before = num_layers - 1 - n
+      x = x + stacked['skip_streams'][n_before] * results[n_before]
+    x = run(jax.tree.map(lambda w, n=n: w[n], stacked['layers']), x)
+    results.append(x)
+  models.assert_trees_close(layers[1:], jnp.stack(results), rtol=1e-4)
 
 
 @pytest.mark.parametrize('kind', ['hyper', 'blocks'])
