@@ -332,6 +332,12 @@ def _known_fields() -> dict[str, Any]:
 def _check_model(config: ModelConfig) -> None:
   """Raises RequestError for a model that transformers does not run."""
   architectures.hugging_face(config.arch).check(flat.with_all_parts(config))
+  # Where a recurrence can be without convolutions, transformers' cannot.
+  for layer in config.distinct_layers:
+    settings = blocks.mixer_of_layers(layer).settings
+    require(not settings or getattr(layer.part(settings), 'conv', None) != 0,
+            f'model.{layer.mixer}.conv is 0, and a {config.arch} of '
+            'transformers has convolutions: choose 1 or more')
 
 
 # The class that asks transformers to unpack weights as it loads them, by

@@ -60,6 +60,8 @@ class Layer(nn.Module):
   (the name of its activation in jax.nn).
   """
   settings: ClassVar[Any] = None
+  # Whether queries, keys and values go through a SiLU where no convolution is.
+  silu_without_conv: ClassVar[bool] = False
   config: ModelConfig
   kind: LayerKind
 
@@ -201,6 +203,7 @@ class Layer(nn.Module):
       ) -> tuple[jax.Array, Optional[jax.Array]]:
     """Makes queries, keys or values of the layer's input by a product and, if
     the layer has convolutions, a short convolution over tokens and a SiLU.
+    Some kinds of layer have the SiLU without a convolution, too.
 
     The suffixes name axes: B batch, L length, D d_model, H heads, K features of
     a head, W the last inputs of the convolution.
@@ -220,6 +223,8 @@ class Layer(nn.Module):
     axes = VALUE_AXES if name == 'value' else self.key_axes
     x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
     if not self.sizes.conv:
+      if self.silu_without_conv:
+        x_BLHK = jax.nn.silu(x_BLHK.astype(jnp.float32)).astype(x_BLHK.dtype)
       return x_BLHK, None
     return features.declare_and_convolve(
         self, f'{name}_conv', x_BLHK, width=self.sizes.conv, axes=axes,

@@ -46,9 +46,8 @@ class _Heads:
 @dataclasses.dataclass(frozen=True)
 class DeltaNetConfig(_Heads):
   """The fields of mixer deltanet. What is left open is as attention has it."""
-  conv: int = field(
-      4, 'tokens that a convolution sees, the token itself included', least=1,
-      most=MOST_TAPS, resume=SHAPES)
+  conv: int = field(4, 'tokens that a convolution sees; 0: no convolution',
+                    most=MOST_TAPS, resume=SHAPES)
   decay: bool = field(
       True, 'the state decays (Gated DeltaNet), or not (DeltaNet)')
   householders: int = field(
@@ -79,6 +78,9 @@ class DeltaNet(layer.Layer):
     S_t     = a_t (I - b_t k_t k_t^T) S_t-1 + b_t k_t v_t^T,   o_t = S_t^T q_t
     y       = W_o (RMSNorm(o) * silu(W_z x))    or the sigmoid, by `gate`
 
+  Without convolutions (`conv` 0) the SiLU stays, as in flash-linear-attention:
+  q = silu(W_q x).
+
   A step of the state has the eigenvalues a and a (1 - b), which with `negative`
   are above -1 instead of 0 (Grazzi et al. 2024, arXiv 2411.12537).
 
@@ -93,6 +95,7 @@ class DeltaNet(layer.Layer):
   `negative` n = 2 can be a rotation, and any permutation of n + 1 things.
   """
   settings = DeltaNetConfig
+  silu_without_conv = True
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:

@@ -29,11 +29,12 @@ SILU = lambda x: x * SIGMOID(x)
 SOFTPLUS = lambda x: np.log1p(np.exp(x))
 
 
-def _read(p, name, x_LD):
-  """[H, L, K]: a product, and the convolution and the SiLU if there is one."""
+def _read(p, name, x_LD, alone=lambda x: x):
+  """[H, L, K]: a product, and the convolution and the SiLU if there is one; or
+  else `alone` of the product."""
   x_HLK = np.einsum('ld,dhk->hlk', x_LD, p[name])
   if f'{name}_conv' not in p:
-    return x_HLK
+    return alone(x_HLK)
   w = p[f'{name}_conv']
   y_HLK = np.zeros(x_HLK.shape)
   for at, back in np.ndindex(len(x_LD), len(w)):
@@ -61,7 +62,7 @@ def _delta(p, x_LD, m):
   Gated DeltaNet 2: each step of a token has a key, a value and a rate in a
   head, or gates of their features."""
   unit = lambda x: x / np.sqrt(np.square(x).sum(-1, keepdims=True) + 1e-6)
-  q, k, v = (_read(p, name, x_LD) for name in ('query', 'key', 'value'))
+  q, k, v = (_read(p, name, x_LD, SILU) for name in ('query', 'key', 'value'))
   H, n = m.value_heads, m.householders
   by_step = lambda x: x.reshape(len(x) // n, n, *x.shape[1:])
   q = np.repeat(unit(q), H // len(q), 0)
@@ -224,6 +225,7 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
 
 @pytest.mark.parametrize('mixer, sizes', [
     ('deltanet', {}), ('deltanet', dict(negative=True, conv=1, key_heads=4)),
+    ('deltanet', dict(conv=0)),
     ('deltanet', dict(decay=False, gate='sigmoid', norm_eps=0.01)),
     ('deltanet', dict(householders=3, negative=True)),
     ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import jax
 
 import architectures
-from architectures.parts import flat
+from architectures.parts import blocks, flat
 from architectures.parts.hf import layer_types
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.positions import LearnedConfig, RopeConfig
@@ -527,6 +527,10 @@ def test_recurrences_and_experts_in_any_layers(tree, mixers, experts):
     assert experts(moe).items() <= written.items()
     hf_config.check_same_function(c, hf_config.model_of_config_json(written),
                                   'written')
+    if D in types:
+      settings = blocks.MIXERS[mixers[D]].settings
+      with pytest.raises(RequestError, match=r'\.conv is 0, and a'):
+        hf_config.config_json_of_model(c.with_part(settings, conv=0))
 
 
 def test_positions_and_windows_in_any_layers():
