@@ -21,7 +21,7 @@ SIZES = {
     'm': {'model.d_model': 32, 'model.num_heads': 2},
     'l': {'model.d_model': 48, 'model.num_heads': 3},
 }
-SEEDS = {'noise': 5, 'tune': 1, 'screen': 5, 'confirm': 5}
+SEEDS = {'noise': 5, 'tune': 3, 'screen': 5, 'confirm': 5}
 TUNING = {'fields': {'optim.lr': (2e-3, 4e-3, 8e-3)}, 'extend': 1}
 EFFECT = 0.1  # nats a byte
 MATCH = 'flops_per_token'

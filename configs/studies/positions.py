@@ -27,7 +27,7 @@ WORKLOADS = {
     'copy': {**_PROBE, 'probe.levels': tuple(range(1, 16))},
     'parity': {**_PROBE, 'probe.levels': tuple(range(1, 17))},
 }
-SEEDS = {'noise': 6, 'tune': 1, 'screen': 12, 'confirm': 6}
+SEEDS = {'noise': 6, 'tune': 3, 'screen': 12, 'confirm': 6}
 TUNING = {'fields': {'optim.lr': (1e-3, 2e-3, 4e-3, 8e-3)}, 'extend': 1}
 EFFECT = 0.16  # nats a byte
 MATCH = 'params'

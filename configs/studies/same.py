@@ -12,7 +12,7 @@ from configs.studies import tiny
 
 QUESTION = 'Does a study find a difference where there is none?'
 SIZES = tiny.SIZES
-SEEDS = {'noise': 8, 'tune': 1, 'screen': 8, 'confirm': 8}
+SEEDS = {'noise': 8, 'tune': 3, 'screen': 8, 'confirm': 8}
 TUNING = tiny.TUNING
 EFFECT = 0.2
 

@@ -24,7 +24,7 @@ def plan(**changes) -> plans.Plan:
       workloads=('text', 'copy'),
       measures=(plans.Measure('loss', 'text', 'loss', plans.LOWER, 5.5),
                 plans.Measure('copy', 'copy', 'accuracy', plans.HIGHER, 0.0)),
-      seeds=dict(noise=6, tune=2, screen=6, confirm=6),
+      seeds=dict(noise=6, tune=3, screen=6, confirm=6),
       tuning=plans.Tuning({'optim.lr': (1e-3, 2e-3, 4e-3)}), effect=0.1,
       tuned_sizes=('s', 'm', 'l'))
   return dataclasses.replace(small_plan, **changes)
@@ -122,7 +122,7 @@ from configs import gpt
 
 SIZES = {{'s': {{'model.d_model': 8}}, 'm': {{'model.d_model': 12}},
          'l': {{'model.d_model': 16}}}}
-SEEDS = {{'noise': 3, 'tune': 1, 'screen': 3, 'confirm': 3}}
+SEEDS = {{'noise': 3, 'tune': 3, 'screen': 3, 'confirm': 3}}
 TUNING = {{'fields': {{'optim.lr': (2e-3, 4e-3, 8e-3)}}, 'rungs': 2,
           'extend': 0}}
 EFFECT = 0.5

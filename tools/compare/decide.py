@@ -43,9 +43,11 @@ from training.evals import items
 BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
 DISAGREE, UNSTABLE = 'sizes disagree', 'unstable'
 EQUIVALENT, NOT_WORSE = 'equivalent', 'no worse'  # within the plan's margin
-AT_EDGE = 'tuned at an edge'  # of the values that were tried: no verdict
+# Where tuning leaves no verdict: the best value was at an edge of those that
+# were tried, or was chosen by too few seeds.
+AT_EDGE, TUNED_BY_FEW = 'tuned at an edge', 'tuned by few seeds'
 VERDICTS = (BETTER, WORSE, NONE_SHOWN, DISAGREE, UNSTABLE, EQUIVALENT,
-            NOT_WORSE, AT_EDGE)
+            NOT_WORSE, AT_EDGE, TUNED_BY_FEW)
 NO_NOISE = 'noise unknown'  # of a sweep, with too few seeds for any verdict
 PASSED, STOPPED = 'passed', 'stopped at the screen'
 # The tests that a difference may have been shown by.
@@ -157,15 +159,15 @@ class FamilyMember:
     misses: what the choices of the tuned values may have added to the
       difference at each size, drawn many times, [draws, sizes]; None: nothing
       is known of it.
-    is_at_edge: whether the variant or the base has, at some size, a tuned value
-      at an edge of those that were tried.
+    fault_of_tuning: AT_EDGE, TUNED_BY_FEW, or '' where the tuned values allow
+      a verdict.
   """
   variant: str
   measure: Measure
   sizes: Sequence[str]
   pairs_by_size: Sequence[pairing.Pairs]
   misses: np.ndarray | None = None
-  is_at_edge: bool = False
+  fault_of_tuning: str = ''
 
   @functools.cached_property
   def differences(self) -> dict[int, list[float]]:
@@ -404,7 +406,7 @@ def _test_family(plan: Plan, outcomes: Outcomes, phase: str,
         misses=_draw_misses(
             runs_of_tuning=runs_of_tuning, measure=measure,
             pairs_by_size=pairs_by_size),
-        is_at_edge=_is_any_at_edge(runs_of_tuning, pairs_by_size)))
+        fault_of_tuning=_fault_of_tuning(runs_of_tuning, pairs_by_size)))
 
   # The shape of the noise of all variants together, and how often the base
   # diverges, by each measure.
@@ -466,17 +468,18 @@ def _draw_misses(runs_of_tuning: tuning.TuningRuns, measure: Measure,
   return np.stack(misses_by_size, axis=1)
 
 
-def _is_any_at_edge(runs_of_tuning: tuning.TuningRuns,
-                    pairs_by_size: Sequence[pairing.Pairs]) -> bool:
-  """Returns whether a variant or the base has, at some size, a tuned value at
-  an edge of those that were tried."""
+def _fault_of_tuning(runs_of_tuning: tuning.TuningRuns,
+                     pairs_by_size: Sequence[pairing.Pairs]) -> str:
+  """Returns AT_EDGE if a variant or the base has, at some size, a tuned value
+  at an edge of those that were tried; else TUNED_BY_FEW if too few seeds chose
+  the values; else ''."""
   for pairs in pairs_by_size:
     for pair in pairs.values():
       if runs_of_tuning.is_at_edge(pair.ours):
-        return True
+        return AT_EDGE
       if runs_of_tuning.is_at_edge(pair.base):
-        return True
-  return False
+        return AT_EDGE
+  return TUNED_BY_FEW if runs_of_tuning.has_few_seeds else ''
 
 
 def _test_member(plan: Plan, member: FamilyMember,
@@ -616,8 +619,8 @@ def _verdict(plan: Plan, member: FamilyMember, row: Verdict, base_share: float
 
   The order of the checks matters. A variant whose runs diverge too often is
   unstable, whatever its effect is. If the best value of tuning was at the edge
-  of what was tried, there is no verdict on the effect. A difference that is
-  shown goes before equivalence.
+  of what was tried, or chosen by too few seeds, there is no verdict on the
+  effect. A difference that is shown goes before equivalence.
 
   Args:
     plan: the plan of the study.
@@ -630,8 +633,8 @@ def _verdict(plan: Plan, member: FamilyMember, row: Verdict, base_share: float
     return UNSTABLE
   if _is_any_significant(plan.alpha, row.p_diverged):
     return UNSTABLE
-  if member.is_at_edge:
-    return AT_EDGE
+  if member.fault_of_tuning:
+    return member.fault_of_tuning
 
   # A difference is shown. It must have the same sign at all sizes.
   if _is_any_significant(plan.alpha, row.p_corrected):

@@ -404,6 +404,10 @@ def _make_tuning(file: str, entries: Mapping, base) -> plans.Tuning:
     require(are_several and _are_positive_and_rising(values),
             f'{subject} is {shorten(values)}: write two values or more above '
             '0, rising')
+    has_inner_value = len(values) > 2 or tuning.extend != 0
+    require(has_inner_value, f'{subject} is {shorten(values)}, both of which '
+            'are at an edge, with extend at 0: no verdict could follow; write '
+            'three values or more, or a larger extend')
     for value in values:
       spec.apply_changes(base, {field: value}, subject)
 

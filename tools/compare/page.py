@@ -26,7 +26,8 @@ UNKNOWN = 'n/a'
 # How a verdict is coloured.
 MARKS = {decide.BETTER: 'better', decide.WORSE: 'worse',
          decide.UNSTABLE: 'worse', decide.STOPPED_UNSTABLE: 'worse',
-         decide.NONE_SHOWN: 'noise', decide.AT_EDGE: 'noise'}
+         decide.NONE_SHOWN: 'noise', decide.AT_EDGE: 'noise',
+         decide.TUNED_BY_FEW: 'noise'}
 
 
 class Cell(NamedTuple):

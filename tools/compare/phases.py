@@ -773,7 +773,7 @@ PHASES = {phase.name: phase for phase in (
     # One seed would choose among rates by the noise of a run, and verdicts
     # would rest on that choice.
     Tune(name='tune', block=1, seeds=tuning_lib.MIN_SEEDS_OF_TUNING,
-         part='first', min_seeds=1),
+         part='first'),
     Screen(name='screen', block=2, seeds=5, part='first',
            decide=decide.screen_variants),
     Rescreen(

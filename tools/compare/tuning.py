@@ -50,6 +50,11 @@ class TuningRuns:
   losses: Mapping[Point, Mapping[Values, LossesBySteps]]
   deviations: Mapping[tuple[str, str], statistics.PooledDeviation]
 
+  @property
+  def has_few_seeds(self) -> bool:
+    """Whether values were tuned with too few seeds for a verdict."""
+    return bool(self.tried) and _num_seeds(self.plan) < MIN_SEEDS_OF_TUNING
+
   def is_at_edge(self, run: plans.Outcome) -> bool:
     """Returns whether a run has the least or the largest value that was tried
     of a field, so that a better one may lie beyond."""
@@ -257,10 +262,15 @@ def _deviation_of_run(tables: Sequence[np.ndarray], differences: Sequence[float]
 def describe_few_seeds(plan: plans.Plan) -> str:
   """Returns the sentence that says what too few seeds of tuning cost a study;
   '' where it has enough, or no tuning."""
-  num_seeds = plan.seeds.get('tune', MIN_SEEDS_OF_TUNING)
+  num_seeds = _num_seeds(plan)
   if num_seeds >= MIN_SEEDS_OF_TUNING:
     return ''
   noun = 'seed' if num_seeds == 1 else 'seeds'
   return (f'Tuning has {num_seeds} {noun}, fewer than {MIN_SEEDS_OF_TUNING}: '
-          'its choices are largely noise. Intervals allow for what they may '
-          'have missed, so that few effects are shown.')
+          'its choices are largely noise, so that there is no verdict on any. '
+          'Intervals allow for what they may have missed.')
+
+
+def _num_seeds(plan: plans.Plan) -> int:
+  """Returns how many seeds tried each value; enough where nothing was tuned."""
+  return plan.seeds.get('tune', MIN_SEEDS_OF_TUNING)

@@ -26,7 +26,7 @@ PLAN = plans.Plan(
     variants=('a', 'b'), sizes=SIZES, workloads=('text', 'mqar'),
     measures=(LOSS, plans.Measure('mqar', 'mqar', 'probe/accuracy',
                                   plans.HIGHER, 0.0)),
-    seeds=dict(noise=6, tune=2, screen=5, confirm=5),
+    seeds=dict(noise=6, tune=3, screen=5, confirm=5),
     tuning=plans.Tuning({'optim.lr': (1e-3, 2e-3)}), effect=0.03,
     tuned_sizes=SIZES)
 
@@ -94,7 +94,7 @@ def _tuned_runs(tuning_losses, values, chosen):
 
 def test_what_tuning_may_have_missed_is_in_p_and_interval(monkeypatch):
   """Beside numpy, which draws the true difference itself. Where a rate is at an
-  edge of those that were tried, there is no verdict."""
+  edge of those that were tried, or two seeds chose it, there is no verdict."""
   monkeypatch.setattr(tuning, 'NUM_DRAWS', 20_000)
   rng = np.random.default_rng(5)
   plan = dataclasses.replace(PLAN, tuning=plans.Tuning({'optim.lr': RATES}))
@@ -135,6 +135,13 @@ def test_what_tuning_may_have_missed_is_in_p_and_interval(monkeypatch):
     rows = decide.confirm_variants(plan, _tuned_runs(
         losses, values, chosen | {name: RATES[2]}))
     assert [row.verdict for row in rows] == verdicts
+
+  # Two seeds of tuning give none on what three do.
+  by_two = {name: losses_of[:, :2] for name, losses_of in losses.items()}
+  rows = decide.confirm_variants(
+      dataclasses.replace(plan, seeds={**plan.seeds, 'tune': 2}),
+      _tuned_runs(by_two, values, chosen))
+  assert {row.verdict for row in rows} == {decide.TUNED_BY_FEW}
 
 
 def test_a_rate_that_was_dropped_keeps_its_distance_from_the_best():

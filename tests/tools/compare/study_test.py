@@ -109,12 +109,12 @@ def test_the_costs_are_those_of_the_runs_that_are_asked_for(probed):
   by_phase = {cost.phase: cost for cost in results.costs(probed, 8, None)}
   assert by_phase['noise'].runs == 3 * 2 * 2 * 3
   # Three candidates at half of the steps, then two at all of them.
-  assert by_phase['tune'].runs == 2 * 3 * 2 * (3 + 2)
+  assert by_phase['tune'].runs == 2 * 3 * 2 * 3 * (3 + 2)
   assert by_phase['screen'].runs == 2 * 3  # of the text alone
   assert by_phase['confirm'].runs == 2 * 3 * 2 * 3
   tokens = 4 * 8 * (4 + 8)  # of a run on the text, and of one on the probe
   assert by_phase['noise'].tokens == 3 * 2 * 3 * tokens
-  assert by_phase['tune'].tokens == 2 * 3 * (3 * 0.5 + 2) * tokens
+  assert by_phase['tune'].tokens == 2 * 3 * 3 * (3 * 0.5 + 2) * tokens
   # Base and base-again are one program; three seeds of a variant are another.
   assert by_phase['noise'].programs == 6 and by_phase['screen'].programs == 2
   assert by_phase['screen'].seconds is None
@@ -146,6 +146,10 @@ REFUSED = {
     'no effect': (dict(drop='EFFECT = 0.5'), 'EFFECT is None: write it as 0.0'),
     'too few seeds for a test': (dict(constants="SEEDS['screen'] = 2"),
                                  'SEEDS has 2 for screen: .* from 3'),
+    'too few seeds of tuning': (dict(constants="SEEDS['tune'] = 2"),
+                                'SEEDS has 2 for tune: .* from 3'),
+    'edges alone': (dict(constants="TUNING['fields'] = {'optim.lr': (1., 2.)}"),
+                    'TUNING of optim.lr is .*, both of which are at an edge'),
     'a constant that nothing reads': (dict(constants='ALPAH = 0.1'),
                                       'has ALPAH, .* Did you mean ALPHA'),
     'alpha of 2': (dict(constants='ALPHA = 2.0'), 'ALPHA is 2.0'),
@@ -163,13 +167,13 @@ REFUSED = {
                   'TUNING buys less than one run: its first rung trains 0.0039'
                   ),
     'tuned steps': (dict(constants=(
-        "TUNING['fields'] = {'train.steps': (2, 4)}")),
+        "TUNING['fields'] = {'train.steps': (2, 3, 4)}")),
                     'TUNING sets train.steps: .* as many steps'),
     'a value that cannot be': (dict(constants=(
-        "TUNING['fields'] = {'optim.b2': (0.5, 1.5)}")),
+        "TUNING['fields'] = {'optim.b2': (0.5, 0.9, 1.5)}")),
                                "variant 'base' at size 's' on 'text': .*b2"),
     'tuning of what a variant does not read': (dict(constants=(
-        "TUNING['fields'] = {'model.relative.buckets': (16, 64)}")),
+        "TUNING['fields'] = {'model.relative.buckets': (16, 32, 64)}")),
                                                'relative.buckets'),
     'a measure of nothing': (dict(constants="MEASURES = ({'figure': 'los'},)"),
                              'it is not known which value'),
@@ -251,7 +255,7 @@ def test_another_replication_has_fresh_seeds_and_the_same_has_its_own(folder):
   first, second = plan(), plan('REPLICATION = 2')
   assert first == plan() and first.replication == 1
   assert first.offset % plans.SEEDS_BETWEEN_STUDIES == 0 != first.offset
-  assert len(seeds(first)) == 3 + 1 + 3 + 3
+  assert len(seeds(first)) == 3 + 3 + 3 + 3
   assert not seeds(first) & seeds(second) and max(seeds(second)) < 2 ** 31
   assert seeds(plan('SEED_OFFSET = 70')) == {
       seed - first.offset + 70 for seed in seeds(first)}
@@ -382,7 +386,7 @@ def test_a_study_that_is_too_weak_stops_before_it_spends():
   assert 'confirm' not in trainer.asked and not state.records['confirm']
 
 
-MORE = {'noise': 6, 'tune': 2, 'screen': 6, 'rescreen': 6, 'confirm': 6,
+MORE = {'noise': 6, 'tune': 3, 'screen': 6, 'rescreen': 6, 'confirm': 6,
         'largest': 4}
 
 
@@ -544,7 +548,7 @@ def test_the_hash_is_of_all_that_is_planned_and_of_nothing_else():
                   dict(sources={'text': 'b'}), dict(code={'commit': 'c'})):
     assert dataclasses.replace(frozen, **changed).hash != frozen.hash
   # What a plan may hold since then, and this one does not, is no part of it.
-  assert studies.frozen(studies.plan()).hash == '471739196931b36a'
+  assert studies.frozen(studies.plan()).hash == '4b78e66cfc7424bb'
   noted = dataclasses.replace(frozen, notes=[{'time': 0.0, 'told': 'looked'}])
   assert noted.hash == frozen.hash
 
@@ -624,7 +628,8 @@ def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
     assert row['seconds'] == pytest.approx(sum(x['seconds'] for x in runs))
     # A batch is 4 rows of 8 tokens; a step takes half a second.
     assert row['tokens'] == pytest.approx(row['seconds'] * 2 * 4 * 8)
-  assert results['phases']['tune']['tokens'] == 2 * 3 * (3 * 2 + 2 * 4) * 4 * 8
+  assert results['phases']['tune']['tokens'] == (
+      2 * 3 * 3 * (3 * 2 + 2 * 4) * 4 * 8)
   assert all(row['changes'] == {'optim.lr': 4e-3} for row in results['tuned'])
   curves = [x['curve'] for x in results['outcomes'] if x['curve']]
   assert len(curves) == sum(results['phases'][name]['done']
@@ -805,8 +810,7 @@ def test_verdicts_are_published_from_bundles_alone(
   assert f'{verdict["effect"]:+.4f} [{verdict["low"]:+.4f}' in row
   assert '| worse |' in row and f'plan {frozen.hash}' in first
   for words in ('rate of 0.05 in the screening (Q)',
-                'with 1 seed, and no best value was the outermost',
-                'Tuning has 1 seed, fewer than 3: its choices are',
+                'with 3 seeds, and no best value was the outermost',
                 f'confirmation was {decide.STUDENT}{decide.AND_OVER_CHOICES}.',
                 *whole[1]['statistics']['codes']):
     assert words in first
@@ -1060,10 +1064,10 @@ def _start(file, workdir):
 @pytest.mark.slow
 @pytest.mark.long
 def test_an_a_a_study_goes_through_all_phases(tmp_path):
-  """The variant is the base with other first parameters. Q lets it pass, so
-  that there is something to confirm."""
+  """The variant is the base with other first parameters. MARGIN lets it pass,
+  as no Q below 1 always does: over draws of the rates p may be 1."""
   file = studies.write(
-      tmp_path, "TUNING['rungs'] = 1\nQ = 0.999\nQUESTION = 'Is it better?'",
+      tmp_path, "TUNING['rungs'] = 1\nMARGIN = 9.0\nQUESTION = 'Is it better?'",
       base="c.model.update(parametrization='mup', mup_base_width=8)\n"
       '  c.data.holdout_every = 2',  # two documents in each half
       sweep="add('twin', init_seed=2)")
@@ -1087,7 +1091,7 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
                  results['phases'], outputs)
   frozen = plans.load_frozen_plan(workdir)
   assert [results['phases'][phase]['done'] for phase in frozen.plan.seeds] == [
-      3 * 2 * 3, 2 * 3, 2 * 3, 2 * 3 * 3]
+      3 * 2 * 3, 2 * 3 * 3, 2 * 3, 2 * 3 * 3]
   assert not any(x['diverged'] for x in results['outcomes'])
   verdict, = results['confirm']
   assert verdict['variant'] == 'twin'
