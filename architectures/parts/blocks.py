@@ -659,6 +659,7 @@ def merge_reports(first: Report, second: Report) -> Report:
       memory_weights_BHLM=_first_that_exists(
           first.memory_weights_BHLM, second.memory_weights_BHLM),
       first_values=_first_that_exists(first.first_values, second.first_values),
+      router_BLU=_first_that_exists(first.router_BLU, second.router_BLU),
       keys=_first_that_exists(first.keys, second.keys))
 
 

@@ -71,11 +71,14 @@ class SharedArrays:
   """The arrays that the attention of one layer shares with that of others.
 
   Attributes:
-    first: the values of the first layer, with model.value_residual.
+    first_values: the values of the first layer, with model.value_residual.
+    router_BLU: the state of the last router before the layer, with
+      moe.router_dim.
     keys: keys and values that the layer reads instead of its own.
     lends: whether later layers read those of this one, so that it reports them.
   """
   first_values: Optional[FirstLayerValues] = None
+  router_BLU: Optional[jax.Array] = None
   keys: Optional[KeysAndValues] = None
   lends: bool = struct.field(pytree_node=False, default=False)
 
@@ -154,6 +157,8 @@ class Report:
     memory_weights_BHLM: the weights of attention to a memory, likewise.
     first_values: the values of the first layer, which the layers after this
       one read, with model.value_residual.
+    router_BLU: the state of the layer's router, which the next router reads,
+      with moe.router_dim.
     keys: the keys and values of this layer, where later layers read them
       instead of their own (context.shared.lends).
   """
@@ -164,4 +169,5 @@ class Report:
   weights_BHLM: Optional[jax.Array] = None
   memory_weights_BHLM: Optional[jax.Array] = None
   first_values: Optional[FirstLayerValues] = None
+  router_BLU: Optional[jax.Array] = None
   keys: Optional[KeysAndValues] = None

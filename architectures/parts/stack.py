@@ -33,6 +33,7 @@ from architectures.parts.config import LayerKind, ModelConfig, Section
 from architectures.parts.context import Context, Distances, FirstLayerValues
 from architectures.parts.context import KeysAndValues, Report, SharedArrays
 from architectures.parts.loops import LoopsConfig
+from architectures.parts.moe.layer import zero_router_state
 from architectures.parts.streams import LayerInput
 from common.errors import require
 
@@ -44,10 +45,12 @@ class PassedOn:
 
   Attributes:
     first_values: the values of the first layer (model.value_residual).
+    router_BLU: the state of the last router, 0 at first (moe.router_dim).
     skips: the results of the first half of the layers, on their way to the
       second half (model.skips).
   """
   first_values: Optional[FirstLayerValues] = None
+  router_BLU: Optional[jax.Array] = None
   skips: Optional[streams.Skips] = None
 
 
@@ -104,7 +107,8 @@ class Stack(nn.Module):
     skips = None
     if config.skips:
       skips = streams.begin_skips(self, x_BLD, num_layers=len(kinds))
-    passed = PassedOn(first_values=self._first_values(x_BLD), skips=skips)
+    passed = PassedOn(first_values=self._first_values(x_BLD),
+                      router_BLU=zero_router_state(config, x_BLD), skips=skips)
     # The layers.
     carry = x, passed
     if one_by_one:
@@ -636,6 +640,7 @@ class Period(nn.Module):
     caches, reports, kept = [], [], []
     for i, kind in enumerate(self.pattern):
       shared = SharedArrays(first_values=passed.first_values,
+                            router_BLU=passed.router_BLU,
                             keys=lent.get(kind.source), lends=i in lenders)
       entry = None if cache is None else cache[i]
       x = streams.read_skip(x, passed.skips)
@@ -644,11 +649,14 @@ class Period(nn.Module):
       # Arrays that later layers read go with the carry, not into the report.
       if layer_report.first_values is not None:
         passed = passed.replace(first_values=layer_report.first_values)
+      if layer_report.router_BLU is not None:
+        passed = passed.replace(router_BLU=layer_report.router_BLU)
       passed = passed.replace(skips=streams.write_skip(x, passed.skips))
       if layer_report.keys is not None:
         lent[i] = layer_report.keys
       caches.append(entry)
-      reports.append(layer_report.replace(first_values=None, keys=None))
+      reports.append(layer_report.replace(
+          first_values=None, router_BLU=None, keys=None))
       kept.append(x if ctx.keep_layers else ())
     results = LayerResults(
         caches=None if cache is None else tuple(caches),

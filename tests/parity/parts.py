@@ -13,7 +13,7 @@ from architectures.parts.attention import steps
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.config import LayerKind
-from architectures.parts.context import Context
+from architectures.parts.context import Context, SharedArrays
 from architectures.parts.moe.layer import MoE
 from configs import base
 from tests.parity import compare
@@ -114,6 +114,59 @@ def _longcat(p: dict) -> dict:
           'experts.down_proj': down,
           'router.classifier.weight': p['router'].T,
           'router.e_score_correction_bias': p['router_bias']}
+
+
+def router() -> list[compare.Finding]:
+  """Compares a mixture of Zaya, whose router has a state and the state before,
+  and one of whose experts is a skip."""
+  import torch
+  from transformers.models.zaya import configuration_zaya, modeling_zaya
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
+  x, d, state = normal(2, LENGTH, D), normal(2, LENGTH, D), normal(2, LENGTH, 6)
+  model = base.base().model
+  model.update(d_model=D, vocab_size=2, max_len=LENGTH, ffn='moe',
+               ffn_bias=False)
+  model.moe.update(router='softmax_bias', num_experts=EXPERTS, top_k=1,
+                   d_ff=HIDDEN, ffn='swiglu', router_dim=6, zero_experts=1,
+                   zero_experts_skip=True)
+  params, y, grads, dx = _ours(
+      MoE(architectures.resolve(model)), normal, x, d,
+      shared=SharedArrays(router_BLU=state))
+  config = configuration_zaya.ZayaConfig(
+      hidden_size=D, moe_intermediate_size=HIDDEN, num_experts=EXPERTS,
+      router_hidden_size=6)
+  theirs = modeling_zaya.ZayaSparseMoeBlock(config, layer_idx=1)
+  tensors = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+  with torch.no_grad():
+    for name, value in _zaya(params).items():
+      tensors[name].copy_(torch.tensor(value))
+  at = torch.tensor(x, requires_grad=True)
+  out, _ = theirs(at, torch.tensor(state))
+  out.backward(torch.tensor(d))
+  skips = (out == 0).all(-1)
+  assert skips.any() and not skips.all()
+  return _findings([('output', y, out), ('x', dx, at.grad), *(
+      (name, value, tensors[name].grad) for name, value in _zaya(grads).items()
+      if tensors[name].requires_grad)])
+
+
+def _zaya(p: dict) -> dict:
+  """Returns our parameters by the names of theirs."""
+  up, gate, down = (np.swapaxes(p[name], 1, 2)
+                    for name in ('up', 'gate', 'down'))
+  products = {'down_proj': 'router_down', 'router_mlp.fc1': 'router_hidden_1',
+              'router_mlp.fc2': 'router_hidden_2'}
+  return {'experts.gate_up_proj': np.concatenate([gate, up], 1),
+          'experts.down_proj': down,
+          'gate.router_states_scale': p['router_factor'],
+          'gate.balancing_biases': p['router_bias'],
+          'gate.router_mlp.norm.weight': p['router_norm'],
+          'gate.router_mlp.out_proj.weight': p['router'].T,
+          **{f'gate.{name}.weight': p[mine].T
+             for name, mine in products.items()},
+          **{f'gate.{name}.bias': p[f'{mine}_bias']
+             for name, mine in products.items()}}
 
 
 def attention() -> list[compare.Finding]:
@@ -231,10 +284,11 @@ def _findings(compared) -> list[compare.Finding]:
           for name, mine, value in compared]
 
 
-def _ours(module: nn.Module, normal, x: np.ndarray, d: np.ndarray, *cache):
+def _ours(module: nn.Module, normal, x: np.ndarray, d: np.ndarray, *cache,
+          **context):
   """Returns parameters that `normal` draws, what the module makes of x, and the
   gradients of its sum with d: of the parameters, and of x."""
-  ctx = Context(jnp.arange(LENGTH)[None])
+  ctx = Context(jnp.arange(LENGTH)[None], **context)
   params = jax.tree.map(lambda leaf: 0.4 * normal(*leaf.shape), nn.meta.unbox(
       jax.eval_shape(lambda: module.init(jax.random.key(0), x, ctx, *cache)[
           'params'])))

@@ -34,7 +34,7 @@ ARCH_WITH_EXPERTS = {'llama': 'mixtral', 't5': 'switch'}
 # Fields of model.moe that follow from the dense model.
 FIELDS_OF_DENSE_NETWORK = 'ffn', 'd_ff'
 # The paths of parameters that a network with experts alone has.
-NEW_PARAMETERS = re.compile(r'/ffn/(router|router_bias|logit_bias|shared/.*)$')
+NEW_PARAMETERS = re.compile(r'/ffn/(router\w*|logit_bias|shared/.*)$')
 
 
 def upcycle_config(model: ml_collections.ConfigDict, moe: dict,

@@ -5,8 +5,9 @@ y = shared(x) + sum over the chosen experts of gate * FFN_e(x)
 With `shared_gate`, shared(x) is multiplied by sigmoid(w x) (Qwen1.5-MoE,
 Qwen3-Next). With `zero_experts`, a token may choose so many experts more that
 multiply nothing, FFN_e(x) = x (LongCat-Flash: Meituan 2025, arXiv 2509.01322,
-section 2.1). With `latent_dim`, experts read W_down x, and W_up multiplies
-their sum; the router and the shared experts read x (Nemotron 3 Super).
+section 2.1); with `zero_experts_skip`, FFN_e(x) = 0 (Zaya). With `latent_dim`,
+experts read W_down x, and W_up multiplies their sum; the router and the shared
+experts read x (Nemotron 3 Super).
 
 The router runs in float32 (Switch, section 2.4), on TPU and GPU too, which
 multiply float32 arrays in fewer digits unless told. Shared experts
@@ -35,6 +36,9 @@ from architectures.parts.sharding import Role, declare
 from common.errors import require
 
 BIAS, TABLE = 'router_bias', 'experts_of'
+# The first router_bias of experts that return nothing, as Zaya's: a new router
+# skips a token only where it is sure.
+FIRST_BIAS_OF_SKIPS = -1.0
 
 
 class MoE(nn.Module):
@@ -62,8 +66,9 @@ class MoE(nn.Module):
     x_TD = x_BLD.reshape(-1, D)
 
     # Which experts see a token.
+    logits_TE, state_TU = self._logits(x_TD, ctx)
     inputs = routing.RouterInputs(
-        logits_TE=self._logits(x_TD, ctx),
+        logits_TE=logits_TE,
         valid_T=valid_T,
         expert_TX=self._hashed(ctx, (B, L)),
         bias_E=self._bias(),
@@ -86,7 +91,8 @@ class MoE(nn.Module):
     # for them say. They always have room.
     if moe.zero_experts:
       zero_A, gate_T = routing.find_zero_experts(moe, routed)
-      y_TD = y_TD + gate_T[:, None].astype(y_TD.dtype) * x_TD
+      if not moe.zero_experts_skip:
+        y_TD = y_TD + gate_T[:, None].astype(y_TD.dtype) * x_TD
       kept_A = kept_A | zero_A
 
     # The report.
@@ -97,6 +103,9 @@ class MoE(nn.Module):
       # The training step moves the bias at this path by the load.
       path = '/'.join((*self.path, BIAS))
       report = report.replace(loads={path: report.health['load_E']})
+    if state_TU is not None:
+      report = report.replace(router_BLU=sharding.constrain(
+          state_TU.reshape(B, L, -1), 'batch', 'length', None))
     if ctx.keep_layers:
       experts = {}
       for name, x_TE in choices(routed, kept_A).items():
@@ -199,10 +208,12 @@ class MoE(nn.Module):
     # as it does the router's logits. Otherwise `widening` is 1.
     return shared_BLD * jax.nn.sigmoid(gate_BLU / config.widening)
 
-  def _logits(self, x_TD: jax.Array, ctx: Context) -> Optional[jax.Array]:
+  def _logits(self, x_TD: jax.Array, ctx: Context
+              ) -> tuple[Optional[jax.Array], Optional[jax.Array]]:
     """Computes the router's logits, one for each token and expert.
 
-    The suffixes name axes: T tokens, D d_model, E experts.
+    The suffixes name axes: T tokens, D d_model, E experts, U features of the
+    router's state.
 
     Args:
       x_TD: the tokens.
@@ -210,17 +221,15 @@ class MoE(nn.Module):
         and noise are added in training only.
 
     Returns:
-      float32 [T, E]; None for a router that has no logits.
+      The logits, float32 [T, E]; None for a router that has none. And the state
+      of the router, float32 [T, U]; None without moe.router_dim.
     """
     moe = self.config.part(MoEConfig)
     if not routing.router_of(moe).has_logits:
-      return None
+      return None, None
 
-    # The router's weight, and its input with jitter. Without jitter, or outside
-    # of training, the key is None.
-    router_DE = layers.weight(
-        self, 'router', shape=(x_TD.shape[1], moe.all_experts),
-        axes=('embed', None), output=True)
+    # The router's input with jitter. Without jitter, or outside of training,
+    # the key is None.
     x_TD = x_TD.astype(jnp.float32)
     key = self._noise_key(moe.jitter, ctx)
     if key is not None:  # Switch, section 2.4: multiplicative jitter
@@ -229,11 +238,17 @@ class MoE(nn.Module):
           maxval=1 + moe.jitter)
       x_TD = x_TD * jitter_TD
 
-    # The product. The order of what follows matters: muP divides the product
-    # alone, and not the bias or the noise.
-    logits_TE = jnp.einsum('TD,DE->TE', x_TD, router_DE.astype(jnp.float32),
-                           precision=jax.lax.Precision.HIGHEST)
-    logits_TE = checkpoint_name(logits_TE, layers.NAME_OF_PRODUCT)
+    # The product, of the input or of what an MLP makes of it. The order of what
+    # follows matters: muP divides the product alone, and not the bias or the
+    # noise.
+    state_TU, axis = None, 'embed'
+    if moe.router_dim:
+      state_TU = self._router_state(x_TD, ctx)
+      x_TD, axis = self._router_mlp(state_TU), None
+    router_DE = layers.weight(
+        self, 'router', shape=(x_TD.shape[1], moe.all_experts),
+        axes=(axis, None), output=True)
+    logits_TE = _multiply_in_float32(x_TD, router_DE)
     logits_TE = logits_TE / self.config.widening  # muP's output multiplier
     if moe.logit_bias:  # gpt-oss; muP's multiplier is not the bias's
       bias_E = layers.bias(
@@ -242,7 +257,63 @@ class MoE(nn.Module):
     key = self._noise_key(moe.logit_noise, ctx)
     if key is not None:
       logits_TE += moe.logit_noise * jax.random.normal(key, logits_TE.shape)
-    return logits_TE
+    return logits_TE, state_TU
+
+  def _router_state(self, x_TD: jax.Array, ctx: Context) -> jax.Array:
+    """Computes the state of a router with a memory (Zaya, in transformers):
+
+      r_n = W x + b + s * r_(n-1)
+
+    r_(n-1) is the state of the last router before this one, for the same token,
+    and 0 if there is none; s is a learned factor of each feature, 1 at first.
+    With moe.router_memory=False, r_n = W x + b.
+
+    Args:
+      x_TD: the router's input x, float32 [tokens, d_model].
+      ctx: the context of the layer, with r_(n-1), [batch, length, U].
+
+    Returns:
+      r_n, float32 [tokens, U].
+    """
+    moe = self.config.part(MoEConfig)
+    down_DU = layers.weight(
+        self, 'router_down', shape=(x_TD.shape[1], moe.router_dim),
+        axes=('embed', None))
+    bias_U = layers.bias(
+        self, 'router_down_bias', shape=(moe.router_dim,), axes=(None,))
+    state_TU = _multiply_in_float32(x_TD, down_DU)
+    state_TU = layers.add_bias(state_TU, bias_U)
+    if not moe.router_memory:
+      return state_TU
+    factor_U = declare(self, 'router_factor', init=nn.initializers.ones,
+                       shape=(moe.router_dim,), role=Role((None,)))
+    if ctx.shared.router_BLU is None:
+      return state_TU
+    previous_TU = ctx.shared.router_BLU.reshape(state_TU.shape)
+    return state_TU + factor_U.astype(jnp.float32)[None] * previous_TU
+
+  def _router_mlp(self, state_TU: jax.Array) -> jax.Array:
+    """Computes what a router with a state r makes of it, for the product with
+    the experts' vectors (Zaya, in transformers):
+
+      gelu(W_2 gelu(W_1 rms(r) + b_1) + b_2)
+
+    Args:
+      state_TU: r, float32 [tokens, U].
+
+    Returns:
+      The result, of the shape of r.
+    """
+    size = state_TU.shape[1]
+    scale_U = declare(self, 'router_norm', init=nn.initializers.ones,
+                      shape=(size,), role=Role((None,)))
+    y_TU = layers.rmsnorm(state_TU, scale_U, self.config.norm_eps)
+    for name in ('router_hidden_1', 'router_hidden_2'):
+      w_UU = layers.weight(self, name, shape=(size, size), axes=(None, None))
+      bias_U = layers.bias(self, f'{name}_bias', shape=(size,), axes=(None,))
+      z_TU = layers.add_bias(_multiply_in_float32(y_TU, w_UU), bias_U)
+      y_TU = jax.nn.gelu(z_TU, approximate=False)
+    return y_TU
 
   def _noise_key(self, wanted: float, ctx: Context) -> Optional[jax.Array]:
     """Returns a key in training, where noise is wanted; else None."""
@@ -293,9 +364,17 @@ class MoE(nn.Module):
     moe = self.config.part(MoEConfig)
     if not routing.router_of(moe).has_bias:
       return None
-    return declare(
-        self, BIAS, init=nn.initializers.zeros, shape=(moe.all_experts,),
-        role=Role((None,)), dtype=jnp.float32)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
+             ) -> jax.Array:
+      """Returns zeros, and another number for experts that are skips."""
+      bias_E = nn.initializers.zeros(key, shape, dtype)
+      if not moe.zero_experts_skip:
+        return bias_E
+      return bias_E.at[moe.num_experts:].set(FIRST_BIAS_OF_SKIPS)
+
+    return declare(self, BIAS, init=init, shape=(moe.all_experts,),
+                   role=Role((None,)), dtype=jnp.float32)
 
   def _dropout(self, ctx: Context) -> Optional[ExpertDropout]:
     """Returns the dropout of the hidden units in training, if there is any."""
@@ -346,6 +425,29 @@ class MoE(nn.Module):
         up_EDF=up_EDF, down_EFD=down_EFD, gate_EDF=gate_EDF,
         up_bias_EF=up_bias_EF, gate_bias_EF=gate_bias_EF,
         down_bias_ED=down_bias_ED)
+
+
+def zero_router_state(config: ModelConfig, x_BLD: jax.Array
+                      ) -> Optional[jax.Array]:
+  """Returns the state that the first router of a stack is given, zeros [B, L,
+  U]; None for a model whose routers have none.
+
+  Args:
+    config: the config of the model.
+    x_BLD: the input of the first layer, which gives B and L.
+  """
+  moe = config.find_part(MoEConfig)
+  if moe is None or not (config.has_experts and moe.router_dim):
+    return None
+  zeros_BLU = jnp.zeros((*x_BLD.shape[:2], moe.router_dim), jnp.float32)
+  return sharding.constrain(zeros_BLU, 'batch', 'length', None)
+
+
+def _multiply_in_float32(x_TI: jax.Array, w_IO: jax.Array) -> jax.Array:
+  """Returns x W in all digits of float32, as routers need it."""
+  y_TO = jnp.einsum('TI,IO->TO', x_TI, w_IO.astype(jnp.float32),
+                    precision=jax.lax.Precision.HIGHEST)
+  return checkpoint_name(y_TO, layers.NAME_OF_PRODUCT)
 
 
 def choices(routed: routing.Routing, kept_A: jax.Array

@@ -83,6 +83,12 @@ class MoEConfig:
       above=0, resume=FUNCTION)
   router: str = field('topk', 'Which experts see a token.')
   logit_bias: bool = field(False, "A bias of the router's logits.")
+  router_dim: int = field(
+      0, 'The features of the state of a router, of which an MLP makes the '
+      'logits; 0: they are a product of its input.', resume=SHAPES)
+  router_memory: bool = field(
+      True, "Whether the state of the layer before's router, times a learned "
+      "factor, is added to the router's.", of_layers=True)
   expert_groups: int = field(
       1, 'The number of groups of experts, of which a token goes to the '
       'top_groups best; 1: there are none.', above=0, resume=FUNCTION)
@@ -102,6 +108,8 @@ class MoEConfig:
   zero_experts: int = field(
       0, 'The number of experts that return what they read, which a token may '
       'choose too.', resume=SHAPES)
+  zero_experts_skip: bool = field(
+      False, 'Whether these experts return nothing instead.', resume=FUNCTION)
   shared_gate: bool = field(
       False, "Whether a sigmoid of the layer's input multiplies the output of "
       'the shared experts.')
@@ -183,6 +191,10 @@ class MoEConfig:
           'uniform')
     if not self.shared_experts:
       conditions['shared_gate'] = ReadIf('moe.shared_experts', 'is set')
+    if not self.zero_experts:
+      conditions['zero_experts_skip'] = ReadIf('moe.zero_experts', 'is set')
+    if not self.router_dim:
+      conditions['router_memory'] = ReadIf('moe.router_dim', 'is set')
     # How the experts are computed. Groups of tokens share a capacity, so they
     # matter where there is one in training or evaluation.
     if self.dispatch not in ('auto', 'dropless'):
@@ -827,10 +839,11 @@ def check_router(config: ModelConfig, stack: str) -> None:
         'or an encoder')
 
   _check_experts_of_token(moe, router)
-  if moe.latent_dim and config.parametrization == 'mup':
-    raise RequestError(
-        f'model.moe.latent_dim is {moe.latent_dim}, for which '
-        "model.parametrization 'mup' has no rule: choose standard")
+  for name in ('latent_dim', 'router_dim'):
+    if getattr(moe, name) and config.parametrization == 'mup':
+      raise RequestError(
+          f'model.moe.{name} is {getattr(moe, name)}, for which '
+          "model.parametrization 'mup' has no rule: choose standard")
 
   # The balance loss, and the capacity.
   if router.experts_choose and BALANCE_LOSSES[moe.balance_loss].by_sequence:
@@ -965,7 +978,8 @@ def mean_active_experts(moe: MoEConfig) -> float:
 # The fields of config.model that routers read: those with logits, those whose
 # logits have losses, those whose gates may be normalised, and those that may be
 # limited to some groups of experts.
-FIELDS_OF_LOGITS = 'moe.jitter', 'moe.logit_noise', 'moe.logit_bias'
+FIELDS_OF_LOGITS = ('moe.jitter', 'moe.logit_noise', 'moe.logit_bias',
+                    'moe.router_dim', 'moe.router_memory')
 FIELDS_OF_LEARNED = (
     *FIELDS_OF_LOGITS, 'moe.balance_loss', 'moe.z_loss_weight')
 FIELDS_OF_NORMALIZED = (*FIELDS_OF_LEARNED, 'moe.normalize_gates')

@@ -14,7 +14,7 @@ from scipy import stats
 
 import architectures
 from architectures.parts import layers
-from architectures.parts.context import Context
+from architectures.parts.context import Context, SharedArrays
 from architectures.parts.moe import dispatch, grouped, routing
 from architectures.parts.moe.layer import MoE, without_capacity
 from architectures.parts.moe.routing import MoEConfig
@@ -138,6 +138,33 @@ def test_zero_experts_return_what_they_read_of_the_latent_space(dispatch_way):
       [*networks, x, x]))
   assert_close(y_BLD, want @ p['latent_up'])
   assert report.health['dropped'] == 0 and report.health['load_E'].size == 5
+
+
+def test_a_router_reads_the_state_of_the_one_before():
+  """By hand, with an expert that is a skip."""
+  c = config(num_experts=2, top_k=1, router='softmax_bias', router_dim=5,
+             zero_experts=1, zero_experts_skip=True)
+  before = np.random.default_rng(2).normal(size=(B, L, 5)).astype(np.float32)
+  p = jax.tree.map(lambda x: 6 * np.asarray(x), parameters(c)['params'])
+  p['router_bias'] = np.zeros(3, np.float32)
+  x = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
+  ctx = Context(jnp.arange(L)[None], keep_layers=True,
+                shared=SharedArrays(router_BLU=jnp.asarray(before)))
+  y_BLD, report = jax.jit(MoE(c).apply)({'params': p}, x, ctx)
+  state = x @ p['router_down'] + p['router_down_bias'] + (
+      p['router_factor'] * before)
+  gelu = lambda z: z * stats.norm.cdf(z)
+  z = state / np.sqrt(np.square(state).mean(-1, keepdims=True) + c.norm_eps)
+  z = z * p['router_norm']
+  for name in ('router_hidden_1', 'router_hidden_2'):
+    z = gelu(z @ p[name] + p[f'{name}_bias'])
+  score = np.exp(z @ p['router'])
+  probabilities = score / score.sum(-1, keepdims=True)
+  assert_close((report.router_BLU, report.experts['probabilities']),
+               (state, probabilities))
+  skips = probabilities.argmax(-1) == 2
+  np.testing.assert_array_equal(skips, ~np.any(y_BLD, -1))
+  assert skips.any() and not skips.all()
 
 
 @pytest.mark.slow

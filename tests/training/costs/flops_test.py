@@ -64,7 +64,7 @@ def weights_at_work(c) -> float:
          pattern='own,reads', kinds=dict(own={}, reads=dict(kv_sharing=True))),
     dict(ffn='moe', **models.DENSE_AND_MOE_LAYERS, moe=dict(
         num_experts=8, top_k=2, shared_experts=1, capacity_factor=1.25,
-        zero_experts=4, latent_dim=24)),
+        zero_experts=4, latent_dim=24, router_dim=12)),
 ])
 def test_a_weight_is_two_flops_and_a_pair_four_of_each_feature(fields):
   c = architectures.resolve(model(**fields))
