@@ -22,7 +22,7 @@ from tools.compare import plan as plans
 from tools.compare import recompute
 from tools.compare import results as results_lib
 from tools.compare import statistics, tuning
-from training import evals
+from training import evals, progress
 
 LEARNING_RATE_FIELD = 'optim.lr'
 # The entries of the column of verdicts for the base, and for a variant that no
@@ -282,6 +282,19 @@ class Comparison:
   def verdicts(self) -> list[dict[str, Any]]:
     """Returns the estimates that the verdicts are on, the base's first."""
     return self.estimates[:len(self.variants)]
+
+  def print_milestones(self) -> None:
+    """Prints the verdict on each variant with its difference from the base, and
+    in what the two are not alike, where nothing but milestones is printed."""
+    for row in self.verdicts()[1:]:
+      line = f'{row["variant"]}: {row["verdict"]}'
+      if row['effect'] is not None:
+        p_value = page.p_value(row['p_corrected']).text
+        line += (f', {row["measure"]} {page.effect(row).text}, corrected p '
+                 f'{p_value}')
+      if row['not_alike']:
+        line += f'; not alike in {row["not_alike"]}'
+      progress.print_milestone(line)
 
 
 def load_comparison(workdir, rows: str = '') -> Comparison:

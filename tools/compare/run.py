@@ -99,32 +99,10 @@ def run_sweep_or_study(args) -> int:
       local.Runner(args.workdir, ledger=ledger, parallel=args.parallel,
                    group=args.group).run()
     code = _summary(args, ledger.runs(), description)
-  if not code:
-    _print_verdicts(args.workdir)
+  if not code and args.milestones:
+    from tools.compare import comparison
+    comparison.load_comparison(args.workdir).print_milestones()
   return code
-
-
-def _print_verdicts(workdir) -> None:
-  """Prints the verdict on each point (a variant of the config) of a sweep that
-  is done, if only milestones are printed.
-
-  Args:
-    workdir: the folder of the sweep.
-  """
-  if not progress.are_milestones_wanted():
-    return
-  from tools.compare import comparison, page
-  compared = comparison.load_comparison(workdir)
-  for row in compared.verdicts():
-    if row['variant'] == compared.plan.base:
-      continue
-    p_value = page.p_value(row['p_corrected']).text
-    unlike = ''
-    if row['not_alike']:
-      unlike = f'; not alike in {row["not_alike"]}'
-    progress.print_milestone(
-        f'{row["variant"]}: {row["verdict"]}, {row["measure"]} '
-        f'{page.effect(row).text}, corrected p {p_value}{unlike}')
 
 
 def submit(args, jobs: int) -> None:

@@ -301,20 +301,20 @@ def run_and_report_phases(workdir, frozen: plans.FrozenPlan, trainer: Any, args
             f'what it wants. {state.weakness}')
     results.write(workdir, frozen, state)
     is_refused = bool(state.weakness) and not args.anyway
-    for line in _lines_of_phase(state, is_refused):
-      progress.print_result(line)
+    _print_phase(state, is_refused)
     # The runs of the first phase tell how long those of the others take.
     if len(state.finished) == 1 and not is_time_known:
       print(results.table(costs()[1:], args.parallel), flush=True)
+  if progress.are_milestones_wanted() and 'confirm' in state.finished:
+    comparison.load_comparison(workdir).print_milestones()
   if args.until == plans.REPORT:
     page, *_ = report.write_report(comparison.load_comparison(workdir))
     progress.print_result(f'report: {page}')
   return 0
 
 
-def _lines_of_phase(state: phases.StudyState, is_refused: bool) -> list[str]:
-  """Returns lines for a terminal about the phase that has just ended: how many
-  runs it had, and what it found.
+def _print_phase(state: phases.StudyState, is_refused: bool) -> None:
+  """Prints how many runs the phase that has just ended had, and what it found.
 
   Args:
     state: the outcomes and decisions so far.
@@ -324,10 +324,11 @@ def _lines_of_phase(state: phases.StudyState, is_refused: bool) -> list[str]:
   phase = phases.PHASES[state.finished[-1]]
   runs = [run for run in state.outcomes if run.phase == phase.name]
   diverged = sum(run.diverged for run in runs)
-  lines = [f'{phase.name}: {len(runs)} runs, {diverged} diverged']
+  progress.print_result(f'{phase.name}: {len(runs)} runs, {diverged} diverged')
+  # Where milestones alone are printed, what a phase found is none of them.
   if not is_refused:
-    lines += phase.summary(state.records)
-  return lines
+    for line in phase.summary(state.records):
+      print(line, flush=True)
 
 
 def _note(workdir, frozen: plans.FrozenPlan, sentence: str) -> None:

@@ -11,7 +11,7 @@ from common.errors import RequestError
 from configs import base
 from tests.helpers import study_folder, sweep_folder
 from tests.helpers.sweep_folder import point
-from tools.compare import certificate, comparison, judge, report, run, spec
+from tools.compare import certificate, comparison, judge, report, spec
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
 from training import progress
@@ -272,7 +272,7 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path, capsys):
   assert set(unknown) == {*certificate.QUANTITIES} - {'seeds', 'code',
                                                       'devices'}
   with progress.print_milestones_only(True):
-    run._print_verdicts(tmp_path)
+    comparison.load_comparison(tmp_path).print_milestones()
   milestones = capsys.readouterr().out.splitlines()
   assert milestones[2].startswith('long: ') and milestones[2].endswith(
       '; not alike in FLOPs of the run, tokens')
@@ -289,7 +289,7 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path, capsys):
     comparison.load_comparison(tmp_path, str(tmp_path / 'rows.csv'))
 
 
-def test_a_study_names_what_is_not_alike(tmp_path):
+def test_a_study_names_what_is_not_alike(tmp_path, capsys):
   tree = results_lib.NOTHING | study_folder.write(tmp_path)
   frozen = plans.load_frozen_plan(tmp_path)
   fair = comparison.compare_study(tmp_path, frozen, tree)
@@ -312,3 +312,7 @@ def test_a_study_names_what_is_not_alike(tmp_path):
   assert named['recipe'] == 'optim.lr at medium 0.002 -> 0.004'
   rows = {row['variant']: row['not_alike'] for row in unfair.verdicts()}
   assert rows['rope'] == 'tuning' and 'FLOPs of a token' in rows['alibi']
+  with progress.print_milestones_only(True):
+    unfair.print_milestones()
+  assert any(line.startswith('rope: ') and line.endswith('not alike in tuning')
+             for line in capsys.readouterr().out.splitlines())

@@ -641,10 +641,15 @@ def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
   assert results['provenance']['versions']['jax']
   assert start(workdir, frozen).did == []  # what is done is not done again
   assert read(workdir) == results
-  start(workdir, frozen, until='report')
+  capsys.readouterr()
+  with progress.print_milestones_only(True):
+    start(workdir, frozen, until='report')
   page = workdir / 'report' / 'index.html'
-  assert capsys.readouterr().out.endswith(f'report: {page}\n')
-  assert page.is_file()
+  *phases_, milestone, last = capsys.readouterr().out.splitlines()
+  assert phases_ == [f'{phase}: {row["done"]} runs, 0 diverged'
+                     for phase, row in results['phases'].items()]
+  assert milestone.startswith(f'none: worse, loss {verdict["effect"]:+.4f} [')
+  assert last == f'report: {page}' and page.is_file()
 
 
 @pytest.mark.long
