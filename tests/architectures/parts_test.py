@@ -486,6 +486,8 @@ def test_parameters_in_bfloat16_are_drawn_in_float32():
     ('llama', dict(keep_gathered='query_up'), "'query_up', a product that no"),
     ('llama', dict(type_vocab_size=2), '2 has no meaning with model.arch'),
     ('bert', dict(head='sequence', num_labels=0), 'num_labels is 0'),
+    ('bert', dict(position='relative_by_token'), 'in a decoder: choose'),
+    ('llama', dict(mixer='latent', position='relative_by_token'), 'attention'),
     ('bert', dict(ffn='none'), 'has the activation of the layers'),
     ('mixtral', dict(moe=dict(router='expert_choice')), 'must not see'),
     ('mixtral', dict(moe=dict(router='switch', top_k=2)), 'chooses 1'),

@@ -127,9 +127,11 @@ def test_what_follows_from_heads_is_of_their_kind():
 
 
 def test_groups_are_read_where_an_expert_has_a_capacity():
-  c = architectures.resolve(models.small_config('mixtral', moe=dict(
-      capacity_factor=0.5, eval_capacity_factor=0.0)))
-  assert 'moe.group_size' in flat.fields_of_layers(c)
+  for train, evaluation in ((0.5, 0.0), (0.0, 0.5), (0.0, 0.0)):
+    c = architectures.resolve(models.small_config('mixtral', moe=dict(
+        capacity_factor=train, eval_capacity_factor=evaluation)))
+    assert ('moe.group_size' in flat.fields_of_layers(c)) == (
+        train + evaluation > 0)
 
 
 def test_every_layer_has_one_place_and_one_name():

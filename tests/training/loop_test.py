@@ -527,9 +527,9 @@ def test_to_end_early_is_to_end_well_and_only_to_diverge_is_an_error(
 
 
 @pytest.mark.parametrize('first, last, wanted', [
-    (0, 20, ['start 10', 'stop 13']),
-    (11, 20, ['start 11', 'stop 13']),  # resumed inside the range
-    (0, 11, ['start 10', 'stop end']),  # the run ends inside the range
+    (0, 20, ['start 10', 'stop 13', 'push 13']),
+    (11, 20, ['start 11', 'stop 13', 'push 13']),  # resumed inside the range
+    (0, 11, ['start 10', 'stop end', 'push end']),  # it ends inside the range
     (13, 20, []),  # resumed past it
 ])
 def test_when_the_trace_starts_and_stops(first, last, wanted, monkeypatch,
@@ -539,6 +539,7 @@ def test_when_the_trace_starts_and_stops(first, last, wanted, monkeypatch,
                       lambda folder: calls.append('start'))
   monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: calls.append('stop'))
   profiler = hooks.Profile('10:13', tmp_path)
+  monkeypatch.setattr(profiler._files, 'push', lambda: calls.append('push'))
   state = jnp.zeros(())
   for step in range(first, last):
     profiler.before_step(types.SimpleNamespace(n=step, state=state))

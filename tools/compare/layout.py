@@ -1063,9 +1063,6 @@ def reconcile_ledger(workdir, ledger: Ledger) -> dict:
   for point in load_sweep_description(workdir)['points']:
     for seed in point['seeds']:
       rows.append((point['name'], seed, point['tasks']))
-  # All points of a seed, then of the next: runs are trained in this order, so
-  # that a sweep that is stopped can compare all points on a few seeds.
-  rows.sort(key=lambda row: row[1])
   ledger.add_runs(rows)
 
   # The runs whose state is another one on disk. sweep.json is read again after

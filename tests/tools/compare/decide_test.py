@@ -154,6 +154,21 @@ def test_a_rate_that_was_dropped_keeps_its_distance_from_the_best():
   assert num_seeds == 2
 
 
+def test_the_deviation_of_a_run_is_pooled_over_tables_and_pairs():
+  rng = np.random.default_rng(5)
+  table, pairs = rng.normal(size=(3, 4)), rng.normal(3.0, 1.0, 6)
+  by_pairs = tuning._deviation_of_run([], pairs)
+  assert by_pairs == pytest.approx((np.std(pairs, ddof=1) / 2 ** 0.5, 5))
+  # A model of a table with a mean for each row and each column.
+  x = np.array([[1, *np.eye(3)[i], *np.eye(4)[j]]
+                for i in range(3) for j in range(4)])
+  _, (rest,), rank, _ = np.linalg.lstsq(
+      x @ np.linalg.svd(x)[2][:6].T, table.ravel())
+  sum_of_squares = rest + 5 * by_pairs.sd ** 2
+  assert tuning._deviation_of_run([table, table[:1]], pairs) == pytest.approx(
+      ((sum_of_squares / 11) ** 0.5, 12 - rank + 5))
+
+
 def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():
   rng, tokens = np.random.default_rng(4), [10.0, 30.0, 20.0, 25.0]
   losses = {}
@@ -356,6 +371,10 @@ def test_a_margin_makes_verdicts_of_what_is_not_different():
       plan, noise_lib.measure_noise(plan, noise))
   assert ('equivalent within 0.05 with a probability of 9'
           in announced.sentence)
+  # It is rarer than a difference as large as the margin is found.
+  noise = _noise((0.05,) * 3, 8, np.random.default_rng(3))
+  row = noise_lib.measure_noise(dataclasses.replace(plan, effect=0.05), noise)[0]
+  assert 0.05 < row.power_within < row.power - 0.05 < 0.9
   assert _confirm(values)[0].verdict == 'no difference shown'
   # Where one size lies outside, it is no worse at most.
   values['a'][:, 0] += 0.09

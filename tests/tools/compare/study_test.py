@@ -138,6 +138,14 @@ def test_guessing_among_labels_is_not_guessing_among_tokens(folder):
   assert {row['guess'] for row in frozen.points} == {loss.chance}
 
 
+def test_what_guessing_numbers_costs_is_what_the_measure_of_the_loss_states():
+  config = types.SimpleNamespace(objective='regression', data=None)
+  stated = [dict(figure='pearson', chance=0.0), dict(figure='loss', chance=2.5)]
+  assert measures.loss_of_guessing(stated, config, 7) == 2.5
+  with pytest.raises(RequestError, match="'regression' has no loss that guess"):
+    measures.loss_of_guessing(stated[:1], config, 7)
+
+
 REFUSED = {
     'one size': (dict(constants="SIZES = {'s': {}}"), 'SIZES has 1 of them'),
     'sizes that fall': (dict(

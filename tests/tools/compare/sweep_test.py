@@ -198,6 +198,23 @@ def test_check_times_a_run_of_each_point(tmp_path, monkeypatch, capsys):
     command.main()
 
 
+def test_a_job_goes_on_while_one_of_its_runs_is_this_runners(
+    book, tmp_path, monkeypatch):
+  monkeypatch.setattr(layout, 'BEAT_SECONDS', 0.0)
+  book.add_runs([('a', seed, ()) for seed in range(3)])
+  runner = local.Runner(tmp_path, book, 1, 1)
+  assert book.claim_runs([1, 2, 3], runner._name) == [1, 2, 3]
+  runs, killed = book.runs(), []
+  for group in (runs[:2], runs[2:]):
+    runner._jobs.append(local.Job(
+        runs=group, evaluates=False, slot=0, process=types.SimpleNamespace(
+            kill=lambda group=group: killed.append(group))))
+  for run_id in (2, 3):  # which another runner took over
+    assert book.settle_run(run_id, runner._name, layout.PENDING)
+  runner._record_heartbeat()
+  assert killed == [runs[2:]]
+
+
 def test_a_runner_tells_the_time_left(tmp_path, monkeypatch, capsys):
   sweep_folder.write(tmp_path, sweep_folder.POINTS[:2], states={
       ('better', 1): (layout.PENDING, '')})

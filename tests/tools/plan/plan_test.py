@@ -152,6 +152,14 @@ def test_a_plan_names_the_largest_of_what_stands_whole(
   assert not programs.largest_parameters_whole_along_fsdp(alone)
 
 
+def test_sequences_are_those_of_a_device_at_once(no_compiler):
+  config = small(gpt.get_config())
+  config.train.grad_accumulation = 2
+  t = chips.parse_topology('v5p:2x2x2')
+  plan = programs.make_plan(programs.run_on_topology(config, t, 'fsdp'), t, [])
+  assert plan['sequences_per_device'] == 16 / 8 / 2
+
+
 def test_what_does_not_fit_is_refused_with_figures(no_compiler):
   t = chips.parse_topology('v5p:2x2x2')
   run = programs.run_on_topology(small(gpt.get_config()), t, 'fsdp')

@@ -126,6 +126,13 @@ def test_nobody_forges_a_token_or_undoes_one_whatever_they_type(typed):
       '\n\n']
 
 
+def test_marks_stand_around_the_whole_token():
+  begin, end = conversations.MARKS_OF_SPELT_TEXT
+  assert conversations.mark_special_tokens(
+      f'a[EOS]{end}b[EOS]', BYTES, {BYTES.eos_id}
+      ) == f'a{begin}[EOS]{end}b{begin}[EOS]{end}'
+
+
 @pytest.mark.parametrize('role', ['user', 'assistant'])
 def test_a_token_is_spelt_however_it_is_typed(role, tmp_path):
   """In letters that the tokenizer takes for the same. What is no special token,

@@ -249,6 +249,8 @@ def test_sentences(text, tmp_path):
   assert first == (['Empire', 'State', '#tag'], ['B-loc', 'I-loc', 'O'],
                    [f'{tmp_path}/a.conll, line {n}' for n in (4, 5, 6)])
   assert second[:2] == (['ana', 'bo'], ['B-per', 'B-per'])
+  if 'x y' not in text:
+    assert _sentences(tmp_path, text, (-2, -1)) == [first, second]
 
 
 @pytest.mark.parametrize('text, columns, message', [

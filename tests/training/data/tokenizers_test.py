@@ -1,6 +1,7 @@
 """Tokenizers: what goes in comes out, and equals independent ones."""
 
 import functools
+import itertools
 import json
 
 import numpy as np
@@ -109,6 +110,16 @@ def test_tokenizer_config_beside_the_file_names_the_special_tokens(
 
 
 # Which tokens are special.
+
+
+def test_of_several_usual_names_the_first_is_the_token_of_its_kind(tmp_path):
+  names = [*itertools.chain(*tokenizers.SPECIAL_NAMES.values())]
+  pipeline = hf.Tokenizer(hf.models.WordLevel({'?': 0}, unk_token='?'))
+  pipeline.add_special_tokens(names)
+  pipeline.save(str(tmp_path / 'tokenizer.json'))
+  ids = tokenizers.load(str(tmp_path)).special_ids
+  assert ids == {kind: 1 + names.index(first) for kind, (first, *_)
+                 in tokenizers.SPECIAL_NAMES.items()}
 
 
 @pytest.mark.parametrize('kind', ['roberta', 'bert', 'template', 'sequence'])

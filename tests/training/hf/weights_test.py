@@ -109,6 +109,8 @@ def test_a_number_that_a_model_has_not_has_no_tensor():
   row = 'norm/alpha', '', 'alpha', ''
   assert tensor_map.count_tensors([row], {'norm/alpha': ()}) == 1
   assert tensor_map.count_tensors([row], {}) == 0
+  with pytest.raises(RequestError, match='no Hugging Face name for norm/beta:'):
+    tensor_map.map_tensors([row], {'norm/alpha': (), 'norm/beta': ()})
 
 
 def test_shards_are_written_and_read(gpt, tmp_path):

@@ -156,3 +156,10 @@ def test_a_tracker_goes_on_with_the_run_of_the_folder(tmp_path, module,
   row, how = tracker.init().log.call_args
   assert row[0]['train/loss'] == 2.0 and 'train/mfu' not in row[0]
   assert how.get('step', row[0].get('step')) == 30
+  # Another folder of the same name is another run.
+  other = tmp_path / 'other' / tmp_path.name
+  other.mkdir(parents=True)
+  metrics.open_writers(other, config, resumed_step=0)
+  kwargs = tracker.init.call_args.kwargs
+  assert (kwargs.get('id'), kwargs['name']) != (
+      first.kwargs.get('id'), first.kwargs['name'])

@@ -1,5 +1,6 @@
 """config.json gives the config back; each field has its class of change."""
 
+import dataclasses
 import importlib
 import json
 
@@ -170,3 +171,6 @@ def test_a_saved_config_stands_for_the_same_model(mixer):
   again = run_config.config_from_json(saved)
   model = architectures.resolve(again.model)
   assert run_config.without_unread_fields(again, model) == saved
+  lora = dataclasses.replace(model.lora, rank=2, alpha=3.0)
+  model = dataclasses.replace(model, lora=lora)
+  assert flat.make_model(flat.to_dict(model)) == model
