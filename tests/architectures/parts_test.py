@@ -474,7 +474,87 @@ def test_parameters_in_bfloat16_are_drawn_in_float32():
       0.01 * values.std())
 
 
+MUP = dict(parametrization='mup', mup_base_width=32)
+ENGRAM = dict(memory='engram', ngrams=dict(rows=40))
+SHARING = dict(kv_sharing=True)
+
+
+def of_kinds(**kinds):
+  """Returns the changes of a config that has one layer of each kind a turn."""
+  return dict(pattern=','.join(kinds), kinds=kinds)
+
+
 @pytest.mark.parametrize('system, fields, words', [
+    # Mixers, rules of what is seen, and positions.
+    ('bert', dict(mixer='csa'), 'is no decoder'),
+    ('llama', dict(mixer='csa', **MUP), 'has no rule'),
+    ('llama', dict(mixer='csa', indexer=dict(block=2)), 'one by one'),
+    ('t5', dict(mixer='latent'), 'no attention to the memory'),
+    ('llama', dict(mixer='latent', **MUP), 'has no rule'),
+    ('llama', dict(mixer='latent', attention_kernel='splash'), 'of one size'),
+    ('llama', dict(mixer='mamba', **MUP), 'nothing of its steps'),
+    ('llama', dict(mixer='kda', parametrization='mup', mup_base_width=16),
+     'have the rank of the base'),
+    ('llama', dict(mixer='retnet', rope=dict(
+        scaling='dynamic', factor=2.0, original_len=8)), 'by the length'),
+    ('llama', dict(mixer='deltanet', deltanet=dict(key_heads=3,
+                                                   value_heads=4)), 'divide'),
+    ('bert', dict(attention='indexed'), 'is no decoder'),
+    ('llama', of_kinds(a=dict(attention='indexed'), b=dict(
+        attention='indexed', kv_sharing=True)), 'keys of its own, so'),
+    ('llama', dict(position='disentangled') | of_kinds(a={}, b=SHARING),
+     "keys of the layer's own"),
+    ('deberta_v2', dict(disentangled=dict(buckets=7)), 'must be even'),
+    ('deberta_v2', dict(disentangled=dict(buckets=62)), 'more than half'),
+    ('deberta_v2', MUP, 'has no rule'),
+    ('llama', dict(attention_exclusive='all', attention_difference=0.3),
+     'pairs of heads'),
+    ('llama', dict(key_offset=True), 'positions do not rotate'),
+    ('gpt', dict(parametrization='mup'), 'mup_base_width is 0'),
+    ('gpt', dict(parametrization='mup', mup_base_width=3), '0.75 features'),
+    # Memories, experts, residual streams and loops.
+    ('llama', ENGRAM | dict(residual='attention'), 'adds to one stream'),
+    ('llama', ENGRAM | MUP, 'no rules'),
+    ('llama', dict(memory='engram', ngrams=dict(rows=40, pad_token=61)),
+     'is no token of 61'),
+    ('llama', dict(memory='engram', ngrams=dict(rows=2**30)), 'in 32 bits'),
+    ('llama', dict(memory='engram', ngrams=dict(rows=40, heads=64)),
+     'not a feature for each'),
+    ('mixtral', dict(moe=dict(latent_dim=4), **MUP), 'has no rule'),
+    ('mixtral', dict(moe=dict(dispatch='sorted', capacity_factor=0.0)), 'pads'),
+    ('mixtral', dict(moe=dict(dispatch='sorted', eval_capacity_factor=0.0,
+                              capacity_factor=1.0)), 'pads'),
+    ('mixtral', dict(moe=dict(gate_inputs=True)), 'one input for all'),
+    ('llama', dict(layer_scale=True, residual='mhc'), 'multiplies one stream'),
+    ('llama', dict(skips=True, num_layers=1), 'no other half'),
+    ('llama', dict(skips=True, residual='mhc'), 'has none: choose it from pla'),
+    ('llama', dict(skips=True, loop='plain', loops=dict(passes=2)), 'no pass'),
+    ('llama', dict(loop='add', residual='mhc'), 'streams are handed on'),
+    ('llama', dict(loop='plain', residual='mhc', loops=dict(boundary='norm')),
+     'streams are handed on'),
+    ('llama', dict(loop='plain', block='post_norm', loops=dict(
+        boundary='norm')), 'there is no final norm'),
+    ('llama', dict(loop='plain', loops=dict(passes=3, gradient_passes=2)),
+     'would have no gradient'),
+    ('llama', dict(loop='add', loops=dict(passes=3, gradient_passes=4)),
+     'from 1 to the 3'),
+    ('llama', dict(loop='plain', loops=dict(passes=2), keep_gathered='query'),
+     'all passes share'),
+    # Layers of several kinds, wirings, adapters and further tokens.
+    ('llama', dict(num_kv_heads=3), 'does not divide'),
+    ('llama', dict(block='parallel', ffn='none'), 'no equation for model.ffn'),
+    ('llama', dict(pattern='a,b', kinds=dict(a={})), "'b', which model.kinds"),
+    ('llama', dict(pattern='a', kinds=dict(a={}, b={})), 'has b, which no la'),
+    ('llama', dict(pattern='a,b,a', kinds=dict(a={}, b={}), num_layers=4),
+     'multiple of the 3 layers'),
+    ('llama', of_kinds(a={}, b=dict(mixer='gla', **SHARING)), 'reads no keys'),
+    ('llama', of_kinds(a=SHARING), 'no layer before it'),
+    ('llama', of_kinds(a=dict(head_dim=8), b=dict(head_dim=16, **SHARING)),
+     'is 16, and 8 of'),
+    ('t5', dict(mtp_depth=1), 'no meaning with model.arch'),
+    ('llama', dict(mtp_depth=1, **ENGRAM), 'reads tables of model.memory'),
+    ('llama', dict(mtp_depth=1) | of_kinds(a={}, b=SHARING), 'keys of another'),
+    ('llama', dict(lora=dict(rank=2, targets='nothing')), "'nothing': choose"),
     ('gpt', dict(attention='banded'), 'sliding_window is 0'),
     ('gpt', dict(position='sinusoidal', d_model=33, num_heads=3), 'need it ev'),
     ('t5', dict(relative=dict(buckets=7)), 'needs an even number of buckets'),
