@@ -373,7 +373,8 @@ def test_a_margin_makes_verdicts_of_what_is_not_different():
           in announced.sentence)
   # It is rarer than a difference as large as the margin is found.
   noise = _noise((0.05,) * 3, 8, np.random.default_rng(3))
-  row = noise_lib.measure_noise(dataclasses.replace(plan, effect=0.05), noise)[0]
+  wider = dataclasses.replace(plan, effect=0.05)
+  row = noise_lib.measure_noise(wider, noise)[0]
   assert 0.05 < row.power_within < row.power - 0.05 < 0.9
   assert _confirm(values)[0].verdict == 'no difference shown'
   # Where one size lies outside, it is no worse at most.
