@@ -111,6 +111,7 @@ MIXERS: dict[str, Mixer] = {
     'csa': compressed.Compressed(
         compressed.CSA, 'compressed.csa_rate', 'indexer'),
     'deltanet': Recurrence(linear_attention.DeltaNet),
+    'comba': Recurrence(linear_attention.Comba),
     'mamba': mamba.MambaMixer(),
     'mamba2': mamba2.Mamba2Mixer(mamba2.Mamba2, 'mamba2'),
     'mamba3': mamba3.Mamba3Mixer(mamba3.Mamba3, 'mamba3'),

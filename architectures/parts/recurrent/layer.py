@@ -425,6 +425,10 @@ def reset_at_documents(
     begins_BL = features.begins_document(ids_BL)
     log_decay_BLHK = jnp.where(
         begins_BL[..., None, None], -jnp.inf, log_decay_BLHK)
+    # Nor does a correction there read what the state was before it decayed.
+    if x.undecayed_BL1 is not None:
+      x = x._replace(undecayed_BL1=jnp.where(
+          begins_BL[..., None], 0, x.undecayed_BL1))
   return x._replace(log_decay_BLHK=log_decay_BLHK)
 
 

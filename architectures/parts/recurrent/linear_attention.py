@@ -8,6 +8,7 @@ layer.py; positions are read by retention alone.
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,9 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.positions import RopeConfig
 from architectures.parts.recurrent import features, layer, recurrence
+from architectures.parts.sharding import Role, declare
 from common.errors import RequestError, require
-from common.fields import field, FUNCTION, MOST_TAPS, SHAPES
+from common.fields import AT_START, field, FUNCTION, MOST_TAPS, SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +46,10 @@ class _Heads:
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaNetConfig(_Heads):
-  """The fields of mixer deltanet. What is left open is as attention has it."""
+class _DeltaRule(_Heads):
+  """The fields of mixers deltanet and comba."""
   conv: int = field(4, 'tokens that a convolution sees; 0: no convolution',
                     most=MOST_TAPS, resume=SHAPES)
-  decay: bool = field(
-      True, 'the state decays (Gated DeltaNet), or not (DeltaNet)')
-  householders: int = field(
-      1, 'steps of the delta rule a token, each with a key, a value and a rate '
-      'of its own (DeltaProduct)', least=1, resume=SHAPES)
   negative: bool = field(
       False, 'rates up to 2, not 1: eigenvalues may be negative',
       resume=FUNCTION)
@@ -65,6 +62,16 @@ class DeltaNetConfig(_Heads):
   def derived(self, config: ModelConfig):
     return dataclasses.replace(super().derived(config),
                                norm_eps=self.norm_eps or config.norm_eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetConfig(_DeltaRule):
+  """The fields of mixer deltanet. What is left open is as attention has it."""
+  decay: bool = field(
+      True, 'the state decays (Gated DeltaNet), or not (DeltaNet)')
+  householders: int = field(
+      1, 'steps of the delta rule a token, each with a key, a value and a rate '
+      'of its own (DeltaProduct)', least=1, resume=SHAPES)
 
 
 class DeltaNet(layer.Layer):
@@ -138,6 +145,61 @@ class DeltaNet(layer.Layer):
     decay_BLH = self.softplus_decay(
         self.project_to_heads('decay', x_BLD), least=0.01)
     return decay_BLH[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CombaConfig(_DeltaRule):
+  """The fields of mixer comba: those of deltanet, and a correction."""
+  correction: float = field(
+      1.0, 'first value of d, how much of the key leaves the query; the '
+      'authors took 0.02 for 340M parameters and 1 for 1.3B', resume=AT_START)
+  gate: str = field('sigmoid', 'what the gate on what is read goes through',
+                    choices=('silu', 'sigmoid'), resume=FUNCTION)
+  decay = True
+
+
+class Comba(DeltaNet):
+  """Comba: a delta rule whose state reads itself before it decays, and whose
+  query is corrected as its value is (Hu et al. 2025, arXiv 2506.02475, equation
+  5, whose state is transposed; as in flash-linear-attention).
+
+    S_t = (a_t I - b'_t k_t k_t^T) S_t-1 + b_t k_t v_t^T    [K, U] of a head
+    o_t = S_t^T (q_t - d k_t) / sqrt(K)
+    b'  = sigmoid(c) b       c and d: a number for each head of keys, from 1
+
+  q, k, v, a, b and y are those of Gated DeltaNet, with unit q and k. There the
+  transition is a_t (I - b_t k_t k_t^T), so that a decay of 0 erases all; here
+  one scalar is added to a matrix of rank 1 (SPLR). The authors' program scales
+  q - d k to the length 1, and k with the factor sigmoid(c) too, which is then
+  without effect: this is the paper's equation.
+  """
+  settings = CombaConfig
+
+  def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
+             v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    """Makes the inputs of Comba's recurrence (see the class): those of the
+    gated delta rule, with the corrected query, the vector sigmoid(c) k by which
+    a correction reads the state, and the mark that it reads the state before
+    its decay. The arguments are those of `DeltaNet.inputs`."""
+    x = super().inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx)
+    J, K = x.k_BLJK.shape[2:]
+
+    def declare_factors(name: str, initial: float) -> jax.Array:
+      """Declares a number for each head, and repeats it for its features."""
+      factors_J = declare(
+          self, name, shape=(J,), role=Role(self.key_axes[:1]),
+          init=nn.initializers.constant(initial)).astype(jnp.float32)
+      return jnp.broadcast_to(factors_J[:, None], (J, K))
+
+    feedback_JK = jax.nn.sigmoid(declare_factors('feedback', 1.0))
+    correction_JK = declare_factors('correction', self.sizes.correction)
+    # A query has the length 1 / sqrt(K), and so does the key that leaves it.
+    k_BLJK = x.k_BLJK.astype(jnp.float32)
+    leaves_BLJK = features.multiply_by_weights(
+        k_BLJK, self.base_key_dim ** -0.5 * correction_JK)
+    erase_BLJK = features.multiply_by_weights(k_BLJK, feedback_JK)
+    return x._replace(q_BLJK=x.q_BLJK - leaves_BLJK, erase_BLJK=erase_BLJK,
+                      undecayed_BL1=jnp.ones((*x_BLD.shape[:2], 1)))
 
 
 @dataclasses.dataclass(frozen=True)

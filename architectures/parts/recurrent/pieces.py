@@ -44,9 +44,12 @@ class Inputs(NamedTuple):
   v_BLHU: jax.Array
   # The last axis is 1 (a head has one decay) or K (each feature has its own).
   log_decay_BLHK: Optional[jax.Array] = None  # None: no decay
-  rate_BLH: Optional[jax.Array] = None  # None: no delta rule, but for `erase`
-  # A correction reads the state by this; None: the key times the rate.
+  rate_BLH: Optional[jax.Array] = None  # None: 1, or no delta rule
+  # A correction reads the state by this; None: by the key.
   erase_BLJK: Optional[jax.Array] = None
+  # A correction reads the state as it was before its decay, times this (0 where
+  # a document begins); None: it reads the decayed state.
+  undecayed_BL1: Optional[jax.Array] = None
 
   @property
   def has_delta_rule(self) -> bool:

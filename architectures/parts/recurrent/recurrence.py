@@ -14,10 +14,11 @@ each feature of its keys. A and the rate b tell the members of the family apart:
   no rate        linear attention  RetNet, Mamba-2  GLA
   a rate         DeltaNet          Gated DeltaNet   KDA
 
-Two further forms are run by the same code. A correction may read the state by
-another vector than the key times the rate, e_t = b_t k_t above:
+Further forms are run by the same code. A correction may read the state by
+another vector e than the key, with a rate or with b = 1, and with one decay of
+a head it may read the state before that has decayed (Comba):
 
-  d_t = v_t - (A_t S_t-1)^T e_t     S_t = (I - k_t e_t^T) A_t S_t-1 + k_t v_t^T
+  d_t = b_t (v_t - (A_t S_t-1)^T e_t)   or   d_t = b_t (v_t - S_t-1^T e_t)
 
 And a token may take several steps, of which the first alone decays, and whose
 last state is read: its transition is then a product (DeltaProduct, RWKV-7).
@@ -87,6 +88,8 @@ def run_recurrence(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   if x.log_decay_BLHK is None:
     x = x._replace(log_decay_BLHK=jnp.zeros((B, tokens, H, 1)))
   assert x.log_decay_BLHK.shape[-1] in (1, K), x.log_decay_BLHK.shape
+  if x.undecayed_BL1 is not None:
+    assert steps == 1 and not has_decay_per_feature(x.log_decay_BLHK), steps
   if state_BHKU is None:
     state_BHKU = jnp.zeros((B, H, K, U))
   # If the state is a constant of the program, XLA's CPU backend (jaxlib 0.10
@@ -157,8 +160,11 @@ def _take_step(i: int, x: Inputs, state_BHKU: jax.Array
   """Computes a single step of a linear recurrence by its definition, with a
   state S, decays a, rates b, queries q, keys k and values v:
 
-    S' = a S,   d = v  or, by the delta rule,  d = b (v - S'^T k)
+    S' = a S,   d = v  or, by the delta rule,  d = b (v - S'^T e)
     S  = S' + k d^T,   o = S^T q
+
+  Here e is the key or another vector (`erase`). Some corrections read the state
+  S before its decay, and not S'.
 
   The suffixes name axes: B batch, H heads of values, J heads of keys, K
   features of a key, U features of a value.
@@ -171,8 +177,8 @@ def _take_step(i: int, x: Inputs, state_BHKU: jax.Array
   Returns:
     o, which is what the step reads, [B, 1, H, U]; and the state after it.
   """
-  q_BJK, k_BJK, v_BHU, log_decay_BHK, rate_BH, erase_BJK = jax.tree.map(
-      lambda x: x[:, i].astype(jnp.float32), x)
+  (q_BJK, k_BJK, v_BHU, log_decay_BHK, rate_BH, erase_BJK,
+   undecayed_B1) = jax.tree.map(lambda x: x[:, i].astype(jnp.float32), x)
   H = v_BHU.shape[1]
 
   def for_value_heads(x_BJK: jax.Array) -> jax.Array:
@@ -181,17 +187,18 @@ def _take_step(i: int, x: Inputs, state_BHKU: jax.Array
 
   q_BHK = for_value_heads(q_BJK)
   k_BHK = for_value_heads(k_BJK)
-  state_BHKU = jnp.exp(log_decay_BHK)[..., None] * state_BHKU
+  read_BHKU = decayed_BHKU = jnp.exp(log_decay_BHK)[..., None] * state_BHKU
+  if undecayed_B1 is not None:
+    read_BHKU = undecayed_B1[..., None, None] * state_BHKU
   with layers.count_flops_as_useful_part(1, 1):
-    # With a rate (the delta rule), what is written corrects the value that the
-    # key finds in the state. With `erase`, another vector reads that value.
+    # By the delta rule, what is written corrects the value that the key, or
+    # `erase`, finds in the state.
+    if x.has_delta_rule:
+      e_BHK = k_BHK if erase_BJK is None else for_value_heads(erase_BJK)
+      v_BHU -= jnp.einsum('BHK,BHKU->BHU', e_BHK, read_BHKU)
     if rate_BH is not None:
-      old_BHU = jnp.einsum('BHK,BHKU->BHU', k_BHK, state_BHKU)
-      v_BHU = rate_BH[..., None] * (v_BHU - old_BHU)
-    if erase_BJK is not None:
-      v_BHU -= jnp.einsum('BHK,BHKU->BHU', for_value_heads(erase_BJK),
-                          state_BHKU)
-    state_BHKU += jnp.einsum('BHK,BHU->BHKU', k_BHK, v_BHU)
+      v_BHU = rate_BH[..., None] * v_BHU
+    state_BHKU = decayed_BHKU + jnp.einsum('BHK,BHU->BHKU', k_BHK, v_BHU)
     o_BHU = jnp.einsum('BHK,BHKU->BHU', q_BHK, state_BHKU)
   return o_BHU[:, None], state_BHKU
 
@@ -202,6 +209,16 @@ class _Pairs(NamedTuple):
   key_weights_BHPQ: Optional[jax.Array]  # how much of it the key at i finds
   first_BHPK: jax.Array  # the decay of the piece up to each place; K or 1
   after_BHPK: jax.Array  # and of the piece after it
+  # The decay of the piece up to the state that each correction reads, where
+  # that has not decayed at the place itself; None: first_BHPK.
+  before_BHPK: Optional[jax.Array] = None
+
+  @property
+  def until_read(self) -> jax.Array:
+    """Returns the decay of the piece up to what each correction reads."""
+    if self.before_BHPK is None:
+      return self.first_BHPK
+    return self.before_BHPK
 
 
 class _PieceEffects(NamedTuple):
@@ -360,7 +377,7 @@ def _gradient_of_pieces(x: Inputs, effects: _PieceEffects, write: jax.Array,
     d_states: the gradient of the state after each piece.
     to_met: takes the gradient of the pairs of places to that of the inputs.
   """
-  q, k, v, log_decay, rate, erase = x
+  q, k, v, log_decay, rate, erase, _ = x
   pairs = effects.pairs
   for_value_heads = functools.partial(_repeat_for_value_heads, v.shape[2])
   per_feature = has_decay_per_feature(log_decay)
@@ -382,10 +399,10 @@ def _gradient_of_pieces(x: Inputs, effects: _PieceEffects, write: jax.Array,
   # Through the triangular system of the delta rule: for X = (I + A)^-1,
   # dA = -X^T dX X^T.
   d_v = d_write
-  d_rate = d_erase = d_key_weights = None
+  d_rate = d_erase = d_key_weights = d_before = None
   if x.has_delta_rule:
     correction_keys = _correction_keys(x)
-    decayed_keys = pairs.first_BHPK * for_value_heads(correction_keys)
+    decayed_keys = pairs.until_read * for_value_heads(correction_keys)
     d_v = _transpose(effects.inverse_BHPQ) @ d_write
     d_read = -d_v @ _transpose(states)
     d_system = -jnp.tril(
@@ -402,9 +419,13 @@ def _gradient_of_pieces(x: Inputs, effects: _PieceEffects, write: jax.Array,
       d_key_weights = rate[..., None] * d_system
       d_v = rate[..., None] * d_v
       d_read = rate[..., None] * d_read
-    d_first += decay_gradient(for_value_heads(correction_keys), d_read)
+    d_until_read = decay_gradient(for_value_heads(correction_keys), d_read)
+    if pairs.before_BHPK is None:
+      d_first += d_until_read
+    else:
+      d_before = d_until_read
     d_correction_keys = _sum_over_value_heads(
-        correction_keys, pairs.first_BHPK, d_read)
+        correction_keys, pairs.until_read, d_read)
     if erase is None:
       d_k += d_correction_keys
     else:
@@ -421,7 +442,7 @@ def _gradient_of_pieces(x: Inputs, effects: _PieceEffects, write: jax.Array,
   # Through the pairs of places.
   d_pairs = _Pairs(weights_BHPQ=d_o @ _transpose(write),
                    key_weights_BHPQ=d_key_weights, first_BHPK=d_first,
-                   after_BHPK=d_after)
+                   after_BHPK=d_after, before_BHPK=d_before)
   d_x, = to_met(d_pairs)
   if d_erase is not None:
     d_x = d_x._replace(erase_BLJK=d_x.erase_BLJK + d_erase)
@@ -504,7 +525,7 @@ def _effects_of_pieces(x: Inputs, pairs: _Pairs) -> _PieceEffects:
     pairs: the weights and decays between the places of each piece.
   """
   # Queries and keys, by the decays from the start of the piece and to its end.
-  q, k, v, _, rate, erase = x
+  q, k, v, _, rate, erase, _ = x
   H = v.shape[2]
   P = k.shape[-2]
   q = _repeat_for_value_heads(H, q)
@@ -527,7 +548,7 @@ def _effects_of_pieces(x: Inputs, pairs: _Pairs) -> _PieceEffects:
   with layers.count_flops_as_useful_part(P + 1, 2 * P):
     return effects._replace(
         write_BHPU=solve @ v,
-        read_BHPK=solve @ (pairs.first_BHPK * correction_keys),
+        read_BHPK=solve @ (pairs.until_read * correction_keys),
         inverse_BHPQ=inverse)
 
 
@@ -577,15 +598,28 @@ def _meet_with_decay_per_head(steps: int, x: Inputs) -> _Pairs:
   H = v.shape[2]
   P = k.shape[-2]
   decay_between, decay_upto = pieces.decays_within_piece(log_decay[..., 0])
+  # A correction that reads the state before its decay reads it as it was at the
+  # place before: those decays, one place later.
+  key_decay, before_BHPK = decay_between, None
+  if x.undecayed_BL1 is not None:
+    undecayed = x.undecayed_BL1[..., None]
+    no_padding = [(0, 0)] * 3
+    earlier = jnp.pad(decay_between[..., :-1, :],
+                      (*no_padding, (1, 0), (0, 0)))
+    key_decay = undecayed * earlier
+    upto_earlier = jnp.pad(decay_upto[..., :-1], (*no_padding, (1, 0)),
+                           constant_values=1)
+    before_BHPK = undecayed * upto_earlier[..., None]
   with layers.count_flops_as_useful_part(P + steps, 2 * P * steps):
     products = q @ _transpose(k)
     weights = decay_between * _repeat_for_value_heads(H, products)
   with layers.count_flops_as_useful_part(P - 1, 2 * P):
     key_products = _correction_keys(x) @ _transpose(k)
-    key_weights = decay_between * _repeat_for_value_heads(H, key_products)
+    key_weights = key_decay * _repeat_for_value_heads(H, key_products)
   return _Pairs(weights_BHPQ=weights, key_weights_BHPQ=key_weights,
                 first_BHPK=decay_upto[..., None],
-                after_BHPK=decay_between[..., -1, :, None])
+                after_BHPK=decay_between[..., -1, :, None],
+                before_BHPK=before_BHPK)
 
 
 def _meet_with_decay_per_feature(steps: int, x: Inputs) -> _Pairs:

@@ -99,6 +99,25 @@ def _delta(p, x_LD, m):
   return _normed(p, o, dict(silu=SILU, sigmoid=SIGMOID)[m.gate](z), m.norm_eps)
 
 
+def _comba(p, x_LD, m):
+  """Equation 5 of the paper, a head and a token at a time."""
+  unit = lambda x: x / np.sqrt(np.square(x).sum(-1, keepdims=True) + 1e-6)
+  q, k, v = (_read(p, name, x_LD, SILU) for name in ('query', 'key', 'value'))
+  H, b = m.value_heads, (1 + m.negative) * SIGMOID(x_LD @ p['rate'])
+  a = np.exp(-np.exp(p['decay_scale']) * SOFTPLUS(
+      x_LD @ p['decay'] + p['decay_bias']))
+  o = np.zeros(v.shape)
+  for h in range(H):
+    j, S = h // (H // m.key_heads), np.zeros((m.key_dim, m.value_dim))
+    for t, key in enumerate(unit(k[j])):
+      feedback = SIGMOID(p['feedback'][j]) * b[t, h]
+      S = (a[t, h] * np.eye(len(S)) - feedback * np.outer(key, key)) @ S
+      S += b[t, h] * np.outer(key, v[h, t])
+      o[h, t] = S.T @ (unit(q[j, t]) - p['correction'][j] * key)
+  return _normed(p, o / np.sqrt(m.key_dim), SIGMOID(np.einsum(
+      'ld,dhk->hlk', x_LD, p['output_gate'])))
+
+
 def _gla(p, x_LD, m):
   """In the paper's parallel form (section 4.2), in float64, where quotients of
   cumulative decays are still numbers."""
@@ -218,9 +237,10 @@ def _rwkv7(p, x_LD, m, eps=1e-5):
   return np.einsum('lhu,hud->ld', o * g, p['out'])
 
 
-DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
-               'retnet': _retnet, 'mamba2': _mamba2, 'rwkv7': _rwkv7,
-               'mamba': _mamba, 'mamba3': _mamba3}
+DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta,
+               'comba': _comba, 'gla': _gla, 'retnet': _retnet,
+               'mamba2': _mamba2, 'rwkv7': _rwkv7, 'mamba': _mamba,
+               'mamba3': _mamba3}
 
 
 @pytest.mark.parametrize('mixer, sizes', [
@@ -228,6 +248,7 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
     ('deltanet', dict(conv=0)),
     ('deltanet', dict(decay=False, gate='sigmoid', norm_eps=0.01)),
     ('deltanet', dict(householders=3, negative=True)),
+    ('comba', {}), ('comba', dict(conv=0, negative=True)),
     ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),
     ('gdn2', {}), ('gdn2', dict(negative=True, conv=0, key_heads=4)),
     ('gla', {}), ('gla', dict(conv=3, temperature=2.0)), ('retnet', {}),

@@ -18,33 +18,36 @@ FAMILY = {'gated_deltanet': (1, True), 'deltanet': (0, True),
           'mamba2': (1, False), 'linear_attention': (0, False),
           'kda': (K, True), 'gla': (K, False),
           'products': (1, True, 3), 'erase': (K, 'erase'),
-          'erase_in_steps': (K, 'erase', 2), 'head_erase': (1, 'erase')}
+          'erase_in_steps': (K, 'erase', 2), 'head_erase': (1, 'erase'),
+          'both': (K, 'both'), 'undecayed': (1, 'undecayed')}
 # A decay of a head or of each feature, corrected or not: two have all of that.
 TWO = pytest.mark.parametrize('name', ['mamba2', 'kda'])
 GRADED = pytest.mark.parametrize('name', [
-    'mamba2', 'kda', 'products', 'erase_in_steps', 'head_erase'])
+    'mamba2', 'kda', 'products', 'erase_in_steps', 'head_erase', 'both',
+    'undecayed'])
 DECAYS = pytest.mark.parametrize('decays', [1, K], ids=['head', 'feature'])
 
 
 def drawn(length, decays=1, rate=True, steps=1, seed=0, most=1.0):
   """Inputs as a layer gives them: keys and queries of length 1, and rates in
   (0, most). The decays of a piece are far below what float32 can hold."""
-  both = rate is True
+  has_rate, has_erase = rate not in (False, 'erase'), isinstance(rate, str)
   rng = np.random.default_rng(seed)
   normal = lambda *shape, n=1: rng.normal(size=(B, length * n, *shape))
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   arrays = (unit(normal(J, K)), unit(normal(J, K, n=steps)),
             normal(H, U, n=steps),
             -np.exp(2 * normal(H, decays)) if decays else None,
-            most / (1 + np.exp(-normal(H, n=steps))) if both else None,
-            unit(normal(J, K, n=steps)) if rate == 'erase' else None)
+            most / (1 + np.exp(-normal(H, n=steps))) if has_rate else None,
+            unit(normal(J, K, n=steps)) if has_erase else None,
+            rng.integers(0, 2, (B, length, 1)) if rate == 'undecayed' else None)
   return jax.tree.map(lambda x: jax.device_put(x.astype(np.float32)),
                       Inputs(*arrays))
 
 
 def definition(x, state_BHKU=None):
   """numpy, in float64, one place after another and a head at a time."""
-  q, k, v, log_decay, rate, erase = (
+  q, k, v, log_decay, rate, erase, undecayed = (
       None if x is None else np.asarray(x, np.float64) for x in x)
   o, steps = np.zeros((B, q.shape[1], H, U)), k.shape[1] // q.shape[1]
   last = np.zeros((*v.shape[::2][:1], H, K, U))
@@ -53,13 +56,15 @@ def definition(x, state_BHKU=None):
     S = (np.zeros((K, U)) if state_BHKU is None else
          np.array(state_BHKU[b, h], np.float64))
     for t in range(v.shape[1]):
+      before = S
       if log_decay is not None and t % steps == 0:
         S = S * np.exp(log_decay[b, t // steps, h])[:, None]
       d = v[b, t, h]
+      found = S if undecayed is None else undecayed[b, t, 0] * before
+      if erase is not None or rate is not None:
+        d = d - found.T @ (k if erase is None else erase)[b, t, j]
       if rate is not None:
-        d = rate[b, t, h] * (d - S.T @ k[b, t, j])
-      if erase is not None:
-        d = d - S.T @ erase[b, t, j]
+        d = rate[b, t, h] * d
       S = S + np.outer(k[b, t, j], d)
       o[b, t // steps, h] = S.T @ q[b, t // steps, j]
     last[b, h] = S
@@ -72,14 +77,18 @@ def scanned(x, state_BHKU):
   n, tokens = x.steps, x.q_BLJK.shape[1]
 
   def step(S, x):
+    before = S
     S = S * jnp.exp(x.log_decay_BLHK[:, 0])[..., None]
     for i in range(n):
       k, d = each(x.k_BLJK[:, i]), x.v_BLHU[:, i]
+      found = S
+      if x.undecayed_BL1 is not None:
+        found = before * x.undecayed_BL1[:, i, :, None, None]
+      if x.has_delta_rule:
+        e = k if x.erase_BLJK is None else each(x.erase_BLJK[:, i])
+        d -= jnp.einsum('bhku,bhk->bhu', found, e)
       if x.rate_BLH is not None:
-        d = x.rate_BLH[:, i, :, None] * (
-            d - jnp.einsum('bhku,bhk->bhu', S, k))
-      if x.erase_BLJK is not None:
-        d -= jnp.einsum('bhku,bhk->bhu', S, each(x.erase_BLJK[:, i]))
+        d = x.rate_BLH[:, i, :, None] * d
       S = S + k[..., None] * d[..., None, :]
     return S, jnp.einsum('bhku,bhk->bhu', S, each(x.q_BLJK[:, 0]))
   S, o = jax.lax.scan(step, state_BHKU, jax.tree.map(
@@ -114,7 +123,8 @@ def test_pieces_equal_the_definition(name):
 
 @pytest.mark.parametrize('length, family', [
     (1, (1,)), (4, (1,)), (3, (K,)), (5, (K,)), (1, FAMILY['products']),
-    (3, FAMILY['products']), (1, FAMILY['erase_in_steps'])])
+    (3, FAMILY['products']), (1, FAMILY['erase_in_steps']),
+    (1, FAMILY['undecayed'])])
 def test_lengths_that_no_piece_divides(length, family):
   x = drawn(length, *family)
   for got, want in zip(run(x), definition(x)):

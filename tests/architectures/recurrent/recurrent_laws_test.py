@@ -33,6 +33,7 @@ SHORT = 'short_conv'  # whose state is inputs of a convolution alone
 PRODUCT = 'delta_product'  # a token takes several steps
 S6 = 'mamba'  # a scan of another form
 SHIFTED = 'rwkv7'  # a token is mixed with the one before it
+COMBA = 'comba'  # reads its state before that decays
 TURNED = 'mamba3'  # keys turn by angles that add up, and wait for a token
 # A test that takes no time.
 USUAL = parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL)
@@ -63,7 +64,7 @@ def stepwise(layer, params, x_BLD, first=0):
   return run(params, x_BLD)
 
 
-@parametrize_mixers(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6)
+@parametrize_mixers(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6, COMBA)
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
@@ -75,7 +76,7 @@ def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
   models.assert_trees_close(want, stepwise(layer, p, x_BLD, first), 2e-5)
 
 
-@parametrize_mixers(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6)
+@parametrize_mixers(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6, COMBA)
 def test_packed_documents_are_those_apart(mixer, short_pieces):
   """Neither the state nor the convolutions see the document before."""
   layer, p = recurrences.make_layer(mixer)
