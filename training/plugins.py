@@ -328,7 +328,7 @@ def _add_entry(table_name: str, table: Any, name: str, entry: Any, file: str,
   """
   key = table_name, name
   if name in table:
-    # The same file may be read again, and may have been changed meanwhile.
+    # A file may be read again, and may have been changed meanwhile.
     is_same_entry = key in _text_that_declared and _text_that_declared[key] in (
         text, text_of_loaded_file.get(file))
     require(is_same_entry, f'{file}: {table_name} has {name!r}, which '

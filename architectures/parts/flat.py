@@ -747,26 +747,23 @@ def _derive_fields_of_model(fields: Mapping[str, Any],
   derived = {name: value for name, value in fields.items()
              if name not in _GROUP_OF_FIELD}
 
-  # Sizes that are left open.
+  # What the fields that are left open follow from.
   num_heads, width = fields['num_heads'], fields['d_model']
   head_dim = fields['head_dim'] or width // num_heads or 1
-  derived['head_dim'] = head_dim
-  derived['num_decoder_layers'] = (
-      fields['num_decoder_layers'] or fields['num_layers'])
-  derived['num_kv_heads'] = fields['num_kv_heads'] or num_heads
-  derived['d_ff'] = fields['d_ff'] or 4 * width
-  derived['head'] = fields['head'] or 'lm'
-
-  # The base of muP, and the factors that are its own.
   base_width, base_head_dim = _sizes_of_mup_base(fields, head_dim)
+  value_of_open_field = dict(
+      head_dim=head_dim, num_decoder_layers=fields['num_layers'],
+      num_kv_heads=num_heads, d_ff=4 * width, head='lm',
+      attention_scale=base_head_dim ** -0.5, embed_scale=base_width ** 0.5,
+      logits_scale=base_width ** -0.5)
+  for name, value in value_of_open_field.items():
+    derived[name] = fields[name] or value
+
+  # The base of muP.
   derived['mup_base_width'] = derived['mup_base_head_dim'] = 0
   if fields['parametrization'] == 'mup':
     derived['mup_base_width'] = base_width
     derived['mup_base_head_dim'] = base_head_dim
-  derived['attention_scale'] = (
-      fields['attention_scale'] or base_head_dim ** -0.5)
-  derived['embed_scale'] = fields['embed_scale'] or base_width ** 0.5
-  derived['logits_scale'] = fields['logits_scale'] or base_width ** -0.5
 
   # The kinds of layer.
   overrides_by_kind = {}

@@ -370,22 +370,37 @@ def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:
   # may refer to the base.
   certificates = {}
   for point in trained_here:
-    ended = [seed for seed, run in point.runs.items()
-             if seed in point.final_losses or run.diverged]
-    certificates[point.name] = certify_runs(
-        config=configs[point.name],
-        costs={name: getattr(point, name) for name in _COSTS},
-        folders=[layout.run_folder(workdir, point.name, seed)
-                 for seed in point.runs],
-        seeds=ended, tuning=tuning[point.name],
-        seconds=[curves.training_seconds(point.runs[seed].rows)
-                 for seed in ended])
+    certificates[point.name] = _certify_point(
+        point, workdir, config=configs[point.name], tuning=tuning[point.name])
   for point in sweep.points:
     if point.csv_cells is not None:
       certificates[point.name] = certify_cells(
           point.name, point.csv_cells, base=certificates[sweep.base.name],
           seeds=point.runs)
   return certificates
+
+
+def _certify_point(point: curves.Point, workdir, config: Mapping[str, Any],
+                   tuning: Mapping[str, int]) -> Certificate:
+  """Returns the certificate (the list of what was given) of a point of a sweep
+  that was trained here.
+
+  Args:
+    point: the point, a variant of the config.
+    workdir: the folder of the sweep.
+    config: the fields of its config, by dotted name.
+    tuning: the entry of `count_recipes` for it.
+  """
+  ended = [seed for seed, run in point.runs.items()
+           if seed in point.final_losses or run.diverged]
+  return certify_runs(
+      config=config,
+      costs={name: getattr(point, name) for name in _COSTS},
+      folders=[layout.run_folder(workdir, point.name, seed)
+               for seed in point.runs],
+      seeds=ended, tuning=tuning,
+      seconds=[curves.training_seconds(point.runs[seed].rows)
+               for seed in ended])
 
 
 def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
@@ -557,35 +572,52 @@ def compare_certificates(base: Certificate, variant: Certificate,
   Returns:
     The differences. A cost is named even if it follows from what is asked.
   """
-  # Compare each quantity that both certificates have.
-  named: dict[str, str] = {}
-  unknown: list[str] = []
+  # The quantities that can be compared. The number of all parameters is left
+  # out where the numbers of its parts are known of both.
   known_of_both = base.keys() & variant.keys()
-  for name, quantity in QUANTITIES.items():
-    if name == 'params' and known_of_both.issuperset(_PARTS_OF_PARAMS):
-      continue
-    if name not in known_of_both:
-      if name in base or name in variant:
-        unknown.append(name)
-      continue
-    words = _describe_difference(base=base[name], variant=variant[name],
-                                 tolerance=quantity.tolerance, asked=asked)
-    if words and name not in asked:
-      named[name] = words
-  if asked:
-    return Differences(tuple(asked), named, tuple(unknown))
+  known_of_one = base.keys() ^ variant.keys()
+  quantities = dict(QUANTITIES)
+  if known_of_both.issuperset(_PARTS_OF_PARAMS):
+    quantities.pop('params')
 
-  # Guess what is asked: the model, if that differs.
+  # Compare each quantity that both certificates have.
+  unlike: dict[str, str] = {}
+  for name, quantity in quantities.items():
+    if name in known_of_both and name not in asked:
+      words = _describe_difference(base=base[name], variant=variant[name],
+                                   tolerance=quantity.tolerance, asked=asked)
+      if words:
+        unlike[name] = words
+
+  # Without a question, guess it, and leave out what it is about.
+  if not asked:
+    quantity_of_question = _guess_quantity_of_question(unlike, variant)
+    if quantity_of_question:
+      unlike.pop(quantity_of_question)
+      asked = differing_names(base[quantity_of_question],
+                              variant[quantity_of_question])
+  unknown = tuple(name for name in quantities if name in known_of_one)
+  return Differences(tuple(asked), unlike, unknown)
+
+
+def _guess_quantity_of_question(unlike: Mapping[str, str], variant: Certificate
+                                ) -> str:
+  """Returns the quantity that a comparison is likely to be about: the model, if
+  it differs, or else the only one with fields that differs. It is '' if there
+  is none, or if several differ.
+
+  Args:
+    unlike: the quantities that differ, with the difference in words.
+    variant: the certificate of the variant.
+  """
   candidates = [
       name for name in _QUANTITIES_OF_QUESTIONS
-      if name in named and isinstance(variant[name], Mapping)]
-  if candidates[1:] and candidates[0] != 'model':
-    candidates = []
-  asked_of: list[str] = []
-  for name in candidates[:1]:
-    named.pop(name)
-    asked_of += differing_names(base[name], variant[name])
-  return Differences(tuple(asked_of), named, tuple(unknown))
+      if name in unlike and isinstance(variant[name], Mapping)]
+  if 'model' in candidates:
+    return 'model'
+  if len(candidates) == 1:
+    return candidates[0]
+  return ''
 
 
 def _describe_difference(base: Any, variant: Any, tolerance: float | None,

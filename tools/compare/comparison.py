@@ -460,25 +460,39 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
         'over seeds and items (documents, questions) together: other '
         'items of their kind may show none.')
 
+  warnings += _doubt_tuning(plan, results['tuned'])
+  return warnings + doubt_normal_noise(plan, confirmed)
+
+
+def _doubt_tuning(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]
+                  ) -> list[str]:
+  """Returns sentences on how the values that were tuned in a study, such as
+  learning rates, limit what its verdicts say.
+
+  Args:
+    plan: the plan of the study.
+    tuned: the rows of 'tuned' in its results.json.
+  """
+  warnings = []
   # Values that were tuned too narrowly.
   variants_at_edge = dict.fromkeys(  # each once, in order
-      row['variant'] for row in results['tuned'] if row['at_edge'])
+      row['variant'] for row in tuned if row['at_edge'])
   if variants_at_edge:
+    undecided = 'any' if plan.base in variants_at_edge else 'these'
     warnings.append('Tuning ended at the edge of what was tried for '
                     f'{", ".join(variants_at_edge)}: a better value may lie '
-                    'beyond, so that there is no verdict on '
-                    f'{"any" if plan.base in variants_at_edge else "these"}.')
+                    f'beyond, so that there is no verdict on {undecided}.')
 
   # Warnings of the noise and the differences that the choice of values adds.
   few_seeds = tuning.describe_few_seeds(plan)
   if few_seeds:
     warnings.append(few_seeds)
-  unlike_values = _values_unlike_base(plan, results['tuned'])
+  unlike_values = _values_unlike_base(plan, tuned)
   if unlike_values:
     warnings.append('Tuning chose other values than for the base: '
                     f'{"; ".join(unlike_values)}. A difference there is that '
                     'of the part and of its values together.')
-  return warnings + doubt_normal_noise(plan, confirmed)
+  return warnings
 
 
 def _values_unlike_base(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]

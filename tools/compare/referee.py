@@ -229,30 +229,43 @@ def choose_metric(groups: Mapping[str, tuple[list, int | None]], asked: str
     RequestError: if there is no figure of the name, or if it is not clear which
       one is the held-out loss.
   """
-  # Collect the names of all figures.
-  names: dict[str, None] = {}
+  # Collect the names of all figures, each once.
+  has_reported_means = False
+  all_figures: dict[str, None] = {}
   for runs, _ in groups.values():
     for run in runs:
       if isinstance(run, foreign.ForeignRun):
-        names |= dict.fromkeys(run.curves)
+        all_figures |= dict.fromkeys(run.curves)
+      elif isinstance(run, foreign.ReportedMean):
+        has_reported_means = True
   if asked:
-    check_choice('--metric', asked, names)
+    check_choice('--metric', asked, all_figures)
     return asked
-  names = {name: None for name in names if not foreign.quantity_of_figure(name)}
-  if not names:
-    has_means = any(isinstance(run, foreign.ReportedMean)
-                    for runs, _ in groups.values() for run in runs)
-    return _REPORTED_LOSS if has_means else ''
+
+  # Leave out those that say what a run was given, such as its tokens.
+  figures = [name for name in all_figures
+             if not foreign.quantity_of_figure(name)]
+  if not figures:
+    return _REPORTED_LOSS if has_reported_means else ''
+  return _find_held_out_loss(figures)
+
+
+def _find_held_out_loss(figures: Sequence[str]) -> str:
+  """Returns the one of these names of figures that is the held-out loss.
+
+  Raises:
+    RequestError: if none or several can be.
+  """
   for name in _HELD_OUT_LOSSES:
-    if name in names:
+    if name in figures:
       return name
-  losses = [name for name in names
+  losses = [name for name in figures
             if 'loss' in name.lower() and 'train' not in name.lower()]
-  for choices in (losses, [*names]):
-    if len(choices) == 1:
-      return choices[0]
+  for candidates in (losses, figures):
+    if len(candidates) == 1:
+      return candidates[0]
   raise RequestError('the runs have several figures: choose one with --metric, '
-                     f'of {join_choices(names)}')
+                     f'of {join_choices(figures)}')
 
 
 def read_sample(name: str, runs: Sequence, step: int | None, metric: str
@@ -278,18 +291,10 @@ def read_sample(name: str, runs: Sequence, step: int | None, metric: str
                   seeds=(), group=group, given=reported[0].given)
 
   # A run that was logged into two files counts once.
-  with_curve: list[foreign.ForeignRun] = []
-  num_copies = 0
-  for run in runs:
-    curve = run.curves.get(metric)
-    if not curve:
-      continue
-    is_copy = len(curve) >= _MIN_POINTS_OF_COPY and any(
-        curve == other.curves[metric] for other in with_curve)
-    num_copies += is_copy
-    if not is_copy:
-      with_curve.append(run)
-  require(with_curve, f'{name} has no run with {metric}')
+  all_with_curve = [run for run in runs if run.curves.get(metric)]
+  require(all_with_curve, f'{name} has no run with {metric}')
+  with_curve = _drop_copies(all_with_curve, metric)
+  num_copies = len(all_with_curve) - len(with_curve)
 
   # The runs that have a finite figure at the step. The others are told.
   if step is None:
@@ -310,6 +315,19 @@ def read_sample(name: str, runs: Sequence, step: int | None, metric: str
       seeds=[run.seed for run in at_step],
       group=statistics.describe_group(values),
       given=_join_what_was_given(at_step, step), notes=notes)
+
+
+def _drop_copies(runs: Sequence[foreign.ForeignRun], metric: str
+                 ) -> list[foreign.ForeignRun]:
+  """Returns the runs without those whose curve of a figure, if it is long
+  enough to tell, is the same as that of a run before them."""
+  different_runs: list[foreign.ForeignRun] = []
+  for run in runs:
+    curve = run.curves[metric]
+    earlier_curves = [other.curves[metric] for other in different_runs]
+    if len(curve) < _MIN_POINTS_OF_COPY or curve not in earlier_curves:
+      different_runs.append(run)
+  return different_runs
 
 
 def _join_what_was_given(runs: Sequence[foreign.ForeignRun], step: int
@@ -382,8 +400,6 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
     answer['summary'] = _summarize_steps(answer, args.target)
     return answer
 
-  if metric.lower() == 'loss' and any(x.values for x in samples.values()):
-    answer['notes'].append('the logs do not say whether their loss is held out')
   pooled = _deviation_for_all(samples, args)
   # Holm's correction asks the smallest p for the level over the number of them.
   num_tests = 1 if args.uncorrected else len(pairs)
@@ -392,20 +408,36 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
         samples[base], samples[entry], metric=metric, pooled=pooled, args=args,
         num_tests=num_tests))
   _add_what_is_unlike(answer, samples, args.about)
+  answer['notes'] += _note_assumptions(samples, metric, pooled, args)
+  return _correct_and_summarize(answer, args)
+
+
+def _note_assumptions(samples: Mapping[str, Sample], metric: str,
+                      pooled: PooledDeviation | None, args) -> list[str]:
+  """Returns notes on what the comparisons take for granted.
+
+  Args:
+    samples: the entries by name.
+    metric: the name of the figure.
+    pooled: the standard deviation that holds for all entries; None: each has
+      its own.
+    args: the arguments of the command.
+  """
+  notes = []
+  if metric.lower() == 'loss' and any(x.values for x in samples.values()):
+    notes.append('the logs do not say whether their loss is held out')
   if args.sd is not None:
-    answer['notes'].append(f'the standard deviation of a run is said to be '
-                           f'{args.sd:.3g}')
+    notes.append(f'the standard deviation of a run is said to be {args.sd:.3g}')
   elif pooled is not None:
-    answer['notes'].append(
+    notes.append(
         f'the standard deviation of a run, pooled over all entries, is '
         f'{pooled.sd:.3g} ({pooled.df} degrees of freedom)')
   if len({sample.step for sample in samples.values()}) > 1:
     charged = 'not charged: pass --loss_per_step'
     if args.loss_per_step:
       charged = f'charged with {args.loss_per_step:g} a step'
-    answer['notes'].append(
-        f'entries are read at different steps, which is {charged}')
-  return _correct_and_summarize(answer, args)
+    notes.append(f'entries are read at different steps, which is {charged}')
+  return notes
 
 
 def _add_what_is_unlike(answer: dict[str, Any], samples: Mapping[str, Sample],
@@ -675,37 +707,54 @@ def _find_first_step_below(sample: Sample, metric: str, args
 def render_table(answer: Mapping[str, Any]) -> str:
   """Returns the answer of `judge_entries` as a table for a terminal: a row for
   each comparison, or with --target one for each entry."""
-  cells = []
-  for row in answer['steps']:
-    cells.append({
-        'entry': page.label(row['entry']), 'runs': page.count(row['runs']),
-        'evaluations': page.count(row['looks']),
-        'first below': page.count(row['step']),
-        'p': page.p_value(row['p']),
-        'p of all looks': page.p_value(row['p_counted']),
-        'first below, looks counted': page.count(row['counted_step'])})
-  for row in answer['comparisons']:
-    # A value that all rows share stands in the paragraph alone.
-    figure, steps, runs_to_decide = '', '', None
-    if row['metric'] != answer['metric']:
-      figure = row['metric']
-    if row.get('step') != row.get('base_step'):
-      steps = f'{row["step"]} and {row["base_step"]}'
-    if row['verdict'] == decide.NONE_SHOWN:
-      runs_to_decide = row.get('runs_needed')
-    cells.append({
-        'entry': page.label(row['entry']),
-        'compared with': page.label(row['base']),
-        'figure': page.label(figure), 'steps': page.label(steps),
-        'verdict': page.label(row['verdict']),
-        'not alike': page.label('yes' if row.get('unlike') else ''),
-        'difference': page.effect(row, '+.5f'), 'p': page.p_value(row['p']),
-        'corrected p': page.p_value(row['p_corrected']),
-        'runs': page.label(f'{row["runs"]} and {row["base_runs"]}'),
-        'could show': page.number(row.get('detectable'), '.5f'),
-        'runs to decide': page.count(runs_to_decide),
-        'test': page.label(row['test'])})
+  cells = [_cells_of_steps(row) for row in answer['steps']]
+  cells += [_cells_of_comparison(row, answer['metric'])
+            for row in answer['comparisons']]
   return page.table('referee', '', cells).text()
+
+
+def _cells_of_steps(row: Mapping[str, Any]) -> dict[str, page.Cell]:
+  """Returns the cells, by column, of an entry's row of the table of --target:
+  the first step at which the entry is shown to be below the target."""
+  return {
+      'entry': page.label(row['entry']), 'runs': page.count(row['runs']),
+      'evaluations': page.count(row['looks']),
+      'first below': page.count(row['step']),
+      'p': page.p_value(row['p']),
+      'p of all looks': page.p_value(row['p_counted']),
+      'first below, looks counted': page.count(row['counted_step'])}
+
+
+def _cells_of_comparison(row: Mapping[str, Any], common_metric: str
+                         ) -> dict[str, page.Cell]:
+  """Returns the cells, by column, of a comparison's row of the table.
+
+  Args:
+    row: the comparison, a row of the answer's 'comparisons'.
+    common_metric: the figure by which the answer compares. A row names its
+      figure only where it is another, since the paragraph names this one.
+  """
+  figure = steps = unlike = ''
+  if row['metric'] != common_metric:
+    figure = row['metric']
+  if row.get('step') != row.get('base_step'):
+    steps = f'{row["step"]} and {row["base_step"]}'
+  if row.get('unlike'):
+    unlike = 'yes'
+  runs_to_decide = None
+  if row['verdict'] == decide.NONE_SHOWN:
+    runs_to_decide = row.get('runs_needed')
+  return {
+      'entry': page.label(row['entry']),
+      'compared with': page.label(row['base']),
+      'figure': page.label(figure), 'steps': page.label(steps),
+      'verdict': page.label(row['verdict']), 'not alike': page.label(unlike),
+      'difference': page.effect(row, '+.5f'), 'p': page.p_value(row['p']),
+      'corrected p': page.p_value(row['p_corrected']),
+      'runs': page.label(f'{row["runs"]} and {row["base_runs"]}'),
+      'could show': page.number(row.get('detectable'), '.5f'),
+      'runs to decide': page.count(runs_to_decide),
+      'test': page.label(row['test'])}
 
 
 def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
@@ -739,7 +788,24 @@ def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
     if names:
       sentences.append(f'{verdict.capitalize()}: {len(names)}{listed}.')
 
-  # The differences that the runs of undecided entries could have shown.
+  sentences += _say_what_is_not_shown(rows)
+  sentences += answer['unlike']
+  if answer['unknown']:
+    sentences.append('The logs do not tell of any entry: '
+                     f'{", ".join(answer["unknown"])}. Columns of a CSV with '
+                     'these names can.')
+  sentences += [f'Note: {note}.' for note in answer['notes']]
+  return ' '.join(sentences)
+
+
+def _say_what_is_not_shown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns sentences on the comparisons that found no difference: the
+  differences that their runs could have shown, and noise that is not known.
+
+  Args:
+    rows: the answer's 'comparisons'.
+  """
+  sentences = []
   detectable = [row['detectable'] for row in rows
                 if row['verdict'] == decide.NONE_SHOWN and 'detectable' in row]
   if detectable:
@@ -752,13 +818,7 @@ def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
         'The noise is unknown where an entry has fewer than '
         f'{statistics.MIN_SEEDS} runs: --pooled takes that of all entries, and '
         '--sd one that is known.')
-  sentences += answer['unlike']
-  if answer['unknown']:
-    sentences.append('The logs do not tell of any entry: '
-                     f'{", ".join(answer["unknown"])}. Columns of a CSV with '
-                     'these names can.')
-  sentences += [f'Note: {note}.' for note in answer['notes']]
-  return ' '.join(sentences)
+  return sentences
 
 
 def _summarize_steps(answer: Mapping[str, Any], target: float) -> str:

@@ -673,7 +673,7 @@ def _cut_sentence(sentence: int, words: Words, numbers: np.ndarray,
     The rows, from the first to the last token. Each word is predicted in
     exactly one of them.
   """
-  # Of several rows that show a token, the one with the most context owns it.
+  # The row that shows a token with the most context owns this token.
   num_tokens = len(words.ids)
   windows = cut_into_windows(num_tokens, room=room, stride=shared)
   owner_T = find_owners(windows, num_tokens)

@@ -196,7 +196,7 @@ def hold_out_end_of_text(source: Source, every: int | None,
   Returns:
     The source that reads two documents. Its `is_cut` is true.
   """
-  # Of several documents, some are held out as a whole.
+  # Where there are several documents, some are held out as a whole.
   is_one_text = source.is_text and len(source.files) == 1
   if not is_one_text or every is None or every < 2:
     return source

@@ -585,7 +585,7 @@ def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
     value = flat.get_field(config, our_name)
     if choices:
       value = hf.find_hf_word(choices[0], value=value, field=our_name)
-    # Of two names, write the last one.
+    # Where a field has two names, write the last one.
     last_name = hf_names.split('|')[-1]
     tree[last_name] = value
   return tree

@@ -418,7 +418,7 @@ def _gradient_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
   Returns:
     The derivatives, in the shape of the logits.
   """
-  # As log_z is known, the softmax p needs no sum over the vocabulary.
+  # The softmax p needs no sum over the vocabulary, because log_z is known.
   smooth = settings.label_smoothing
   z_loss = settings.z_loss
   p_QBPV = jnp.exp(logits_QBPV - log_z_QBP[..., None])

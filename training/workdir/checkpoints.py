@@ -208,7 +208,7 @@ class Checkpoints:
     self._agree_every = agree_every
     self._clock = clock
     self._last_time = clock()
-    # What is known of the checkpoints in the folder: nothing yet.
+    # The newest and the best checkpoint in the folder are not known yet.
     self.newest: int | None = None
     self.best: dict[str, Any] | None = None
     self.directory = checkpoint_folder(workdir)

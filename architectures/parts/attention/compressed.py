@@ -765,8 +765,8 @@ def rotate_last_features(
   if not rotate:
     return x_BLHK
 
-  # The same number of features is rotated as in a head of attention, in pairs
-  # of neighbours or of halves.
+  # Rotate as many features as in a head of attention, in pairs of neighbours or
+  # of halves.
   num_rotated, rope = positions.rotary_dim(config), config.part(RopeConfig)
   interleaved = rope.interleaved
   if of_indexer:
