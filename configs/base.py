@@ -312,9 +312,9 @@ class Run:
                          '0: from seed alone.', most=2**32 - 1, resume=AT_START)
   objective: str = field(
       'causal', 'The objective: causal, prefix, chat, mlm, mlm_nsp, '
-      'mlm_sop, replaced_tokens, masked_diffusion, span, denoising, seq2seq, '
-      'classification, regression, token_classification, question_answering, '
-      'probe, compression.',
+      'mlm_sop, replaced_tokens, masked_diffusion, block_diffusion, span, '
+      'denoising, seq2seq, classification, regression, token_classification, '
+      'question_answering, probe, compression.',
       resume=Effect(INCOMPATIBLE, 'another task, maybe with other heads'))
   init_from: str = field(
       '', 'A Hugging Face folder, hf://ORG/NAME or a workdir whose weights the '

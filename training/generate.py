@@ -22,7 +22,8 @@ Masked diffusion (LLaDA: Nie et al. 2025, arXiv 2502.09992, algorithm 5, with
 its low-confidence remasking) begins with a prompt and N masks. In each of S
 steps the model fills every mask; after step s the floor(N s / S) fillings of
 which it is surest stay, and the others are masked again. A filling that has
-stayed once is never taken back.
+stayed once is never taken back. Block diffusion does so for one block of tokens
+after another.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ import architectures
 from architectures.parts import blocks, positions
 from architectures.parts.cache import Cache
 from architectures.parts.moe.layer import without_capacity
-from architectures.parts.skeletons import unstack_layers
+from architectures.parts.skeletons import embed_predictions, unstack_layers
 from common.errors import check_choice
 from common.fields import check_number
 
@@ -817,40 +818,156 @@ def generate_by_unmasking(
     Returns:
       The tokens after the step, [B, L].
     """
-    is_masked_BL = is_new_BL & (tokens_BL == mask)
     output: Any = module.apply({'params': params}, tokens_BL,
                                segment_ids_BL=is_token_BL,
                                lengths_B=ends_B1[:, 0])
 
-    # Draw a token for every mask: the largest of logits with Gumbel noise is a
-    # draw from their softmax. The mask itself is never drawn.
-    logits_BLV = output.logits.at[..., mask].set(-jnp.inf)
-    noisy_logits_BLV = logits_BLV
-    if temperature:
-      noise_BLV = jax.random.gumbel(jax.random.fold_in(key, step),
-                                    logits_BLV.shape)
-      noisy_logits_BLV = logits_BLV / temperature + noise_BLV
-    filled_BL = noisy_logits_BLV.argmax(-1).astype(tokens_BL.dtype)
-
-    # Keep the tokens with the largest probabilities, and mask the others again.
-    # To count them, tokens that are known already rank above all probabilities
-    # (2), and the prompt and the padding below (-1).
-    probs_BLV = jax.nn.softmax(logits_BLV, -1)
-    prob_of_filled_BL1 = jnp.take_along_axis(
-        probs_BLV, filled_BL[..., None], -1)
-    sureness_of_others_BL = jnp.where(is_new_BL, 2.0, -1.0)
-    sureness_BL = jnp.where(is_masked_BL, prob_of_filled_BL1[..., 0],
-                            sureness_of_others_BL)
-    stays_BL = is_among_largest(sureness_BL, new * (step + 1) // steps)
-    return jnp.where(is_masked_BL & stays_BL, filled_BL, tokens_BL)
+    return unmask_surest(
+        tokens_BL, logits_BLV=output.logits, is_new_BL=is_new_BL,
+        key=jax.random.fold_in(key, step), mask=mask, temperature=temperature,
+        num_known=new * (step + 1) // steps)
 
   tokens_BL = jax.lax.fori_loop(0, steps, unmask_step, tokens_BL)
+  return _take_new_tokens(tokens_BL, lengths_B, new)
 
+
+def unmask_surest(tokens_BL: jax.Array, *, logits_BLV: jax.Array,
+                  is_new_BL: jax.Array, key: jax.Array, mask: int,
+                  temperature: float, num_known: jax.Array) -> jax.Array:
+  """Draws a token for each mask, and keeps those of which the model is surest
+  (low-confidence remasking), so that `num_known` new tokens are known.
+
+  Args:
+    tokens_BL: the tokens, [batch, length], with masks for those to be written.
+    logits_BLV: the logits of the tokens.
+    is_new_BL: which places are to be written.
+    key: the random key of the draws.
+    mask: the id of a mask, which is never drawn.
+    temperature: the temperature of the draws; 0: the likeliest token.
+    num_known: how many of the new tokens of a row are known afterwards, [] or
+      [batch, 1].
+  """
+  # Draw a token for every mask: the largest of logits with Gumbel noise is a
+  # draw from their softmax. The mask itself is never drawn.
+  is_masked_BL = is_new_BL & (tokens_BL == mask)
+  logits_BLV = logits_BLV.at[..., mask].set(-jnp.inf)
+  noisy_logits_BLV = logits_BLV
+  if temperature:
+    noise_BLV = jax.random.gumbel(key, logits_BLV.shape)
+    noisy_logits_BLV = logits_BLV / temperature + noise_BLV
+  filled_BL = noisy_logits_BLV.argmax(-1).astype(tokens_BL.dtype)
+
+  # Keep the tokens with the largest probabilities, and mask the others again.
+  # To count them, tokens that are known already rank above all probabilities
+  # (2), and the prompt and the padding below (-1).
+  probs_BLV = jax.nn.softmax(logits_BLV, -1)
+  prob_of_filled_BL1 = jnp.take_along_axis(probs_BLV, filled_BL[..., None], -1)
+  sureness_of_others_BL = jnp.where(is_new_BL, 2.0, -1.0)
+  sureness_BL = jnp.where(is_masked_BL, prob_of_filled_BL1[..., 0],
+                          sureness_of_others_BL)
+  stays_BL = is_among_largest(sureness_BL, num_known)
+  return jnp.where(is_masked_BL & stays_BL, filled_BL, tokens_BL)
+
+
+def generate_by_blocks(
+    module: nn.Module, params: Any, prompts_BL: jax.Array,
+    lengths_B: jax.Array, key: jax.Array, *, new: int, steps: int, mask: int,
+    temperature: float) -> jax.Array:
+  """Returns the text that follows each prompt, int32 [B, new], written by block
+  diffusion (BD3-LM: Arriola et al. 2025, arXiv 2503.09573, algorithm 2): blocks
+  of S = model.diffusion_block tokens are unmasked one after another, as
+  `generate_by_unmasking` does, and a cache has the clean tokens before them.
+
+  Blocks lie where they do in training, so that of a prompt's last block only
+  the tokens after the prompt are masks.
+
+  Args:
+    module: a decoder with model.diffusion_block.
+    params: its parameters, a tree of arrays.
+    prompts_BL: the prompts' tokens, padded on the right.
+    lengths_B: the number of tokens of each prompt.
+    key: the random key of the draws.
+    new: the number of tokens to write.
+    steps: the number of steps in which each block is unmasked; at most S.
+    mask: the id that stands for a masked token, which is never written.
+    temperature: the temperature of the draws; 0: the likeliest token.
+  """
+  config = without_capacity(module.config)  # type: ignore[attr-defined]
+  module = module.clone(config=config)
+  apply = functools.partial(module.apply, {'params': params})
+  S, (B, L) = config.diffusion_block, prompts_BL.shape
+  steps = min(steps, S)
+  num_blocks = -(-(L + new) // S)
+  M = num_blocks * S
+  positions_1M = jnp.arange(M)[None]
+  is_new_BM = positions_1M >= lengths_B[:, None]
+  padded_prompts_BM = jnp.pad(prompts_BL, ((0, 0), (0, M - L)))
+  tokens_BM = jnp.where(is_new_BM, mask, padded_prompts_BM)
+
+  # Read the prompts. The blocks from the first mask on are read again.
+  read_length = -(-L // S) * S
+  output: Any = apply(tokens_BM[:, :read_length],
+                      cache=architectures.init_cache(config, B, M))
+
+  def write_block(block: jax.Array, carry: tuple[jax.Array, Any]
+                  ) -> tuple[jax.Array, Any]:
+    """Writes one block of each row, from the cache of those before it.
+
+    Args:
+      block: the number of the block.
+      carry: the tokens, [B, M], and the cache.
+
+    Returns:
+      The tokens with the block, and the cache with its clean tokens.
+    """
+    tokens_BM, cache = carry
+    start = block * S
+    positions_1S = start + jnp.arange(S)[None]
+    is_new_BS = jax.lax.dynamic_slice_in_dim(is_new_BM, start, S, axis=1)
+    num_new_B1 = is_new_BS.sum(1, keepdims=True)
+    block_key = jax.random.fold_in(key, block)
+
+    def unmask_step(step: jax.Array, carry: Any) -> Any:
+      """Replaces some masks of the block by tokens; `estimate` is what the step
+      before predicted of all of them, for self-conditioning."""
+      tokens_BS, estimate_BSD, cache = carry
+      output = apply(tokens_BS, positions_BL=positions_1S, cache=cache,
+                     estimate_BLD=estimate_BSD)
+      tokens_BS = unmask_surest(
+          tokens_BS, logits_BLV=output.logits, is_new_BL=is_new_BS,
+          key=jax.random.fold_in(block_key, step), mask=mask,
+          temperature=temperature, num_known=num_new_B1 * (step + 1) // steps)
+      if config.self_conditioning:
+        estimate_BSD = embed_predictions(config, params, output)
+      return tokens_BS, estimate_BSD, output.cache
+
+    tokens_BS = jax.lax.dynamic_slice_in_dim(tokens_BM, start, S, axis=1)
+    estimate_BSD = None
+    if config.self_conditioning:
+      estimate_BSD = jnp.zeros((B, S, config.d_model), config.compute_dtype)
+    tokens_BS, _, cache = jax.lax.fori_loop(
+        0, steps, unmask_step, (tokens_BS, estimate_BSD, cache))
+
+    # The clean tokens take the places of the masked ones in the cache.
+    output = apply(tokens_BS, positions_BL=positions_1S, cache=cache)
+    tokens_BM = jax.lax.dynamic_update_slice_in_dim(
+        tokens_BM, tokens_BS, start, axis=1)
+    return tokens_BM, output.cache
+
+  first_block = lengths_B.min() // S
+  tokens_BM, _ = jax.lax.fori_loop(
+      first_block, num_blocks, write_block, (tokens_BM, output.cache))
+  return _take_new_tokens(tokens_BM, lengths_B, new)
+
+
+def _take_new_tokens(tokens_BL: jax.Array, lengths_B: jax.Array, new: int
+                     ) -> jax.Array:
+  """Returns the `new` tokens after the prompt of each row, [B, new]."""
   # The new tokens of a row begin where its own prompt ends.
-  def take_new_tokens(row: jax.Array, start: jax.Array) -> jax.Array:
+  def take_from(row: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(row, start, new)
 
-  return jax.vmap(take_new_tokens)(tokens_BL, lengths_B)
+  return jax.vmap(take_from)(tokens_BL, lengths_B)
 
 
 def is_among_largest(x_BL: jax.Array, count: jax.Array | int) -> jax.Array:

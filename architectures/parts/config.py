@@ -248,6 +248,13 @@ class ModelConfig:
   mtp_depth: int = field(
       0, 'The number of modules that each predict a token further ahead, in '
       'training.', most=MOST_MODULES, resume=SHAPES)
+  diffusion_block: int = field(
+      0, 'The number of tokens of a block that see each other and all earlier '
+      'blocks (block diffusion); 0: a token sees no later one.', least=0,
+      most=2**20, resume=FUNCTION)
+  self_conditioning: bool = field(
+      False, 'For diffusion_block: whether noised tokens read what was '
+      'predicted of them before.', resume=SHAPES)
   embed_scale: float = field(
       1.0, 'The factor of the embedding; 0, derived: d_model ** 0.5 (with mup: '
       'that of the base).', resume=FUNCTION)

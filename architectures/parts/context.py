@@ -101,6 +101,9 @@ class Context:
     lengths_B: how many tokens each row has, those in a cache included; None:
       all have L.
     shared: the arrays that attention shares with that of other layers.
+    has_clean_copy: whether the tokens are L noised ones, and after them the
+      same L without noise, which the noised ones of later blocks see (block
+      diffusion).
     in_order: whether the tokens stand in the order of their positions.
     deterministic: whether nothing is drawn: no dropout.
     keep_layers: whether routers report what they chose.
@@ -117,6 +120,7 @@ class Context:
   routed_BL: Optional[jax.Array] = None
   lengths_B: Optional[jax.Array] = None
   shared: SharedArrays = SharedArrays()
+  has_clean_copy: bool = struct.field(pytree_node=False, default=False)
   in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)

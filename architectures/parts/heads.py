@@ -360,7 +360,8 @@ _FIELDS_OF_LOGITS = (
     'tie_embeddings', 'logits_bias', 'logits_scale', 'logits_softcap')
 HEADS = {
     'lm': HeadKind(
-        lambda c: 0, fields=(*_FIELDS_OF_LOGITS, 'next_sentence', 'mtp_depth')),
+        lambda c: 0, fields=(*_FIELDS_OF_LOGITS, 'next_sentence', 'mtp_depth',
+                             'diffusion_block')),
     'replaced': HeadKind(
         lambda c: 1, has_detector=True, settings=GeneratorConfig,
         fields=_FIELDS_OF_LOGITS, check=_check_generator),

@@ -92,6 +92,8 @@ class Decoder(nn.Module):
                positions_BL: Optional[jax.Array] = None,
                segment_ids_BL: Optional[jax.Array] = None,
                cache: Any = None, one_by_one: bool = False,
+               clean_BL: Optional[jax.Array] = None,
+               estimate_BLD: Optional[jax.Array] = None,
                **context_fields: Any) -> Output:
     """Runs the model.
 
@@ -109,6 +111,12 @@ class Decoder(nn.Module):
       cache: the entries of all layers; see init_cache.
       one_by_one: whether parameters and cache are those that `unstack_layers`
         returns.
+      clean_BL: with model.diffusion_block, the tokens without noise, where
+        `tokens_BL` is noised: each sees its noised block, and the clean blocks
+        before it. The output is that of the noised tokens.
+      estimate_BLD: with model.self_conditioning, what an earlier call predicted
+        of the noised tokens (embed_predictions), 0 where nothing is known;
+        None: the tokens are clean.
       **context_fields: further fields of Context: deterministic, keep_layers,
         keep_attention; `prefix_B`, the number of tokens at a row's start that
         see each other; `valid_BL`, 0 on padding where that is all a row's end:
@@ -121,13 +129,24 @@ class Decoder(nn.Module):
             'a cache holds one document a row: pass no segment ids with it')
     ctx = _make_context(tokens_BL, positions_BL=positions_BL,
                         segment_ids_BL=segment_ids_BL, **context_fields)
+    L = tokens_BL.shape[1]
+    if clean_BL is not None:
+      require(config.diffusion_block > 0 and cache is None, 'clean tokens go '
+              'with model.diffusion_block, and with no cache')
+      ctx = _append_clean_copy(ctx, clean_BL)
     # The embedding, the layers and the final norm.
     embed = Embed(config, name='embed')
     embedded_BLD, table_DV = embed(
-        tokens_BL, ctx.positions_BL, deterministic=ctx.deterministic)
+        ctx.tokens_BL, ctx.positions_BL, deterministic=ctx.deterministic)
+    reads_estimate = estimate_BLD is not None or self.is_initializing()
+    if config.self_conditioning and reads_estimate:
+      add_estimate = AddEstimate(config, name='self_conditioning')
+      embedded_BLD = add_estimate(embedded_BLD, estimate_BLD, ctx)
     stack = Stack(config, config.sections(config.num_layers), name='decoder')
     x_BLD, cache, aux = stack(
         embedded_BLD, ctx, cache=cache, one_by_one=one_by_one)
+    if clean_BL is not None:
+      x_BLD = x_BLD[:, :L]
     # The head: the next token's, or that of a task.
     if config.head != 'lm':
       return self._apply_task_head(x_BLD, ctx).replace(cache=cache, aux=aux)
@@ -234,6 +253,57 @@ class Embed(nn.Module):
     return sharding.constrain_stream(x_BLD, 'embed'), table_VD.T
 
 
+class AddEstimate(nn.Module):
+  """Self-conditioning of a model of diffusion (Chen et al. 2023, arXiv
+  2208.04202, section 2.2; in the form of transformers' diffusion_gemma): noised
+  tokens read what the model predicted of them before."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, estimate_BMD: Optional[jax.Array],
+               ctx: Context) -> jax.Array:
+    """Returns the embeddings x of the first M tokens, with the estimate e,
+
+      x' = (x + FFN(norm(e))) / rms,   rms that of x + FFN(norm(e))
+
+    and those after them, which are not noised, as they are.
+
+    Args:
+      x_BLD: the embeddings, [batch, length L, d_model].
+      estimate_BMD: e, see `embed_predictions`; None: zeros.
+      ctx: the context of the call.
+    """
+    config = self.config
+    if estimate_BMD is None:
+      estimate_BMD = jnp.zeros_like(x_BLD)
+    M = estimate_BMD.shape[1]
+    kind = config.ffn
+    if kind == 'moe':
+      kind = config.part(MoEConfig).ffn
+    e_BMD = norm(config, 'norm')(estimate_BMD.astype(x_BLD.dtype))
+    y_BMD, _ = layers.FFN(config, kind, name='ffn')(e_BMD, ctx)
+    normalise = layers.PlainRMSNorm(config, name='sum_norm')
+    noised_BMD = normalise(x_BLD[:, :M] + y_BMD)
+    return jnp.concatenate([noised_BMD, x_BLD[:, M:]], 1)
+
+
+def embed_predictions(config: ModelConfig, params: Any, output: Output
+                      ) -> jax.Array:
+  """Returns the mean embedding of the tokens that a model predicts, weighted by
+  their probabilities: the estimate that self-conditioning reads, without a
+  gradient, [B, L, D].
+
+  Args:
+    config: the config of the model.
+    params: its parameters.
+    output: the output of an earlier call, with the logits of the tokens.
+  """
+  p_BLV = jax.nn.softmax(output.logits, -1).astype(config.compute_dtype)
+  table_VD = params['embed']['tokens'].astype(config.compute_dtype)
+  mean_BLD = jnp.einsum('BLV,VD->BLD', p_BLV, table_VD) * config.embed_scale
+  return jax.lax.stop_gradient(mean_BLD)
+
+
 class Unembed(nn.Module):
   """The module that makes the head of a language model, whose matrix is the
   embedding, transposed, or one of its own."""
@@ -303,6 +373,26 @@ def _make_context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
     positions_BL = jnp.arange(tokens_BL.shape[1])[None]
   return Context(positions_BL=positions_BL, segment_ids_BL=segment_ids_BL,
                  tokens_BL=tokens_BL, in_order=in_order, **context_fields)
+
+
+def _append_clean_copy(ctx: Context, clean_BL: jax.Array) -> Context:
+  """Returns the context of a row of noised tokens with the same tokens without
+  noise after them, at the same positions: [B, 2 L] (block diffusion).
+
+  Args:
+    ctx: the context of the noised tokens.
+    clean_BL: the tokens without noise.
+  """
+  def twice(x_BL: Optional[jax.Array]) -> Optional[jax.Array]:
+    return None if x_BL is None else jnp.concatenate([x_BL, x_BL], 1)
+
+  assert ctx.tokens_BL is not None
+  B, L = clean_BL.shape
+  tokens_BM = jnp.concatenate([ctx.tokens_BL, clean_BL], 1)
+  return ctx.replace(
+      tokens_BL=tokens_BM, positions_BL=twice(ctx.positions_BL),
+      segment_ids_BL=twice(ctx.segment_ids_BL), valid_BL=twice(ctx.valid_BL),
+      lengths_B=jnp.full(B, L), in_order=False, has_clean_copy=True)
 
 
 def _check_segments_are_contiguous(segment_ids_BL: np.ndarray) -> None:

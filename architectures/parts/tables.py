@@ -105,6 +105,7 @@ def check_model(config: ModelConfig, stack: str,
     _check_loop(config)
   _check_stack(config, stack, archs)
   _check_products(config)
+  _check_diffusion(config)
   _check_head(config, stack, archs)
   # The mixtures of experts.
   for layer in config.distinct_layers:
@@ -409,6 +410,35 @@ def _check_loop(config: ModelConfig) -> None:
           'passes share; set it to none')
 
 
+def _check_diffusion(config: ModelConfig) -> None:
+  """Checks that the tokens of a block can see each other, in a model that
+  denoises text block by block (model.diffusion_block).
+
+  Args:
+    config: the config of the whole model.
+
+  Raises:
+    RequestError: for self-conditioning without such blocks; and for layers that
+      read a row from left to right, or whose keys an indexer chooses.
+  """
+  size = config.diffusion_block
+  if not size:
+    require(not config.self_conditioning, 'model.self_conditioning is True, '
+            'but model.diffusion_block is 0: set it to the tokens of a block')
+    return
+  setting = f'model.diffusion_block is {size}, '
+  require(not config.mtp_depth, f'{setting}whose tokens see later ones, which '
+          f'model.mtp_depth {config.mtp_depth} predicts: set one of them to 0')
+  mixers = sorted({layer.mixer for layer in config.distinct_layers})
+  rules = sorted({layer.attention for layer in config.distinct_layers})
+  if 'indexed' in rules or blocks.has_layers_with_state(config):
+    raise RequestError(
+        f'{setting}and a layer reads a row from left to right, by a state, a '
+        f'convolution or an indexer (model.mixer is {", ".join(mixers)} and '
+        f'model.attention {", ".join(rules)}): choose attention or latent '
+        'without them, or set diffusion_block to 0')
+
+
 def products_of_model(config: ModelConfig) -> list[str]:
   """Returns the names of the matrix products that the model's layers have
   outside of experts: those that may get a low-rank adapter (LoRA), or keep
@@ -471,6 +501,7 @@ _FIELDS_OF_ONE_STACK = (
     ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
     ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
     ('mtp_depth', 0, 'decoder'), ('branch_conv', 0, 'decoder'),
+    ('diffusion_block', 0, 'decoder'), ('self_conditioning', False, 'decoder'),
     ('memory', lookup.NAME_OF_NO_MEMORY, 'decoder'),
     ('parametrization', 'standard', 'decoder'))
 

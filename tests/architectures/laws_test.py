@@ -155,7 +155,7 @@ def test_remat_equals_plain_and_computes_again_what_it_says():
 
 
 WINDOW = types.SimpleNamespace(  # of a config
-    sliding_window=2, attention_chunk=2)
+    diffusion_block=0, sliding_window=2, attention_chunk=2)
 PICTURES = {
     ('global', True): ['x....', 'xx...', 'xxx..', 'xxxx.', 'xxxxx'],
     ('global', False): None,

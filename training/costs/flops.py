@@ -40,6 +40,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.loops import LoopsConfig
 from architectures.parts.moe import routing
 from architectures.parts.moe.routing import MoEConfig
+from architectures.parts.skeletons import embed_predictions
 from training import objectives
 from training.optim import shares
 from training.runs import parameter_shapes, parameter_shares
@@ -82,6 +83,7 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   backward.
 
   They are three times those of the forward pass if all parameters are trained.
+  Self-conditioning adds the pass that makes its estimate.
   With adapters, frozen parameters or passes of a looped stack that have no
   gradient, the backward pass costs only what its program still multiplies. A
   stack with some frozen layers counts as trained, because its program computes
@@ -102,22 +104,29 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   """
   config = architectures.resolve(model)
   config = _config_for_counting(config, max(length, decoder_length))
-  forward = _forward_flops_by_part(
-      config, length=length, decoder_length=decoder_length,
-      num_unread=num_unread, prefix=prefix)
+  denoises = config.diffusion_block > 0
+  count_forward = functools.partial(
+      _forward_flops_by_part, config, length=length,
+      decoder_length=decoder_length, prefix=prefix, denoises=denoises)
+  forward = count_forward(num_unread=num_unread)
+  # With self-conditioning, a pass without a gradient makes the estimate, of
+  # logits that it computes itself.
+  estimate = dict.fromkeys((ATTENTION, WEIGHTS), 0.0)
+  if config.self_conditioning:
+    estimate = dict(count_forward(num_unread=length, estimates=True))
 
   # If everything is trained, the backward pass costs two forward passes.
   loops = config.find_part(LoopsConfig)
   has_passes_without_gradient = loops is not None and loops.gradient_passes > 0
   trains_everything = not freeze and not config.lora.rank
   if trains_everything and not has_passes_without_gradient:
-    return {part: 3.0 * flops for part, flops in forward}
+    return {part: 3.0 * flops + estimate[part] for part, flops in forward}
 
   backward_passes = dict(_backward_passes_by_part(
       config, length=length, decoder_length=decoder_length,
       num_unread=num_unread, freeze=freeze, prefix=prefix))
   # Rounded, because a quotient and its product are off by a last digit.
-  return {part: round((1 + backward_passes[part]) * flops, 3)
+  return {part: round((1 + backward_passes[part]) * flops + estimate[part], 3)
           for part, flops in forward}
 
 
@@ -202,7 +211,9 @@ def _token_shape(config: ModelConfig, length: int) -> jax.ShapeDtypeStruct:
 
 
 def _program_over_sequence(config: ModelConfig, length: int,
-                           decoder_length: int, prefix: bool) -> tuple:
+                           decoder_length: int, prefix: bool,
+                           denoises: bool = False, estimates: bool = False
+                           ) -> tuple:
   """Returns a function that applies a model to whole sequences, to be traced.
 
   Args:
@@ -210,6 +221,8 @@ def _program_over_sequence(config: ModelConfig, length: int,
     length: the number of tokens of a row; for an encoder-decoder, of a source.
     decoder_length: the number of tokens of a target; 0: there is none.
     prefix: whether the first tokens of a row see each other.
+    denoises: whether the row is noised, and read beside its clean tokens.
+    estimates: whether this makes the estimate of self-conditioning.
 
   Returns:
     The function, of a module, its parameters and arrays of tokens; and the
@@ -236,15 +249,26 @@ def _program_over_sequence(config: ModelConfig, length: int,
     options['prefix_B'] = jnp.ones(_fewest_rows(config), jnp.int32)
 
   def apply_to_row(module: Any, params: Any, tokens: Any):
-    return module.apply(
-        params, tokens, positions_BL=positions_of(length), **options)
+    inputs = dict(options)
+    if denoises:
+      inputs['clean_BL'] = tokens
+    if denoises and config.self_conditioning:
+      inputs['estimate_BLD'] = jnp.zeros(
+          (*tokens.shape, config.d_model), config.compute_dtype)
+    output = module.apply(
+        params, tokens, positions_BL=positions_of(length), **inputs)
+    if not estimates:
+      return output
+    estimate_BLD = embed_predictions(config, params['params'], output)
+    return output.replace(extra=dict(estimate=estimate_BLD))
   return apply_to_row, _token_shape(config, length)
 
 
 @functools.lru_cache(maxsize=4096)
 def _forward_flops_by_part(config: ModelConfig, length: int,
                            decoder_length: int, num_unread: int = 0,
-                           prefix: bool = False, prompt: bool = False
+                           prefix: bool = False, prompt: bool = False,
+                           denoises: bool = False, estimates: bool = False
                            ) -> FlopsByPart:
   """Returns the FLOPs of a forward pass over one sequence, as pairs of a part
   (ATTENTION or WEIGHTS) and its FLOPs.
@@ -256,9 +280,12 @@ def _forward_flops_by_part(config: ModelConfig, length: int,
     num_unread: the number of positions that the head does not read.
     prefix: whether the first tokens of a row see each other.
     prompt: whether the row is a prompt, all of whose tokens see each other.
+    denoises: whether the row is noised, and read beside its clean tokens.
+    estimates: whether this makes the estimate of self-conditioning.
   """
   program, *args = _program_over_sequence(
-      config, length=length, decoder_length=decoder_length, prefix=prefix)
+      config, length=length, decoder_length=decoder_length, prefix=prefix,
+      denoises=denoises, estimates=estimates)
   return _row_flops_by_part(
       config, program, *args, num_unread=num_unread, prompt=prompt)
 
@@ -294,7 +321,8 @@ def _backward_passes_by_part(config: ModelConfig, length: int,
   # Count the same row three times: without gradients, with all gradients (of
   # every pass of a looped stack too), and with those that are trained.
   program, *args = _program_over_sequence(
-      config, length=length, decoder_length=decoder_length, prefix=prefix)
+      config, length=length, decoder_length=decoder_length, prefix=prefix,
+      denoises=config.diffusion_block > 0)
   with_all_passes = config.with_part(LoopsConfig, gradient_passes=0)
   forward = _row_flops_by_part(config, program, *args, num_unread=num_unread)
   with_all_gradients = dict(_row_flops_by_part(

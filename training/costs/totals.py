@@ -128,6 +128,8 @@ def _nbytes(tree: Any) -> int:
 
 def _writes_text(model: ModelConfig) -> bool:
   """Whether the model writes text, token by token."""
+  if model.diffusion_block:  # which writes blocks of tokens
+    return False
   return architectures.stack(model) != 'encoder' and model.head == 'lm'
 
 

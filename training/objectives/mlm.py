@@ -31,19 +31,31 @@ and `--tasks=diffusion_samples` writes text (training/generate.py).
 Here a row is a stretch of the text, without [CLS] and [SEP]; separators of
 documents are tokens like others, which tell where a text ends. The rows that
 LLaDA cuts to random lengths, one in a hundred, are not.
+
+Block diffusion (BD3-LM: Arriola et al. 2025, arXiv 2503.09573) draws a share t
+for each block of S tokens. A decoder predicts the masked tokens of a block from
+that block and the clean tokens x of those before it (their equation 8, with
+linear noise, whose weight is 1 / t):
+
+  1 / L  sum over blocks b  1 / t_b  sum over masked i of b  of
+      -log p(x_i | the masked block b, x of the blocks before it)
+
+One pass over a row's masked tokens and, after them, its clean ones computes all
+blocks (their section 3.2). With S = 1 the mean over t and masks is the loss of
+a model that writes from left to right, and with S = L masked diffusion's.
 """
 
 from collections.abc import Callable
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import sharding
+from architectures.parts import sharding, skeletons
 from architectures.parts.skeletons import Output
 from common.errors import RequestError, require
 from training import objectives
@@ -665,9 +677,79 @@ class MaskedDiffusion(Objective):
     return {'loss': count_tokens(batch)}
 
 
+class BlockDiffusion(MaskedDiffusion):
+  """Masked diffusion of one block of tokens after another, from left to right
+  (BD3-LM: Arriola et al. 2025, arXiv 2503.09573)."""
+  stacks = ('decoder',)
+  options = {'segment_ids': 'segment_ids_BL', 'targets': 'clean_BL'}
+  reads = ('model.diffusion_block', 'model.self_conditioning')
+
+  def example(self, item: causal.Window, rng: np.random.Generator,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Masks a random share of the tokens of each block of a row.
+
+    Args:
+      item: a window of text: `tokens`, [L + 1], of which the first `size` are
+        no padding.
+      rng: the random generator that draws the shares and the masks.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
+
+    Returns:
+      The arrays of the row, [L]: tokens; targets, the tokens without masks;
+      weights, 1 / t where a token is masked, with the share t of its block; and
+      segment_ids, 1. With model.self_conditioning also has_estimate [], 1 for
+      half of the rows, whose tokens read what was predicted of them.
+    """
+    # Each block has a share of its own, which is not 0, as rng.random() may be
+    # 0 but never 1.
+    ids = item.tokens[1:item.size]
+    size = config.model.diffusion_block
+    t_of_block = 1 - rng.random(-(-len(ids) // size))
+    t_L = np.repeat(t_of_block, size)[:len(ids)]
+    is_masked = rng.random(len(ids)) < t_L
+    shown = np.where(is_masked, tokenizer.mask_id, ids)
+    row = dict(tokens=shown, targets=ids, weights=is_masked / t_L,
+               segment_ids=np.ones(len(ids)))
+    if config.model.self_conditioning:
+      row['has_estimate'] = float(rng.random() < 0.5)
+    return row
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    row = objectives.arrays_of_text(config, 'segment_ids')
+    if config.model.self_conditioning:
+      row['has_estimate'] = (), np.float32
+    return row
+
+  def check(self, config: Config) -> None:
+    """Raises RequestError for a model without blocks."""
+    require(config.model.diffusion_block > 0, 'model.diffusion_block is 0, and '
+            f'objective {config.objective!r} denoises blocks of so many '
+            'tokens: set it to 1 or more')
+
+  def apply(self, module: Any, params: Any, batch: Batch, **kwargs) -> Output:
+    """Runs the model on the noised tokens, of which each sees its block and the
+    clean tokens of earlier blocks. With self-conditioning it runs twice, and
+    the second time the rows with `has_estimate` read what the first one
+    predicted.
+
+    The arguments are those of Objective.apply."""
+    run = functools.partial(super().apply, module, params, batch, **kwargs)
+    config = module.config
+    if not config.self_conditioning:
+      return run()
+    B, L = batch['tokens'].shape
+    unknown_BLD = jnp.zeros((B, L, config.d_model), config.compute_dtype)
+    estimate_BLD = skeletons.embed_predictions(
+        config, params, run(estimate_BLD=unknown_BLD))
+    has_estimate_B = batch['has_estimate'].astype(estimate_BLD.dtype)
+    return run(estimate_BLD=estimate_BLD * has_estimate_B[:, None, None])
+
+
 OBJECTIVES = {
     'mlm': MaskedWords(),
     'mlm_nsp': NextSentence(),
     'mlm_sop': SentenceOrder(),
     'masked_diffusion': MaskedDiffusion(),
+    'block_diffusion': BlockDiffusion(),
 }

@@ -60,7 +60,8 @@ def visible_keys(kind: LayerKind, config: ModelConfig,
                  q_positions_BL: jax.Array, k_positions_BM: jax.Array,
                  q_segments_BL: Optional[jax.Array] = None,
                  k_segments_BM: Optional[jax.Array] = None,
-                 prefix_B: Optional[jax.Array] = None) -> Optional[jax.Array]:
+                 prefix_B: Optional[jax.Array] = None,
+                 has_clean_copy: bool = False) -> Optional[jax.Array]:
   """Returns the mask of attention: which keys each query sees.
 
   Args:
@@ -73,6 +74,8 @@ def visible_keys(kind: LayerKind, config: ModelConfig,
     k_segments_BM: the number of each key's document.
     prefix_B: how many tokens at the start of a row (its prompt) are seen by all
       tokens, in a causal layer; None: there are none.
+    has_clean_copy: whether the first half of the tokens is noised, and the
+      second half the same without noise; see `_find_earlier_blocks`.
 
   Returns:
     bool, [B or 1, L, M]; None: each query sees all keys.
@@ -85,6 +88,10 @@ def visible_keys(kind: LayerKind, config: ModelConfig,
   # A causal layer shows the past and the token itself, and the prefix to all.
   if kind.causal:
     is_earlier_BLM = k_B1M <= q_BL1
+    if config.diffusion_block:
+      is_earlier_BLM = _find_earlier_blocks(
+          q_BL1 // config.diffusion_block, k_B1M // config.diffusion_block,
+          has_clean_copy=has_clean_copy)
     if prefix_B is not None:
       is_earlier_BLM |= k_B1M < prefix_B[:, None, None]
     conditions.append(is_earlier_BLM)
@@ -103,6 +110,33 @@ def visible_keys(kind: LayerKind, config: ModelConfig,
   if not conditions:
     return None
   return functools.reduce(operator.and_, conditions)
+
+
+def _find_earlier_blocks(q_block_BL1: jax.Array, k_block_B1M: jax.Array,
+                         has_clean_copy: bool) -> jax.Array:
+  """Returns which keys each query sees where text is denoised block by block
+  (BD3-LM: Arriola et al. 2025, arXiv 2503.09573, section 3.2), bool [B, L, M].
+
+  A token sees its own block and those before it. In training a row has two
+  copies of its tokens. Those of its first half are noised: they see the noised
+  tokens of their own block, and the clean ones of earlier blocks. Clean tokens
+  see clean ones alone.
+
+  Args:
+    q_block_BL1: the number of each query's block.
+    k_block_B1M: the number of each key's block.
+    has_clean_copy: whether there are two copies, of M / 2 tokens each.
+  """
+  if not has_clean_copy:
+    return k_block_B1M <= q_block_BL1
+  M = k_block_B1M.shape[2]
+  is_noised_M = jnp.arange(M) < M // 2
+  q_noised_1L1 = is_noised_M[None, :, None]
+  k_noised_11M = is_noised_M[None, None]
+  seen_by_noised_BLM = jnp.where(
+      k_noised_11M, k_block_B1M == q_block_BL1, k_block_B1M < q_block_BL1)
+  seen_by_clean_BLM = ~k_noised_11M & (k_block_B1M <= q_block_BL1)
+  return jnp.where(q_noised_1L1, seen_by_noised_BLM, seen_by_clean_BLM)
 
 
 def segment_ids_with_chunks(
@@ -160,20 +194,23 @@ def _count_keys_of_queries(kind: LayerKind, config: ModelConfig,
     The number of keys of each query, int [L].
   """
   rule, num_keys = RULES[kind.attention], keys.size
-  # In chunked attention a query sees the keys of its chunk; if the layer is
-  # causal, only those up to itself.
+  # In a causal layer a query sees the keys up to itself, or to the end of its
+  # block.
+  stop = np.full_like(queries, num_keys)
+  if kind.causal:
+    block = config.diffusion_block or 1
+    stop = np.minimum((queries // block + 1) * block, num_keys)
+  # In chunked attention a query sees the keys of its chunk.
   if rule.chunk:
     chunk = rule.chunk(config)
     first = queries - queries % chunk
-    stop = queries + 1 if kind.causal else first + chunk
-    return np.minimum(stop, num_keys) - first
+    return np.minimum(stop, first + chunk) - first
 
   # Else it sees the keys that are less than `reach` positions away: those
   # before it and, if the layer is not causal, those after it.
   reach = rule.window(config) if rule.window else num_keys
-  reach_after = 1 if kind.causal else reach
   first = np.maximum(queries - reach + 1, 0)
-  num_seen = np.minimum(queries + reach_after, num_keys) - first
+  num_seen = np.minimum(stop, queries + reach) - first
 
   # An indexer, which chooses the best keys, leaves only some of them.
   if rule.top:
@@ -193,7 +230,8 @@ def count_visible_pairs(kind: LayerKind, config: ModelConfig, queries: int,
 
 
 def count_useful_pairs(kind: LayerKind, config: ModelConfig, queries: int,
-                       keys: int, prefix: bool = False
+                       keys: int, prefix: bool = False,
+                       has_clean_copy: bool = False
                        ) -> tuple[int, int, int]:
   """Counts the pairs of a query and a key in a layer's attention. The FLOPs of
   attention are reported by them: a program may compute all pairs, but only
@@ -209,14 +247,20 @@ def count_useful_pairs(kind: LayerKind, config: ModelConfig, queries: int,
       ways, as in a prefix language model. In training every length of prefix
       from 1 to keys - 1 is equally likely, so the three numbers are then sums
       over all of these lengths.
+    has_clean_copy: whether the tokens are noised ones, and as many without
+      noise: a query sees as many keys in either half as in a row of one half.
 
   Returns:
     Three numbers of pairs: those that the mask shows; all that there are; and
     those that the mask would show if the whole row were the prefix, as a
     prompt is.
   """
-  visible_pairs = count_visible_pairs(kind, config, queries=queries, keys=keys)
   all_pairs = queries * keys
+  if has_clean_copy:
+    pairs_of_half = count_visible_pairs(
+        kind, config, queries=queries // 2, keys=keys // 2)
+    return 2 * pairs_of_half, all_pairs, 2 * pairs_of_half
+  visible_pairs = count_visible_pairs(kind, config, queries=queries, keys=keys)
   if not (prefix and kind.causal and queries == keys > 1):
     return visible_pairs, all_pairs, visible_pairs
 
@@ -814,7 +858,8 @@ class Mask:
     window: a query sees keys less than this away; 0: any.
     has_indexer: whether an indexer hides keys besides.
     in_order: whether places in the array are the tokens' order.
-    has_prefix: whether keys at the start are seen by all.
+    shows_later_keys: whether a causal mask shows some later keys: those of a
+      prefix, or of the query's block.
     has_bias: whether the scores have a bias.
     has_dropout: whether weights are dropped.
   """
@@ -824,14 +869,14 @@ class Mask:
   window: int = struct.field(pytree_node=False, default=0)
   has_indexer: bool = struct.field(pytree_node=False, default=False)
   in_order: bool = struct.field(pytree_node=False, default=True)
-  has_prefix: bool = struct.field(pytree_node=False, default=False)
+  shows_later_keys: bool = struct.field(pytree_node=False, default=False)
   has_bias: bool = struct.field(pytree_node=False, default=False)
   has_dropout: bool = struct.field(pytree_node=False, default=False)
 
   def allows_query_blocks(self, queries: int) -> bool:
     """Returns whether so many queries, of which later ones see more, may meet
     their keys block by block: the argument `causal` of `attend`."""
-    if not self.causal or not self.in_order or self.has_prefix:
+    if not self.causal or not self.in_order or self.shows_later_keys:
       return False
     return sharding.count_shards('length', queries) == 1
 
@@ -872,7 +917,7 @@ def find_visible_keys(kind: LayerKind, config: ModelConfig, ctx: Context,
   seen_BLM = visible_keys(
       kind, config, q_positions_BL=ctx.positions_BL,
       k_positions_BM=k_positions_BM, q_segments_BL=ids_BL, k_segments_BM=ids_BL,
-      prefix_B=ctx.prefix_B)
+      prefix_B=ctx.prefix_B, has_clean_copy=ctx.has_clean_copy)
   # A layer may have another encoding than the stack, without its bias.
   bias_BHLM = None
   if positions.position_of(config).stack_bias:
@@ -880,10 +925,11 @@ def find_visible_keys(kind: LayerKind, config: ModelConfig, ctx: Context,
   # The mask, described: a fused kernel makes it itself, from ids and flags.
   kernel_ids_BL = segment_ids_with_chunks(
       kind, config, positions_BL=ctx.positions_BL, segments_BL=ids_BL)
+  shows_later_keys = ctx.prefix_B is not None or config.diffusion_block > 0
   mask = Mask(
       q_ids_BL=kernel_ids_BL, k_ids_BM=kernel_ids_BL, causal=kind.causal,
       in_order=ctx.in_order, window=rule.window(config) if rule.window else 0,
-      has_prefix=kind.causal and ctx.prefix_B is not None,
+      shows_later_keys=kind.causal and shows_later_keys,
       has_bias=bias_BHLM is not None)
   return VisibleKeys(mask=mask, seen_BLM=seen_BLM, bias_BHLM=bias_BHLM)
 
@@ -1010,7 +1056,7 @@ def _refuse_splash(config: ModelConfig, mask: Mask, q_length: int,
   shards = sharding.count_shards('length', q_length)
   is_by_place = mask.causal or mask.window > 0
   is_unordered = is_by_place and not mask.in_order
-  if mask.has_prefix or mask.has_indexer or is_unordered:
+  if mask.shows_later_keys or mask.has_indexer or is_unordered:
     return ('which has masks neither for a prefix that all tokens see, nor for '
             'positions without segment ids, nor for rules of attention but '
             'windows')
@@ -1359,7 +1405,8 @@ def cudnn_attention(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
 
   # cuDNN makes causal masks and windows itself, for whole rows whose tokens are
   # stored in their order. Every other mask is given to it written out.
-  is_by_place = mask.in_order and not mask.has_prefix and not mask.has_indexer
+  is_by_place = (mask.in_order and not mask.shows_later_keys
+                 and not mask.has_indexer)
   is_whole_row = mask.q_ids_BL is None and not layout.length_axes
   is_native = (is_by_place and is_whole_row
                and (mask.causal or not mask.window))

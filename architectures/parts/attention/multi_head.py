@@ -223,7 +223,7 @@ class Attention(nn.Module):
     layers.count_flops_as_useful_part."""
     visible_pairs, all_pairs, prompt_pairs = kernels.count_useful_pairs(
         self.kind, self.config, queries=queries.shape[1], keys=keys.shape[1],
-        prefix=ctx.prefix_B is not None)
+        prefix=ctx.prefix_B is not None, has_clean_copy=ctx.has_clean_copy)
     return layers.count_flops_as_useful_part(
         visible_pairs, all_pairs, prompt_pairs)
 

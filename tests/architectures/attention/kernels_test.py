@@ -52,8 +52,8 @@ def test_splash_equals_xla(name):
 
   def ours(q, k, v, sink_H=None):
     seen_BLM = kernels.visible_keys(
-        kind, SimpleNamespace(sliding_window=window), place_L[None],
-        place_L[None], ids_BL, ids_BL)
+        kind, SimpleNamespace(diffusion_block=0, sliding_window=window),
+        place_L[None], place_L[None], ids_BL, ids_BL)
     return (w * kernels.attend(q, k, v, mask_BLM=seen_BLM, sink_H=sink_H,
                                **options)).sum()
 
@@ -81,7 +81,8 @@ def test_a_kernel_is_told_of_the_same_keys(attention, causal, restart):
   which it has itself, show what `visible` does: of packed documents of many
   sizes, one of them as long as can be, whose positions go on or begin anew."""
   kind, size = LayerKind(attention, 'gelu', causal), 4
-  c = SimpleNamespace(sliding_window=size, attention_chunk=size)
+  c = SimpleNamespace(diffusion_block=0, sliding_window=size,
+                      attention_chunk=size)
   sizes = [3, 9, 1, 8, 12]
   ids = np.repeat(np.arange(1, 6), sizes)[None]
   places = np.arange(ids.size)[None]
@@ -116,8 +117,8 @@ def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
   ids_BL = (jnp.arange(length)[None] > 9).astype(int) if ids else None
   mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window,
                       in_order=in_order)
-  seen_BLM = kernels.visible_keys(kind, SimpleNamespace(sliding_window=window),
-                                  at_BL, at_BL, ids_BL, ids_BL)
+  config = SimpleNamespace(diffusion_block=0, sliding_window=window)
+  seen_BLM = kernels.visible_keys(kind, config, at_BL, at_BL, ids_BL, ids_BL)
   q, k, v = (normal(i, B, length, H, K) for i in range(3))
   models.assert_trees_close(
       kernels.attend(q, k, v, mask_BLM=seen_BLM, scale=0.2),
@@ -239,7 +240,7 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
       kernels.choose_attention_kernel(c, kernels.Mask(causal=True), *lengths)
   monkeypatch.setattr(sharding, 'traced_platform', lambda: 'tpu')
   c = architectures.build(models.small_config(attention_kernel='splash')).config
-  for mask in (dict(in_order=False), dict(has_prefix=True),
+  for mask in (dict(in_order=False), dict(shows_later_keys=True),
                dict(has_dropout=True),
                dict(has_bias=True)):
     with pytest.raises(ValueError, match='choose from auto, xla, cudnn'):

@@ -164,7 +164,8 @@ def test_what_lies_between_the_products_of_a_scan_does_not_count():
 @pytest.mark.parametrize('window', [1, 3, 24, 99])
 def test_keys_are_counted_as_the_mask_has_them(kind, window):
   at = jnp.arange(LENGTH)[None]
-  c = types.SimpleNamespace(sliding_window=window, attention_chunk=window)
+  c = types.SimpleNamespace(diffusion_block=0, sliding_window=window,
+                            attention_chunk=window)
   mask = kernels.visible_keys(kind, c, at, at)
   seen = LENGTH**2 if mask is None else int(mask.sum())
   assert kernels.count_visible_pairs(kind, c, LENGTH, LENGTH) == seen
@@ -173,7 +174,8 @@ def test_keys_are_counted_as_the_mask_has_them(kind, window):
 @pytest.mark.parametrize('name', ['global', 'banded', 'chunked'])
 def test_a_prefix_counts_as_the_mean_over_all_prefixes(name):
   at = jnp.arange(LENGTH)[None]
-  c = types.SimpleNamespace(sliding_window=5, attention_chunk=5)
+  c = types.SimpleNamespace(diffusion_block=0, sliding_window=5,
+                            attention_chunk=5)
   kind = LayerKind(name, 'gelu', causal=True)
   seen = [int(kernels.visible_keys(kind, c, at, at, prefix_B=jnp.array([size])
                               ).sum()) for size in range(1, LENGTH)]

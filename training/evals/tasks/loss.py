@@ -16,6 +16,7 @@ of n tokens each draw masks l of them, and counts the losses of the masked
 tokens n / l times. l is uniform from 1 to n, which gives the same mean as a
 random share of masked tokens and spreads less (LLaDA, arXiv 2502.09992,
 equation 6). The draws of a row take its l evenly spread, from a random start.
+In block diffusion this holds for each block of a row by itself.
 The standard error is that of the mean over rows: of another held-out text of
 the same kind, and by other draws.
 """
@@ -419,6 +420,7 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
     num_draws: the number of draws for each row.
   """
   objective = objectives.find_objective(config)
+  block_size = module.config.diffusion_block
 
   def sum_bound(params: Any, batch: Any, batch_number: jax.Array) -> jax.Array:
     """Returns the sums of BoundSums over the rows of a batch, [6].
@@ -440,15 +442,24 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
         return jax.random.uniform(jax.random.fold_in(key, k), shape)
       return jax.vmap(draw_for_row)(key_B)
 
-    # One more draw than those of the bound: where the masked shares of a row
+    # The rows in blocks, [B, blocks N, tokens of a block S], of which each is
+    # masked by itself: a block is the whole row but in block diffusion.
+    B, L = is_token_BL.shape
+    S = block_size or L
+    N = -(-L // S)
+    padded_BM = jnp.pad(is_token_BL, ((0, 0), (0, N * S - L)))
+    is_token_BNS = padded_BM.reshape(B, N, S)
+    n_BN = is_token_BNS.sum(2)
+    # One more draw than those of the bound: where the masked shares of a block
     # begin.
-    start_B = draw_uniform(num_draws)
+    start_BN = draw_uniform(num_draws, N)
 
     def draw_bound(_: None, k: jax.Array) -> tuple[None, jax.Array]:
-      """Estimates the bound on the loss of each row by masking it once at
-      random. It is one step of a jax.lax.scan over the draws, without a carry.
+      """Estimates the bound on the loss of each row by masking its blocks once
+      at random. It is one step of a jax.lax.scan over the draws, without a
+      carry.
 
-      The rows have n_B tokens, which is_token_BL tells from padding.
+      The blocks have n_BN tokens, which is_token_BNS tells from padding.
 
       Args:
         k: the number of the draw.
@@ -456,25 +467,27 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
       Returns:
         None, and the estimates for the B rows in nats, [B].
       """
-      # Choose how many of the n tokens of each row are masked, l. Over the
-      # draws, l is spread evenly over 1 to n from a random start of each row
-      # (start_B), which makes the mean vary less.
-      share_B = (start_B + k / num_draws) % 1.0
-      l_B = jnp.minimum(1 + (share_B * n_B).astype(jnp.int32), n_B)
+      # Choose how many of the n tokens of each block are masked, l. Over the
+      # draws, l is spread evenly over 1 to n from a random start of each block
+      # (start_BN), which makes the mean vary less.
+      share_BN = (start_BN + k / num_draws) % 1.0
+      l_BN = jnp.minimum(1 + (share_BN * n_BN).astype(jnp.int32), n_BN)
       # Mask the l tokens with the largest random numbers. Those of padding are
       # below all others.
-      noise_BL = draw_uniform(k, is_token_BL.shape[1])
-      noise_BL = jnp.where(is_token_BL, noise_BL, -1.0)
-      is_largest_BL = generate.is_among_largest(noise_BL, l_B[:, None])
-      is_masked_BL = is_token_BL & is_largest_BL
+      noise_BNS = jnp.where(is_token_BNS, draw_uniform(k, N, S), -1.0)
+      is_largest = generate.is_among_largest(
+          noise_BNS.reshape(B * N, S), l_BN.reshape(B * N, 1))
+      is_masked_BNS = is_token_BNS & is_largest.reshape(B, N, S)
+      is_masked_BL = is_masked_BNS.reshape(B, N * S)[:, :L]
       tokens_BL = jnp.where(is_masked_BL, mask_id, batch['targets'])
 
       # The estimate is n / l times the losses of the masked tokens (equation
       # 6).
       nats_BL = objective.token_losses(
           module, params, batch | dict(tokens=tokens_BL)).loss
-      sum_B = jnp.where(is_masked_BL, nats_BL, 0).sum(1)
-      return None, sum_B * n_B / jnp.maximum(l_B, 1)
+      factor_BN = n_BN / jnp.maximum(l_BN, 1)
+      factor_BL = jnp.repeat(factor_BN, S, axis=1)[:, :L]
+      return None, jnp.where(is_masked_BL, factor_BL * nats_BL, 0).sum(1)
 
     _, draws_KB = jax.lax.scan(draw_bound, None, jnp.arange(num_draws))
     x_B = draws_KB.mean(0)

@@ -211,7 +211,8 @@ class DiffusionSamples(Task):
   flags = (
       SAMPLES_FLAG, PROMPT_FLAG, LENGTH_FLAG,
       Flag(name='diffusion_steps', default=0,
-           help='Steps in which they are written; 0: one for each token.',
+           help='Steps in which they are written, in block diffusion each '
+           'block; 0: one for each token.',
            least=0, most=2**24),
       TEMPERATURE_FLAG, SEED_FLAG,
   )
@@ -253,9 +254,13 @@ class DiffusionSamples(Task):
     options = evaluation.options
     prepared = evaluation.prepared
     prompts = prepared.prompts
-    num_steps = options.diffusion_steps or prepared.num_tokens
+    block_size = evaluation.run.model.diffusion_block
+    num_steps = options.diffusion_steps or block_size or prepared.num_tokens
+    write_text = generate.generate_by_unmasking
+    if block_size:
+      write_text = generate.generate_by_blocks
     # All rows are written by one compiled function.
-    write = jax.jit(generate.generate_by_unmasking, static_argnums=0,
+    write = jax.jit(write_text, static_argnums=0,
                     static_argnames=('new', 'steps', 'mask', 'temperature'))
     with progress.show_task('writing'):
       tokens_BT = jax.device_get(write(
@@ -288,13 +293,17 @@ def _num_tokens_to_write(evaluation: Evaluation, prompts: objectives.Prompts
     RequestError: where the model has no room for another token; or, in masked
       diffusion, not for all tokens.
   """
-  # A decoder just stops where the room ends. Masked diffusion writes all tokens
-  # at once, so all of them must fit.
+  # A decoder just stops where the room ends. Diffusion writes all tokens, or
+  # those of a block, at once, so all of them must fit.
   prompt_length = prompts.tokens.shape[1]
-  max_len = evaluation.run.model.max_len
+  model = evaluation.run.model
+  max_len = model.max_len
+  if model.diffusion_block:
+    max_len -= max_len % model.diffusion_block
   room = max_len - prompt_length
   asked = evaluation.options.max_new_tokens
-  is_written_at_once = evaluation.run.config.objective == 'masked_diffusion'
+  objective = objectives.find_objective(evaluation.run.config)
+  is_written_at_once = objective.bound
   if room <= 0 or (is_written_at_once and asked > room):
     raise RequestError(f'the prompt has {prompt_length} tokens and '
                        f'--max_new_tokens is {asked}, and the model takes '
