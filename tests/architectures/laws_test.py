@@ -29,7 +29,7 @@ NGRAMS = dict(rows=40, heads=2)
 ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2, attention_exclusive='all', memory='engram',
-                    forget_gate=True, ngrams=NGRAMS, branch_conv=2),
+                    forget_gate=True, cca=True, ngrams=NGRAMS, branch_conv=2),
     'banded': dict(**models.window_in_every_other_layer(5), value_norm=True,
                    keys_as_values=True,
                    layer_scale=True, memory='over_encoding', ngrams=NGRAMS),
@@ -206,7 +206,7 @@ def _picture(mask):
 @pytest.mark.slow
 @pytest.mark.parametrize('changes', [
     dict(memory='engram', ngrams=NGRAMS, branch_conv=3, attention_conv=3,
-         key_offset=True, forget_gate=True, rope=dict(fraction=0.5)),
+         cca=True, key_offset=True, forget_gate=True, rope=dict(fraction=0.5)),
     ATTENTIONS['indexed'], ATTENTIONS['indexed'] | dict(mixer='latent'),
     ATTENTIONS['blocks'], *PASSED_ON.values()])
 def test_packed_documents_do_not_see_each_other(changes):
@@ -317,7 +317,8 @@ MODELS = {
     'qwen4_exp': ('qwen4_exp', dict(
         ngrams=NGRAMS, indexer=dict(top_k=4, block=2), streams=dict(count=2))),
     'memory': ('llama', dict(
-        pattern='before,after', ngrams=NGRAMS, kinds=dict(
+        num_kv_heads=2, cca=True, pattern='before,after', ngrams=NGRAMS,
+        kinds=dict(
             before=dict(memory='engram'), after=dict(memory='per_layer')))),
     'loops': ('llama', dict(loop='concat', loops=dict(
         passes=3, gradient_passes=2, boundary='norm'))),

@@ -233,6 +233,76 @@ def results_of_heads() -> list[compare.Finding]:
         for name, grad, leaf in zip('ovq', grads, (o, v, q)))])
 
 
+def convolved_attention() -> list[compare.Finding]:
+  """Compares compressed convolutional attention, and its gradients, with that
+  of Zaya, with weights drawn from a fixed seed."""
+  import torch
+  from transformers.models import zaya
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
+  x, d = normal(2, LENGTH, D), normal(2, LENGTH, D)
+  model = base.base().model
+  model.update(d_model=D, vocab_size=2, max_len=LENGTH, attention_bias=True,
+               attention_out_bias=True, num_heads=4, num_kv_heads=2, head_dim=8,
+               position='rope', cca=True, cca_taps=3, cca_head_taps=2)
+  model.rope.fraction = 0.5
+  module = SelfAttention(architectures.resolve(model),
+                         LayerKind('global', 'gelu', causal=True))
+  params, y, grads, dx = _ours(module, normal, x, d, None)
+
+  config = zaya.ZayaConfig(
+      hidden_size=D, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+      num_hidden_layers=1, cca_time0=3, cca_time1=2, attention_bias=True,
+      rope_parameters=dict(hybrid=dict(
+          rope_type='default', rope_theta=1e4, partial_rotary_factor=0.5)))
+  config._attn_implementation = 'eager'
+  theirs = zaya.modeling_zaya.ZayaAttention(config, 0)
+  tensors = dict(theirs.named_parameters())
+  with torch.no_grad():
+    for name, value in _zaya(params).items():
+      tensors[name].copy_(torch.tensor(value))
+  leaf = torch.tensor(x, requires_grad=True)
+  angles = zaya.modeling_zaya.ZayaRotaryEmbedding(config)(
+      leaf, torch.arange(LENGTH)[None], 'hybrid')
+  mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]
+  out, _ = theirs(leaf, dict(causal=mask), position_embeddings=angles)
+  out.backward(torch.tensor(d))
+  return _findings([('output', y, out), ('x', dx, leaf.grad), *(
+      (name, value, tensors[name].grad)
+      for name, value in _zaya(grads).items())])
+
+
+def _zaya(p: dict) -> dict:
+  """Returns our parameters of convolved attention by the names of theirs, which
+  has the heads of queries and of keys in one convolution."""
+  p = {name: np.asarray(value) for name, value in p.items()}
+  tensors = {'qk_norm.temp': p['key_temperature'],
+             'o_proj.weight': p['out'].reshape(-1, D).T,
+             'o_proj.bias': p['out_bias']}
+  current, delayed = np.split(p['value'].reshape(D, -1), 2, 1)
+  biases = np.split(p['value_bias'].reshape(-1), 2)
+  products = dict(q=(p['query'], p['query_bias']), k=(p['key'], p['key_bias']))
+  products |= {'v_proj_current': (current, biases[0]),
+               'v_proj_delayed': (delayed, biases[1])}
+  for name, (weight, bias) in products.items():
+    name = f'qkv_proj.{name if name.startswith("v") else name + "_proj"}'
+    tensors[f'{name}.weight'] = weight.reshape(D, -1).T
+    tensors[f'{name}.bias'] = bias.reshape(-1)
+  # Filters [tokens, heads, features], and matrices [tokens, heads, in, out].
+  joined = {name: np.concatenate([p[f'query_{name}'], p[f'key_{name}']], axis)
+            for name, axis in (('taps', 1), ('mix', 1), ('taps_bias', 0),
+                               ('mix_bias', 0))}
+  depthwise, grouped = (f'qkv_proj.conv_qk_{name}'
+                        for name in ('depthwise', 'grouped'))
+  taps_UW = joined['taps'].reshape(len(joined['taps']), -1).T
+  mix_HUKW = np.moveaxis(joined['mix'], (0, 3), (3, 1))
+  tensors[f'{depthwise}.weight'] = taps_UW[:, None]
+  tensors[f'{grouped}.weight'] = mix_HUKW.reshape(-1, *mix_HUKW.shape[2:])
+  tensors[f'{depthwise}.bias'] = joined['taps_bias'].reshape(-1)
+  tensors[f'{grouped}.bias'] = joined['mix_bias'].reshape(-1)
+  return tensors
+
+
 class Results(nn.Module):
   """The steps of heads that `results_of_heads` compares."""
   config: architectures.ModelConfig

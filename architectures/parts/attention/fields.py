@@ -34,6 +34,16 @@ class AttentionConfig:
   attention_conv: int = field(
       0, 'Tokens that a convolution of queries, keys and values sees; 0: no '
       'convolution.', most=MOST_TAPS, resume=SHAPES, of_layers=True)
+  cca: bool = field(
+      False, 'Convolutions of queries and keys, which are averaged with each '
+      'other and normalised, and half of the values from the token before.',
+      of_layers=True)
+  cca_taps: int = field(
+      2, 'Tokens that the convolution of each feature sees.', least=2,
+      most=MOST_TAPS, resume=SHAPES)
+  cca_head_taps: int = field(
+      2, 'Tokens that the one of the features of each head sees.', least=2,
+      most=MOST_TAPS, resume=SHAPES)
   value_residual: bool = field(
       False, "the first layer's values are mixed into all")
   value_embedding: bool = field(
@@ -78,6 +88,9 @@ class AttentionConfig:
     conditions = {}
     if not self.attention_log_scale:
       conditions['attention_log_from'] = ReadIf('attention_log_scale', 'is set')
+    if not self.cca:
+      for name in ('cca_taps', 'cca_head_taps'):
+        conditions[name] = ReadIf('cca', 'is set')
     if not self.qk_norm:
       for name in ('qk_norm_over', 'qk_norm_scale'):
         conditions[name] = ReadIf('qk_norm', 'is set')

@@ -24,6 +24,7 @@ from architectures.parts import layers
 from architectures.parts import mixer
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts.attention import convolved
 from architectures.parts.attention import indexer
 from architectures.parts.attention import kernels
 from architectures.parts.attention import steps
@@ -33,9 +34,11 @@ from architectures.parts.cache import Cache
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context, FirstLayerValues, KeysAndValues
 from architectures.parts.context import Report
-from common.errors import RequestError
+from common.errors import RequestError, require
 
 GATE = 'output_gate'  # the name of the gate's weight, and of its product
+# Queries and keys that are mixed with each other; None: they are not.
+MixedHeads = Optional[tuple[jax.Array, jax.Array]]
 
 
 class Attention(nn.Module):
@@ -390,7 +393,8 @@ class SelfAttention(Attention):
     config = self.config
     index, cache = self.apply_indexer(x_BLD, query_input_BLU=x_BLD,
                                       axis='embed', ctx=ctx, cache=cache)
-    q_BLHK, cache = self.make_queries(x_BLD, ctx, cache)
+    mixed, cache = self.mix_queries_and_keys(x_BLD, ctx, cache)
+    q_BLHK, cache = self.make_queries(x_BLD, mixed, ctx=ctx, cache=cache)
 
     # Keys and values: an earlier layer's, or the layer's own. They are those of
     # the given tokens, or all slots of the cache, whose positions are 0, 1, ...
@@ -399,7 +403,8 @@ class SelfAttention(Attention):
         cache is not None and not kernels.is_start_of_row(self.kind, ctx))
     keys, first = ctx.shared.keys, None
     if keys is None:
-      keys, first, cache = self.make_keys_and_values(x_BLD, ctx, cache)
+      keys, first, cache = self.make_keys_and_values(
+          x_BLD, mixed, ctx=ctx, cache=cache)
       keys, index, cache = write_and_read_cache(
           keys, index=index, ctx=ctx, cache=cache, reads_slots=reads_slots)
     own_keys = keys
@@ -438,18 +443,39 @@ class SelfAttention(Attention):
     report = report.replace(first_values=first, keys=shared_keys)
     return self.project_output(x_BLD, o_BLHK, ctx), cache, report
 
-  def make_queries(self, x_BLD: jax.Array, ctx: Context,
-                   cache: Optional[Cache]
-                   ) -> tuple[jax.Array, Optional[Cache]]:
-    """Returns the tokens' queries, [B, L, H, K], and the cache."""
+  def mix_queries_and_keys(
+      self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
+      ) -> tuple[MixedHeads, Optional[Cache]]:
+    """Returns the queries and keys of compressed convolutional attention
+    (convolved.py), before their positions, and the cache; None in place of the
+    queries and keys without model.cca."""
+    if not self.config.part(AttentionConfig).cca:
+      return None, cache
     q_BLHK, cache = self.project_and_convolve('query', x_BLD, ctx=ctx,
                                               cache=cache)
+    k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx=ctx,
+                                              cache=cache)
+    q_BLHK, k_BLJK, cache = convolved.mix_queries_and_keys(
+        self, q_BLHK, k_BLJK=k_BLJK, ctx=ctx, cache=cache)
+    return (q_BLHK, k_BLJK), cache
+
+  def make_queries(self, x_BLD: jax.Array, mixed: MixedHeads, ctx: Context,
+                   cache: Optional[Cache]
+                   ) -> tuple[jax.Array, Optional[Cache]]:
+    """Returns the tokens' queries, [B, L, H, K], and the cache. `mixed` is what
+    `mix_queries_and_keys` returns."""
+    if mixed is not None:
+      q_BLHK, _ = mixed
+    else:
+      q_BLHK, cache = self.project_and_convolve('query', x_BLD, ctx=ctx,
+                                                cache=cache)
     for apply_step in steps.QUERY_STEPS:
       q_BLHK = apply_step(self, 'query', q_BLHK, ctx)
     return q_BLHK, cache
 
   def make_keys_and_values(
-      self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
+      self, x_BLD: jax.Array, mixed: MixedHeads, ctx: Context,
+      cache: Optional[Cache]
       ) -> tuple[KeysAndValues, Optional[FirstLayerValues], Optional[Cache]]:
     """Makes the keys and values of the tokens, and applies all steps that
     change them, such as a norm and the rotation by position.
@@ -459,6 +485,7 @@ class SelfAttention(Attention):
 
     Args:
       x_BLD: the layer's input.
+      mixed: what `mix_queries_and_keys` returns.
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
 
@@ -471,12 +498,19 @@ class SelfAttention(Attention):
     """
     # With keys_as_values the values start as the keys. The steps of the keys
     # come last, so that the values do not go through them.
-    k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx=ctx,
-                                              cache=cache)
+    fields = self.config.part(AttentionConfig)
+    if mixed is not None:
+      _, k_BLJK = mixed
+    else:
+      k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx=ctx,
+                                                cache=cache)
     v_BLJK = k_BLJK
-    if not self.config.part(AttentionConfig).keys_as_values:
+    if not fields.keys_as_values:
       v_BLJK, cache = self.project_and_convolve('value', x_BLD, ctx=ctx,
                                                 cache=cache)
+    if fields.cca:
+      v_BLJK, cache = convolved.delay_half_of_values(
+          self, v_BLJK, ctx=ctx, cache=cache)
 
     # The values' own steps, and what is mixed into them: values of the first
     # layer, and a vector of each token.
@@ -755,6 +789,8 @@ class MultiHead(mixer.Mixer):
         last_inputs = (
             *shape[:-1], fields.attention_conv - 1, heads, config.head_dim)
         inputs[name] = jnp.zeros(last_inputs, config.compute_dtype)
+    if fields.cca:
+      inputs |= convolved.empty_inputs(config, shape[:-1])
     # Keys that are offset keep the features of the last one.
     if fields.key_offset and not fields.kv_sharing:
       last_features = (*shape[:-1], 1, config.num_kv_heads,
@@ -785,9 +821,12 @@ class MultiHead(mixer.Mixer):
 
   def check(self, config: ModelConfig, stack: str) -> None:
     """Raises RequestError where heads are to be pairs and cannot be, where the
-    results of pairs are to be without their own values, and where keys are to
-    be offset and have no features for it."""
+    results of pairs are to be without their own values, where keys are to be
+    offset and have no features for it, and where queries and keys are to be
+    mixed and cannot be."""
     fields = config.part(AttentionConfig)
+    if fields.cca:
+      check_mixed_heads(config)
     has_odd_heads = config.num_kv_heads % 2 != 0
     difference = fields.attention_difference
     if difference and (has_odd_heads or config.parametrization == 'mup'):
@@ -808,6 +847,30 @@ class MultiHead(mixer.Mixer):
             'model.key_offset is set: it needs features that positions do not '
             "rotate beside others that they do; set model.position='rope' and "
             'model.rope.fraction below 1, without rope.proportional')
+
+
+def check_mixed_heads(config: ModelConfig) -> None:
+  """Checks that queries and keys can be mixed with each other (model.cca).
+
+  Args:
+    config: the config of the layer.
+
+  Raises:
+    RequestError: if the layer has no keys or values of its own, normalises them
+      a second time, or has a single feature that cannot be halved; and for muP.
+  """
+  fields = config.part(AttentionConfig)
+  for name in ('kv_sharing', 'keys_as_values', 'qk_norm'):
+    require(not getattr(fields, name), f'model.cca is set, which makes and '
+            f'normalises queries, keys and values of its own, and model.{name} '
+            'is True: set one of them to False')
+  require(config.num_kv_heads * config.head_dim % 2 == 0,
+          'model.cca is set, which delays half of the features of values: '
+          f'model.num_kv_heads {config.num_kv_heads} times model.head_dim '
+          f'{config.head_dim} must be even')
+  require(config.parametrization != 'mup', 'model.cca is set, for whose '
+          "convolutions model.parametrization 'mup' has no rule: choose "
+          'standard')
 
 
 # A gate on what the heads return, before the output's product (Qiu et al. 2025,

@@ -268,25 +268,45 @@ def offset_keys(config: ModelConfig, k_BLJK: jax.Array, ctx: Context,
   rotated_BLJK, features_BLJU = jnp.split(
       k_BLJK, [positions.rotary_dim(config)], axis=-1)
 
-  # The features of the token before: the last token of an earlier call stands
-  # in front of the tokens of this one.
-  previous_B1JU = jnp.zeros_like(features_BLJU[:, :1])
-  if cache is not None:
-    previous_B1JU = cache.inputs[KEY_OFFSET].astype(features_BLJU.dtype)
-  all_BMJU = jnp.concatenate([previous_B1JU, features_BLJU], 1)
-  shifted_BLJU = all_BMJU[:, :-1]
-  if cache is not None:
-    last_B1JU = features.last_inputs(
-        all_BMJU, count=1, length=k_BLJK.shape[1], valid_BL=ctx.valid_BL)
-    cache = cache.replace(inputs=cache.inputs | {KEY_OFFSET: last_B1JU})
+  shifted_BLJU, cache = take_token_before(
+      KEY_OFFSET, features_BLJU, first_BLJK=features_BLJU, ctx=ctx, cache=cache)
+  return jnp.concatenate([rotated_BLJK, shifted_BLJU], -1), cache
 
-  # The first token of a document keeps its own features.
+
+def take_token_before(name: str, x_BLJK: jax.Array, first_BLJK: jax.Array,
+                      ctx: Context, cache: Optional[Cache]
+                      ) -> tuple[jax.Array, Optional[Cache]]:
+  """Returns for each token the x of the token before it in its document.
+
+  Args:
+    name: the name under which the cache keeps x of the last token.
+    x_BLJK: the x of each token, [batch, length, heads, features].
+    first_BLJK: what the first token of a document has instead, of this shape or
+      of one that broadcasts to it.
+    ctx: the context of the layer, with positions and documents.
+    cache: the layer's cache; None: there is none.
+
+  Returns:
+    The x of the tokens before, [B, L, J, K], and the cache.
+  """
+  # The last token of an earlier call stands in front of those of this one.
+  previous_B1JK = jnp.zeros_like(x_BLJK[:, :1])
+  if cache is not None:
+    previous_B1JK = cache.inputs[name].astype(x_BLJK.dtype)
+  all_BMJK = jnp.concatenate([previous_B1JK, x_BLJK], 1)
+  shifted_BLJK = all_BMJK[:, :-1]
+  if cache is not None:
+    last_B1JK = features.last_inputs(
+        all_BMJK, count=1, length=x_BLJK.shape[1], valid_BL=ctx.valid_BL)
+    cache = cache.replace(inputs=cache.inputs | {name: last_B1JK})
+
+  # The first token of a document has none before it.
   is_first_BL = ctx.positions_BL == 0
   if ctx.segment_ids_BL is not None:
     is_first_BL = is_first_BL | features.begins_document(ctx.segment_ids_BL)
-  shifted_BLJU = jnp.where(is_first_BL[..., None, None], features_BLJU,
-                           shifted_BLJU)
-  return jnp.concatenate([rotated_BLJK, shifted_BLJU], -1), cache
+  shifted_BLJK = jnp.where(is_first_BL[..., None, None], first_BLJK,
+                           shifted_BLJK)
+  return shifted_BLJK, cache
 
 
 # Forgetting attention (FoX: Lin et al. 2025, arXiv 2503.02130, equations 4 and

@@ -50,6 +50,27 @@ def convolved(x_BLHK, w_WHK):
   return sum(padded[:, i:i + x_BLHK.shape[1]] * w_WHK[i] for i in range(3))
 
 
+def compressed(p, q, k, v):
+  """Queries, keys and values of compressed convolutional attention, of two
+  heads of keys, and of convolutions over three tokens and over two."""
+  def convolve_twice(name, x):
+    bias = p[f'{name}_taps_bias']
+    y = convolved(x, p[f'{name}_taps']) + bias
+    before = np.concatenate([0 * y[:, :1] + bias, y[:, :-1]], 1)
+    return p[f'{name}_mix_bias'] + sum(
+        np.einsum('blhk,hku->blhu', x, w)
+        for x, w in zip((before, y), p[f'{name}_mix'], strict=True))
+
+  unit = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True))
+  mean = (q + np.repeat(k, 2, axis=2)) / 2
+  delayed = np.concatenate([0 * v[:, :1] + p['value_bias'], v[:, :-1]], 1)
+  mean_of_keys = (mean[:, :, ::2] + mean[:, :, 1::2]) / 2
+  return (unit(convolve_twice('query', q) + mean),
+          unit(convolve_twice('key', k) + mean_of_keys)
+          * p['key_temperature'][:, None],
+          np.stack([v[:, :, 0], delayed[:, :, 1]], 2))
+
+
 FIELDS = [*(dict(qk_norm=True, qk_norm_over=over, norm=norm)
             for over in flat.FIELDS['qk_norm_over'].rule.choices
             for norm in ('rmsnorm', 'layernorm')),
@@ -58,6 +79,7 @@ FIELDS = [*(dict(qk_norm=True, qk_norm_over=over, norm=norm)
           dict(attention_exclusive='all', attention_gate='headwise',
                context_norm=True),
           dict(learned_log_scale=True), dict(forget_gate=True),
+          dict(cca=True, cca_taps=3, learned_log_scale=True),
           dict(attention_out_bias=False), dict(attention_conv=3)]
 
 
@@ -83,7 +105,9 @@ def test_a_layer_is_its_definition(fields, cross):
         fields.qk_norm and name != 'value') else y_BLHK
 
   seen = memory if cross else x
-  q, v = heads('query', x), heads('value', seen)
+  q, k, v = heads('query', x), heads('key', seen), heads('value', seen)
+  if fields.cca:
+    q, k, v = compressed(p, q, k, v)
   if fields.learned_log_scale:
     q = q * (p['log_scale'] * np.log(1 + np.arange(6))[:, None]
              + p['log_scale_bias'])[..., None]
@@ -91,8 +115,8 @@ def test_a_layer_is_its_definition(fields, cross):
   for b, h, i, j in np.argwhere(bias == 0) if fields.forget_gate else ():
     z = at[b, j + 1:i + 1] @ p['forget_gate'][:, h] + p['forget_gate_bias'][h]
     bias[b, h, i, j] = -np.log(1 + np.exp(-z)).sum()  # of what stands between
-  o = numpy_attention.heads(q, heads('key', seen), v, c.score_scale,
-                            causal=not cross, bias_BHLM=bias)
+  o = numpy_attention.heads(q, k, v, c.score_scale, causal=not cross,
+                            bias_BHLM=bias)
   if fields.attention_exclusive != 'none':
     v = np.repeat(v, 2, axis=2)
     share = np.tanh(p['exclusive'])[:, None] if 'exclusive' in p else 1.0
@@ -256,6 +280,7 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
 @pytest.mark.slow
 @pytest.mark.parametrize('fields', [
     dict(attention_conv=3), dict(branch_conv=3), dict(
+        cca=True, cca_head_taps=3, attention_bias=True), dict(
         key_offset=True, rope=dict(fraction=0.5), learned_log_scale=True,
         forget_gate=True, attention_sinks=True,
         attention_exclusive='learned')], ids=lambda x: [*x][0])
@@ -302,6 +327,7 @@ def test_the_cache_holds_shared_keys_once():
     (dict(pattern='own,reads', kinds=dict(
         own={}, reads=dict(kv_sharing=True, num_kv_heads=1))),
      'model.num_kv_heads of the layer is 1, and 4'),
+    (dict(cca=True, qk_norm=True), 'model.qk_norm is True: set one of them'),
     (dict(value_residual=True, pattern='a,b', kinds=dict(
         a=dict(num_kv_heads=2), b={})), 'choose one size')])
 def test_keys_that_cannot_be_shared_are_refused(fields, words):
