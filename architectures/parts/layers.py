@@ -5,9 +5,10 @@ which results of a layer the backward pass computes again.
 An entry of NORMS, of FFNS or of REMAT is all that there is of one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar, NamedTuple, Optional
 
 import flax.linen as nn
@@ -888,17 +889,20 @@ class Network(NamedTuple):
   """One feed-forward network.
 
   Attributes:
-    act: the activation.
+    act: the activation, of x and of its learned numbers, if it has some.
     gated: whether the activation is of x W_gate and multiplies x W_up.
     join: (x W_gate, x W_up, config.clamp) -> the hidden units of a gated
       network, where they are not act(x W_gate) * x W_up.
     settings: the group of fields of config.model that it reads.
+    learned: the names of the activation's learned numbers, and their values in
+      a new layer.
   """
-  act: Callable[[jax.Array], jax.Array]
+  act: Callable[..., jax.Array]
   gated: bool = False
   join: Optional[Callable[[jax.Array, jax.Array, ClampConfig], jax.Array]] = (
       None)
   settings: Optional[type] = None
+  learned: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -917,14 +921,15 @@ class HiddenUnits:
   def gated(self) -> bool:
     return FFNS[self.kind].gated
 
-  def __call__(self, up: jax.Array, gate: Optional[jax.Array] = None
-               ) -> jax.Array:
+  def __call__(self, up: jax.Array, gate: Optional[jax.Array] = None,
+               learned: Sequence[jax.Array] = ()) -> jax.Array:
     """Computes the hidden units of a feed-forward network: act(up), or
     act(gate) * up if the network is gated.
 
     Args:
       up: the product x W_up, [..., d_ff].
       gate: the product x W_gate, of the same shape; None: there is no gate.
+      learned: the learned numbers of the activation, scalars in float32.
 
     Returns:
       The hidden units, of the same shape and dtype.
@@ -935,13 +940,13 @@ class HiddenUnits:
     network, dtype = FFNS[self.kind], up.dtype
     up = up.astype(jnp.float32)
     if gate is None:
-      return network.act(up).astype(dtype)
+      return network.act(up, *learned).astype(dtype)
     gate = gate.astype(jnp.float32)
     # Some networks join the two in another way than by a product.
     if network.join:
       hidden = network.join(gate, up, self.clamp)
     else:
-      hidden = network.act(gate) * up
+      hidden = network.act(gate, *learned) * up
     return hidden.astype(dtype)
 
 
@@ -954,6 +959,39 @@ def leaky_relu2(x: jax.Array) -> jax.Array:
   """Returns the square of x where x > 0, and of x / 2 elsewhere (parameter-golf
   of OpenAI 2026): unlike relu(x)^2 it has a gradient below 0."""
   return jnp.square(jax.nn.leaky_relu(x, negative_slope=0.5))
+
+
+# The share of x itself in xielu, and the least distance from 0 at which it
+# takes e^x, as in transformers.
+SLOPE_OF_XIELU = 0.5
+LEAST_DISTANCE_OF_XIELU = 1e-6
+
+
+def xielu(x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array) -> jax.Array:
+  """Computes xIELU, the integral of an ELU with two learned slopes (Huang and
+  Schlag 2024, arXiv 2411.13010; as in Apertus), with beta = 1/2:
+
+    a x^2 + beta x,              a = softplus(alpha_p),         for x > 0
+    b (e^x - 1 - x) + beta x,    b = beta + softplus(alpha_n),  elsewhere
+
+  Args:
+    x: an array of any shape, in float32.
+    alpha_p: the learned number of the curve above 0.
+    alpha_n: that of the curve below 0.
+
+  Returns:
+    The result, of the shape of x.
+  """
+  a = jax.nn.softplus(alpha_p)
+  b = SLOPE_OF_XIELU + jax.nn.softplus(alpha_n)
+  below = jnp.expm1(jnp.minimum(x, -LEAST_DISTANCE_OF_XIELU)) - x
+  curve = jnp.where(x > 0, a * jnp.square(x), b * below)
+  return curve + SLOPE_OF_XIELU * x
+
+
+def _invert_softplus(y: float) -> float:
+  """Returns the x whose softplus, log(1 + e^x), is y."""
+  return math.log(math.expm1(y))
 
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array, clamp: ClampConfig
@@ -1009,6 +1047,7 @@ class FFN(nn.Module):
     D, F = config.d_model, self.width or config.d_ff
     clamp = config.find_part(ClampConfig)
     compute_hidden = HiddenUnits(kind=self.kind, clamp=clamp)
+    learned = self._declare_learned_numbers()
     multiply = functools.partial(product, self,
                                  deterministic=ctx.deterministic)
     in_axes, out_axes = ('embed', 'mlp'), ('mlp', 'embed')
@@ -1021,14 +1060,24 @@ class FFN(nn.Module):
       gate_DF = weight(self, 'gate', shape=(D, F), axes=in_axes)
       g_BLF = multiply('gate', 'BLD,DF->BLF', x_BLD, gate_DF, in_axes)
       g_BLF = self._add_bias_of_product('gate', g_BLF, 'mlp')
-      h_BLF = recompute_in_backward(compute_hidden)(h_BLF, g_BLF)
+      h_BLF = recompute_in_backward(compute_hidden)(h_BLF, g_BLF, learned)
     else:
-      h_BLF = recompute_in_backward(compute_hidden)(h_BLF)
+      h_BLF = recompute_in_backward(compute_hidden)(h_BLF, None, learned)
     h_BLF = Dropout(config.ffn_dropout)(h_BLF, deterministic=ctx.deterministic)
     h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
     # Back to the width of the model.
     y_BLD = multiply('down', 'BLF,FD->BLD', h_BLF, down_FD, out_axes)
     return self._add_bias_of_product('down', y_BLD, 'embed'), Report()
+
+  def _declare_learned_numbers(self) -> list[jax.Array]:
+    """Declares the learned numbers of the activation, if it has some, and
+    returns them as scalars in float32."""
+    numbers = []
+    for name, first_value in FFNS[self.kind].learned:
+      number_1 = declare(self, name, init=nn.initializers.constant(first_value),
+                         shape=(1,), role=Role((None,)))
+      numbers.append(number_1[0].astype(jnp.float32))
+    return numbers
 
   def _add_bias_of_product(self, name: str, y: jax.Array, axis: str
                            ) -> jax.Array:
@@ -1050,6 +1099,10 @@ FFNS = {
     'relu': Network(jax.nn.relu),
     'relu2': Network(relu2),
     'leaky_relu2': Network(leaky_relu2),
+    # In a new layer both curves have the factor 0.8.
+    'xielu': Network(xielu, learned=(
+        ('alpha_p', _invert_softplus(0.8)),
+        ('alpha_n', _invert_softplus(0.8 - SLOPE_OF_XIELU)))),
     'gelu': Network(gelu),
     'gelu_tanh': Network(gelu_tanh),
     'silu': Network(jax.nn.silu),
@@ -1060,6 +1113,12 @@ FFNS = {
     'swiglu_clamped': Network(jax.nn.silu, gated=True, join=clamped_swiglu,
                               settings=ClampConfig),
 }
+
+
+def networks_without_learned_numbers() -> list[str]:
+  """Returns the names of the networks whose activation learns nothing, which
+  experts and the heads of encoders may have."""
+  return [name for name, network in FFNS.items() if not network.learned]
 
 
 # Rematerialisation: the results of a layer that the backward pass computes

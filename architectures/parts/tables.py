@@ -556,6 +556,12 @@ def _check_stack(c: ModelConfig, stack: str,
         f'model.ffn is {NO_FFN!r}, and the head of masked words of model.arch '
         f'{c.arch!r} has the activation of the layers: set model.ffn to a '
         f'network, and ffn={NO_FFN} of the kinds of layer that have none')
+  if c.ffn in FFNS and FFNS[c.ffn].learned and stack == 'encoder':
+    choices = layers.networks_without_learned_numbers()
+    raise RequestError(
+        f'model.ffn is {c.ffn!r}, whose activation is learned in each layer, '
+        f'and the head of masked words of model.arch {c.arch!r} has that of '
+        f'the layers: choose it from {", ".join(choices)}')
   if c.mtp_depth:
     _check_further_tokens(c)
 

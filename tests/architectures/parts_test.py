@@ -313,6 +313,19 @@ def test_relu2_and_reglu_by_hand():
                              np.where(GATE > 0, GATE * UP, 0), rtol=1e-5)
 
 
+def test_xielu_by_hand():
+  above, below = 0.7, -0.4
+  a, b = np.log1p(np.exp(above)), 0.5 + np.log1p(np.exp(below))
+  want = np.where(UP > 0, a * UP ** 2, b * (np.exp(np.minimum(UP, 0)) - 1 - UP))
+  got = layers.HiddenUnits('xielu')(
+      jnp.asarray(UP), None, [jnp.float32(above), jnp.float32(below)])
+  np.testing.assert_allclose(got, want + UP / 2, rtol=1e-5, atol=1e-6)
+  # In a new layer both curves have the factor 0.8.
+  numbers = dict(layers.FFNS['xielu'].learned)
+  assert np.log1p(np.exp(numbers['alpha_p'])) == pytest.approx(0.8)
+  assert 0.5 + np.log1p(np.exp(numbers['alpha_n'])) == pytest.approx(0.8)
+
+
 def test_clamped_swiglu_by_hand():
   alpha, limit = 1.3, 5.0
   assert GATE.max() > limit and min(UP.min(), GATE.min()) < -limit
@@ -329,6 +342,8 @@ def test_hidden_units_of_bfloat16_are_rounded_once(kind):
   hidden = layers.HiddenUnits(kind, ClampConfig(1.3, 5.0))
   narrow = [jnp.asarray(x, jnp.bfloat16) for x in (UP, GATE)]
   narrow = narrow[:1 + hidden.gated]
+  learned = [jnp.float32(0.3)] * len(layers.FFNS[kind].learned)
+  hidden = functools.partial(hidden, learned=learned)
   wide = [x.astype(jnp.float32) for x in narrow]
   h, pull = jax.vjp(hidden, *narrow)
   want, pull_wide = jax.vjp(hidden, *wide)

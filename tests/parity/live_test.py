@@ -129,7 +129,7 @@ def test_a_layer_of_attention_is_that_of_transformers():
 
 @pytest.mark.parametrize('findings', [
     parts.results_of_heads, parts.gated_norm, parts.router,
-    parts.convolved_attention],
+    parts.convolved_attention, parts.xielu],
                          ids=lambda x: x.__name__)
 def test_newer_parts_are_those_of_transformers(findings):
   holds(findings())

@@ -346,6 +346,24 @@ def gated_norm() -> list[compare.Finding]:
       (name, grads[name].T, weight.grad) for name, weight in weights.items())])
 
 
+def xielu() -> list[compare.Finding]:
+  """Compares xIELU, and its gradients, with that of Apertus."""
+  import torch
+  from transformers.activations import XIELUActivation
+  draw = np.random.default_rng(0)
+  x, d = 3 * draw.standard_normal((2, 40, 40)).astype(np.float32)
+  theirs = XIELUActivation(dtype=torch.float32)
+  y, vjp = jax.vjp(lambda x, *learned: layers.HiddenUnits('xielu')(
+      x, None, learned), x, *(
+          np.float32(number) for _, number in layers.FFNS['xielu'].learned))
+  leaf = torch.tensor(x, requires_grad=True)
+  out = theirs(leaf)
+  out.backward(torch.tensor(d))
+  grads = leaf.grad, theirs.alpha_p.grad[0], theirs.alpha_n.grad[0]
+  return _findings([('output', y, out), *zip(
+      ('x', 'alpha_p', 'alpha_n'), vjp(d), grads)])
+
+
 def _findings(compared) -> list[compare.Finding]:
   """Compares (name, ours, theirs) of an output, and of gradients."""
   return [compare.Finding(

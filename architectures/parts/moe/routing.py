@@ -62,6 +62,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import layers
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import hash_uint32
 from architectures.parts.context import Report
@@ -839,6 +840,10 @@ def check_router(config: ModelConfig, stack: str) -> None:
         'or an encoder')
 
   _check_experts_of_token(moe, router)
+  choices = layers.networks_without_learned_numbers()
+  require(moe.ffn in choices, f'model.moe.ffn is {moe.ffn!r}, whose activation '
+          'is learned, which that of experts is not: choose it from '
+          f'{", ".join(choices)}')
   for name in ('latent_dim', 'router_dim'):
     if getattr(moe, name) and config.parametrization == 'mup':
       raise RequestError(
