@@ -259,7 +259,7 @@ def convolved_attention() -> list[compare.Finding]:
   theirs = zaya.modeling_zaya.ZayaAttention(config, 0)
   tensors = dict(theirs.named_parameters())
   with torch.no_grad():
-    for name, value in _zaya(params).items():
+    for name, value in _zaya_attention(params).items():
       tensors[name].copy_(torch.tensor(value))
   leaf = torch.tensor(x, requires_grad=True)
   angles = zaya.modeling_zaya.ZayaRotaryEmbedding(config)(
@@ -269,10 +269,10 @@ def convolved_attention() -> list[compare.Finding]:
   out.backward(torch.tensor(d))
   return _findings([('output', y, out), ('x', dx, leaf.grad), *(
       (name, value, tensors[name].grad)
-      for name, value in _zaya(grads).items())])
+      for name, value in _zaya_attention(grads).items())])
 
 
-def _zaya(p: dict) -> dict:
+def _zaya_attention(p: dict) -> dict:
   """Returns our parameters of convolved attention by the names of theirs, which
   has the heads of queries and of keys in one convolution."""
   p = {name: np.asarray(value) for name, value in p.items()}
