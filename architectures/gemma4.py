@@ -10,7 +10,12 @@ is seen, whose values are their keys (Google 2026, as transformers has it).
 
 n is RMSNorm and s a number of each layer. Positions turn by theta 10,000 in a
 window, and by 1,000,000 in the whole text, where a quarter of a head's pairs
-turns: rope.proportional. What E2B, E4B and 26B-A4B have beside this is refused.
+turns: rope.proportional.
+
+E2B and E4B add a row of a table for each layer, by the token, to what a layer
+returns: `per_layer` in parts/lookup.py. Their values are made apart, and their
+last layers read the keys and values of the last layer of their type that has
+its own. What 26B-A4B has beside this is refused.
 """
 
 from collections.abc import Collection
@@ -20,10 +25,13 @@ from architectures.parts import hf
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.lookup import PerLayerConfig, ROWS_ARE_MULTIPLE_OF
 from architectures.parts.skeletons import Decoder
 from common.errors import require, shorten
 
 SLIDING, FULL = layer_types.SLIDING_ATTENTION, layer_types.FULL_ATTENTION
+# The end of the name of a kind of layer without keys of its own.
+SHARED = '_shared'
 ROPE_OF_LAYER_TYPE = {SLIDING: dict(theta=1e4, fraction=1.0,
                                     proportional=False),
                       FULL: dict(theta=1e6, fraction=0.25, proportional=True)}
@@ -82,6 +90,86 @@ def _read_heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
               num_kv_heads=sizes['num_key_value_heads'])
 
 
+def _read_tables(reader: hf.Reader, vocab_size: int) -> dict:
+  """Reads the fields of the tables that each layer looks up by the token.
+
+  Args:
+    reader: the reader of the Hugging Face config.json.
+    vocab_size: the number of tokens, for which a table must have a row each.
+  """
+  size = reader.read_count('hidden_size_per_layer_input', 256)
+  num_rows = reader('vocab_size_per_layer_input', 262144)
+  if not size:
+    return dict(memory='none')
+  require(num_rows == vocab_size, 'config.json has vocab_size_per_layer_input '
+          f'{num_rows} and vocab_size {vocab_size}: only tables with a row for '
+          'each token are known here')
+  return dict(memory='per_layer', per_layer=dict(size=size))
+
+
+def _share_keys(types: list[str], num_shared: int, d_ff: int,
+                kinds: dict[str, dict]) -> dict:
+  """Returns the fields of config.model for layers of which the last ones read
+  the keys and values of earlier layers.
+
+  Args:
+    types: for each layer 'sliding_attention' or 'full_attention'.
+    num_shared: how many of the last layers have no keys of their own.
+    d_ff: the hidden units of the networks of these layers.
+    kinds: the fields of a layer with keys of its own, by its type.
+
+  Returns:
+    `prefix`, the layers with keys of their own; `pattern`, the shortest one of
+    the others; `suffix`, which is empty; and `kinds`.
+
+  Raises:
+    RequestError: if no layer lends its keys to those of one type.
+  """
+  first = len(types) - num_shared
+  missing = set(types[first:]) - set(types[:first])
+  require(not missing, f'config.json has num_kv_shared_layers {num_shared}, '
+          f'but no earlier layer of {" and ".join(sorted(missing))} lends its '
+          'keys')
+  names = [layer_types.KIND_OF_ATTENTION[layer_type] for layer_type in types]
+  shared_names = [name + SHARED for name in names[first:]]
+  all_kinds = {}
+  for layer_type, name in layer_types.KIND_OF_ATTENTION.items():
+    kind = kinds[layer_type]
+    all_kinds[name] = kind
+    all_kinds[name + SHARED] = hf.drop_entries(kind, 'keys_as_values') | dict(
+        kv_sharing=True, d_ff=d_ff)
+  used = {name: all_kinds[name]
+          for name in dict.fromkeys((*names[:first], *shared_names))}
+
+  # The shortest pattern that divides the layers without keys.
+  period = 1
+  while (num_shared % period or shared_names
+         != shared_names[:period] * (num_shared // period)):
+    period += 1
+  return dict(prefix=','.join(names[:first]), suffix='', kinds=used,
+              pattern=','.join(shared_names[:period]))
+
+
+def _count_shared(config: ModelConfig) -> tuple[int, bool]:
+  """Returns how many of the last layers read the keys of earlier ones, and
+  whether the networks of these layers are twice as wide.
+
+  Raises:
+    RequestError: for other layers that do, or networks of another width.
+  """
+  layers = config.layers(config.num_layers)
+  num_shared = sum(layer.shares_keys for layer in layers)
+  first = config.num_layers - num_shared
+  require(not any(layer.shares_keys for layer in layers[:first]),
+          f'model.pattern {config.pattern!r} has layers with keys of their own '
+          'after one with kv_sharing, which transformers does not run')
+  widths = {layer.d_ff for layer in layers[first:]} or {config.d_ff}
+  require(widths in ({config.d_ff}, {2 * config.d_ff}),
+          f'model.d_ff is {sorted(widths)} in layers with kv_sharing: '
+          f'transformers knows {config.d_ff} and twice as many')
+  return num_shared, widths != {config.d_ff}
+
+
 def _find_sizes_of_each(per_layer_config: dict, numbers: list[int],
                         known_names: Collection[str]) -> dict[str, int] | None:
   """Returns the sizes that some layers of a Hugging Face config.json have in
@@ -111,20 +199,33 @@ def _find_sizes_of_each(per_layer_config: dict, numbers: list[int],
   return sizes
 
 
+# Each layer has a table and a matrix of its own, which theirs has in one.
+PER_LAYER_ROWS = (
+    ('decoder/memory_norm/scale', 'S', 'model.per_layer_projection_norm.weight',
+     'S'),
+    ('decoder/layers/memory/table', 'VS', 'model.embed_tokens_per_layer.weight',
+     'V NS'),
+    ('decoder/layers/memory/input', 'DS',
+     'model.per_layer_model_projection.weight', 'NS D'),
+    *llama.layer_rows(
+        ('memory/gate', 'DS', 'per_layer_input_gate.weight', 'S D'),
+        ('memory/out', 'SD', 'per_layer_projection.weight', 'D S'),
+        ('memory/out_norm/scale', 'D', 'post_per_layer_input_norm.weight',
+         'D')))
+
+
 class HF(gemma2.HF):
   model_type = 'gemma4_text'
   architecture = 'Gemma4ForCausalLM'
-  names = gemma2.decoder_rows('scale') + llama.layer_rows(
+  names = gemma2.decoder_rows('scale') + PER_LAYER_ROWS + llama.layer_rows(
       *llama.head_norm_rows(), ('layer_scale', 'U', 'layer_scalar', 'U'))
   fields = gemma2.HF.fields | hf.fields_with_defaults(
       num_hidden_layers=30, vocab_size=262144,
       max_position_embeddings=131072)
-  only = dict(enable_moe_block=False, num_kv_shared_layers=0,
-              rope_scaling=None, rope_theta=None,
+  only = dict(enable_moe_block=False, rope_scaling=None, rope_theta=None,
               use_bidirectional_attention='vision')  # causal for text
   fields_without_effect = (
-      'use_double_wide_mlp', 'vocab_size_per_layer_input', 'num_experts',
-      'top_k_experts', 'moe_intermediate_size')
+      'num_experts', 'top_k_experts', 'moe_intermediate_size')
   heads = {}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
@@ -143,9 +244,6 @@ class HF(gemma2.HF):
       They replace fields of the same name in `fields`.
     """
     # Which layers see all keys; the last one does whatever the file says.
-    input_size = reader.read_count('hidden_size_per_layer_input', 256)
-    require(input_size == 0, 'config.json has hidden_size_per_layer_input '
-            f'{input_size}, as Gemma 4 E2B and E4B have: only 0 is known here')
     num_layers = fields['num_layers']
     types = layer_types.read_attention_types(
         reader, layers=num_layers, has_window=lambda n: (n + 1) % 6)
@@ -164,6 +262,22 @@ class HF(gemma2.HF):
                                   default=0.0)
     model_fields = layer_types.fields_of_attention_types(
         types, layers=num_layers, window=window, kind_fields=kind_fields)
+
+    # The last layers may have no keys, and all may read tables of the tokens.
+    num_shared = reader.read_count('num_kv_shared_layers', 0)
+    is_double_wide = reader('use_double_wide_mlp', False)
+    require(num_shared < num_layers, 'config.json has num_kv_shared_layers '
+            f'{num_shared}, which must be less than the {num_layers} layers')
+    if num_shared:
+      d_ff = fields['d_ff']
+      if is_double_wide:
+        d_ff *= 2
+      windows = {SLIDING: dict(window=window), FULL: dict(window=0)}
+      kinds = {layer_type: windows[layer_type] | kind_fields[layer_type]
+               for layer_type in windows}
+      model_fields = dict(attention='global', sliding_window=0) | _share_keys(
+          types, num_shared=num_shared, d_ff=d_ff, kinds=kinds)
+    model_fields |= _read_tables(reader, vocab_size=fields['vocab_size'])
     return model_fields | dict(rope=global_rope, logits_softcap=softcap)
 
   def write(self, config: ModelConfig) -> dict:
@@ -179,8 +293,9 @@ class HF(gemma2.HF):
     """
     layers = config.layers(config.num_layers)
     types = [layer_types.attention_type(layer) for layer in layers]
-    # The last layer sees all keys. Where all do, they have the same heads.
-    global_layer = layers[-1]
+    # The first layer of a type has keys. The last layer sees all keys; where
+    # all do, they have the same heads.
+    global_layer = layers[types.index(types[-1])]
     local_layer = global_layer
     if SLIDING in types:
       local_layer = layers[types.index(SLIDING)]
@@ -190,8 +305,15 @@ class HF(gemma2.HF):
         per_layer_config[str(n)] = dict(
             head_dim=global_layer.head_dim,
             num_key_value_heads=global_layer.num_kv_heads)
+    num_shared, is_double_wide = _count_shared(config)
+    size_of_rows = 0
+    if config.memory == 'per_layer':
+      size_of_rows = config.part(PerLayerConfig).size
     return layer_types.write_attention_types(config) | dict(
-        hidden_size_per_layer_input=0, head_dim=local_layer.head_dim,
+        hidden_size_per_layer_input=size_of_rows,
+        vocab_size_per_layer_input=config.vocab_size,
+        num_kv_shared_layers=num_shared, use_double_wide_mlp=is_double_wide,
+        head_dim=local_layer.head_dim,
         num_key_value_heads=local_layer.num_kv_heads,
         attention_k_eq_v=global_layer.part(AttentionConfig).keys_as_values,
         per_layer_config=per_layer_config,
@@ -199,4 +321,20 @@ class HF(gemma2.HF):
         rope_parameters=rope_fields.write_rope_of_layer_kinds(config))
 
   def check(self, config: ModelConfig) -> None:
-    """Accepts all heads, where Gemma 2 refuses some."""
+    """Accepts all heads, where Gemma 2 refuses some. Raises RequestError for
+    tables whose rows are not those of the tokens."""
+    require(config.memory != 'per_layer'
+            or config.vocab_size % ROWS_ARE_MULTIPLE_OF == 0,
+            f'model.vocab_size is {config.vocab_size}: with model.memory '
+            'per_layer, tables are read and written whose rows are a multiple '
+            f'of {ROWS_ARE_MULTIPLE_OF}')
+
+  def ignored_in(self, config: ModelConfig) -> tuple[str, ...]:
+    """Returns patterns of the names of tensors that hold no weights: published
+    files have some of keys and values for layers that read those of others."""
+    patterns = tuple(self.ignored)
+    for n, layer in enumerate(config.layers(config.num_layers)):
+      if layer.shares_keys:
+        patterns += (rf'model\.layers\.{n}\.self_attn\.(k|v)_(proj|norm)'
+                     r'\.weight',)
+    return patterns

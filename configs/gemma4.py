@@ -1,15 +1,46 @@
 """Gemma 4, dense and of text: `--config configs/gemma4.py:SIZE`.
 
-Lab note. Google 2026: widths, heads, layers, windows and positions of
-`31b` are those of the text_config in Gemma-4-31B's config.json. Of its training
-nothing is set as published: batch, tokens and learning rate are those of
-LLaMA 2, and rows have 4,096 tokens. The count is that of transformers' class of
-text, with the 60 numbers that multiply layers, which are buffers there.
+Lab note. Google 2026: widths, heads, layers, windows and positions are those of
+the text_config in the config.json of Gemma-4-31B, Gemma-4-E4B and Gemma-4-E2B.
+Of their training nothing is set as published: batch, tokens and learning rate
+are those of LLaMA 2, and rows have 4,096 tokens. The counts are those of
+transformers' class of text, with a number for each layer that multiplies it,
+which is a buffer there. In E2B, 2.3B parameters are tables of the layers, and
+in E4B 2.8B.
 
 `tiny` has windows of 128 in 256 tokens, in every other layer.
 """
 
+from architectures import gemma4
 from configs import base
+
+LOCAL_ROPE = gemma4.ROPE_OF_LAYER_TYPE[gemma4.SLIDING]
+
+
+def _layers_that_share_keys(num_own: int, num_shared: int, d_ff: int,
+                            period: int) -> dict:
+  """Returns the fields of the layers of E2B and E4B, of which the last ones
+  read the keys of earlier ones.
+
+  Args:
+    num_own: how many layers have keys of their own.
+    num_shared: how many have not.
+    d_ff: the hidden units of the networks of these.
+    period: how many layers there are for each that sees all keys.
+  """
+  own = ['local'] * (period - 1) + ['global']
+  shared = [name + gemma4.SHARED for name in own]
+  sharing = dict(kv_sharing=True, d_ff=d_ff)
+  local_layer = dict(window=512, rope=LOCAL_ROPE)
+  global_layer = dict(window=0, head_dim=512)
+  return dict(
+      num_layers=num_own + num_shared, pattern=','.join(shared),
+      prefix=','.join(own * (num_own // period)), kinds={
+          'local': local_layer,
+          'global': global_layer | dict(keys_as_values=False),
+          'local_shared': local_layer | sharing,
+          'global_shared': global_layer | sharing})
+
 
 SIZES = base.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads head_dim d_ff parameters',
@@ -18,6 +49,16 @@ SIZES = base.table_of_sizes(
     pattern='local,local,local,local,local,global', kinds={
         'local': dict(window=1024),
         'global': dict(num_kv_heads=4, head_dim=512)})
+SIZES |= base.table_of_sizes(
+    'd_model num_kv_heads d_ff parameters', rows={
+        'e2b': (1536, 1, 6144, 4_628_569_379),
+        'e4b': (2560, 2, 10240, 7_463_013_418)},
+    num_heads=8, head_dim=256, max_len=131_072, vocab_size=262_144,
+    memory='per_layer', per_layer=dict(size=256))
+SIZES['e2b'] |= _layers_that_share_keys(
+    num_own=15, num_shared=20, d_ff=2 * 6144, period=5)
+SIZES['e4b'] |= _layers_that_share_keys(
+    num_own=24, num_shared=18, d_ff=10240, period=6)
 SIZES['tiny'] = base.SMALL_DECODER | {
     'kinds.global.num_kv_heads': 1, 'kinds.global.head_dim': 64}
 

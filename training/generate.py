@@ -314,7 +314,7 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
   cache = output.cache
   is_unrolled = _is_unrolled(module)
   if is_unrolled:
-    params, cache = unstack_layers(params, cache)
+    params, cache = unstack_layers(module.config, params, cache)
   if copies > 1:
     cache = _repeat_rows(cache, copies, _row_axis_of_cache(module))
     prompts_BL, lengths_B, prefix_B, source_inputs = _repeat_rows(

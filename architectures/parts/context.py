@@ -95,6 +95,8 @@ class Context:
     memory: the memory that cross-attention reads.
     tokens_BL: ids, for routers that hash them and tables that are looked up.
     embedded_BLD: the embedding of the tokens, for model.memory per_layer.
+    row_scale_S: the scale of a norm that layers of model.memory per_layer have
+      in common.
     prefix_B: how many tokens at the start of a row are seen by all.
     valid_BL: 0 on padding, which takes no expert.
     routed_BL: 0 on other tokens that take no expert.
@@ -115,6 +117,7 @@ class Context:
   memory: Optional[Memory] = None
   tokens_BL: Optional[jax.Array] = None
   embedded_BLD: Optional[jax.Array] = None
+  row_scale_S: Optional[jax.Array] = None
   prefix_B: Optional[jax.Array] = None
   valid_BL: Optional[jax.Array] = None
   routed_BL: Optional[jax.Array] = None

@@ -39,7 +39,7 @@ returns,
   e  = (n(W_0 x_0 / sqrt(D)) + sqrt(S) E_t) / sqrt(2)
   x' = x + n(W_out (gelu(W_gate x) * e))
 
-Gemma's layers have the scale of the first norm in common; here each has one.
+The first norm is RMSNorm, whose scale all layers have in common.
 
 The tables are sharded by rows, over fsdp and the experts' axis, and only rows
 that were looked up are sent.
@@ -505,6 +505,17 @@ class OverEncoding(nn.Module):
     return y_BLD, State(tokens_BW=tokens_BW)
 
 
+class ScaleOfRows(nn.Module):
+  """The scale of the norm that the per-layer embeddings of all layers have in
+  common: the size of a row, S -> [S]."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, size: int) -> jax.Array:
+    return declare(self, 'scale', init=nn.initializers.ones, shape=(size,),
+                   role=Role(('mlp',)))
+
+
 class PerLayer(nn.Module):
   """The memory per_layer, n(W_out (gelu(W_gate x) * e)): see the equations
   above.
@@ -523,19 +534,22 @@ class PerLayer(nn.Module):
       e = (n(W_0 x_0 / sqrt(D)) + sqrt(S) E_t) / sqrt(2)
       y = n_out(W_out (gelu(W_gate x) * e))
 
-    where n and n_out are norms.
+    where n is RMSNorm, with a scale that all layers share, and n_out the norm
+    of the model.
 
     The suffixes name axes: B batch, L length, D d_model, S features of a row.
 
     Args:
       x_BLD: the layer's input x.
-      ctx: the context of the call, with the tokens and their embeddings.
+      ctx: the context of the call, with the tokens, their embeddings, and the
+        scale of n.
 
     Returns:
       y, [B, L, D].
     """
     config, size = self.config, self.config.part(PerLayerConfig).size
     assert ctx.tokens_BL is not None and ctx.embedded_BLD is not None
+    assert ctx.row_scale_S is not None
     project_to_row = functools.partial(
         _project, self, size=size, axes=('embed', 'mlp'))
     # Look up the row E_t of each token.
@@ -545,7 +559,8 @@ class PerLayer(nn.Module):
     # Compute n(W_0 x_0 / sqrt(D)).
     projected_BLS = layers.multiply_exactly(
         project_to_row('input', ctx.embedded_BLD), config.d_model ** -0.5)
-    normed_BLS = layers.norm(config, 'input_norm', 'mlp')(projected_BLS)
+    normed_BLS = layers.recompute_in_backward(layers.rmsnorm)(
+        projected_BLS, ctx.row_scale_S, config.norm_eps)
     # Mix both to e, and apply the gate.
     sum_BLS = normed_BLS + layers.multiply_exactly(row_BLS, size ** 0.5)
     e_BLS = layers.multiply_exactly(sum_BLS, 2 ** -0.5)

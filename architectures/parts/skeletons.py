@@ -34,7 +34,6 @@ from architectures.parts.stack import find_cache_of_tokens, is_cache
 from architectures.parts.stack import merge_reports_of_stacks, PassedOn
 from architectures.parts.stack import Period, Stack
 from common.errors import require, shorten
-from common.kinds import SECTIONS
 
 
 @struct.dataclass
@@ -1026,7 +1025,8 @@ def init_cache(config: ModelConfig, batch: int, length: int
   return tuple(entries)
 
 
-def unstack_layers(params: Any, cache: Any) -> tuple[Any, list]:
+def unstack_layers(config: ModelConfig, params: Any, cache: Any
+                   ) -> tuple[Any, list]:
   """Splits the parameters and the cache of a decoder, which are stacked over
   layers, into arrays of each layer. A loop that generates text token by token
   calls the model with these and `one_by_one=True`.
@@ -1036,6 +1036,7 @@ def unstack_layers(params: Any, cache: Any) -> tuple[Any, list]:
   they lie.
 
   Args:
+    config: the config of the model.
     params: the parameters of the model. The arrays of each section (the prefix,
       the repeated pattern, the suffix) are stacked over its periods, which are
       the repetitions of the pattern.
@@ -1048,18 +1049,18 @@ def unstack_layers(params: Any, cache: Any) -> tuple[Any, list]:
   decoder = params['decoder']
   entries = iter(cache)
   unstacked_sections, unstacked_cache = {}, []
-  for name in SECTIONS:
-    if name not in decoder:
-      continue
-    # Split the weights and the caches row by row, where a row is a period. The
-    # section has a cache for each layer of its pattern, and takes as many from
-    # the iterator.
-    rows_of_weights = _unstack_rows(decoder[name])
-    entries_of_section = tuple(itertools.islice(entries, len(decoder[name])))
-    unstacked_cache += _unstack_rows(entries_of_section)
+  for section in config.sections(config.num_decoder_layers):
+    # Split the weights and the caches row by row, where a row is a period; the
+    # weights of several passes are the same. The section has a cache for each
+    # layer of its pattern, and takes as many from the iterator.
+    weights = decoder[section.name]
+    rows_of_weights = _unstack_rows(weights, section.periods)
+    entries_of_section = tuple(itertools.islice(entries, len(section.kinds)))
+    unstacked_cache += _unstack_rows(
+        entries_of_section, section.periods * section.passes)
     weights_by_row = {str(i): row for i, row in enumerate(rows_of_weights)}
     # The barrier keeps XLA from slicing the stacked weights inside the loop.
-    unstacked_sections[name] = jax.lax.platform_dependent(
+    unstacked_sections[section.name] = jax.lax.platform_dependent(
         weights_by_row, cpu=jax.lax.optimization_barrier, default=_identity)
   if sharding.is_single_cpu():
     unstacked_cache = jax.tree.map(
@@ -1067,10 +1068,9 @@ def unstack_layers(params: Any, cache: Any) -> tuple[Any, list]:
   return params | {'decoder': decoder | unstacked_sections}, unstacked_cache
 
 
-def _unstack_rows(stacked: Any) -> list:
-  """Returns the rows of a tree of arrays [rows, ...], each a tree of its
-  own."""
-  num_rows = jax.tree.leaves(stacked)[0].shape[0]
+def _unstack_rows(stacked: Any, num_rows: int) -> list:
+  """Returns the rows of a tree of arrays [num_rows, ...], each a tree of its
+  own. The tree may be empty: layers that read the keys of others cache none."""
   rows = []
   for i in range(num_rows):
     rows.append(jax.tree.map(operator.itemgetter(i), stacked))

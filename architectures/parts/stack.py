@@ -23,7 +23,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import layers, passes, positions, sharding, streams
+from architectures.parts import layers, lookup, passes, positions, sharding
+from architectures.parts import streams
 from architectures.parts.attention import steps
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.blocks import BLOCKS, begin_residual, EndOfResidual
@@ -165,9 +166,9 @@ class Stack(nn.Module):
       cache: the cache of all layers; None: there is none.
 
     Returns:
-      The context with three more fields: `lengths_B`, the number of tokens of
-      each row so far, if there is a cache; `distances`, if the position
-      encoding is relative; and `embedded_BLD`, if some layer reads it.
+      The context with more fields: `lengths_B`, the number of tokens of each
+      row so far, if there is a cache; `distances`, if the position encoding is
+      relative; `embedded_BLD` and `row_scale_S`, if some layer reads them.
     """
     config = self.config
     # The keys are those of this call or, with a cache, all of its slots. Slot m
@@ -184,8 +185,12 @@ class Stack(nn.Module):
     first_kind = self.sections[0].kinds[0]
     ctx = add_distances(
         config, kind=first_kind, ctx=ctx, k_positions_BM=k_positions_BM)
-    if any(layer.memory == 'per_layer' for layer in config.distinct_layers):
-      ctx = ctx.replace(embedded_BLD=x_BLD)
+    for layer in config.distinct_layers:
+      if layer.memory != 'per_layer':
+        continue
+      size = layer.part(lookup.PerLayerConfig).size
+      row_scale_S = lookup.ScaleOfRows(config, name='memory_norm')(size)
+      return ctx.replace(embedded_BLD=x_BLD, row_scale_S=row_scale_S)
     return ctx
 
   def _first_values(self, x_BLD: jax.Array) -> Optional[FirstLayerValues]:

@@ -80,16 +80,20 @@ def test_per_layer_is_its_definition():
   c, draw = module.config, np.random.default_rng(0)
   p = jax.tree.map(lambda x: np.asarray(x[0], np.float64),
                    params['decoder']['layers']['block_0']['memory'])
+  scale_S = draw.uniform(0.5, 2, c.d_model // 8)
   x_BLD, x0_BLD = draw.standard_normal((2, 2, 5, c.d_model))
   tokens_BL = np.asarray(models.random_tokens(2, 5))
   ctx = Context(jnp.arange(5)[None], tokens_BL=tokens_BL,
-                embedded_BLD=jnp.asarray(x0_BLD, jnp.float32))
+                embedded_BLD=jnp.asarray(x0_BLD, jnp.float32),
+                row_scale_S=jnp.asarray(scale_S, jnp.float32))
   ours = jax.jit(lambda p, x_BLD: lookup.PerLayer(c).apply(
       {'params': p}, x_BLD, ctx))(p, x_BLD.astype(np.float32))
   n, z_BLS = _normed(c, p), x_BLD @ p['gate']
+  in_BLS = x0_BLD @ p['input'] / np.sqrt(c.d_model)
+  in_BLS /= np.sqrt((in_BLS ** 2).mean(-1, keepdims=True) + c.norm_eps)
   gelu_BLS = z_BLS / 2 * (1 + np.tanh(
       np.sqrt(2 / np.pi) * (z_BLS + 0.044715 * z_BLS ** 3)))
-  e_BLS = (n(x0_BLD @ p['input'] / np.sqrt(c.d_model), 'input_norm')
+  e_BLS = (scale_S * in_BLS
            + np.sqrt(c.d_model // 8) * p['table'][tokens_BL]) / np.sqrt(2)
   models.assert_trees_close(ours, n((gelu_BLS * e_BLS) @ p['out'], 'out_norm'))
 

@@ -85,7 +85,8 @@ def test_decoding_with_a_cache_is_the_forward_pass(apart):
       (1, 2, 16, 4, 8)]
   got, ours = [first], params
   if apart:
-    ours, cache = jax.jit(skeletons.unstack_layers)(params, cache)
+    ours, cache = jax.jit(functools.partial(
+        skeletons.unstack_layers, module.config))(params, cache)
   step = jax.jit(lambda token, at, cache: (lambda out: (
       out.logits, out.cache))(module.apply(
           {'params': ours}, token, positions_BL=at, cache=cache,
@@ -154,7 +155,7 @@ def test_every_layer_has_one_place_and_one_name():
   row = 'decoder/layers/attention/query', 'DHK', 'h.{n}.q', 'HK D'
   tensors = tensor_map.map_tensors(
       [row], {path: flat[path].shape for path in queries})
-  assert {t.name: (t.paths[0], *t.index) for t in tensors} == {
+  assert {t.name: (t.paths[0], *t.indices[0]) for t in tensors} == {
       f'h.{n}.q': stacks.path_and_row(queries[0], n) for n in range(7)}
 
 

@@ -58,7 +58,8 @@ def per_layer() -> list[compare.Finding]:
   ours = lookup.PerLayer(architectures.resolve(model)).apply(
       {'params': params}, x, Context(
           jnp.arange(LENGTH)[None], tokens_BL=jnp.asarray(tokens),
-          embedded_BLD=jnp.asarray(x0)))
+          embedded_BLD=jnp.asarray(x0),
+          row_scale_S=params['input_norm']['scale']))
   with torch.no_grad():
     ids, x0, x = map(torch.tensor, (tokens, x0, x))
     e = theirs.project_per_layer_inputs(

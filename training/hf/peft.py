@@ -156,7 +156,7 @@ def write_adapters(config: ModelConfig, params: Any, folder: pathlib.Path,
   written = {}
   for tensor in tensors_of_adapters(config, params):
     path = tensor.paths[0]
-    x = tensor.join_parameters([flat[path][tensor.index]])
+    x = tensor.join_parameters([flat[path][tensor.indices[0]]])
     tensor_dtype = np.dtype(dtype or x.dtype)
     weights.check_values_fit(path, x, dtype=tensor_dtype)
     written[tensor.name] = x.astype(tensor_dtype, copy=False)
@@ -227,7 +227,7 @@ def read_adapters(config: ModelConfig, folder: pathlib.Path
     weights.check_values_fit(tensor.name, x, dtype=np.dtype(config.param_dtype))
     ranges = {axis: (0, tensor.sizes[axis]) for axis in tensor.ours[0]}
     matrix = tensor.read_parameter(x.__getitem__, 0, ranges)
-    flat[tensor.paths[0]][tensor.index] = matrix
+    flat[tensor.paths[0]][tensor.indices[0]] = matrix
   params = {}
   for path, x in flat.items():
     params[path] = jnp.asarray(x, config.param_dtype)

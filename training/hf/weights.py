@@ -273,6 +273,7 @@ class TensorFinder:
     self._page = page
     self._source = source
     self._constants = page.constants(config)
+    self._ignored = page.ignored_in(config)
     self._spellings = page.spellings_with_head(config)
 
   def find_spelling(self, name: str) -> str:
@@ -376,7 +377,7 @@ class TensorFinder:
 
   def _is_ignored(self, name: str) -> bool:
     """Whether a tensor holds no weights."""
-    return any(re.fullmatch(pattern, name) for pattern in self._page.ignored)
+    return any(re.fullmatch(pattern, name) for pattern in self._ignored)
 
 
 def _read_parameter(leaf: Any, tensors: list, finder: TensorFinder
@@ -431,14 +432,15 @@ def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
   for tensor, number in tensors:
     # A tensor holds one index of the leading axes of the parameter, such as one
     # layer and one expert. Skip it if that index is not in the part.
-    num_leading = len(tensor.index)
+    index = tensor.indices[number]
+    num_leading = len(index)
     leading_ranges = ranges[:num_leading]
     is_inside = [start <= i < stop
-                 for i, (start, stop) in zip(tensor.index, leading_ranges)]
+                 for i, (start, stop) in zip(index, leading_ranges)]
     if not all(is_inside):
       continue
     index_in_shard = tuple(
-        i - start for i, (start, _) in zip(tensor.index, leading_ranges))
+        i - start for i, (start, _) in zip(index, leading_ranges))
 
     # Along the other axes, read only the range that is in the part.
     cut = functools.partial(finder.cut, tensor.name)
@@ -632,8 +634,8 @@ class _Export:
   def _joined(self, name: str) -> np.ndarray:
     """Returns a tensor in the type of its parameters."""
     tensor = self.tensors[name]
-    ours = [np.asarray(self._flat[path][tensor.index])
-            for path in tensor.paths]
+    ours = [np.asarray(self._flat[path][index])
+            for path, index in zip(tensor.paths, tensor.indices)]
     return tensor.join_parameters(ours)
 
 

@@ -197,6 +197,11 @@ class HuggingFace:
     config of the model and are no parameters."""
     return {}
 
+  def ignored_in(self, config: ModelConfig) -> Sequence[str]:
+    """Returns the patterns of the names of tensors in the files of a model that
+    hold no weights: `ignored`, and more where that depends on the config."""
+    return self.ignored
+
   def read_tensor_names(self, names: Collection[str]) -> dict[str, Any]:
     """Returns the fields of the model that are told by the names of the tensors
     in a folder, and not by its config.json."""

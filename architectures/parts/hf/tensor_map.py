@@ -15,6 +15,8 @@ language, of which this file knows all:
   'J(RK+K+K) D'    it has J groups, and in each group these three pieces. R is
                    H / J, so that the query's axes J and R are H together.
   'J=2(R+R) D'     the same, with the size of J in the row.
+  'V NS'           the second dimension has the parameters of all N layers one
+                   after another; the name of the tensor has no {n}.
 
 For example, the row
 
@@ -35,6 +37,7 @@ from architectures.parts.hf import Row
 from common.errors import RequestError
 from common.kinds import SECTIONS
 
+AXIS_OF_LAYERS = 'N'  # of a tensor that holds the parameters of all layers
 # The folder of one block in our path of a row, or that of all layers.
 _LAYER_FOLDER = re.compile(
     rf'/(?:{"|".join(SECTIONS)})/block_\d+/|/layers/')
@@ -49,15 +52,15 @@ class Tensor:
     axes: the axes of the tensor, such as 'D 3HK', 'HK+JK+JK D' or
       'J(RK+K+K) D'; the head of this file says what they mean.
     paths: the paths of our parameters; several where the tensor is fused.
-    ours: the axes of each parameter, without those that `index` picks from.
-    index: the leading indices in each of `paths` (layer, expert).
+    ours: the axes of each parameter, without those that `indices` pick from.
+    indices: for each of `paths`, the leading indices in it (layer, expert).
     sizes: the size of each axis, by its letter.
   """
   name: str
   axes: str
   paths: tuple[str, ...]
   ours: tuple[str, ...]
-  index: tuple[int, ...]
+  indices: tuple[tuple[int, ...], ...]
   sizes: dict[str, int]
 
   @property
@@ -193,10 +196,11 @@ class Tensor:
   def _pick_parameter(self, axes: str, positions: np.ndarray, number: int
                       ) -> tuple[str, np.ndarray]:
     """Picks one parameter where a dimension of the tensor has several along an
-    axis that is written as a digit, such as 3 in 'D 3HK'.
+    axis that is written as a digit, such as 3 in 'D 3HK', or as N.
 
-    The digit that is the number of parameters is the axis along which they lie
-    one after another. The digit 1 is a dimension that no parameter has.
+    The digit that is the number of parameters, and N, the number of layers, is
+    the axis along which they lie one after another. The digit 1 is a dimension
+    that no parameter has.
 
     Args:
       axes: the axes of a piece.
@@ -206,19 +210,19 @@ class Tensor:
     Returns:
       The axes without digits, and the positions of the parameter by these.
     """
-    # All of a lettered axis is kept, and of one that is a digit one index: that
-    # of the parameter, or the only one.
-    axis_of_parameters = str(len(self.paths))
+    # All of a lettered axis is kept, and of one that is a digit or N one index:
+    # that of the parameter, or the only one.
+    axes_of_parameters = str(len(self.paths)), AXIS_OF_LAYERS
     indices: list[int | slice] = []
     letters = ''
     for axis in axes:
-      if not axis.isdigit():
+      if axis in axes_of_parameters:
+        indices.append(number)
+      elif axis.isdigit():
+        indices.append(0)
+      else:
         indices.append(slice(None))
         letters += axis
-      elif axis == axis_of_parameters:
-        indices.append(number)
-      else:
-        indices.append(0)
     return letters, positions[tuple(indices)]
 
   def _size(self, axes: str) -> int:
@@ -322,11 +326,14 @@ class RowMatch:
       parameter stands outside of the layers.
     experts: the numbers of the experts with a tensor each; (None,) where one
       tensor holds all, or there are none.
+    layer_indices: for each of `paths`, its layer's index in the stacked
+      parameter, where one tensor holds all layers; () elsewhere.
   """
   row: Row
   paths: tuple[str, ...]
   layers: Sequence[int | None]
   experts: Sequence[int | None]
+  layer_indices: tuple[int, ...] = ()
 
 
 def _tensors_of_match(match: RowMatch, shapes: Mapping[str, tuple[int, ...]]
@@ -360,6 +367,7 @@ def _tensors_of_match(match: RowMatch, shapes: Mapping[str, tuple[int, ...]]
   num_parameters = len(match.paths)
   sizes['1'] = 1
   sizes[str(num_parameters)] = num_parameters
+  sizes[AXIS_OF_LAYERS] = num_parameters
 
   # A tensor for each layer and each expert, which picks its index in the
   # stacked parameters.
@@ -373,9 +381,12 @@ def _tensors_of_match(match: RowMatch, shapes: Mapping[str, tuple[int, ...]]
         index += (row_of_layer,)
       if expert is not None:
         index += (expert,)
+      indices = (index,) * num_parameters
+      if match.layer_indices:
+        indices = tuple((i,) for i in match.layer_indices)
       tensors.append(Tensor(
           name=name.format(n=layer, m=layer, e=expert), axes=their_axes,
-          paths=match.paths, ours=axes_of_each, index=index, sizes=sizes))
+          paths=match.paths, ours=axes_of_each, indices=indices, sizes=sizes))
   return tensors
 
 
@@ -409,7 +420,7 @@ def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
     A RowMatch for each row and each block that has its parameters.
   """
   for row in rows:
-    our_path, _, name, _ = row
+    our_path, _, name, their_axes = row
     # A parameter outside of the layers.
     layer_folder = _LAYER_FOLDER.search(our_path)
     if layer_folder is None:
@@ -422,6 +433,7 @@ def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
     folder = layer_folder[0]
     stack, _, path_in_layer = our_path.partition(folder)
     counts_networks = '{m}' in name
+    matches = []
     for block in _blocks_of_stack(stack, shapes, counts_networks):
       if folder not in ('/layers/', f'/{block.folder}/'):
         continue
@@ -434,7 +446,29 @@ def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
       path = f'{stack}/{block.folder}/{path_in_layer}'
       match = _match_row(row, our_path=path, shapes=shapes, layers=layers)
       if match is not None:
-        yield match
+        matches.append(match)
+    if matches and AXIS_OF_LAYERS in their_axes:
+      matches = [_join_layers(matches)]
+    yield from matches
+
+
+def _join_layers(matches: Sequence[RowMatch]) -> RowMatch:
+  """Joins the matches of a row whose tensor holds the parameters of all layers,
+  one match for each block, to a single one.
+
+  Args:
+    matches: the matches; each has one path, with the numbers of its layers.
+  """
+  # The path and the index of each layer, by the layer's number.
+  places = {}
+  for match in matches:
+    for index, layer in enumerate(match.layers):
+      places[layer] = match.paths[0], index
+  in_order = [places[layer] for layer in sorted(places)]
+  return RowMatch(
+      row=matches[0].row, paths=tuple(path for path, _ in in_order),
+      layers=(None,), experts=(None,),
+      layer_indices=tuple(index for _, index in in_order))
 
 
 def _match_row(row: Row, our_path: str, shapes: Mapping[str, tuple[int, ...]],
