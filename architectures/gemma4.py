@@ -322,12 +322,17 @@ class HF(gemma2.HF):
 
   def check(self, config: ModelConfig) -> None:
     """Accepts all heads, where Gemma 2 refuses some. Raises RequestError for
-    tables whose rows are not those of the tokens."""
-    require(config.memory != 'per_layer'
-            or config.vocab_size % ROWS_ARE_MULTIPLE_OF == 0,
-            f'model.vocab_size is {config.vocab_size}: with model.memory '
-            'per_layer, tables are read and written whose rows are a multiple '
-            f'of {ROWS_ARE_MULTIPLE_OF}')
+    tables whose rows are not those of the tokens, and for layers that read the
+    keys of others in a model without tables."""
+    if config.memory == 'per_layer':
+      require(config.vocab_size % ROWS_ARE_MULTIPLE_OF == 0,
+              f'model.vocab_size is {config.vocab_size}: with model.memory '
+              'per_layer, tables are read and written whose rows are a '
+              f'multiple of {ROWS_ARE_MULTIPLE_OF}')
+      return
+    require(not any(layer.shares_keys for layer in config.distinct_layers),
+            'transformers does not run a gemma4 whose layers read the keys of '
+            "others (kv_sharing) without model.memory 'per_layer'")
 
   def ignored_in(self, config: ModelConfig) -> tuple[str, ...]:
     """Returns patterns of the names of tensors that hold no weights: published
