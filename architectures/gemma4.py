@@ -322,13 +322,17 @@ class HF(gemma2.HF):
 
   def check(self, config: ModelConfig) -> None:
     """Accepts all heads, where Gemma 2 refuses some. Raises RequestError for
-    tables whose rows are not those of the tokens, and for layers that read the
-    keys of others in a model without tables."""
+    tables whose rows are not those of the tokens or whose gate has another
+    activation than the networks, and for layers that read the keys of others in
+    a model without tables."""
     if config.memory == 'per_layer':
       require(config.vocab_size % ROWS_ARE_MULTIPLE_OF == 0,
               f'model.vocab_size is {config.vocab_size}: with model.memory '
               'per_layer, tables are read and written whose rows are a '
               f'multiple of {ROWS_ARE_MULTIPLE_OF}')
+      require(config.ffn == 'geglu_tanh', f'model.ffn is {config.ffn!r}, whose '
+              'activation transformers has in the gates of model.memory '
+              'per_layer too, where it is gelu_tanh here: choose geglu_tanh')
       return
     require(not any(layer.shares_keys for layer in config.distinct_layers),
             'transformers does not run a gemma4 whose layers read the keys of '

@@ -197,9 +197,8 @@ class CachedDecoder:
     self._cache = architectures.init_cache(config, 1, context)
     self._is_unrolled = config.num_decoder_layers <= generate.UNROLLED_LAYERS
     if self._is_unrolled:
-      unstack_layers = functools.partial(skeletons.unstack_layers, config)
-      self._params, self._cache = jax.jit(unstack_layers)(
-          params, self._cache)
+      unstack_layers = jax.jit(skeletons.unstack_layers, static_argnums=0)
+      self._params, self._cache = unstack_layers(config, params, self._cache)
     self._ids = np.zeros(0, np.int32)  # the tokens in the cache
     self.context = context
     self.num_read = 0

@@ -85,8 +85,8 @@ def test_decoding_with_a_cache_is_the_forward_pass(apart):
       (1, 2, 16, 4, 8)]
   got, ours = [first], params
   if apart:
-    ours, cache = jax.jit(functools.partial(
-        skeletons.unstack_layers, module.config))(params, cache)
+    ours, cache = jax.jit(skeletons.unstack_layers, static_argnums=0)(
+        module.config, params, cache)
   step = jax.jit(lambda token, at, cache: (lambda out: (
       out.logits, out.cache))(module.apply(
           {'params': ours}, token, positions_BL=at, cache=cache,

@@ -399,8 +399,8 @@ def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
   for turned in (True, False):
     monkeypatch.setattr(
         sharding, 'is_single_cpu', lambda turned=turned: turned)
-    ours, slots = jax.jit(functools.partial(
-        skeletons.unstack_layers, module.config))(params, cache)
+    ours, slots = jax.jit(skeletons.unstack_layers, static_argnums=0)(
+        module.config, params, cache)
     shape = ','.join(map(str, slots[0][0].mixer.key_BMJK.shape))
     run = jax.jit(lambda params, slots: jax.lax.scan(
         functools.partial(step, params), (jnp.ones((rows, 1), int), slots),
