@@ -747,7 +747,7 @@ def _derive_fields_of_model(fields: Mapping[str, Any],
   derived = {name: value for name, value in fields.items()
              if name not in _GROUP_OF_FIELD}
 
-  # What the fields that are left open follow from.
+  # Fields that are left open follow from others.
   num_heads, width = fields['num_heads'], fields['d_model']
   head_dim = fields['head_dim'] or width // num_heads or 1
   base_width, base_head_dim = _sizes_of_mup_base(fields, head_dim)
