@@ -359,7 +359,7 @@ def _load_from_hugging_face(source: pathlib.Path, partial: bool, seed: int,
   # Read config.json, and make the model that it describes.
   tree = hf_config.load_config_json(_folder_of_source(source))
   files = hf_files.Files(source)
-  model, notes = hf_config.read_fields_and_notes(tree, files)
+  model, _, notes = hf_config.read_config_json(tree, files)
   for note in notes:
     print(f'warning: {note}', file=sys.stderr)
   model.param_dtype = dtype or model.param_dtype

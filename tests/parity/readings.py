@@ -62,12 +62,11 @@ def reading_findings(system: str) -> Iterator[compare.Finding]:
     tree = hf_config.load_config_json(folder)
     inputs = compare.inputs(architectures.systems()[system].STACK, tree)
     first = _ours(folder, tree, inputs)
-    known = set(hf_config.read_fields_and_notes(tree)[1])
+    known = set(hf_config.read_config_json(tree).notes)
     for words, changed in changes(tree, asked(tree)):
       (folder / 'config.json').write_text(json.dumps(changed))
       try:
-        config, notes = hf_config.read_fields_and_notes(changed)
-        config = architectures.resolve(config)
+        _, config, notes = hf_config.read_config_json(changed)
         theirs = _theirs(system, folder, inputs)
         told = {note for note in notes
                 if hf_config.NOTE_OF_UNREAD_FIELDS not in note}

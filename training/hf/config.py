@@ -20,7 +20,7 @@ import json
 import math
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -258,27 +258,34 @@ def _check_type(subject: str, value: Any, default: Any) -> Any:
   return value
 
 
+class ContentOfConfigJson(NamedTuple):
+  """What a config.json says.
+
+  Attributes:
+    fields: the fields of our config.model.
+    model: the complete config of the model that they describe.
+    notes: sentences about what the file says and has no effect on an import.
+  """
+  fields: ml_collections.ConfigDict
+  model: ModelConfig
+  notes: list[str]
+
+
 def model_of_config_json(tree: dict[str, Any],
                          files: Collection[str] | None = None) -> ModelConfig:
   """Returns the config of the model that a config.json describes; its arguments
-  and errors are those of `read_fields_and_notes`."""
-  model, _ = read_fields_and_notes(tree, files)
-  return architectures.resolve(model)
+  and errors are those of `read_config_json`."""
+  return read_config_json(tree, files).model
 
 
-def read_fields_and_notes(tree: dict[str, Any],
-                          files: Collection[str] | None = None
-                          ) -> tuple[ml_collections.ConfigDict, list[str]]:
+def read_config_json(tree: dict[str, Any], files: Collection[str] | None = None
+                     ) -> ContentOfConfigJson:
   """Reads a model's config.json in the Hugging Face format.
 
   Args:
     tree: the content of the file, as json.load returns it.
     files: the names of the tensors in the weight files beside it, which tell
       some things that a config.json does not; None: they are not known.
-
-  Returns:
-    The fields of our config.model; and notes, sentences about what the file
-    says and has no effect on an import.
 
   Raises:
     RequestError: for anything in the file that may change what the model
@@ -288,8 +295,8 @@ def read_fields_and_notes(tree: dict[str, Any],
   # that were not read are found by this.
   reader = Reader(tree)
   _refuse_quantised(reader)
-  model = read_model_fields(reader)
-  page = architectures.hugging_face(model.arch)
+  fields = read_model_fields(reader)
+  page = architectures.hugging_face(fields.arch)
   # `page` says how this architecture is written in the Hugging Face format.
   # That of a decoder does not ask for is_encoder_decoder, which old files have.
   if 'is_encoder_decoder' not in reader.names_read:
@@ -304,9 +311,10 @@ def read_fields_and_notes(tree: dict[str, Any],
 
   # Some fields follow only from the names of the tensors.
   if files is not None:
-    model.update(page.read_tensor_names(files))
-  _check_model(architectures.resolve(model))
-  return model, reader.notes
+    fields.update(page.read_tensor_names(files))
+  model = architectures.resolve(fields)
+  _check_model(model)
+  return ContentOfConfigJson(fields=fields, model=model, notes=reader.notes)
 
 
 # In the note of fields that nobody reads.

@@ -102,14 +102,14 @@ def test_each_system_has_a_published_config_but_three():
 def test_what_transformers_does_not_read_is_named_and_changes_nothing(
     name, unread):
   tree = PUBLISHED[name]
-  model, notes = hf_config.read_fields_and_notes(tree)
+  fields, _, notes = hf_config.read_config_json(tree)
   note, = (note for note in notes if hf_config.NOTE_OF_UNREAD_FIELDS in note)
   assert unread in note.split(', which')[0].removeprefix(
       'config.json has ').split(', ')
   section, _, field = unread.rpartition('.')
   bare = copy.deepcopy(tree)
   del (bare[section] if section else bare)[field]
-  assert hf_config.read_fields_and_notes(bare)[0] == model
+  assert hf_config.read_config_json(bare).fields == fields
 
 
 @pytest.mark.parametrize('system', recording.systems())
@@ -126,7 +126,7 @@ def test_what_transformers_knows_and_a_page_does_not_is_refused(system):
   with pytest.raises(RequestError, match='per_layer_config'):
     hf_config.model_of_config_json(
         tree | dict(per_layer_config={'0': dict(hidden_size=2)}))
-  notes = hf_config.read_fields_and_notes(tree | dict(nobody_reads='x'))[1]
+  notes = hf_config.read_config_json(tree | dict(nobody_reads='x')).notes
   assert 'nobody_reads' in notes[-1]
 
 
