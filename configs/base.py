@@ -179,8 +179,8 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Optim:
   """The optimiser and its schedule."""
-  name: str = _state('adamw', 'The optimiser: adamw adafactor lion muon '
-                     'normuon soap sgd.')
+  name: str = _state('adamw', 'The optimiser: adamw ademamix adafactor lion '
+                     'muon normuon soap sgd.')
   lr: float = _updates(1e-3, 'The highest learning rate.', least=0)
   schedule: str = _updates('cosine', 'The schedule of the learning rate: '
                            'cosine linear rsqrt wsd constant.')
@@ -195,6 +195,11 @@ class Optim:
                                    'decays.', above=0, most=1)
   weight_decay: float = _updates(0.1, 'The share of a parameter, times lr, '
                                  'that each step takes from it.', least=0)
+  cautious_decay: bool = _updates(
+      False, 'Whether only numbers decay that the step does not make larger.')
+  hyperball: bool = _state(
+      False, 'Whether each hidden matrix keeps the norm that it began with; lr '
+      'is its step as a share of that norm, and it does not decay.')
   decay_mask: tuple = _updates(
       (), 'Patterns over parameter paths. The first that matches says whether '
       'the parameter decays: 1, or not: 0. Empty: matrices decay; embeddings, '
@@ -212,11 +217,16 @@ class Optim:
   clip_norm: float = _updates(1.0, "The gradient's largest norm, to which it "
                               'is scaled down; 0: none.', least=0)
   b1: float = _updates(0.9, 'The decay of the mean of the gradients, of adamw, '
-                       'lion, muon, normuon and soap.', least=0, below=1)
+                       'ademamix, lion, muon, normuon and soap.', least=0,
+                       below=1)
   b2: float = _updates(0.95, 'The decay of the mean of their squares, of the '
                        'same optimisers.', least=0, below=1)
-  eps: float = _updates(1e-8, 'The number that keeps adamw, muon, normuon and '
-                        'soap from dividing by 0.', above=0)
+  b3: float = _updates(0.9999, 'The decay of the slow mean of the gradients, '
+                       'of ademamix.', least=0, below=1)
+  alpha: float = _updates(5.0, 'The weight of the slow mean of the gradients, '
+                          'of ademamix.', least=0)
+  eps: float = _updates(1e-8, 'The number that keeps adamw, ademamix, muon, '
+                        'normuon and soap from dividing by 0.', above=0)
   momentum: float = _updates(0.9, 'The momentum of sgd, muon and normuon.',
                              least=0, below=1)
   precondition_every: int = _updates(10, 'The steps between two updates of the '

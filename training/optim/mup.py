@@ -27,7 +27,7 @@ import jax
 
 from architectures.parts.config import ModelConfig
 from architectures.parts.sharding import Role
-from common.errors import check_choice
+from common.errors import check_choice, require
 
 # The arguments of each rule: how many times as wide as in the base model the
 # inputs and the outputs of a parameter are, and what its product is divided by.
@@ -53,11 +53,21 @@ FACTOR_OF_OPTIMIZER = {'adamw': _factor_of_adam, 'lion': _factor_of_adam,
                        'sgd': _factor_of_sgd}
 
 
-def check_optimizer(config: ModelConfig, optimizer: str) -> None:
-  """Raises RequestError where muP has no learning rates for the optimiser."""
-  if config.parametrization == 'mup':
-    check_choice("optim.name with model.parametrization 'mup'", optimizer,
-                 FACTOR_OF_OPTIMIZER)
+def check_optimizer(config: ModelConfig, optimizer: str,
+                    is_hyperball: bool = False) -> None:
+  """Raises RequestError where muP has no learning rates for the optimiser.
+
+  Args:
+    config: the model's config.
+    optimizer: the name of the optimiser, optim.name.
+    is_hyperball: whether matrices keep their norm, optim.hyperball.
+  """
+  if config.parametrization != 'mup':
+    return
+  check_choice("optim.name with model.parametrization 'mup'", optimizer,
+               FACTOR_OF_OPTIMIZER)
+  require(not is_hyperball, "optim.hyperball is True, for which model."
+          "parametrization 'mup' has no rule: set one of them back")
 
 
 def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any):

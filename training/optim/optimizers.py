@@ -34,7 +34,7 @@ from architectures.parts import paths
 from architectures.parts.sharding import Role
 from common.errors import check_choice, require
 from configs import base as base_config
-from training.optim import matrices, shares
+from training.optim import hyperball, matrices, shares
 from training.optim.soap import scale_by_soap
 
 
@@ -52,6 +52,15 @@ def adamw(optim: Optim, roles: Any) -> Transformation:
   decoupled."""
   del roles
   return optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
+
+
+def ademamix(optim: Optim, roles: Any) -> Transformation:
+  """Returns the direction of AdEMAMix (Pagliardini et al. 2024, arXiv
+  2409.03137), whose momentum is that of Adam plus `alpha` times one that decays
+  by b3 and so remembers thousands of steps; both are constant."""
+  del roles
+  return optax.contrib.scale_by_ademamix(
+      b1=optim.b1, b2=optim.b2, b3=optim.b3, alpha=optim.alpha, eps=optim.eps)
 
 
 def adafactor(optim: Optim, roles: Any) -> Transformation:
@@ -203,6 +212,7 @@ class Entry(NamedTuple):
 
 OPTIMIZERS = {
     'adamw': Entry(adamw, ('b1', 'b2', 'eps')),
+    'ademamix': Entry(ademamix, ('b1', 'b2', 'b3', 'alpha', 'eps')),
     'adafactor': Entry(adafactor),
     'lion': Entry(lion, ('b1', 'b2')),
     'muon': Entry(muon, ('b1', 'b2', 'eps', 'momentum')),
@@ -338,14 +348,20 @@ def make_optimizer(optim: Optim, steps: int, roles: Any,
   if optim.clip_norm:
     clip = clip_by_global_norm(optim.clip_norm)
   direction = OPTIMIZERS[optim.name].make(optim, roles)
+  if optim.hyperball:
+    direction = optax.chain(direction, hyperball.normalize_steps(roles))
+  add_decay = _add_weight_decay(optim.weight_decay, _decay_mask(optim, roles),
+                                is_cautious=optim.cautious_decay)
   scale_by_rate = optax.scale_by_learning_rate(learning_rate(optim, steps))
   # All four always stand in the chain, so that the state's tree does not
   # depend on numbers that a resumed run may change.
   tx = optax.chain(
       clip,
       _multiply_updates(direction, keep_trained(rate_multipliers)),
-      _add_weight_decay(optim.weight_decay, _decay_mask(optim, roles)),
+      add_decay,
       _multiply_updates(scale_by_rate, keep_trained(rate_shares)))
+  if optim.hyperball:
+    tx = hyperball.keep_norms(tx, roles)
 
   def cast_to_float32(tree: Any) -> Any:
     """Returns a tree in float32. In bfloat16 a second moment with b2 = 0.999
@@ -364,11 +380,18 @@ def make_optimizer(optim: Optim, steps: int, roles: Any,
 
 def _decay_mask(optim: Optim, roles: Any) -> Any:
   """Returns whether weight decay applies to each parameter, as a tree: by
-  optim.decay_mask, or else to all matrices that are no embeddings."""
+  optim.decay_mask, or else to all matrices that are no embeddings. Matrices
+  that keep their norm (optim.hyperball) do not decay."""
   if optim.decay_mask:
-    return paths.map_by_pattern(optim.decay_mask, roles, 'optim.decay_mask')
+    mask = paths.map_by_pattern(optim.decay_mask, roles, 'optim.decay_mask')
+  else:
+    mask = jax.tree.map(
+        lambda role: role.is_matrix and role.kind != 'embedding', roles)
+  if not optim.hyperball:
+    return mask
   return jax.tree.map(
-      lambda role: role.is_matrix and role.kind != 'embedding', roles)
+      lambda role, is_decayed: (
+          is_decayed and not hyperball.is_on_hyperball(role)), roles, mask)
 
 
 def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:
@@ -391,10 +414,12 @@ def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:
   return Transformation(tx.init, update)
 
 
-def _add_weight_decay(weight_decay: float | jax.Array, mask: Any
-                      ) -> Transformation:
+def _add_weight_decay(weight_decay: float | jax.Array, mask: Any,
+                      is_cautious: bool) -> Transformation:
   """Returns an optax transformation that adds weight_decay * p to the update of
-  each parameter p that decays.
+  each parameter p that decays. Cautious decay (Chen et al. 2025, arXiv
+  2510.12402, algorithm 1) leaves out the numbers of p that the step makes
+  larger: it multiplies the decay by [u * p >= 0], with the direction u.
 
   It is used instead of optax.add_decayed_weights, whose state has another tree
   structure when a mask is given. Checkpoints would depend on the mask.
@@ -402,11 +427,15 @@ def _add_weight_decay(weight_decay: float | jax.Array, mask: Any
   Args:
     weight_decay: the factor, a number or a traced scalar.
     mask: whether each parameter decays, as a tree.
+    is_cautious: whether the decay is cautious.
   """
   def decay_parameter(update: jax.Array, param: jax.Array, is_decayed: bool):
     if not is_decayed:
       return update
-    return update + weight_decay * param
+    decay = weight_decay * param
+    if is_cautious:
+      decay = jnp.where(update * param >= 0, decay, 0.0)
+    return update + decay
 
   def decay_tree(updates: Any, params: Any):
     return jax.tree.map(decay_parameter, updates, params, mask)

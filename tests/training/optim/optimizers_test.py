@@ -134,6 +134,59 @@ def test_adamw_by_hand():
     np.testing.assert_allclose(tree['kernel'], p, rtol=1e-5)
 
 
+def test_a_cautious_decay_leaves_what_the_step_makes_larger():
+  config = optim(name='sgd', momentum=0.0, lr=0.1, warmup_steps=0, clip_norm=0,
+                 schedule='constant', weight_decay=0.5, cautious_decay=True,
+                 decay_mask=(('.*', 1),))
+  tree = {'kernel': jnp.float32([2.0, 2.0, -2.0, -2.0])}
+  g = np.float32([1.0, -1.0, 1.0, -1.0])
+  tx = optimizers.make_optimizer(config, 10, plain(tree))
+  updates, _ = tx.update({'kernel': g}, tx.init(tree), tree)
+  np.testing.assert_allclose(
+      updates['kernel'], [-0.1 - 0.1, 0.1, -0.1, 0.1 + 0.1], rtol=1e-6)
+
+
+def test_ademamix_by_hand():
+  config = optim(name='ademamix', lr=0.1, warmup_steps=0, schedule='constant',
+                 b1=0.8, b2=0.9, b3=0.99, alpha=3.0, weight_decay=0.0,
+                 clip_norm=0.0)
+  p, m, s, v = np.float64([1.0, -2.0]), 0.0, 0.0, 0.0
+  tree = {'kernel': jnp.asarray(p, jnp.float32)}
+  tx = optimizers.make_optimizer(config, 10, plain(tree))
+  state = tx.init(tree)
+  for t, g in enumerate(np.float64([[3.0, 4.0], [0.1, -0.1]]), start=1):
+    updates, state = tx.update({'kernel': jnp.float32(g)}, state, tree)
+    tree = optax.apply_updates(tree, updates)
+    m, s, v = (0.8 * m + 0.2 * g, 0.99 * s + 0.01 * g, 0.9 * v + 0.1 * g * g)
+    p = p - 0.1 * (m / (1 - 0.8**t) + 3.0 * s) / (
+        np.sqrt(v / (1 - 0.9**t)) + 1e-8)
+    np.testing.assert_allclose(tree['kernel'], p, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'sgd'])
+def test_a_hyperball_keeps_the_norm_of_each_matrix(name):
+  """Two layers in one array, which are matrices of their own, and a vector."""
+  config = optim(name=name, lr=0.1, warmup_steps=0, schedule='constant',
+                 weight_decay=0.5, clip_norm=0.0, hyperball=True)
+  config.update(dict(momentum=0.0) if name == 'sgd' else {})
+  random = np.random.default_rng(0)
+  w, g = random.normal(size=(2, 2, 5, 3))
+  tree = {'w': jnp.float32(w), 'b': jnp.ones(3), 'zero': jnp.zeros((5, 3))}
+  grads = {'w': jnp.float32(g), 'b': jnp.ones(3), 'zero': jnp.float32(g[0])}
+  matrix = Role(('embed', 'mlp'), (0,))
+  tx = optimizers.make_optimizer(
+      config, 10, {'w': matrix, 'b': Role(('embed',)), 'zero': matrix})
+  after, _ = stepping(tx)(grads, tx.init(tree), tree)
+  for i in range(2):
+    u, R = np.sign(g[i]) if name == 'adamw' else g[i], np.linalg.norm(w[i])
+    moved = w[i] - 0.1 * R * u / np.linalg.norm(u)
+    np.testing.assert_allclose(
+        after['w'][i], R * moved / np.linalg.norm(moved), rtol=1e-5, atol=1e-6)
+  # A vector moves as ever. A matrix that is 0 takes a step of the length lr.
+  np.testing.assert_allclose(after['b'], 0.9, rtol=1e-6)
+  np.testing.assert_allclose(np.linalg.norm(after['zero']), 0.1, rtol=1e-5)
+
+
 def test_lion_and_sgd_by_hand():
   flat = dict(lr=0.1, warmup_steps=0, schedule='constant', weight_decay=0.0,
               clip_norm=0.0)
