@@ -140,10 +140,6 @@ def test_a_system_a_source_an_objective_and_a_hook_in_one_file(tmp_path):
   figures = json.loads((tmp_path / 'figures.json').read_text())
   held_out, = [row for row in rows if row['split'] == 'eval']
   assert figures['loss']['loss'] == pytest.approx(held_out['loss'], rel=1e-4)
-  code = 'import archetype; print(archetype.load("run").config.arch)'
-  loaded = forked.run('-c', f'import sys; sys.path.insert(0, {str(ROOT)!r}); '
-                      + code, cwd=tmp_path)
-  assert loaded.stdout.strip() == 'seed_oss', loaded.stderr
 
 
 # A recurrence with fields, a state and a check of its own.

@@ -143,6 +143,7 @@ def test_kill_at_a_random_moment_then_resume(seed, straight, texts, tmp_path):
 
 # Systems of which config.json lacks fields, as their models do not read them.
 _PARTLY_READ = {
+    'llama': ['--config.model.num_layers=1'],
     'qwen3_moe': ['--config.model.num_layers=1',
                   '--config.model.moe.num_experts=4',
                   '--config.model.moe.top_k=2'],
@@ -157,7 +158,8 @@ _ENDS_EARLY = [f'--config.{flag}' for flag in (
 
 @pytest.mark.slow
 @pytest.mark.parametrize('system', [
-    'qwen3_moe', pytest.param('bert', marks=pytest.mark.long)])
+    'llama', pytest.param('qwen3_moe', marks=pytest.mark.long),
+    pytest.param('bert', marks=pytest.mark.long)])
 def test_a_killed_run_records_what_it_would_have_without(
     system, texts, tmp_path, monkeypatch):
   """Its loss falls, so that the largest is the first: it waits for a better
