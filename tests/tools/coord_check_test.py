@@ -52,9 +52,10 @@ def test_the_outputs_of_all_blocks_and_no_other_are_measured():
       'gpt', 'standard', 32, 32, coord_check.TrainingSetting('adamw', 1e-3, 1))
   before, after = coord_check.mean_sizes_of_outputs(config, steps=1, seeds=1)
   module = architectures.build(config.model)
-  state = runs.init_state(
-      module, runs.build_optimizer(module, config.optim, 1),
-      key=jax.random.split(jax.random.key(1), 1)[0], optim=config.optim)
+  tx = runs.build_optimizer(module, config.optim, 1)
+  state = jax.jit(lambda key: runs.init_state(
+      module, tx, key=key, optim=config.optim))(
+          jax.random.split(jax.random.key(1), 1)[0])
   length = coord_check.LENGTH
   tokens_BL = np.frombuffer(coord_check.TEXT.encode(), np.uint8)[
       :coord_check.BATCH * (length + 1)].reshape(-1, length + 1)[:, :-1]

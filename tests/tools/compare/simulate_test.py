@@ -276,15 +276,21 @@ def _shares_of_tuned_studies(studies: int, num_seeds: int, **more
   return _means(studies, one)
 
 
-@pytest.mark.parametrize('studies', [
-    8, pytest.param(200, marks=pytest.mark.long)])
-def test_the_noise_of_tuning_is_in_intervals_and_verdicts(studies, monkeypatch):
+# A search of one rung that is extended at its edges, and the default one.
+SEARCH = dict(rungs=1, extend=3)
+DEFAULT_SEARCH = dict(rungs=plans.Tuning({}).rungs,
+                      extend=plans.Tuning({}).extend, curve=CURVE_INSIDE)
+
+
+@pytest.mark.parametrize('studies, searches', [
+    (8, [(1, DEFAULT_SEARCH), (3, SEARCH)]),
+    pytest.param(200, [*itertools.product((1, 3), (SEARCH, DEFAULT_SEARCH))],
+                 marks=pytest.mark.long)], ids=['8', '200'])
+def test_the_noise_of_tuning_is_in_intervals_and_verdicts(
+    studies, searches, monkeypatch):
   """Of nine copies of the base, each of which is tuned by itself."""
   slack = 2 * math.sqrt(0.05 * 0.95 / studies)
-  search = dict(rungs=1, extend=3)
-  default = dict(rungs=plans.Tuning({}).rungs, extend=plans.Tuning({}).extend,
-                 curve=CURVE_INSIDE)
-  for num_seeds, settings in itertools.product((1, 3), (search, default)):
+  for num_seeds, settings in searches:
     shares = _shares_of_tuned_studies(studies, num_seeds, **settings)
     assert shares['wrong'] <= 0.05 + slack
     assert min(shares['held'], shares['held at a size']) >= 0.93
@@ -294,4 +300,4 @@ def test_the_noise_of_tuning_is_in_intervals_and_verdicts(studies, monkeypatch):
   assert (edges['edge'], edges['found']) == (1.0, 0.0)
   # Without the draws, copies of the base differ from it.
   monkeypatch.setattr(tuning.TuningRuns, 'draw_misses', lambda self, run: None)
-  assert _shares_of_tuned_studies(studies, 1, **search)['held'] < 0.9
+  assert _shares_of_tuned_studies(studies, 1, **SEARCH)['held'] < 0.9
