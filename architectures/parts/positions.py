@@ -9,6 +9,8 @@ relative    scores + b[h, bucket(distance)] (Raffel et al. 2020, section 2.1)
 relative_by_layer  the same, with b a table of each layer's own (UMT5)
 disentangled  scores + products of queries and keys with vectors of distances
             (He et al. 2021): attention/disentangled.py
+path        keys that the tokens between them and the query reflect (Yang et al.
+            2025): attention/path.py
 none        nothing
 
 An entry of POSITIONS, at the end of this file, is all that there is of one.
@@ -28,6 +30,7 @@ import numpy as np
 from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.attention import disentangled
+from architectures.parts.attention.fields import AttentionConfig, PathConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.sharding import Role, declare
@@ -1121,6 +1124,29 @@ class Disentangled(Position):
     disentangled.check(config, stack)
 
 
+class Path(Position):
+  """Products of reflections that each token makes (attention/path.py)."""
+  settings = PathConfig
+  has_bias = True  # type: ignore[assignment]
+
+  def check(self, config: ModelConfig, stack: str) -> None:
+    """Raises RequestError where a layer has no keys that can be reflected, and
+    where something reads scores or keys in another way."""
+    request = "model.position is 'path', which changes the scores of keys"
+    require(stack == 'decoder' and config.mixer == 'attention',
+            f'{request} by the tokens after them: it needs model.mixer '
+            f'attention in a decoder, and they are {config.mixer!r} and an '
+            f'{stack}')
+    for field_name, value, allowed in (
+        ('kv_sharing', config.part(AttentionConfig).kv_sharing, False),
+        ('attention_softcap', config.attention_softcap, 0.0),
+        ('parametrization', config.parametrization, 'standard')):
+      require(value == allowed, f'{request}: set model.{field_name}, which is '
+              f'{value!r}, to {allowed!r}, or choose another position')
+    require(config.attention != 'indexed', f"{request}, and model.attention is "
+            "'indexed', whose indexer leaves some out: choose global")
+
+
 POSITIONS: dict[str, Position] = {
     'disentangled': Disentangled(),
     'learned': Learned(),
@@ -1130,5 +1156,6 @@ POSITIONS: dict[str, Position] = {
     'relative': Relative(),
     'relative_by_layer': RelativeByLayer(),
     'relative_by_token': RelativeByToken(),
+    'path': Path(),
     'none': Position(),
 }

@@ -29,7 +29,8 @@ NGRAMS = dict(rows=40, heads=2)
 ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2, attention_exclusive='all', memory='engram',
-                    forget_gate=True, cca=True, ngrams=NGRAMS, branch_conv=2),
+                    forget_gate=True, cca=True, position='path',
+                    ngrams=NGRAMS, branch_conv=2),
     'banded': dict(**models.window_in_every_other_layer(5), value_norm=True,
                    keys_as_values=True,
                    layer_scale=True, memory='over_encoding', ngrams=NGRAMS),
@@ -64,8 +65,10 @@ ALIKE = {'relu', 'relu2', 'leaky_relu2', 'gelu_tanh', 'silu', 'reglu', 'geglu',
 FFNS = ('gelu', 'moe', 'swiglu', 'gelu', 'swiglu', 'gelu', 'swiglu',
         *[name for name in layers.FFNS
           if name not in {'gelu', 'swiglu', *ALIKE}])
-PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
-             attention=ATTENTIONS, state=[*STATES, 'no'],
+# Reflections go with some attentions alone, and stand in one above.
+PARTS = dict(position=[name for name in POSITIONS if name != 'path'],
+             block=BLOCKS, norm=NORMS, ffn=FFNS, attention=ATTENTIONS,
+             state=[*STATES, 'no'],
              loop=('concat', 'none', 'plain', 'gate', 'none', 'add', 'none'))
 # Every value of every part but networks, one that is added too.
 VARIANTS = [{part: tuple(values)[i % len(values)]
@@ -210,7 +213,7 @@ def _picture(mask):
     ATTENTIONS['indexed'], ATTENTIONS['indexed'] | dict(mixer='latent'),
     ATTENTIONS['blocks'], *PASSED_ON.values()])
 def test_packed_documents_do_not_see_each_other(changes):
-  module, params = models.make_model(position='rope', **changes)
+  module, params = models.make_model(**dict(position='rope') | changes)
   a, b = models.random_tokens(1, 7, seed=4), models.random_tokens(1, 9, seed=5)
   @jax.jit
   def both(params):
@@ -307,6 +310,7 @@ MODELS = {
         key_heads=2, householders=2))),
     'rwkv7': ('llama', dict(mixer='rwkv7', residual='affine')),
     'mamba': ('llama', dict(mixer='mamba', residual='balanced')),
+    'path': ('llama', dict(position='path', num_kv_heads=2)),
     'mamba2': ('mamba2', {}),
     'mamba3': ('llama', dict(mixer='mamba3', residual='embedding')),
     'lfm2': ('lfm2', {}),

@@ -582,6 +582,8 @@ def of_kinds(**kinds):
     ('llama', dict(type_vocab_size=2), '2 has no meaning with model.arch'),
     ('bert', dict(head='sequence', num_labels=0), 'num_labels is 0'),
     ('bert', dict(position='relative_by_token'), 'in a decoder: choose'),
+    ('bert', dict(position='path'), 'in a decoder, and they are'),
+    ('gpt', dict(position='path', attention_softcap=5.0), 'which is 5.0, to 0'),
     ('llama', dict(mixer='latent', position='relative_by_token'), 'attention'),
     ('bert', dict(ffn='none'), 'has the activation of the layers'),
     ('mixtral', dict(moe=dict(router='expert_choice')), 'must not see'),

@@ -102,6 +102,17 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PathConfig:
+  """The fields of position path (path.py)."""
+  rank: int = field(
+      32, 'Size of the vector that reflections are made from; 0: the '
+      "layer's input.", resume=SHAPES)
+  conv: int = field(
+      3, 'Tokens that a convolution of them sees.', least=1, most=MOST_TAPS,
+      resume=SHAPES)
+
+
+@dataclasses.dataclass(frozen=True)
 class LatentConfig:
   """The fields of mixer latent. What is left open: in DeepSeek-V2 the latent
   has the size of 4 heads and the turned part that of half a head (section

@@ -27,8 +27,9 @@ from architectures.parts import sharding
 from architectures.parts.attention import convolved
 from architectures.parts.attention import indexer
 from architectures.parts.attention import kernels
+from architectures.parts.attention import path
 from architectures.parts.attention import steps
-from architectures.parts.attention.fields import AttentionConfig
+from architectures.parts.attention.fields import AttentionConfig, PathConfig
 from architectures.parts.attention.indexer import IndexerConfig
 from architectures.parts.cache import Cache
 from architectures.parts.config import LayerKind, ModelConfig
@@ -427,6 +428,10 @@ class SelfAttention(Attention):
         visible, x_BLD, q_BLHK, k_BMJK, k_positions_BM=k_positions_BM, ctx=ctx)
     visible = steps.add_forget_bias(visible, own_keys.forget_BMHU,
                                     keys.forget_BMHU)
+    visible, cache = path.reflect_keys(
+        self, x_BLD, q_BLHK=q_BLHK, keys=keys, visible=visible,
+        k_positions_BM=k_positions_BM, reads_slots=reads_slots, ctx=ctx,
+        cache=cache)
     with self.count_visible_pairs_only(q_BLHK, k_BMJK, ctx):
       o_BLHK, report = self.weigh_values(
           q_BLHK, k_BMJK, steps.join_values_of_head_pairs(config, v_BMJK),
@@ -791,6 +796,10 @@ class MultiHead(mixer.Mixer):
         inputs[name] = jnp.zeros(last_inputs, config.compute_dtype)
     if fields.cca:
       inputs |= convolved.empty_inputs(config, shape[:-1])
+    if config.position == 'path':
+      last_vectors = (*shape[:-1], config.part(PathConfig).conv - 1,
+                      config.num_kv_heads, config.head_dim)
+      inputs[path.CONV] = jnp.zeros(last_vectors, config.compute_dtype)
     # Keys that are offset keep the features of the last one.
     if fields.key_offset and not fields.kv_sharing:
       last_features = (*shape[:-1], 1, config.num_kv_heads,

@@ -378,7 +378,13 @@ def add_forget_bias(visible: kernels.VisibleKeys,
     return visible
   c_BHL1 = q_sums_BLHU.swapaxes(1, 2)
   c_BH1M = jnp.moveaxis(k_sums_BMHU, 1, 3)
-  bias_BHLM = c_BHL1 - c_BH1M
+  return add_bias_to_scores(visible, c_BHL1 - c_BH1M)
+
+
+def add_bias_to_scores(visible: kernels.VisibleKeys, bias_BHLM: jax.Array
+                       ) -> kernels.VisibleKeys:
+  """Returns `visible` with a bias, [batch, heads, queries, keys], added to what
+  is added to the scores."""
   if visible.bias_BHLM is not None:
     bias_BHLM += visible.bias_BHLM
   # The mask has a mark of the bias: fused kernels cannot add one.

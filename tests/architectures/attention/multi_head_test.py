@@ -13,7 +13,7 @@ import pytest
 
 import architectures
 from architectures.parts import flat, sharding, skeletons
-from architectures.parts.attention import kernels, steps
+from architectures.parts.attention import kernels, path, steps
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.attention.multi_head import CrossAttention
 from architectures.parts.attention.multi_head import SelfAttention
@@ -165,6 +165,34 @@ def test_a_token_mixes_the_bias_of_its_scores_from_profiles_by_distance():
       report.weights_BHLM, want / want.sum(-1, keepdims=True), atol=1e-5)
 
 
+@pytest.mark.parametrize('rank', [0, 3])
+def test_tokens_reflect_the_keys_before_them(rank, monkeypatch):
+  """The products of reflections are taken one by one."""
+  monkeypatch.setattr(path, 'MOST_TOKENS_OF_CHUNK', 4)
+  c = resolved(position='path', path=dict(rank=rank), num_kv_heads=2)
+  module, x = SelfAttention(c, KIND), normal(0, 2, 9, D)
+  params = born(module, x, context(9), None)
+  p, at = numpy_attention.float64(params), np.asarray(x, np.float64)
+  q, k, rate = (numpy_attention.project(p, name, at)
+                for name in ('query', 'key', 'path_rate'))
+  w = numpy_attention.project(p, 'path', at @ p['path_down'] if rank else at)
+  w = convolved(w, p['path_conv'])
+  w *= sigmoid(w)
+  w /= np.sqrt((w ** 2).sum(-1, keepdims=True) + 1e-6)
+  want = np.zeros((2, 4, 9, 9))
+  for b, h, m in np.ndindex(2, 4, 9):
+    j = h // 2
+    key = k[b, m, j]
+    for i in range(m, 9):
+      if i > m:
+        key = key - 2 * sigmoid(rate[b, i, j]) * (w[b, i, j] @ key) * w[b, i, j]
+      want[b, h, i, m] = np.exp(c.score_scale * q[b, i, h] @ key)
+  report = module.apply({'params': params}, x, context(
+      9, keep_attention=True), None)[2]
+  np.testing.assert_allclose(
+      report.weights_BHLM, want / want.sum(-1, keepdims=True), atol=1e-5)
+
+
 @pytest.mark.parametrize('name, fields', [
     ('output_gate', dict(attention_gate='headwise')),
     ('value_gate', dict(value_embedding=True))])
@@ -281,6 +309,7 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
 @pytest.mark.parametrize('fields', [
     dict(attention_conv=3), dict(branch_conv=3), dict(
         cca=True, cca_head_taps=3, attention_bias=True), dict(
+        position='path', forget_gate=True), dict(
         key_offset=True, rope=dict(fraction=0.5), learned_log_scale=True,
         forget_gate=True, attention_sinks=True,
         attention_exclusive='learned')], ids=lambda x: [*x][0])

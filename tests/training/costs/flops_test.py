@@ -82,6 +82,28 @@ def test_a_weight_is_two_flops_and_a_pair_four_of_each_feature(fields):
   assert token['attention'] == size * sum(layer[-1] for layer in seen)
 
 
+@pytest.mark.parametrize('length', [16, 100])
+def test_convolved_and_reflected_keys_count_what_a_hand_counts(length):
+  H, J, K, D, places = 4, 2, 8, 32, min(length, 64)
+  def added(**fields):
+    """The FLOPs of a layer beyond those without positions."""
+    with_and_without = [flops.forward_flops(models.small_config(
+        'llama', num_kv_heads=J, max_len=128, num_layers=1,
+        **dict(position='none') | more), length) for more in (fields, {})]
+    return {k: with_and_without[0][k] - v
+            for k, v in with_and_without[1].items()}
+
+  # Three taps of each feature, and two matrices of each head.
+  assert added(cca=True, cca_taps=3) == dict(
+      attention=0, weights=length * (H + J) * (2 * 3 * K + 2 * 2 * K * K))
+  # Of a visible pair: two products of a query, and three of a key.
+  pair = 2 * (K + places) * H + 2 * (K + places + K) * J
+  in_chunks = -(-length // places) * 2 * places ** 2 * K * (H + J)
+  assert added(position='path') == dict(
+      attention=pair * length * (length + 1) // 2,
+      weights=in_chunks + length * 2 * (D * 32 + (32 + 3) * J * K + D * J))
+
+
 def test_a_convolution_counts_its_window():
   """Depthwise, of 4 places: 8 products and sums for each feature."""
   def short(x_BLD, w_4D):
