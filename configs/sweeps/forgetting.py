@@ -1,7 +1,8 @@
 r"""How a small model forgets: softmax, forgetting attention, and a delta rule.
 
 Lab note. Softmax attention keeps all tokens; a forget gate (FoX) lowers the
-weights of old ones, with and without rotary positions; a gated DeltaNet
+weights of old ones, with and without rotary positions; PaTH lets each token
+reflect the keys before it, in the place of rotary positions; a gated DeltaNet
 forgets by its decay and by what it writes over. The DeltaNet stands without
 its short convolution too, since that alone tells a token its neighbours, and
 attention with such a convolution, so that both can be told apart from it. The
@@ -15,7 +16,7 @@ docs/sweeps.md reports:
 from configs import llama
 from configs.sweeps import helpers
 
-SEEDS = 6
+SEEDS = 5
 
 
 def get_config():
@@ -38,6 +39,9 @@ def sweep(add):
   # A gate of each head says how much of what came before a token is kept.
   add('fox', **{'model.forget_gate': True, 'model.position': 'none'})
   add('fox-rope', **{'model.forget_gate': True})
+
+  # Each token reflects the keys before it.
+  add('path', **{'model.position': 'path', 'model.path.rank': 8})
 
   # A state in place of a cache of all tokens.
   add('deltanet', **{'model.mixer': 'deltanet'})
