@@ -7,10 +7,11 @@ forgets by its decay and by what it writes over. The DeltaNet stands without
 its short convolution too, since that alone tells a token its neighbours, and
 attention with such a convolution, so that both can be told apart from it. The
 base is LLaMA's wiring at 3 layers of width 48, with 128 bytes of context; 300
-steps of 16 rows are 0.6M tokens of the default text. The sweep that
-docs/sweeps.md reports:
+steps of 16 rows are 0.6M tokens of the default text. Parameters are made
+equal, as no network is small enough to make up for the FLOPs of PaTH. The sweep
+that docs/sweeps.md reports:
   python -m tools.sweep run configs/sweeps/forgetting.py \
-      --workdir runs/forgetting --match=flops_per_token
+      --workdir runs/forgetting --match=params
 """
 
 from configs import llama
