@@ -56,11 +56,11 @@ def define_flags() -> None:
   They are not defined when this module is imported, because other programs
   import it and have flags of the same names.
   """
-  cli.define_choices('systems', [], architectures.files('decoder'),
+  cli.define_choices('systems', architectures.files('decoder'),
                      'Decoders; default: all that muP has rules for.')
   flags.DEFINE_list('widths', ['64', '128', '256', '512'],
                     'Values of model.d_model, the base first.')
-  cli.define_choices('mixers', [], blocks.MIXERS, 'Values of model.mixer: each '
+  cli.define_choices('mixers', blocks.MIXERS, 'Values of model.mixer: each '
                      'system is measured with each of them in all its layers; '
                      'default: with the mixers that it has.')
   flags.DEFINE_enum('widen', 'size', [*WIDENED_FIELDS],

@@ -232,18 +232,16 @@ def define_workdir() -> None:
     flags.DEFINE_string('workdir', '', 'The folder of the run.')
 
 
-def define_choices(name: str, default: Sequence[str], choices: Collection[str],
-                   text: str) -> None:
+def define_choices(name: str, choices: Collection[str], text: str) -> None:
   """Defines a flag of absl whose value is a list of names, with commas between
   them. A name that is not among the choices is refused.
 
   Args:
     name: the name of the flag.
-    default: the names that it has by default.
-    choices: the names that are allowed.
+    choices: the names that are allowed. By default there is none.
     text: the beginning of the flag's text for --help; the choices follow.
   """
-  flags.DEFINE_list(name, [*default], f'{text} Of {", ".join(choices)}.')
+  flags.DEFINE_list(name, [], f'{text} Of {", ".join(choices)}.')
 
   # absl calls a validator whenever the flag is set. check_choice raises an
   # error that lists the choices.

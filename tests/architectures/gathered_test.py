@@ -180,6 +180,20 @@ def test_rows_are_looked_up_where_they_lie(sizes):
   assert 'reduce_scatter"' in lowered.as_text()
 
 
+@pytest.mark.parametrize('axes', [('embed', 'mlp'), (None, 'mlp')])
+@pytest.mark.parametrize('sizes', [
+    dict(data=2, fsdp=4), dict(fsdp=2, expert=4),
+    dict(data=2, fsdp=2, tensor=2)])
+def test_gradients_of_shards_are_summed_whatever_splits_the_weight(sizes, axes):
+  shards = math.prod(n for name, n in sizes.items() if name != 'tensor')
+  d_Q = np.arange(shards * 16.0 * 8, dtype=np.float32).reshape(shards, 16, 8)
+  with jax.set_mesh(make_mesh(sizes)), sharding.install_rules(
+      tables.RULES['default']):
+    total = jax.jit(lambda d_Q: sharding.sum_gradients_of_shards(
+        d_Q, axes))(d_Q)
+  np.testing.assert_array_equal(total, d_Q.sum(0))
+
+
 @pytest.mark.parametrize('sizes, gathers', [
     (dict(data=2, fsdp=4), 1), (dict(fsdp=2, expert=4), 2)])
 @pytest.mark.parametrize('keep', [True, False])

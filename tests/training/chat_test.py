@@ -4,6 +4,7 @@ no part of a stop string; lines in, answers out."""
 
 import functools
 import io
+import json
 import sys
 import types
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
+import architectures
 from common.errors import RequestError
 from configs import base
 from tests.helpers import forked, models
@@ -21,6 +23,7 @@ from tools import chat as program
 from tools import convert
 from training import chat, generate
 from training.data import conversations, tokenizers
+from training.hf import config as hf_config
 from training.hf import generation as hf_generation, weights
 from training.objectives import causal
 from training.workdir import run_config
@@ -95,6 +98,15 @@ def test_runs_that_do_not_converse_are_refused(system, objective, tmp_path):
   run_config.save_config(tmp_path, config)
   with pytest.raises(RequestError, match='from left to right: eval.py has'):
     chat.load_from_run(tmp_path)
+
+
+def test_a_folder_of_a_classifier_is_refused(tmp_path):
+  model = architectures.resolve(models.small_config(
+      'gpt', head='sequence', num_labels=2))
+  (tmp_path / 'config.json').write_text(json.dumps(
+      hf_config.config_json_of_model(model, labels=('a', 'b'))))
+  with pytest.raises(RequestError, match='from left to right: eval.py has'):
+    chat.load_from_folder(tmp_path)
 
 
 # The engine.

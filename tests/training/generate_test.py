@@ -56,7 +56,8 @@ STATE = dict(pattern='seen,state', kinds=dict(seen={}, state=dict(
 
 @pytest.mark.parametrize('system, scaling, changes', [
     ('phi3', LONGROPE, STATE), ('phi3', LONGROPE, dict(num_layers=4)),
-    ('llama', dict(scaling='dynamic'), {})])
+    ('llama', dict(scaling='dynamic'), dict(
+        memory='engram', ngrams=dict(rows=40, heads=2)))])
 @pytest.mark.parametrize('write', [greedy, pytest.param(
     searched, marks=pytest.mark.long)])
 def test_a_text_depends_neither_on_the_others_nor_on_its_room(

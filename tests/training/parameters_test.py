@@ -117,8 +117,23 @@ def test_labels_in_another_order_are_refused(tmp_path):
                     data=dict(labels=('a', 'b', 'c')))
   with pytest.raises(RequestError, match=r'has the labels .b, a, c.*a, b, c'):
     parameters.create_state(run, str(tmp_path))
-  run.config.data.labels = ('b', 'a', 'c')
-  parameters.create_state(run, str(tmp_path))
+  for fields in (dict(init_partial=True), dict(data=dict(
+      labels=('b', 'a', 'c')), init_partial=False)):
+    run.config.update(fields)
+    parameters.create_state(run, str(tmp_path))
+
+
+def test_a_run_begins_with_the_step_that_is_named(tmp_path):
+  params = _workdir(tmp_path, 'gpt')
+  run = _run(models.small_config('gpt'), tmp_path)
+  later = jax.tree.map(lambda x: x + 1, run.new_state().params)
+  with checkpoints.Checkpoints(tmp_path, every_steps=0, every_minutes=0.0,
+                               keep=2, keep_every=0) as saved:
+    saved.save(1, {'params': later}, next_batch=1, tokens=0, config=run.config)
+  for step, wanted in ((0, params), (None, paths.flatten_by_path(later))):
+    state = parameters.create_state(run, str(tmp_path), step=step)
+    jax.tree.map(np.testing.assert_array_equal,
+                 paths.flatten_by_path(state.params), wanted)
 
 
 @pytest.mark.parametrize('is_run', [False, True])

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import types
 
 from configs import base
 import jax
@@ -72,6 +73,19 @@ def test_the_first_parameters_are_drawn_from_both_seeds():
   alone = jax.jit(lambda key: jax.tree.leaves(
       run.module.init(key, np.zeros((1, 1), np.int32)))[-1])
   np.testing.assert_allclose(drawn[3, 0], alone(jax.random.key(3)), rtol=1e-6)
+
+
+def test_devices_of_one_machine_share_its_memory(monkeypatch):
+  state = jax.ShapeDtypeStruct((10,), np.float32, sharding=(
+      jax.sharding.SingleDeviceSharding(jax.devices()[0])))
+  counted = []
+  monkeypatch.setattr(runs, 'check_bytes_fit',
+                      lambda num_bytes, **_: counted.append(num_bytes))
+  for platform in ('cpu', 'gpu'):
+    device = types.SimpleNamespace(platform=platform)
+    runs.check_state_fits(state, types.SimpleNamespace(
+        local_devices=8 * [device]))
+  assert counted == [8 * 40, 40]
 
 
 def test_the_ramp_of_a_run_does_not_bind_its_evaluation():

@@ -10,10 +10,12 @@ import pytest
 
 import architectures
 from architectures.parts.attention import indexer, kernels, multi_head
+from architectures.parts.attention.indexer import IndexerConfig
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
 from common.errors import RequestError
 from tests.helpers import models
+from training.costs import flops
 
 INDEXED = dict(attention='indexed', indexer=dict(top_k=3, heads=3, head_dim=12))
 BLOCKS = INDEXED['indexer'] | dict(top_k=4, block=2)
@@ -195,6 +197,19 @@ def test_what_is_seen_is_counted(top_k, block):
   assert kernels.count_useful_pairs(kind, c, 9, 9, prefix=True) == (
       sum(of(max(at + 1, n)) for n in range(1, 9) for at in range(9)),
       8 * 81, 8 * 9 * of(9))
+
+
+@pytest.mark.parametrize('prompt, scored, seen', [
+    (False, 16 * 17 / 2, 16 * 3 - 3), (True, 16 * 16, 16 * 3)])
+def test_each_key_that_may_be_seen_is_scored(prompt, scored, seen):
+  c = architectures.resolve(models.small_config('llama', **INDEXED | dict(
+      indexer=dict(top_k=3))))
+  index = c.part(IndexerConfig)
+  # A score is a product of heads, weighed, and a seen key has a score and a
+  # value.
+  assert flops.forward_flops(c, 16, prompt=prompt)['attention'] == (
+      c.num_layers * (2 * index.heads * (index.head_dim + 1) * scored
+                      + 4 * c.d_model * seen))
 
 
 @pytest.mark.parametrize('changes, words', [

@@ -167,6 +167,12 @@ def test_what_follows_from_a_change_is_told(tmp_path):
   assert ('other: not as published: llama with norm=layernorm in place of '
           'rmsnorm') in table
   assert 'llama: not as published' not in table
+  # Each cost is compared with that of the base.
+  for factor, figure in enumerate(('params', 'active_params',
+                                   'flops_per_token'), 2):
+    made['wide'][figure] = factor * made[description['base']][figure]
+  row = re.search('^wide .*', check.render_cost_table(description), re.M)[0]
+  assert re.findall(r'\+\d+.00%', row) == ['+100.00%', '+200.00%', '+300.00%']
 
 
 def test_costs_are_those_of_the_counter(tmp_path):

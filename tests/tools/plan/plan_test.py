@@ -47,6 +47,17 @@ def test_wrong_names_are_refused_with_choices(name, slices, words):
     chips.parse_topology(name, slices)
 
 
+def test_the_compiler_of_gpus_is_of_the_same_version_as_jax(monkeypatch):
+  versions = {'libtpu': '1.0', 'jax': '2.0', 'jax-cuda13-plugin': '2.0',
+              'jax-cuda13-pjrt': '2.0'}
+  monkeypatch.setattr(chips.importlib.metadata, 'version', versions.get)
+  tpu, gpu = (chips.parse_topology(x) for x in ('v5p:2x2x2', 'h100:8'))
+  assert chips.installed_compiler(tpu) == 'libtpu 1.0'
+  assert chips.installed_compiler(gpu) == 'jax-cuda13-plugin 2.0'
+  versions['jax'] = '2.1'
+  assert chips.installed_compiler(tpu) and not chips.installed_compiler(gpu)
+
+
 def test_every_chip_has_a_published_peak():
   for name, chip in chips.CHIPS.items():
     peak = flops.peak_flops_per_second

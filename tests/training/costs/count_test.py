@@ -120,6 +120,11 @@ def test_parts_add_up_and_costs_are_gpt2s():
   assert figures['flops_per_token']['training'] == pytest.approx(3 * forward)
   assert figures['parameter_bytes'] == 4 * figures['parameters']
   json.dumps(figures)
+  # Without a length it is that of the data, as far as there are positions.
+  config = gpt.get_config('tiny')
+  for positions, length in ((16, 16), (64, 32)):
+    config.model.max_len, config.data.length = positions, 32
+    assert totals.count_costs(config)['length'] == length
 
 
 @pytest.mark.parametrize('tied', [True, False])

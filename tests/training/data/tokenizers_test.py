@@ -169,6 +169,7 @@ def test_rare_special_tokens_at_the_end_need_no_row(tmp_path):
   assert (ours.vocab_size, ours.least_vocab_size) == (size + 2, size)
   assert ours.encode('<image>').max() < size
   assert ours.encode_with_special_tokens('<image>')[0].tolist() == [size]
+  assert load(('<extra_id_0>', True)).least_vocab_size == size + 1
   assert load(('<image>', True), ('<end>', False)).least_vocab_size == size + 2
   assert load(('<image>', True),
               eos_token='<image>').least_vocab_size == size + 1

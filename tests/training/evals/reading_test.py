@@ -20,7 +20,7 @@ from tests.helpers import evaluations
 from tests.helpers import models
 from training import evals
 from training.data import tokenizers
-from training.evals.tasks import reading
+from training.evals.tasks import inspect, reading
 
 TEXTS = ('abcd', 'quick brown', 'jumps', 'over the', 'dog and cat', 'away')
 # A capacity that leaves tokens out wherever a batch is not even.
@@ -241,6 +241,21 @@ def test_induction_is_that_of_random_tokens_that_come_twice(gpt):
                       for i in range(size)], 0).mean(1)
   np.testing.assert_allclose(figures['attention']['decoder']['induction'],
                              expected, atol=1e-5)
+
+
+def test_a_decoder_is_shown_what_it_writes_up_to_its_end(monkeypatch):
+  tokenizer = tokenizers.load('bytes')
+  evaluation = types.SimpleNamespace(
+      tokenizer=tokenizer, options=types.SimpleNamespace(target=''),
+      run=types.SimpleNamespace(module=None, model=types.SimpleNamespace(
+          max_len=9)), params=None)
+  monkeypatch.setattr(
+      inspect.generate, 'generate', lambda *args, max_new_tokens, **kwargs:
+      np.array([[97, tokenizer.separator_id, 98] + max_new_tokens * [99]]))
+  prompts = types.SimpleNamespace(tokens=np.array([[4]]), lengths=None,
+                                  arguments={})
+  ids_1L, note = inspect._decoder_tokens(evaluation, prompts)
+  assert ids_1L.tolist() == [[4, 97]] and "the 1 tokens" in note
 
 
 @pytest.mark.slow

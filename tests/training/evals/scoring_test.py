@@ -202,14 +202,14 @@ def test_pairs_are_counted_by_phenomenon(tmp_path, monkeypatch):
         'acc': right, 'acc agreement': right}
 
 
-def _model(workdir, config=None, step=1):
+def _model(workdir, config=None, step=1, **arguments):
   from training.evals import harness
   module, params = models.make_model('gpt', vocab_size=384)
   return harness.Model(evals.Evaluation(
       types.SimpleNamespace(
           config=config or evaluations.make_config('gpt', 'causal'),
           module=module, model=module.config, context=contextlib.nullcontext),
-      params, step, tokenizers.load('bytes'), None, workdir, {}))
+      params, step, tokenizers.load('bytes'), None, workdir, {}), **arguments)
 
 
 @needs_lm_eval
@@ -270,6 +270,10 @@ def test_a_text_begins_as_in_the_training_of_the_weights(tmp_path, monkeypatch):
   asked = _model(tmp_path)
   assert asked.tok_encode('a[SEP]b') == [97, ids['sep'], 98]
   assert asked.tok_encode('[EOS]') == [ids['eos']]
+  # A token that is put before a text is not put before one that has it.
+  framed = _model(tmp_path, add_bos_token=True, prefix_token_id=ids['bos'])
+  for text in ('a', '[BOS]a'):
+    assert framed.tok_encode(text) == [ids['bos'], 97]
   monkeypatch.setitem(asked._tokenizer.id_of_added_text, '[PAD]', 400)
   with pytest.raises(RequestError, match=r"'a\[PAD\]' has the id 400, which"):
     asked.tok_encode('a[PAD]')

@@ -122,13 +122,20 @@ def test_an_export_names_its_special_tokens(tmp_path):
     assert 'special_tokens_map.json' in names
     out = tokenizers.load(str(tmp_path / f'out{i}'))
     assert out.fingerprint == tokenizers.load(file).fingerprint
+  # An export is written over an earlier one.
+  _vocabulary(tmp_path, ['<new>'])
+  hf_tokenizer.export_tokenizer(tmp_path, config, tmp_path / 'out2', step=5)
+  assert tokenizers.load(str(tmp_path / 'out2')).fingerprint == (
+      tokenizers.load(file).fingerprint)
 
 
 def test_an_export_puts_a_text_between_the_tokens_of_its_family(tmp_path):
   """Where the tokenizer.json does not itself."""
   config, file = base.base(), tmp_path / 'mine.json'
-  def given(arch, model, special):
+  def given(arch, model, special, post_processor=None):
     pipeline = hf.Tokenizer(model)
+    if post_processor is not None:
+      pipeline.post_processor = post_processor
     pipeline.add_special_tokens(special)
     pipeline.save(str(file))
     config.model.arch, config.data.tokenizer = arch, str(file)
@@ -143,6 +150,10 @@ def test_an_export_puts_a_text_between_the_tokens_of_its_family(tmp_path):
       (['[CLS]', 'a', '[SEP]'], [0] * 3),
       (['[CLS]', 'a', '[SEP]', 'a', '[SEP]'], [0, 0, 0, 1, 1])]
   assert given('gpt', words, ['[CLS]', '[SEP]'])[0] == (['a'], [0])
+  ends = hf.processors.TemplateProcessing(
+      single='$A [SEP]', pair='$A $B [SEP]', special_tokens=[('[SEP]', 2)])
+  assert given('bert', words, ['[CLS]', '[SEP]'], ends)[0] == (
+      ['a', '[SEP]'], [0, 0])
   unigram = hf.models.Unigram([('a', -1.0), ('<unk>', -2.0)], unk_id=1)
   assert given('t5', unigram, ['</s>'])[0] == (['a', '</s>'], [0, 0])
   assert given('llama', unigram, ['</s>'])[0] == (['a'], [0])

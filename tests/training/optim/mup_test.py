@@ -62,6 +62,18 @@ def test_a_wider_model_is_born_as_table_8_has_it():
         want, rel=0.1), name
 
 
+def test_factors_of_products_are_those_of_the_base():
+  def factors(width, **changes):
+    c = architectures.resolve(models.small_config(
+        'gpt', d_model=width, embed_scale=0.0, logits_scale=0.0, **changes))
+    return c.embed_scale, c.logits_scale, c.attention_scale
+  base = factors(BASE)
+  mup_fields = dict(parametrization='mup', mup_base_width=BASE)
+  assert factors(4 * BASE, **mup_fields) == base
+  assert base == pytest.approx((BASE ** 0.5, BASE ** -0.5, (BASE / 4) ** -0.5))
+  assert factors(4 * BASE)[:2] == pytest.approx((2 * base[0], base[1] / 2))
+
+
 # Every part of a decoder that has parameters of its own.
 PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
              attention_gate='headwise', value_residual=True,

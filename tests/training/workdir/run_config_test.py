@@ -118,7 +118,7 @@ def test_what_was_saved_is_no_change_whatever_is_learned(system, tmp_path):
       assert name.startswith('model.') or loaded[name] == value
   config.optim.lr *= 2
   change, = run_config.list_changes(workdir, config, derived)
-  assert change.name == 'optim.lr'
+  assert (change.name, change.old * 2) == ('optim.lr', change.new)
 
 
 @pytest.mark.parametrize('system', architectures.files())
