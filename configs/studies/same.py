@@ -3,7 +3,7 @@
 Lab note. Each variant is the base with different initial parameters
 (`init_seed`) and the same data, so all verdicts except "no difference shown"
 are wrong. With Q = 0.05, one study in twenty may screen a variant as different,
-and the confirmation then has to reject it. docs/studies.md has the result.
+and the confirmation then has to reject it.
   python -m tools.study run configs/studies/same.py --workdir runs/same \
       --parallel=2
 """

@@ -14,7 +14,6 @@ by whomever it is trained, as a real one does.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import itertools
 import math
 import random
 
@@ -54,6 +53,8 @@ class World:
       function of a random.Random, with a mean of 0.
     curve: by size, the curve over the rate, as of CURVE_OF_PARTS; a size that
       is not there has the same loss at all rates.
+    unlearnt: the share of the runs of a probe that end a nat above the others,
+      whatever they train. The score of a probe is minus its loss.
   """
   plan: plans.Plan
   study: int
@@ -63,6 +64,7 @@ class World:
   tail: Callable[[random.Random], float] = lambda draws: 0.0
   curve: Mapping[str, tuple[float, float]] = dataclasses.field(
       default_factory=dict)
+  unlearnt: float = 0.0
 
   def train(self, folder, runs) -> list[plans.Outcome]:
     del folder
@@ -71,8 +73,8 @@ class World:
   def _outcome(self, run) -> plans.Outcome:
     rate = run.changes.get(RATE)
     draws = random.Random(f'{self.study}/{run.variant}/{run.seed}/{rate}/'
-                          f'{run.share}/{run.size}')
-    data = random.Random(f'{self.study}/{run.seed}/{run.size}')
+                          f'{run.share}/{run.size}/{run.workload}')
+    data = random.Random(f'{self.study}/{run.seed}/{run.size}/{run.workload}')
     rise, best = self.curve.get(run.size, (0.0, 0.0))
     octaves = math.log2((rate or MIDDLE_RATE) / MIDDLE_RATE)
     loss = (3.0 - 0.3 * SIZES.index(run.size) + 0.5 * (1 - run.share)
@@ -80,10 +82,14 @@ class World:
             + self.effects.get(run.variant, 0.0) + 0.3 * data.gauss(0, 1)
             + self.noise * draws.gauss(0, 1)
             + self.tail(draws) * (run.variant in self.plan.variants))
+    if run.workload != plans.TEXT:
+      loss += draws.random() < self.unlearnt
     diverged = draws.random() < self.diverge
+    measure, = self.plan.measures_of_workload(run.workload)
+    value = measure.chance if diverged else -measure.sign * loss
     return plans.Outcome(
         run.phase, run.variant, run.size, run.workload, run.seed,
-        {'loss': self.plan.primary.chance if diverged else loss}, diverged,
+        {measure.name: value}, diverged,
         1e9 * run.share, run.share, 10_000 * 4 ** SIZES.index(run.size),
         run.changes, math.inf if diverged else loss)
 
@@ -233,15 +239,21 @@ def test_as_much_is_found_as_is_announced():
   assert shares['naive'] < shares['announced']
 
 
-def _tuned_study(number: int, num_seeds: int, effect: float = 0.0,
-                 curve=CURVE_OF_PARTS, **search
+PROBE = plans.Measure('copy', 'copy', 'accuracy', plans.HIGHER, -10.0)
+
+
+def _tuned_study(number: int, effect: float = 0.0, probes=(),
+                 curve=CURVE_OF_PARTS, unlearnt: float = 0.0, **search
                  ) -> dict[str, list[decide.Verdict]]:
   """Returns the screening and the confirmation of nine variants that are the
   base but for an effect of v1, all with the rates that tuning chose."""
-  seeds = phases.default_seeds_by_phase() | {'tune': num_seeds}
-  plan = _plan(9, seeds=seeds.values(), tuning=plans.Tuning(
-      {RATE: (MIDDLE_RATE / 2, MIDDLE_RATE, 2 * MIDDLE_RATE)}, **search))
-  world = World(plan, number, noise=0.025, curve=curve,
+  plan = _plan(
+      9, seeds=phases.default_seeds_by_phase().values(), tuning=plans.Tuning(
+          {RATE: (MIDDLE_RATE / 2, MIDDLE_RATE, 2 * MIDDLE_RATE)}, **search))
+  plan = dataclasses.replace(
+      plan, measures=(*plan.measures, *probes),
+      workloads=(plans.TEXT, *(probe.workload for probe in probes)))
+  world = World(plan, number, noise=0.025, curve=curve, unlearnt=unlearnt,
                 effects={'v1': -effect})
   frozen, state = studies.frozen(plan), phases.StudyState(world)
   noise, tune, *comparing = (
@@ -256,48 +268,54 @@ def _tuned_study(number: int, num_seeds: int, effect: float = 0.0,
           'confirm': decide.confirm_variants(plan, state.outcomes)}
 
 
-def _shares_of_tuned_studies(studies: int, num_seeds: int, **more
-                             ) -> dict[str, float]:
+def _shares_of_tuned_studies(studies: int, **more) -> dict[str, float]:
   """Returns how often nine variants are wrongly claimed or passed, their
-  intervals hold the truth, and v1 is found."""
+  intervals hold the truth, and v1 is found; and the same of their probes."""
 
   def one(number, add):
-    rows = _tuned_study(number, num_seeds, **more)
-    _, *nulls = rows['confirm']
-    add('wrong', any(row.verdict in CLAIMS for row in nulls))
+    rows = _tuned_study(number, **more)
+    for measure in dict.fromkeys(row.measure for row in rows['confirm']):
+      first, *nulls = [row for row in rows['confirm'] if row.measure == measure]
+      add(f'{measure} wrong', any(row.verdict in CLAIMS for row in nulls))
+      add(f'{measure} found', first.verdict == decide.BETTER)
+      for row in nulls:
+        add(f'{measure} held', _holds_zero(row))
+        add(f'{measure} held at a size', _holds_zero(row.sizes[0]))
+        add(f'{measure} edge', row.verdict == decide.AT_EDGE)
     add('screened', any(row.verdict == decide.PASSED
                         for row in rows['screen'][1:]))
-    add('edge', np.mean([row.verdict == decide.AT_EDGE for row in nulls]))
-    for row in nulls:
-      add('held', _holds_zero(row))
-      add('held at a size', _holds_zero(row.sizes[0]))
-    add('found', rows['confirm'][0].verdict == decide.BETTER)
 
   return _means(studies, one)
 
 
 # A search of one rung that is extended at its edges, and the default one.
-SEARCH = dict(rungs=1, extend=3)
-DEFAULT_SEARCH = dict(rungs=plans.Tuning({}).rungs,
+SEARCH = dict(rungs=1, extend=3, probes=[PROBE])
+DEFAULT_SEARCH = dict(rungs=plans.Tuning({}).rungs, probes=[PROBE],
                       extend=plans.Tuning({}).extend, curve=CURVE_INSIDE)
 
 
-@pytest.mark.parametrize('studies, searches', [
-    (8, [(1, DEFAULT_SEARCH), (3, SEARCH)]),
-    pytest.param(200, [*itertools.product((1, 3), (SEARCH, DEFAULT_SEARCH))],
-                 marks=pytest.mark.long)], ids=['8', '200'])
-def test_the_noise_of_tuning_is_in_intervals_and_verdicts(
-    studies, searches, monkeypatch):
-  """Of nine copies of the base, each of which is tuned by itself."""
+@pytest.mark.parametrize('studies', [
+    8, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize('settings', [
+    SEARCH, DEFAULT_SEARCH,
+    pytest.param(SEARCH | dict(unlearnt=0.1), marks=pytest.mark.long)],
+                         ids=['parts', 'default', 'unlearnt'])
+def test_the_noise_of_tuning_is_in_intervals_and_verdicts(settings, studies):
+  """Of nine copies of the base, each of which is tuned by itself, on the text
+  and on a probe."""
   slack = 2 * math.sqrt(0.05 * 0.95 / studies)
-  for num_seeds, settings in searches:
-    shares = _shares_of_tuned_studies(studies, num_seeds, **settings)
-    assert shares['wrong'] <= 0.05 + slack
-    assert min(shares['held'], shares['held at a size']) >= 0.93
-    assert shares['edge'] < 0.5
+  shares = _shares_of_tuned_studies(studies, **settings)
+  for measure in ('loss', 'copy'):
+    assert shares[f'{measure} wrong'] <= 0.05 + slack
+    assert shares[f'{measure} held'] >= 0.93
+    assert shares[f'{measure} held at a size'] >= 0.93
+  assert shares['loss edge'] < 0.5
+
+
+def test_tuning_at_an_edge_and_without_draws(monkeypatch):
   # Each rate of the grid alone has no inner optimum, and so no verdict.
-  edges = _shares_of_tuned_studies(2, 3, rungs=1, extend=0, effect=0.2)
-  assert (edges['edge'], edges['found']) == (1.0, 0.0)
+  edges = _shares_of_tuned_studies(2, rungs=1, extend=0, effect=0.2)
+  assert (edges['loss edge'], edges['loss found']) == (1.0, 0.0)
   # Without the draws, copies of the base differ from it.
   monkeypatch.setattr(tuning.TuningRuns, 'draw_misses', lambda self, run: None)
-  assert _shares_of_tuned_studies(studies, 1, **SEARCH)['held'] < 0.9
+  assert _shares_of_tuned_studies(8, **SEARCH)['copy held'] < 0.95
