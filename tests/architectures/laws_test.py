@@ -299,7 +299,8 @@ MODELS = {
             mixer='gla', position='none')),
         gla=dict(heads=4, key_dim=8, value_dim=8))),
     'deltanet': ('llama', dict(mixer='deltanet', deltanet=dict(
-        key_heads=2, value_heads=4, key_dim=8, value_dim=8))),
+        key_heads=2, value_heads=4, key_dim=8, value_dim=8,
+        precondition=1.5))),
     'latent': ('deepseek_v32', dict(mtp_depth=1, indexer=dict(top_k=5))),
     'entries': ('llama', dict(
         pattern='csa,hca,swa', kinds={name: dict(mixer=name) for name in (

@@ -24,7 +24,8 @@ MIXERS_WITH_STATE = tuple(name for name, mixer in blocks.MIXERS.items()
 MIXERS_WITHOUT_OWN_CALL = tuple(name for name in MIXERS_WITH_STATE
               if '__call__' not in vars(blocks.MIXERS[name].module))
 # Ways to set a mixer that are looked at as it is, by a name of their own.
-VARIANTS = {'delta_product': ('deltanet', dict(householders=2))}
+VARIANTS = {'delta_product': ('deltanet', dict(householders=2)),
+            'preconditioned': ('deltanet', dict(precondition=1.5))}
 WIDTH = 32  # d_model of models.small_config
 # Each mixer takes those of these fields that its group has: 2 or 4 heads of
 # keys with 6 features, and 4 heads of values with 5.

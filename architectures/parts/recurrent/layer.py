@@ -35,8 +35,10 @@ HEADS = 'key_heads', 'value_heads', 'heads', 'groups'
 @struct.dataclass
 class State:
   """The cache of a layer, however long a row is: the state after its last
-  token, and the last inputs of the convolutions, if it has convolutions."""
+  token, and the last inputs of the convolutions, if it has convolutions. With a
+  preconditioner it also has the decayed sum of squares of keys."""
   state_BHKU: jax.Array
+  curvature_BJ1K: Optional[jax.Array] = None
   query_BWJK: Optional[jax.Array] = None
   key_BWJK: Optional[jax.Array] = None
   value_BWHU: Optional[jax.Array] = None
@@ -120,6 +122,28 @@ class Layer(nn.Module):
     norm = features.RMSNorm(norm_config, name='out_norm')
     return norm(o_BLHU) * self.gate(x_BLD, ctx)
 
+  def run(self, inputs: recurrence.Inputs, x_BLD: jax.Array, ctx: Context,
+          cache: Optional[State]) -> tuple[jax.Array, State]:
+    """Runs the layer's recurrence, whose state begins at zero with each
+    document.
+
+    Args:
+      inputs: queries, keys, values, decays and rates, as if a row were one
+        document.
+      x_BLD: the layer's input, of which a subclass makes more.
+      ctx: the context of the layer.
+      cache: the states of the tokens before; None: there are none.
+
+    Returns:
+      What is read of the state, [B, L, H, U], and a cache with the states after
+      these tokens, but without the inputs of convolutions.
+    """
+    del x_BLD
+    inputs = reset_at_documents(inputs, ctx, keeps_state=cache is not None)
+    o_BLHU, state_BHKU = recurrence.run_recurrence(
+        inputs, None if cache is None else cache.state_BHKU)
+    return o_BLHU, State(state_BHKU)
+
   @property
   def sizes(self):
     return self.config.part(self.settings)
@@ -173,14 +197,11 @@ class Layer(nn.Module):
         ctx=ctx, valid_BL=valid_BL, before_BWHK=cache and cache.value_BWHU)
 
     # The recurrence, from the cached state or zeros.
-    inputs = reset_at_documents(
-        self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx), ctx.segment_ids_BL,
-        valid_BL)
-    o_BLHU, state_BHKU = recurrence.run_recurrence(
-        inputs, cache and cache.state_BHKU)
+    inputs = self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx)
+    o_BLHU, states = self.run(inputs, x_BLD, ctx=ctx, cache=cache)
     if cache is not None:
-      cache = State(state_BHKU, query_BWJK=query_BWJK, key_BWJK=key_BWJK,
-                    value_BWHU=value_BWHU)
+      cache = states.replace(query_BWJK=query_BWJK, key_BWJK=key_BWJK,
+                             value_BWHU=value_BWHU)
 
     # The norm, the gate and the output's product.
     o_BLHU = self.normalise_and_gate(o_BLHU, x_BLD, v_BLHU, ctx)
@@ -264,8 +285,8 @@ class Layer(nn.Module):
       y_BLHK /= config.widening
     return sharding.constrain(y_BLHK, 'batch', 'length', *axes)
 
-  def project_to_heads(self, name: str, x_BLD: jax.Array, each: int = 1
-                       ) -> jax.Array:
+  def project_to_heads(self, name: str, x_BLD: jax.Array, each: int = 1, *,
+                       of_keys: bool = False) -> jax.Array:
     """Makes one or more numbers for each head of values, such as a decay, as
     the product W x. The weight W is declared here.
 
@@ -279,14 +300,17 @@ class Layer(nn.Module):
       name: the name of the weight.
       x_BLD: the layer's input.
       each: how many numbers a head gets. They are neighbours in the result.
+      of_keys: whether heads of keys get numbers, and not those of values.
 
     Returns:
       float32 [B, L, H * each].
     """
     config = self.config
-    w_DH = layers.weight(self, name, shape=(
-        config.d_model, self.sizes.value_heads * each), axes=('embed', 'heads'),
-                         output=True)
+    heads, (axis, _) = self.sizes.value_heads, VALUE_AXES
+    if of_keys:
+      heads, (axis, _) = self.sizes.key_heads, self.key_axes
+    w_DH = layers.weight(self, name, shape=(config.d_model, heads * each),
+                         axes=('embed', axis), output=True)
     y_BLH = layers.einsum('BLD,DH->BLH', x_BLD, w_DH,
                           dtype=config.compute_dtype)
     return y_BLH.astype(jnp.float32) / config.widening
@@ -332,7 +356,8 @@ class Layer(nn.Module):
         'rate', x_BLD, self.sizes.householders))
     return 2 * rate_BLH if self.sizes.negative else rate_BLH
 
-  def softplus_decay(self, x_BLHK: jax.Array, least: float) -> jax.Array:
+  def softplus_decay(self, x_BLHK: jax.Array, least: float,
+                     name: str = 'decay', axis: str = 'heads') -> jax.Array:
     """Computes the logarithms of decays, -exp(A) softplus(x + bias), as Mamba-2
     does. A and the bias are parameters, which are declared here.
 
@@ -343,18 +368,20 @@ class Layer(nn.Module):
         feature of a head, [B, L, H, K].
       least: the least initial value of exp(A). It is drawn uniformly between
         `least` and 16 for each head.
+      name: the parameters are called `name`_scale and `name`_bias.
+      axis: the logical axis of the heads.
 
     Returns:
       Negative numbers, float32, of the shape of x.
     """
     # There is one A for each head, and a bias for each number of a token.
     shape = x_BLHK.shape[2:]
-    scale_H = declare(self, 'decay_scale', init=log_uniform_initializer(least),
-                      shape=shape[:1],
-                      role=Role(('heads',))).astype(jnp.float32)
+    scale_H = declare(self, f'{name}_scale', shape=shape[:1],
+                      init=log_uniform_initializer(least),
+                      role=Role((axis,))).astype(jnp.float32)
     bias_HK = declare(
-        self, 'decay_bias', init=step_bias, shape=shape,
-        role=Role(('heads', 'head')[:len(shape)])).astype(jnp.float32)
+        self, f'{name}_bias', init=step_bias, shape=shape,
+        role=Role((axis, 'head')[:len(shape)])).astype(jnp.float32)
     scale_H = -jnp.exp(scale_H).reshape(1, 1, -1, *(1 for _ in shape[1:]))
     return scale_H * jax.nn.softplus(x_BLHK + bias_HK[None, None])
 
@@ -381,9 +408,8 @@ def steps_to_places(n: int, x_BLH: jax.Array) -> jax.Array:
   return x_BLnH.reshape(B, L * n, -1, *feature_shape)
 
 
-def reset_at_documents(
-    x: recurrence.Inputs, ids_BL: Optional[jax.Array],
-    valid_BL: Optional[jax.Array]) -> recurrence.Inputs:
+def reset_at_documents(x: recurrence.Inputs, ctx: Context, keeps_state: bool
+                       ) -> recurrence.Inputs:
   """Changes the inputs of a linear recurrence so that its state begins at zero
   with each document, and so that padding leaves the state as it is.
 
@@ -393,19 +419,21 @@ def reset_at_documents(
   Args:
     x: the inputs (queries, keys, values, decays and rates) of rows, as if a row
       were one document.
-    ids_BL: the number of each token's document, [B or 1, L]; None: a row is one
-      document.
-    valid_BL: 0 on padding, [B, L]; None: there is no padding.
+    ctx: the context of the layer, with the number of each token's document and
+      0 on padding.
+    keeps_state: whether the state after the row is kept in a cache. Only then
+      does padding matter, which stands at the end of a row.
 
   Returns:
     The changed inputs.
   """
+  ids_BL, valid_BL = ctx.segment_ids_BL, ctx.valid_BL
   log_decay_BLHK = x.log_decay_BLHK
 
   # On padding the decay becomes 1, and nothing is written to the state: the
   # rate, which multiplies what is written, becomes 0. Without a rate, the key
   # does.
-  if valid_BL is not None:
+  if keeps_state and valid_BL is not None:
     is_valid_BL1 = valid_BL[..., None] != 0
     if log_decay_BLHK is not None:
       log_decay_BLHK = jnp.where(is_valid_BL1[..., None], log_decay_BLHK, 0)
@@ -449,6 +477,12 @@ def step_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
   return jnp.log(jnp.expm1(initial_step)).astype(dtype)
 
 
+def has_preconditioner(sizes: Any) -> bool:
+  """Returns whether a recurrence, of which `sizes` has the fields, multiplies
+  the keys that it writes by a preconditioner."""
+  return getattr(sizes, 'precondition', 1) > 1
+
+
 class Recurrence(mixer.Mixer):
   """The entry of a recurrence in the table of mixers."""
   fields = ('norm_eps',)
@@ -469,10 +503,13 @@ class Recurrence(mixer.Mixer):
       shape: (..., rows, tokens). The cache does not grow with the tokens.
     """
     sizes, rows = config.part(self.module.settings), shape[:-1]
-    state_BHKU = jnp.zeros(
-        (*rows, sizes.value_heads, sizes.key_dim, sizes.value_dim))
+    state = State(state_BHKU=jnp.zeros(
+        (*rows, sizes.value_heads, sizes.key_dim, sizes.value_dim)))
+    if has_preconditioner(sizes):
+      state = state.replace(curvature_BJ1K=jnp.zeros(
+          (*rows, sizes.key_heads, 1, sizes.key_dim)))
     if not sizes.conv:
-      return State(state_BHKU=state_BHKU)
+      return state
 
     def empty_inputs(heads: int, features: int) -> jax.Array:
       """Returns the inputs that a convolution over `conv` tokens keeps."""
@@ -482,8 +519,7 @@ class Recurrence(mixer.Mixer):
     # A token may take several steps of the recurrence. It has a key and a value
     # for each of them, but one query.
     steps = sizes.householders
-    return State(
-        state_BHKU=state_BHKU,
+    return state.replace(
         query_BWJK=empty_inputs(sizes.key_heads, sizes.key_dim),
         key_BWJK=empty_inputs(sizes.key_heads * steps, sizes.key_dim),
         value_BWHU=empty_inputs(sizes.value_heads * steps, sizes.value_dim))
@@ -507,3 +543,9 @@ class Recurrence(mixer.Mixer):
       raise RequestError(
           f'model.{config.mixer}.key_heads is {sizes.key_heads}, which does '
           f'not divide model.{config.mixer}.value_heads {sizes.value_heads}')
+    if has_preconditioner(sizes) and sizes.householders > 1:
+      raise RequestError(
+          f'model.{config.mixer}.precondition is {sizes.precondition:g}, which '
+          'is for one key a token, and '
+          f'model.{config.mixer}.householders is {sizes.householders}: choose '
+          '1 for one of the two')

@@ -7,6 +7,7 @@ layer.py; positions are read by retention alone.
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -45,6 +46,13 @@ class _Heads:
         value_dim=self.value_dim or config.head_dim)
 
 
+CURVATURE_EPS = 1e-6  # beside a sum of squares, as in the authors' program
+PRECONDITION = dict(
+    doc='the preconditioner multiplies each feature of a key that is written '
+    'by a number between 1 / this and this (paper: 1.5); 1: there is none',
+    least=1, most=2, resume=SHAPES)
+
+
 @dataclasses.dataclass(frozen=True)
 class _DeltaRule(_Heads):
   """The fields of mixers deltanet and comba."""
@@ -72,6 +80,7 @@ class DeltaNetConfig(_DeltaRule):
   householders: int = field(
       1, 'steps of the delta rule a token, each with a key, a value and a rate '
       'of its own (DeltaProduct)', least=1, resume=SHAPES)
+  precondition: float = field(1.0, **PRECONDITION)
 
 
 class DeltaNet(layer.Layer):
@@ -100,6 +109,9 @@ class DeltaNet(layer.Layer):
 
   The transition of a token is a product of n reflections or less, so that with
   `negative` n = 2 can be a rotation, and any permutation of n + 1 things.
+
+  With `precondition` above 1 the key that is written is multiplied by numbers
+  that stand for the inverse of the keys' covariance (see `run`).
   """
   settings = DeltaNetConfig
   silu_without_conv = True
@@ -137,6 +149,61 @@ class DeltaNet(layer.Layer):
         move_steps_to_length(features.normalize_length(k_BLJK)),
         move_steps_to_length(v_BLHU), log_decay_BLHK=log_decay_BLHK,
         rate_BLH=move_steps_to_length(self.rate(x_BLD)))
+
+  def run(self, inputs: recurrence.Inputs, x_BLD: jax.Array, ctx: Context,
+          cache: layer.State | None) -> tuple[jax.Array, layer.State]:
+    """Runs the recurrence, with a preconditioner if the layer has one (Tumma,
+    Loo and Rus 2026, arXiv 2604.21100, as the authors' program has it).
+
+    The delta rule is a step of gradient descent on |v - S^T k|^2. A Newton step
+    would write P k in place of k, with P the inverse of the sum of all k k^T.
+    That sum is replaced by its diagonal C, [K] of a head of keys, in which old
+    keys decay as in the state, and its inverse by a bounded power of it:
+
+      C_t  = a'_t C_t-1 + b'_t k_t * k_t       a' and b' made as a and b are
+      r    = log(C_t + 1e-6) - c               c: a number for each head of keys
+      M_t  = x^(-r / (1 + |r|))                between 1 / x and x
+      S_t  = A_t S_t-1 + b_t (M_t * k_t) (v_t - (A_t S_t-1)^T k_t)^T
+
+    Here x is `precondition` and A the decay of the layer; without one, a' is 1.
+    C is itself a recurrence, with keys of one feature and values k * k.
+
+    The arguments and results are those of `Layer.run`.
+    """
+    sizes = self.sizes
+    if not layer.has_preconditioner(sizes):
+      return super().run(inputs, x_BLD, ctx=ctx, cache=cache)
+    key_axis = self.key_axes[0]
+    log_decay_BLJ1 = None
+    if getattr(sizes, 'decay', True):
+      log_decay_BLJ1 = self.softplus_decay(
+          self.project_to_heads('curvature_decay', x_BLD, of_keys=True),
+          least=0.01, name='curvature_decay', axis=key_axis)[..., None]
+    rate_BLJ1 = jax.nn.sigmoid(self.project_to_heads(
+        'curvature_rate', x_BLD, of_keys=True))[..., None]
+    center_J = declare(
+        self, 'curvature_center', init=nn.initializers.constant(-0.2),
+        shape=(sizes.key_heads,), role=Role((key_axis,)))
+
+    # The curvature C. A square falls as 1 / K where muP widens heads.
+    k_BLJK = inputs.k_BLJK.astype(jnp.float32)
+    squares = recurrence.Inputs(
+        q_BLJK=jnp.ones_like(rate_BLJ1), k_BLJK=rate_BLJ1,
+        v_BLHU=self.config.head_widening * jnp.square(k_BLJK),
+        log_decay_BLHK=log_decay_BLJ1)
+    curvature_BLJK, curvature_BJ1K = recurrence.run_recurrence(
+        layer.reset_at_documents(squares, ctx, keeps_state=cache is not None),
+        None if cache is None else cache.curvature_BJ1K)
+
+    # The preconditioner M. Only what is written has it: the key alone reads.
+    center_1J1 = center_J.astype(jnp.float32)[None, None, :, None]
+    excess_BLJK = jnp.log(curvature_BLJK + CURVATURE_EPS) - center_1J1
+    bounded_BLJK = excess_BLJK / (1 + jnp.abs(excess_BLJK))
+    multiplier_BLJK = jnp.exp(-math.log(sizes.precondition) * bounded_BLJK)
+    inputs = inputs._replace(k_BLJK=multiplier_BLJK * k_BLJK,
+                             erase_BLJK=inputs.k_BLJK)
+    o_BLHU, states = super().run(inputs, x_BLD, ctx=ctx, cache=cache)
+    return o_BLHU, states.replace(curvature_BJ1K=curvature_BJ1K)
 
   def log_decay(self, x_BLD: jax.Array) -> jax.Array | None:
     """Returns log a, [B, L, H, 1]; None: there is no decay."""
@@ -203,8 +270,8 @@ class Comba(DeltaNet):
 
 
 @dataclasses.dataclass(frozen=True)
-class KDAConfig(_Heads):
-  """The fields of mixer kda. What is left open is as attention has it, and
+class GDN2Config(_Heads):
+  """The fields of mixer gdn2. What is left open is as attention has it, and
   products of low rank are as wide as a head's value."""
   conv: int = field(4, 'tokens that a convolution sees; 0: no convolution',
                     most=MOST_TAPS, resume=SHAPES)
@@ -218,6 +285,12 @@ class KDAConfig(_Heads):
   def derived(self, config: ModelConfig):
     sizes = super().derived(config)
     return dataclasses.replace(sizes, rank=self.rank or sizes.value_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class KDAConfig(GDN2Config):
+  """The fields of mixer kda: those of gdn2, and a preconditioner."""
+  precondition: float = field(1.0, **PRECONDITION)
 
 
 class KDA(DeltaNet):
@@ -242,10 +315,6 @@ class KDA(DeltaNet):
     del ctx
     z_BLHU = self.project_low_rank('gate', x_BLD, self.sizes.value_dim)
     return jax.nn.sigmoid(z_BLHU)
-
-
-class GDN2Config(KDAConfig):
-  """The fields of mixer gdn2, which are those of kda."""
 
 
 class GDN2(KDA):

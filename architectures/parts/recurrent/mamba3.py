@@ -118,7 +118,7 @@ class Mamba3(mamba2.Mamba2):
         q_BLJK=q_BLHK, k_BLJK=key_BLHK, v_BLHU=written_BLHU,
         log_decay_BLHK=log_decay_BLH[..., None])
     o_BLHU, state_BHKU = recurrence.run_recurrence(
-        layer.reset_at_documents(inputs, ctx.segment_ids_BL, valid_BL),
+        layer.reset_at_documents(inputs, ctx, keeps_state=cache is not None),
         before.state_BHKU)
 
     # S' lacks the token's own term, (g B . C) x, which is added here with the

@@ -152,7 +152,7 @@ class RWKV7(layer.Layer):
         q_BLJK=q_BLHK, k_BLJK=keys, v_BLHU=values,
         log_decay_BLHK=log_decay_BLHK, erase_BLJK=erase)
     o_BLHU, state_BHKU = recurrence.run_recurrence(
-        layer.reset_at_documents(inputs, ctx.segment_ids_BL, valid_BL),
+        layer.reset_at_documents(inputs, ctx, keeps_state=cache is not None),
         cache and cache.state_BHKU)
     if cache is not None:
       cache = State(state_BHKU=state_BHKU, input_B1D=input_B1D)

@@ -57,6 +57,19 @@ def _silu_gate(p, x_LD):
   return SILU(np.einsum('ld,dhk->hlk', x_LD, p['output_gate']))
 
 
+def _preconditioner(p, x_LD, k_JLK, m):
+  """M of the authors' naive.py, a token at a time, or ones."""
+  M, C = np.ones(k_JLK.shape), np.zeros(k_JLK[:, 0].shape)
+  for t in range(len(x_LD) if 'curvature_rate' in p else 0):
+    if 'curvature_decay' in p:
+      C = C * np.exp(-np.exp(p['curvature_decay_scale']) * SOFTPLUS(
+          x_LD[t] @ p['curvature_decay'] + p['curvature_decay_bias']))[:, None]
+    C = C + SIGMOID(x_LD[t] @ p['curvature_rate'])[:, None] * k_JLK[:, t] ** 2
+    r = np.log(C + 1e-6) - p['curvature_center'][:, None]
+    M[:, t] = np.exp(-np.log(m.precondition) * r / (1 + np.abs(r)))
+  return M
+
+
 def _delta(p, x_LD, m):
   """Token by token, as the papers have it, of DeltaNet, DeltaProduct, KDA and
   Gated DeltaNet 2: each step of a token has a key, a value and a rate in a
@@ -84,14 +97,16 @@ def _delta(p, x_LD, m):
     log_a = (-np.exp(p['decay_scale']) * SOFTPLUS(
         x_LD @ p['decay'] + p['decay_bias'])).T[..., None]
   o = np.zeros((H, len(x_LD), v.shape[3]))
+  multipliers = _preconditioner(p, x_LD, k[::H // m.key_heads, 0], m)
   for h in range(H):
     S = np.zeros((k.shape[3], v.shape[3]))
     for t in range(len(x_LD)):
       S = np.exp(log_a[h, t])[:, None] * S
       for i in range(n):
-        key = k[h, i, t]
-        S = (np.eye(len(S)) - np.outer(key, erase[h, i, t] * key)) @ S
-        S = S + np.outer(key, write[h, i, t] * v[h, i, t])
+        key, written = k[h, i, t], k[h, i, t] * multipliers[h // (
+            H // m.key_heads), t]
+        S = (np.eye(len(S)) - np.outer(written, erase[h, i, t] * key)) @ S
+        S = S + np.outer(written, write[h, i, t] * v[h, i, t])
       o[h, t] = S.T @ q[h, t] / np.sqrt(len(S))
   if 'output_gate' not in p:
     return _normed(p, o, SIGMOID(_low_rank(p, 'gate', x_LD)))
@@ -248,6 +263,8 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta,
     ('deltanet', dict(conv=0)),
     ('deltanet', dict(decay=False, gate='sigmoid', norm_eps=0.01)),
     ('deltanet', dict(householders=3, negative=True)),
+    ('deltanet', dict(precondition=1.5)), ('kda', dict(precondition=2.0)),
+    ('deltanet', dict(precondition=1.5, decay=False, conv=0)),
     ('comba', {}), ('comba', dict(conv=0, negative=True)),
     ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),
     ('gdn2', {}), ('gdn2', dict(negative=True, conv=0, key_heads=4)),
@@ -403,6 +420,8 @@ def test_tokens_of_zeros_have_a_gradient():
 @pytest.mark.parametrize('changes, sentence', [
     (changes_with_mixer('kda', key_heads=3),
      'key_heads is 3, which does not divide'),
+    (changes_with_mixer('deltanet', householders=2, precondition=1.5),
+     'choose 1 for one of the two'),
     (changes_with_mixer('mamba2', groups=3),
      'groups is 3, which does not divide'),
     (changes_with_mixer('mamba3', groups=3),

@@ -34,6 +34,7 @@ PRODUCT = 'delta_product'  # a token takes several steps
 S6 = 'mamba'  # a scan of another form
 SHIFTED = 'rwkv7'  # a token is mixed with the one before it
 COMBA = 'comba'  # reads its state before that decays
+CURVED = 'preconditioned'  # a second recurrence of squares of keys
 TURNED = 'mamba3'  # keys turn by angles that add up, and wait for a token
 # A test that takes no time.
 USUAL = parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL)
@@ -64,7 +65,8 @@ def stepwise(layer, params, x_BLD, first=0):
   return run(params, x_BLD)
 
 
-@parametrize_mixers(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6, COMBA)
+@parametrize_mixers(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6, COMBA,
+                   CURVED)
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
@@ -76,7 +78,8 @@ def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
   models.assert_trees_close(want, stepwise(layer, p, x_BLD, first), 2e-5)
 
 
-@parametrize_mixers(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6, COMBA)
+@parametrize_mixers(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6, COMBA,
+                   CURVED)
 def test_packed_documents_are_those_apart(mixer, short_pieces):
   """Neither the state nor the convolutions see the document before."""
   layer, p = recurrences.make_layer(mixer)
@@ -89,7 +92,8 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 
 
 # With the delta rule and without it.
-@parametrize_mixers(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6)
+@parametrize_mixers(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6,
+                    CURVED)
 def test_padding_is_no_part_of_a_state(mixer, short_pieces):
   layer, p = recurrences.make_layer(mixer)
   x_BLD = recurrences.random_inputs(2, 7)
@@ -213,7 +217,7 @@ def test_a_state_has_one_size_and_is_float32(mixer):
       2 * 2 * 32, 0)
 
 
-@parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL, PRODUCT)
+@parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL, PRODUCT, CURVED)
 def test_flops_are_those_of_the_products(mixer):
   """FLOPs include the convolutions, each weight of which a token uses once."""
   c = architectures.resolve(models.small_config('llama',
@@ -241,11 +245,15 @@ def test_flops_are_those_of_the_products(mixer):
           else J * K * (read + delta * less))
   solved = sum(i - j - 1 for i in range(P) for j in range(i))
   pieces = meet + H * (U * read + (U + K) * delta * half) + H * solved * delta
+  # The preconditioner's recurrence has keys of one feature.
+  curved = 'curvature_rate' in has
+  curvature = curved * J * (half * (1 + K) + 2 * L * K)
   assert counts['attention'] == pytest.approx(
-      2 * N * (pieces + ((1 + delta) * P + L) * H * K * U))
+      2 * N * (pieces + curvature + ((1 + delta) * P + L) * H * K * U))
   counts = flops.decode_flops(c, L)
   assert counts['weights'] == 2 * weights
-  assert counts['attention'] == 2 * N * ((1 + delta) * n + 1) * H * K * U
+  assert counts['attention'] == 2 * N * (
+      ((1 + delta) * n + 1) * H * K * U + curved * 2 * J * K)
   assert counts == flops.decode_flops(c, 30)  # whatever came before
 
 
