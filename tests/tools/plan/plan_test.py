@@ -51,7 +51,7 @@ def test_the_compiler_of_gpus_is_of_the_same_version_as_jax(monkeypatch):
   versions = {'libtpu': '1.0', 'jax': '2.0', 'jax-cuda13-plugin': '2.0',
               'jax-cuda13-pjrt': '2.0'}
   monkeypatch.setattr(chips.importlib.metadata, 'version', versions.get)
-  tpu, gpu = (chips.parse_topology(x) for x in ('v5p:2x2x2', 'h100:8'))
+  tpu, gpu = (chips.parse_topology(x) for x in ('v5p:2x2x2', 'h100:1x1x8'))
   assert chips.installed_compiler(tpu) == 'libtpu 1.0'
   assert chips.installed_compiler(gpu) == 'jax-cuda13-plugin 2.0'
   versions['jax'] = '2.1'
