@@ -99,16 +99,24 @@ class Section(NamedTuple):
     kinds: the layers of one period.
     periods: the number of periods.
     passes: how many times all of these layers are run.
+    periods_of_pass: the number of periods that a pass runs, where it runs some
+      of them several times; 0: each once.
   """
   name: str
   kinds: tuple[LayerKind, ...]
   periods: int
   passes: int = 1
+  periods_of_pass: int = 0
+
+  @property
+  def runs(self) -> int:
+    """The number of periods that a token goes through."""
+    return self.passes * (self.periods_of_pass or self.periods)
 
   @property
   def layers(self) -> tuple[LayerKind, ...]:
     """The kind of each layer that a token goes through."""
-    return self.kinds * self.periods * self.passes
+    return self.kinds * self.runs
 
 
 # Bounds of fields, past which no model goes. The programs of deeper models
@@ -186,7 +194,8 @@ class ModelConfig:
       'none', 'The input of each pass where the layers of the pattern, between '
       'the prefix and the suffix, are run several times: plain, the output of '
       'the pass before; add, concat or gate, that and the input of the first '
-      'pass. none: they are run once.')
+      'pass; turns, the outputs of both halves of the layers, which take '
+      'turns. none: they are run once.')
   residual_scale: float = field(
       1.0, 'The factor of what a branch adds to a plain residual sum.',
       above=0, resume=FUNCTION)
@@ -542,9 +551,11 @@ class ModelConfig:
     prefix, period, suffix = self.kind_names_of_sections
     num_repeated = num_layers - len(prefix) - len(suffix)
     num_periods = num_repeated // len(period)
-    num_passes = 1
+    num_passes, periods_of_pass = 1, num_periods
     if self.loop != 'none':
-      num_passes = self.part(LoopsConfig).passes
+      loops = self.part(LoopsConfig)
+      num_passes = loops.passes
+      periods_of_pass = loops.count_rows_of_pass(num_periods)
 
     # The prefix and the suffix are one period each.
     sections = []
@@ -553,13 +564,15 @@ class ModelConfig:
         continue
       # Only layers of the repeated section may read keys of the prefix.
       names_before: tuple[str, ...] = ()
-      periods, passes = 1, 1
+      periods, passes, of_pass = 1, 1, 1
       if section == kinds.REPEATED_SECTION:
         names_before, periods, passes = prefix, num_periods, num_passes
+        of_pass = periods_of_pass
       layer_kinds = self._section_kinds(
           names, names_before=names_before, causal=causal, cross=cross)
       sections.append(Section(
-          name=section, kinds=layer_kinds, periods=periods, passes=passes))
+          name=section, kinds=layer_kinds, periods=periods, passes=passes,
+          periods_of_pass=of_pass))
     return tuple(sections)
 
   def _section_kinds(self, names: tuple[str, ...],

@@ -1241,6 +1241,8 @@ def count_reads_of_weight(config: ModelConfig, path: str, back: bool = False
   is_in_loop = '/layers/' in path or '/loop/' in path
   if loops is None or not is_in_loop:
     return 1
+  if loops.low_cycles:  # the mean of a lower and of an upper layer
+    return loops.count_rows_of_pass(2 * loops.passes) // 2
   if back and loops.gradient_passes:
     return loops.gradient_passes
   return loops.passes

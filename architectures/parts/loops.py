@@ -15,7 +15,12 @@ class LoopsConfig:
   passes: int = field(4, 'how many times the layers that loop are run', least=1,
                       resume=FUNCTION)
   gradient_passes: int = field(
-      0, 'how many of the last passes have a gradient; 0: all',
+      0, 'how many of the last passes have a gradient; 0: all. For turns, how '
+      'many runs of the lower layers in the last pass, and one in each other',
+      resume=FUNCTION)
+  low_cycles: int = field(
+      0, 'for turns: how many times the lower half of the layers that loop is '
+      'run in each pass, before the upper half is', least=0, most=1024,
       resume=FUNCTION)
   boundary: str = field(
       'none', 'what a state goes through between two passes: nothing, or the '
@@ -34,8 +39,15 @@ class LoopsConfig:
     outside = split_kind_names(config.prefix) + split_kind_names(config.suffix)
     num_outside = len(outside)
     num_looping = max(config.num_layers - num_outside, 0)
-    depth = config.num_layers + (self.passes - 1) * num_looping
+    depth = num_outside + self.count_rows_of_pass(num_looping) * self.passes
     return dataclasses.replace(self, depth=depth)
+
+  def count_rows_of_pass(self, num_rows: int) -> int:
+    """Returns how many layers, or periods of layers, a pass runs over so many
+    that loop: more where the lower half takes turns with the upper one."""
+    if not self.low_cycles:
+      return num_rows
+    return num_rows // 2 * (self.low_cycles + 1)
 
   def conditions_of_reading(self, config: Sizes) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its

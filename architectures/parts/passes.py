@@ -16,7 +16,7 @@ has keys, values and states of its own: a cache has loops.passes times the rows
 of the stack, those of a pass side by side.
 """
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,9 @@ from architectures.parts.blocks import pin_residual
 from architectures.parts.config import ModelConfig
 from architectures.parts.loops import LoopsConfig
 from architectures.parts.streams import LayerInput
+
+
+LOW_NORM = 'low_norm'  # the name of the norm of the lower of two stacks
 
 
 class Plain:
@@ -147,12 +150,47 @@ class Gate(Plain):
     return gated_BLD.astype(inputs_BLD.dtype)
 
 
+class Turns(Plain):
+  """Two stacks that take turns (HRM: Wang et al. 2025, arXiv 2506.21734; as in
+  transformers' hrm_text). Of the layers that loop, the lower half is one stack
+  and the upper half the other, with states z_L = 0 and z_H = e at first. Each
+  of loops.passes passes is
+
+    z_L = lower(z_L + z_H)      loops.low_cycles times
+    z_H = upper(z_H + z_L)
+
+  With loops.boundary 'norm' each stack ends in a norm: the final norm is the
+  upper one's. With loops.gradient_passes k, a pass has the gradient of its last
+  run of the lower stack alone, and the last pass that of its last k. Each run
+  of a stack has keys and values of its own.
+  """
+  fields = ('loops.low_cycles',)
+
+  def input_of_pass(self, module: nn.Module, state: LayerInput,
+                    inputs: LayerInput, n: Any) -> LayerInput:
+    """Returns the input of a stack, z_L + z_H, and declares the norm with which
+    the lower stack ends.
+
+    Args:
+      module: the module in which the norm of z_L is declared.
+      state: z_L.
+      inputs: z_H.
+      n: the number of runs of both stacks before this one.
+    """
+    del n
+    config: ModelConfig = module.config  # type: ignore[attr-defined]
+    if module.is_initializing() and config.part(LoopsConfig).boundary == 'norm':
+      layers.norm(config, LOW_NORM)(inputs)
+    return pin_residual(state + inputs)
+
+
 LOOPS: dict[str, Optional[Plain]] = {
     'none': None,
     'plain': Plain(),
     'add': Add(),
     'concat': Concat(),
     'gate': Gate(),
+    'turns': Turns(),
 }
 
 
@@ -217,11 +255,58 @@ def input_of_pass(config: ModelConfig, params: Any, state: LayerInput,
     The input, of the same shape.
   """
   # Between two passes, the state may go through the final norm.
-  if config.part(LoopsConfig).boundary == 'norm':
+  has_norm = config.part(LoopsConfig).boundary == 'norm'
+  if has_norm and config.loop != 'turns':
     is_first_pass = n == 0
-    final_norm = layers.NORMS[config.norm](config, parent=None)
-    normed_state = final_norm.apply(
-        {'params': params.get('final_norm', {})}, state)
+    normed_state = normalise_between_passes(config, params, state)
     state = jnp.where(is_first_pass, state, normed_state)
   module = Enter(config, parent=None)
   return module.apply({'params': params.get('loop', {})}, state, inputs, n)
+
+
+def normalise_between_passes(config: ModelConfig, params: Any,
+                             state: LayerInput, is_low: bool = False
+                             ) -> LayerInput:
+  """Returns the result of a pass after the stack's final norm, with
+  loops.boundary 'norm', or as it is.
+
+  Args:
+    config: the model.
+    params: the parameters of the stack, of which that of the norm is read.
+    state: the result of a pass, [batch, length, d_model], or Streams.
+    is_low: whether it is the result of the lower of two stacks, which has a
+      norm of its own.
+  """
+  if config.part(LoopsConfig).boundary != 'norm':
+    return state
+  params_of_norm = params.get('final_norm', {})
+  if is_low:
+    params_of_norm = params.get('loop', {}).get(LOW_NORM, {})
+  norm = layers.NORMS[config.norm](config, parent=None)
+  return norm.apply({'params': params_of_norm}, state)
+
+
+class Turn(NamedTuple):
+  """One run of one of two stacks that take turns.
+
+  Attributes:
+    is_high: whether it is a run of the upper stack.
+    has_gradient: whether there is a gradient of it.
+  """
+  is_high: bool
+  has_gradient: bool
+
+
+def list_turns(loops: LoopsConfig) -> list[Turn]:
+  """Returns the runs of two stacks that take turns, in order: see `Turns`."""
+  turns = []
+  for n in range(loops.passes):
+    num_with_gradient = loops.low_cycles
+    if loops.gradient_passes:
+      is_last_pass = n == loops.passes - 1
+      num_with_gradient = loops.gradient_passes if is_last_pass else 1
+    for i in range(loops.low_cycles):
+      turns.append(Turn(is_high=False, has_gradient=(
+          i >= loops.low_cycles - num_with_gradient)))
+    turns.append(Turn(is_high=True, has_gradient=True))
+  return turns

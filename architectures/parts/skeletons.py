@@ -1017,7 +1017,7 @@ def init_cache(config: ModelConfig, batch: int, length: int
   positions.check_length(config, length)
   entries = []
   for section in config.sections(config.num_decoder_layers):
-    num_rows = section.periods * section.passes
+    num_rows = section.runs
     for kind in section.kinds:
       layer = config.layer_config(kind.name)
       entries.append(

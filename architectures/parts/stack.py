@@ -12,7 +12,7 @@ With model.loop the layers of all periods are run several times, between the
 prefix and the suffix: see passes.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import functools
 import itertools
 import operator
@@ -271,9 +271,12 @@ class Stack(nn.Module):
     # One scan over the periods, or one for each pass. A model whose parameters
     # are being declared runs a single pass, since all passes share them.
     if self._is_looped(section) and not self.is_initializing():
-      (carry, slots), results = self._run_passes(section, carry=(carry, slots),
-                                                 other_cache=other_cache,
-                                                 ctx=ctx, lent=lent)
+      run_loop = self._run_passes
+      if self.config.loop == 'turns':
+        run_loop = self._scan_turns
+      (carry, slots), results = run_loop(
+          section, carry=(carry, slots), other_cache=other_cache, ctx=ctx,
+          lent=lent)
     else:
       periods = self._scanned_periods(section, name=section.name)
       (carry, slots), results = periods(
@@ -311,7 +314,7 @@ class Stack(nn.Module):
         check_constancy_invariants=draws_numbers,
         metadata_params={nn.PARTITION_NAME: 'layers'})
     # A scan of one turn is no loop: XLA writes its body out.
-    has_several_periods = section.periods * section.passes > 1
+    has_several_periods = section.runs > 1
     return scanned(
         config=config, pattern=section.kinds,
         lends=self._places_lent_by_section(section.name),
@@ -444,6 +447,102 @@ class Stack(nn.Module):
       return 0
     return max(num_passes - num_with_gradient, 0)
 
+  def _take_turns(self, x: LayerInput, passed_on: Any,
+                  run_stack: Callable[..., tuple[LayerInput, Any]]
+                  ) -> tuple[LayerInput, Any]:
+    """Runs the two halves of the layers that loop in turns (passes.Turns). The
+    turns follow one another in the program, as they differ in their gradients.
+
+    Args:
+      x: the first z_H.
+      passed_on: what else goes from turn to turn.
+      run_stack: (number of the turn, the Turn, x, passed_on) -> (x, passed_on),
+        which runs the stack of a turn.
+
+    Returns:
+      The last z_H, before the final norm, and what else is passed on.
+    """
+    config, params = self.config, self.variables['params']
+    low, high = jnp.zeros_like(x), x
+    turns = passes.list_turns(config.part(LoopsConfig))
+    for n, turn in enumerate(turns):
+      state = params, low, high, passed_on
+      if not turn.has_gradient:
+        state = _stop_gradients(state)
+      params_of_turn, z_low, z_high, passed_on = state
+      z = passes.input_of_pass(config, params=params_of_turn, state=z_low,
+                               inputs=z_high, n=n)
+      z, passed_on = run_stack(n, turn, z, passed_on)
+      # The last z_H goes through the final norm after the loop.
+      is_last = n == len(turns) - 1
+      if not is_last:
+        z = passes.normalise_between_passes(
+            config, params_of_turn, state=z, is_low=not turn.is_high)
+      if not turn.has_gradient:
+        z, passed_on = _stop_gradients((z, passed_on))
+      if turn.is_high:
+        high = z
+      else:
+        low = z
+    return high, passed_on
+
+  def _scan_turns(self, section: Section, carry: tuple[Carry, SlotsOfEntries],
+                  other_cache: Any, ctx: Context,
+                  lent: dict[int, KeysAndValues]
+                  ) -> tuple[tuple[Carry, SlotsOfEntries], LayerResults]:
+    """Runs a section whose two halves take turns, each turn as a scan over the
+    periods of its half.
+
+    The arguments and results are those of `_run_passes`, but that the results
+    are [turns * periods of a half, ...].
+    """
+    size = section.periods // 2
+    half = section._replace(periods=size)
+    module = self._scanned_periods(half, parent=None)
+    weights = self.variables['params'][section.name]
+    rngs = {name: jax.random.split(self.make_rng(name), section.runs // size)
+            for name in ('dropout', 'router') if self.has_rng(name)}
+    results_of_turns = []
+
+    def run_stack(n: int, turn: passes.Turn, x: LayerInput, passed_on: Any
+                  ) -> tuple[LayerInput, Any]:
+      """Runs the stack of turn n. Its rows of the cache are the n-th ones, and
+      those of its weights the first or the second half of all.
+
+      Args:
+        n: the number of the turn.
+        turn: which stack it runs, and whether it has a gradient.
+        x: the input of the stack.
+        passed_on: what else goes from layer to layer, and the slots of the
+          cache; None: there is none.
+      """
+      passed, slots = passed_on
+      start = size if turn.is_high else 0
+      half_of_rows = operator.itemgetter(slice(start, start + size))
+      shared = jax.tree.map(half_of_rows, weights), ctx, lent
+      if not turn.has_gradient:
+        shared = _stop_gradients(shared)
+      weights_of_half, ctx_of_turn, lent_of_turn = shared
+      rows = slice(n * size, (n + 1) * size)
+      other_rows = jax.tree.map(operator.itemgetter(rows), other_cache)
+      period_N = None
+      if slots is not None:
+        period_N = jnp.arange(rows.start, rows.stop)
+      ((x, passed), slots), results = module.apply(
+          {'params': weights_of_half}, ((x, passed), slots),
+          (period_N, other_rows), ctx_of_turn, lent_of_turn,
+          rngs={name: keys[n] for name, keys in rngs.items()})
+      results_of_turns.append(results)
+      return x, (passed, slots)
+
+    (x, passed), slots = carry
+    x, (passed, slots) = self._take_turns(x, (passed, slots), run_stack)
+    results = jax.tree.map(
+        lambda *of_turns: jnp.concatenate(of_turns), *results_of_turns)
+    reports = [self._mean_loads(section, layer_report)
+               for layer_report in results.reports]
+    return ((x, passed), slots), results.replace(reports=tuple(reports))
+
   def _mean_loads(self, section: Section, layer_report: Report) -> Report:
     """Averages the loads of a layer's experts over the passes, in a model that
     runs its layers several times with the same weights.
@@ -465,9 +564,21 @@ class Stack(nn.Module):
     path_of_section = '/'.join((*self.path, section.name))
     loads = {}
     for path, load_NE in layer_report.loads.items():
-      by_pass = load_NE.reshape(section.passes, section.periods, -1)
-      loads[f'{path_of_section}/{path}'] = by_pass.mean(0)
+      loads[f'{path_of_section}/{path}'] = self._mean_of_runs(section, load_NE)
     return layer_report.replace(loads=loads)
+
+  def _mean_of_runs(self, section: Section, x_NE: jax.Array) -> jax.Array:
+    """Returns the mean over the runs of each period, [periods, E], of an array
+    with a row for each run."""
+    loops = self.config.part(LoopsConfig)
+    if not loops.low_cycles:
+      return x_NE.reshape(section.passes, section.periods, -1).mean(0)
+    # In a pass the lower half is run several times, and then the upper half.
+    half = section.periods // 2
+    by_turn = x_NE.reshape(section.passes, loops.low_cycles + 1, half, -1)
+    low_mean = by_turn[:, :-1].mean((0, 1))
+    high_mean = by_turn[:, -1].mean(0)
+    return jnp.concatenate([low_mean, high_mean])
 
   # Single tokens: the layers one after another.
 
@@ -490,32 +601,73 @@ class Stack(nn.Module):
       arrays have an axis of one period in front, as a scan's would have; their
       caches do not, so that they are updated in place.
     """
-    config, params = self.config, self.variables['params']
     entries = iter(cache)
     lent: dict[int, KeysAndValues] = {}
     results_of_periods = []
     for section in self.sections:
-      lends = self._places_lent_by_section(section.name)
-      period = Period(config, pattern=section.kinds, lends=lends, parent=None)
-      inputs, _ = carry
-      for i in range(section.periods * section.passes):
-        # Pass n runs all periods, with the same weights as the other passes.
-        n, row = divmod(i, section.periods)  # the pass, and the period in it
-        # A pass begins with a mixture of the last result and the first input.
-        if self._is_looped(section) and row == 0:
-          x, passed = carry
-          x = passes.input_of_pass(config, params=params, state=x,
-                                   inputs=inputs, n=n)
-          carry = x, passed
-        carry, results = period.apply(
-            {'params': params[section.name][str(row)]}, carry, next(entries),
-            ctx, lent)
+      carry, results_of_section = self._run_section_one_by_one(
+          section, carry=carry, entries=entries, ctx=ctx, lent=lent)
+      for results in results_of_section:
         with_axis = jax.tree.map(
             lambda x: x[None], results.replace(caches=None))
         results_of_periods.append(with_axis.replace(caches=results.caches))
       # The prefix alone lends keys and values, to all sections after it.
       if section.name == 'prefix':
-        lent = results.lent
+        lent = results_of_section[-1].lent
+    return carry, results_of_periods
+
+  def _run_section_one_by_one(
+      self, section: Section, carry: Carry,
+      entries: Iterator[tuple[LayerCache, ...]], ctx: Context,
+      lent: dict[int, KeysAndValues]) -> tuple[Carry, list[LayerResults]]:
+    """Runs the periods of a section by a Python loop, all passes over them or
+    all turns of their halves.
+
+    Args:
+      section: the section.
+      carry: what goes from layer to layer.
+      entries: the caches of each period of each pass, of which it takes its
+        own.
+      ctx: what the layers read besides their input.
+      lent: keys and values of layers of the sections before.
+
+    Returns:
+      The carry after the section, and the LayerResults of each run of a period.
+    """
+    config, params = self.config, self.variables['params']
+    lends = self._places_lent_by_section(section.name)
+    period = Period(config, pattern=section.kinds, lends=lends, parent=None)
+    results_of_periods = []
+
+    def run_rows(rows: range, carry: Carry) -> Carry:
+      """Runs the periods whose weights are those of the rows."""
+      for row in rows:
+        carry, results = period.apply(
+            {'params': params[section.name][str(row)]}, carry, next(entries),
+            ctx, lent)
+        results_of_periods.append(results)
+      return carry
+
+    def run_half(n: int, turn: passes.Turn, x: LayerInput, passed: Any
+                 ) -> Carry:
+      """Runs the half of the periods whose turn it is."""
+      del n
+      half = section.periods // 2
+      start = half if turn.is_high else 0
+      return run_rows(range(start, start + half), (x, passed))
+
+    if not self._is_looped(section):
+      carry = run_rows(range(section.periods), carry)
+    elif config.loop == 'turns':
+      carry = self._take_turns(*carry, run_half)
+    else:
+      # A pass begins with a mixture of the last result and the first input.
+      inputs, _ = carry
+      for n in range(section.passes):
+        x, passed = carry
+        x = passes.input_of_pass(config, params=params, state=x, inputs=inputs,
+                                 n=n)
+        carry = run_rows(range(section.periods), (x, passed))
     return carry, results_of_periods
 
 

@@ -394,9 +394,21 @@ def _check_loop(config: ModelConfig) -> None:
         f'model.block {last_layer.block!r} there is no final norm: set it to '
         "'none'")
 
+  # Two halves of the layers that take turns.
+  if config.loop == 'turns':
+    num_periods = max(section.periods for section in
+                      config.sections(config.num_layers))
+    require(loops.low_cycles > 0, f'{setting}model.loops.low_cycles is 0: set '
+            'it to how many times the lower half of the layers is run')
+    require(num_periods % 2 == 0, f'{setting}and {num_periods} periods of '
+            'layers loop: choose an even number, which have two halves')
+    require(loops.gradient_passes <= loops.low_cycles,
+            f'{setting}model.loops.gradient_passes is {loops.gradient_passes}: '
+            f'choose from 1 to the {loops.low_cycles} of '
+            'model.loops.low_cycles, or 0 for all')
   # The passes that have a gradient.
   gradient_passes = loops.gradient_passes
-  if gradient_passes > loops.passes:
+  if gradient_passes > loops.passes and not loops.low_cycles:
     raise RequestError(
         f'{setting}model.loops.gradient_passes is {gradient_passes}: choose '
         f'from 1 to the {loops.passes} of model.loops.passes, or 0 for all')

@@ -126,11 +126,81 @@ def test_each_form_is_its_equations(loop, loops, changes):
   models.assert_trees_close(grads, other, rtol=1e-4)
 
 
+def turns_by_hand(module, params, tokens):
+  """Returns the input of the head by the equations of Turns; the low runs that
+  transformers' hrm_text has under no_grad are detached as a whole."""
+  c, stack = module.config, params['decoder']
+  loops = c.part(LoopsConfig)
+  ctx = Context(jnp.arange(tokens.shape[1])[None])
+  rms = lambda x: x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
+  scales = stack['loop']['low_norm']['scale'], stack['final_norm']['scale']
+
+  def run(half, x):
+    for i in range(half * c.num_layers // 2, (half + 1) * c.num_layers // 2):
+      row = jax.tree.map(lambda w, i=i: w[i], stack['layers'])
+      (x, _), _ = Period(c, c.layer_kinds(1)[:1]).apply(
+          {'params': row}, (x, PassedOn()), None, ctx, {})
+    return rms(x) * scales[half][None, None]
+
+  high = params['embed']['tokens'][tokens]
+  low = jnp.zeros_like(high)
+  for n in range(loops.passes):
+    k = loops.low_cycles
+    if loops.gradient_passes:
+      k = loops.gradient_passes if n == loops.passes - 1 else 1
+    for i in range(loops.low_cycles):
+      low = run(0, low + high)
+      if i < loops.low_cycles - k:
+        low = jax.lax.stop_gradient(low)
+    high = run(1, high + low)
+  return high
+
+
 @pytest.mark.slow
-def test_what_is_written_token_by_token_is_likeliest_by_whole_rows():
+@pytest.mark.parametrize('k', [0, 2])
+def test_two_stacks_that_take_turns_are_their_equations(k):
+  module, params = models.make_model(
+      'llama', loop='turns', num_layers=4, norm_eps=1e-5, loops=dict(
+          passes=2, low_cycles=3, boundary='norm', gradient_passes=k))
+  tokens = models.random_tokens(2, 6)
+  def ours(params):
+    return jnp.square(module.apply({'params': params}, tokens).hidden ** 3
+                      ).sum()
+  def theirs(params):
+    return jnp.square(turns_by_hand(module, params, tokens) ** 3).sum()
+  got, grads = jax.jit(jax.value_and_grad(ours))(params)
+  want, other = jax.jit(jax.value_and_grad(theirs))(params)
+  assert float(got) == pytest.approx(float(want), rel=1e-5)
+  models.assert_trees_close(grads, other, rtol=1e-4)
+
+
+def test_what_turns_cost():
+  """Two passes of three lower runs and an upper one go through eight stacks of
+  two layers, of four layers' weights; each has keys and values of its own."""
+  c = step_test.config()
+  c.model = models.small_config('llama', num_layers=4)
+  plain = runs.resolve_model_without_tokenizer(c)
+  once = totals.count_costs(c, 16)
+  c.model.update(loop='turns', loops=dict(passes=2, low_cycles=3))
+  model, costs = runs.resolve_model_without_tokenizer(c), totals.count_costs(
+      c, 16)
+  assert costs['parameters'] == once['parameters']
+  cache = 'kv_cache_bytes_per_token'
+  assert costs[cache] == 4 * once[cache]
+  head = 2 * 32 * models.VOCAB * 16
+  assert sum(flops.forward_flops(model, 16).values()) - head == 4 * (
+      sum(flops.forward_flops(plain, 16).values()) - head)
+  assert model.part(LoopsConfig).depth == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('changes', [
+    ENDS | dict(loop='concat', loops=dict(passes=T, boundary='norm')),
+    dict(loop='turns', num_layers=4, loops=dict(
+        passes=2, low_cycles=2, boundary='norm'))])
+def test_what_is_written_token_by_token_is_likeliest_by_whole_rows(changes):
   """Each pass has its own rows of the cache, also where layers are apart."""
-  module, params = models.make_model('llama', **ENDS, loop='concat', loops=dict(
-      passes=T, boundary='norm'))
+  module, params = models.make_model('llama', **changes)
   prompt = models.random_tokens(2, 4)
   new = generate.generate(
       module, params, prompt, jnp.full(2, 4), jax.random.key(0),
@@ -172,6 +242,10 @@ def test_what_passes_cost():
      'no final norm'),
     (dict(loop='plain', loops=dict(gradient_passes=1)), 'no gradient'),
     (dict(loop='add', loops=dict(gradient_passes=9)), 'choose from 1 to'),
+    (dict(loop='turns', loops=dict(low_cycles=0)), 'low_cycles is 0'),
+    (dict(loop='turns', num_layers=3, loops=dict(low_cycles=2)), 'two halves'),
+    (dict(loop='turns', loops=dict(low_cycles=2, gradient_passes=3)),
+     'choose from 1 to the 2'),
     (dict(loop='plain', keep_gathered='all'), 'keep_gathered')])
 def test_what_cannot_loop_is_refused(changes, words):
   with pytest.raises(RequestError, match=words):
