@@ -140,7 +140,7 @@ def router() -> list[compare.Finding]:
   theirs = modeling_zaya.ZayaSparseMoeBlock(config, layer_idx=1)
   tensors = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
   with torch.no_grad():
-    for name, value in _zaya(params).items():
+    for name, value in _zaya_mixture(params).items():
       tensors[name].copy_(torch.tensor(value))
   at = torch.tensor(x, requires_grad=True)
   out, _ = theirs(at, torch.tensor(state))
@@ -148,11 +148,11 @@ def router() -> list[compare.Finding]:
   skips = (out == 0).all(-1)
   assert skips.any() and not skips.all()
   return _findings([('output', y, out), ('x', dx, at.grad), *(
-      (name, value, tensors[name].grad) for name, value in _zaya(grads).items()
+      (name, value, tensors[name].grad) for name, value in _zaya_mixture(grads).items()
       if tensors[name].requires_grad)])
 
 
-def _zaya(p: dict) -> dict:
+def _zaya_mixture(p: dict) -> dict:
   """Returns our parameters by the names of theirs."""
   up, gate, down = (np.swapaxes(p[name], 1, 2)
                     for name in ('up', 'gate', 'down'))
