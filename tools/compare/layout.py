@@ -421,7 +421,7 @@ def devices_of_run(folder: pathlib.Path) -> list[str]:
   log = folder / 'log.txt'
   if not log.is_file():
     return []
-  names = {}
+  names: dict[str, None] = {}
   for line in log.read_text(errors='replace').splitlines():
     name, colon, devices = line.partition(': ')
     if colon and name.strip() == 'devices':

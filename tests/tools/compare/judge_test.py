@@ -4,6 +4,7 @@ answers of runs on disk."""
 import json
 import math
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -62,6 +63,19 @@ def test_the_spread_of_all_that_was_looked_at_makes_an_answer_more_cautious(
     assert test.p == pytest.approx(2 * stats.t.sf(-t, 25))
     assert (test.interval[1] < 0) == is_shown == (test.p_corrected <= 0.05)
     assert judge.paired_test(d, share).p < test.p
+
+
+@pytest.mark.parametrize('seeds', [2, 3, 4])
+def test_a_look_takes_three_seeds(seeds):
+  runs = {seed: types.SimpleNamespace(
+      diverged=False, final_loss=1.0, config={'seed': seed})
+          for seed in range(seeds)}
+  look = lambda: judge._ended_seeds({'a': runs, 'b': runs}, ('a', 'b'))[0]
+  if seeds < judge.SEEDS_OF_FIRST_LOOK:
+    with pytest.raises(RequestError, match='2 seeds have ended'):
+      look()
+    return
+  assert look() == [*range(seeds)]
 
 
 def _loops(effect: float, loops: int = 2000, variants: int = 20

@@ -248,6 +248,11 @@ def test_what_the_logs_tell_that_runs_were_given_is_named(tmp_path, capsys):
   assert 'do not tell of any entry: model, multiplied' in answer['summary']
   asked = _judge(capsys, tmp_path / 'runs.csv', '--about=recipe,tokens')
   assert [*asked['comparisons'][0]['unlike']] == ['code', 'devices']
+  # Where several are compared, an effect must be larger to be found.
+  by_itself = _judge(capsys, tmp_path / 'runs.csv', '--entries=a@1,b@1,c@1',
+                     '--uncorrected')
+  assert by_itself['comparisons'][0]['detectable'] < (
+      answer['comparisons'][0]['detectable'])
 
 
 def test_a_table_of_means_and_the_runs_that_are_left_out(tmp_path, capsys):

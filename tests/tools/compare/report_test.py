@@ -552,6 +552,8 @@ def test_a_target_is_reached_from_where_on_the_one_sided_test_says_so(
   steps = {(row['variant'].text, row['size'].text): row['steps to target'].text
            for row in table.rows}
   assert steps['rope', 'large'].isdecimal() and steps['wild', 'large'] == 'n/a'
+  sizes = dict.fromkeys(row['size'].text for row in table.rows)
+  assert [*sizes] == [*reversed(study[0].plan.sizes)]
   assert not tables.target_table(study[0]).rows
   assert 'To a held-out loss of 2.5' in report.format_report(
       dataclasses.replace(sweep, target=2.5))

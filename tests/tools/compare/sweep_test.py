@@ -666,6 +666,15 @@ def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
   assert 'config.json is missing' in errors['swiglu']
 
 
+@pytest.mark.parametrize('text, sentence', [
+    ('error: an old one\n$ again\nW00\nerror: first\nerror: last\nrest\n',
+     'last'),
+    ('error: an old one\n$ again\nW00\n\nkilled\n\n', 'killed')])
+def test_a_log_says_why_its_last_command_failed(text, sentence, tmp_path):
+  (tmp_path / 'log.txt').write_text(text)
+  assert layout.read_error_of_log(tmp_path) == sentence
+
+
 def test_the_log_of_a_run_says_why_it_ended_in_its_group(
     tmp_path, monkeypatch):
   ended = {'whole': (0, ''), 'early': (writer.ENDED_EARLY, 'ended early'),

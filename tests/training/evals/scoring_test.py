@@ -270,6 +270,7 @@ def test_a_text_begins_as_in_the_training_of_the_weights(tmp_path, monkeypatch):
   asked = _model(tmp_path)
   assert asked.tok_encode('a[SEP]b') == [97, ids['sep'], 98]
   assert asked.tok_encode('[EOS]') == [ids['eos']]
+  assert asked.max_length == asked.evaluation.run.model.max_len
   # A token that is put before a text is not put before one that has it.
   framed = _model(tmp_path, add_bos_token=True, prefix_token_id=ids['bos'])
   for text in ('a', '[BOS]a'):
