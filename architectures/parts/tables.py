@@ -555,7 +555,8 @@ def _check_stack(c: ModelConfig, stack: str,
   if stack != 'decoder' and attention is not None:
     for config in configs:
       fields_of_attention = config.part(AttentionConfig)
-      for field in ('attention_conv', 'cca', 'key_offset', 'forget_gate'):
+      for field in ('attention_conv', 'dynamic_conv', 'cca', 'key_offset',
+                    'forget_gate'):
         value = getattr(fields_of_attention, field)
         if value:
           raise RequestError(

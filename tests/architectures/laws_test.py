@@ -29,7 +29,7 @@ NGRAMS = dict(rows=40, heads=2)
 ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2, attention_exclusive='all', memory='engram',
-                    forget_gate=True, cca=True, position='path',
+                    forget_gate=True, cca=True, position='path', dynamic_conv=3,
                     ngrams=NGRAMS, branch_conv=2),
     'banded': dict(**models.window_in_every_other_layer(5), value_norm=True,
                    keys_as_values=True,
@@ -311,7 +311,8 @@ MODELS = {
         key_heads=2, householders=2))),
     'rwkv7': ('llama', dict(mixer='rwkv7', residual='affine')),
     'mamba': ('llama', dict(mixer='mamba', residual='balanced')),
-    'path': ('llama', dict(position='path', num_kv_heads=2)),
+    'path': ('llama', dict(
+        position='path', dynamic_conv=3, num_kv_heads=2)),
     'mamba2': ('mamba2', {}),
     'mamba3': ('llama', dict(mixer='mamba3', residual='embedding')),
     'lfm2': ('lfm2', {}),

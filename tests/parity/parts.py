@@ -185,7 +185,7 @@ def attention() -> list[compare.Finding]:
   model = base.base().model
   model.update(d_model=D, vocab_size=2, max_len=LENGTH, attention_bias=False,
                norm_eps=1e-6, num_heads=8, num_kv_heads=4, head_dim=8,
-               position='relative_by_token', qk_clip=1.5)
+               position='relative_by_token', qk_clip=1.5, dynamic_conv=3)
   model.profiles.update(rank=4, extent=7)
   c = architectures.resolve(model)
   module = SelfAttention(c, LayerKind('global', 'gelu', causal=True))
@@ -392,7 +392,8 @@ def _ours(module: nn.Module, normal, x: np.ndarray, d: np.ndarray, *cache,
   return params, y, *vjp(d)
 
 
-def _inkling(c, x, query, key, value, out, query_scale, profile, profiles):
+def _inkling(c, x, query, key, value, out, query_scale, profile, profiles,
+             **filters):
   """Returns what transformers' parts make of our parameters."""
   import torch
   from transformers.models.inkling import modeling_inkling as inkling
@@ -400,6 +401,8 @@ def _inkling(c, x, query, key, value, out, query_scale, profile, profiles):
   clip = inkling2.Inkling2L2Clip(c.part(AttentionConfig).qk_clip)
   q, k, v, r = (torch.einsum('bld,dhk->blhk', x, w)
                 for w in (query, key, value, profile))
+  k, v = (_convolve_by_token(name, heads, x, filters)
+          for name, heads in (('key', k), ('value', v)))
   bias = inkling.InklingRelativeLogits(*profiles.shape)
   del bias.proj
   bias.proj = profiles
@@ -412,3 +415,17 @@ def _inkling(c, x, query, key, value, out, query_scale, profile, profiles):
           None, None], c.head_dim ** -0.5,
       position_bias=bias(r, at, at))
   return torch.einsum('blhk,hkd->bld', o, out)
+
+
+def _convolve_by_token(name, heads, x, filters):
+  """Returns what transformers' convolution makes of keys or values."""
+  import torch
+  from transformers.models.inkling2 import modeling_inkling2 as inkling2
+  static = filters[f'{name}_dynamic_conv_static'].flip(0)
+  projection = filters[f'{name}_dynamic_conv'].flip(2)
+  module = inkling2.Inkling2DynamicShortConvolution(
+      heads[0, 0].numel(), D, heads.shape[2], len(static), 0, 0)
+  del module.static_weight, module.weight_proj
+  module.static_weight = static.reshape(len(static), -1)
+  module.weight_proj = lambda x: torch.einsum('bld,dhw->blhw', x, projection)
+  return module(heads.flatten(2), x).view(heads.shape)

@@ -110,20 +110,12 @@ def _convolve_twice(module: Any, name: str, x_BLHK: jax.Array, ctx: Context,
   bias_HK = features.declare_filters(
       module, f'{taps}_bias', width=fields.cca_taps, shape=(H, K), axes=axes)
 
-  # The tokens that the second one sees, the farthest first; those of other
-  # documents are masked.
+  # The tokens that the second one sees; those of other documents are masked.
   reach = fields.cca_head_taps - 1
-  previous = inputs.get(mix)
-  if previous is None:
-    previous = jnp.zeros((len(y_BLHK), reach, H, K), y_BLHK.dtype)
-  all_BMHK = jnp.concatenate([previous.astype(y_BLHK.dtype), y_BLHK], 1)
-  seen = []
-  for i in range(reach + 1):
-    shifted_BLHK = all_BMHK[:, i:i + length]
-    seen.append(features.mask_other_documents(
-        shifted_BLHK, ctx.segment_ids_BL, gap=reach - i))
-  seen_BLWHK = jnp.stack(seen, 2) + bias_HK[None, None, None].astype(
-      y_BLHK.dtype)
+  all_BMHK, seen_BLWHK = features.stack_seen_tokens(
+      y_BLHK, reach + 1, before_BWHK=inputs.get(mix),
+      segment_ids_BL=ctx.segment_ids_BL)
+  seen_BLWHK += bias_HK[None, None, None].astype(y_BLHK.dtype)
 
   # The second convolution, a product of each head.
   axes_of_weight = None, axes[0], 'head', None

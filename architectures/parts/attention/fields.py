@@ -34,6 +34,10 @@ class AttentionConfig:
   attention_conv: int = field(
       0, 'Tokens that a convolution of queries, keys and values sees; 0: no '
       'convolution.', most=MOST_TAPS, resume=SHAPES, of_layers=True)
+  dynamic_conv: int = field(
+      0, 'Tokens that a convolution of keys and values sees whose filters each '
+      'token makes; 0: no such convolution.', most=MOST_TAPS, resume=SHAPES,
+      of_layers=True)
   cca: bool = field(
       False, 'Convolutions of queries and keys, which are averaged with each '
       'other and normalised, and half of the values from the token before.',
@@ -96,7 +100,8 @@ class AttentionConfig:
         conditions[name] = ReadIf('qk_norm', 'is set')
     if self.kv_sharing:
       for name in ('value_residual', 'value_embedding', 'value_norm',
-                   'keys_as_values', 'key_offset', 'forget_gate'):
+                   'keys_as_values', 'key_offset', 'forget_gate',
+                   'dynamic_conv'):
         conditions[name] = ReadIf('kv_sharing', 'is False')
     return conditions
 

@@ -555,6 +555,9 @@ class SelfAttention(Attention):
     if self.config.part(AttentionConfig).attention_conv:
       x_BLHK, cache = steps.convolve_heads(
           self, name, x_BLHK, axes=(axis, 'head'), ctx=ctx, cache=cache)
+    if name != 'query':
+      x_BLHK, cache = steps.convolve_by_token(
+          self, name, x_BLHK, input_BLD=x_BLD, ctx=ctx, cache=cache)
     return sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head'), cache
 
 
@@ -800,6 +803,12 @@ class MultiHead(mixer.Mixer):
       last_vectors = (*shape[:-1], config.part(PathConfig).conv - 1,
                       config.num_kv_heads, config.head_dim)
       inputs[path.CONV] = jnp.zeros(last_vectors, config.compute_dtype)
+    if fields.dynamic_conv and not fields.kv_sharing:
+      last_inputs = (*shape[:-1], fields.dynamic_conv - 1, config.num_kv_heads,
+                     config.head_dim)
+      for name in ('key', 'value'):
+        inputs[steps.DYNAMIC_CONV.format(name)] = jnp.zeros(
+            last_inputs, config.compute_dtype)
     # Keys that are offset keep the features of the last one.
     if fields.key_offset and not fields.kv_sharing:
       last_features = (*shape[:-1], 1, config.num_kv_heads,

@@ -33,7 +33,8 @@ from architectures.parts.sharding import Role, declare
 
 VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
 # The names of what a cache keeps of the last token: the features of its key
-# that are offset, and the sum of its forget gates.
+# that are offset, and the sum of its forget gates; and of the last tokens.
+DYNAMIC_CONV = '{}_dynamic_conv'
 KEY_OFFSET = 'key_offset'
 FORGET_GATE = 'forget_gate'
 
@@ -76,6 +77,52 @@ def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
   if cache is not None:
     cache = cache.replace(inputs=cache.inputs | {name: last_BWHK})
   return x_BLHK, cache
+
+
+def convolve_by_token(module: Any, name: str, x_BLJK: jax.Array,
+                      input_BLD: jax.Array, ctx: Context,
+                      cache: Optional[Cache]
+                      ) -> tuple[jax.Array, Optional[Cache]]:
+  """Applies a short convolution whose filters each token makes to keys or
+  values (Inkling 2: Thinking Machines 2026, as transformers has it):
+
+    y_l = (x_l + sum over i < W of (w_i + u_li) * x_(l - W + 1 + i)) / c
+    u_l = W_u input_l,   c = sqrt(2 W + 1),   W = model.dynamic_conv
+
+  w, 0 at first, is a filter of each feature, and u_l one of each head. A wider
+  model may have as many heads, so in muP u are logits, as a router's.
+
+  Args:
+    module: the layer's attention, in which w and W_u are declared.
+    name: 'key' or 'value', what x is.
+    x_BLJK: keys or values, [batch, length, heads J, features K].
+    input_BLD: the layer's input, [batch, length, d_model].
+    ctx: the context of the layer, with the documents.
+    cache: the layer's cache; None: there is none.
+
+  Returns:
+    y, of the shape of x, and the cache with the last W - 1 inputs.
+  """
+  config: ModelConfig = module.config
+  W = config.part(AttentionConfig).dynamic_conv
+  if not W:
+    return x_BLJK, cache
+  name = DYNAMIC_CONV.format(name)
+  J, K = x_BLJK.shape[2:]
+  w_WJK = declare(module, f'{name}_static', init=nn.initializers.zeros,
+                  shape=(W, J, K), role=Role((None, 'kv_heads', 'head')))
+  token_w_BLJW = layers.dense(
+      module, name, 'BLD,DJW->BLJW', input_BLD, shape=(config.d_model, J, W),
+      axes=('embed', 'kv_heads', None), output=True, with_bias=False,
+      deterministic=ctx.deterministic) / config.widening
+  previous = None if cache is None else cache.inputs[name]
+  y_BLJK, last_BWJK = features.convolve_by_filters_of_tokens(
+      x_BLJK, w_WJK, token_w_BLJW, before_BWHK=previous,
+      segment_ids_BL=ctx.segment_ids_BL, valid_BL=ctx.valid_BL)
+  y_BLJK = (x_BLJK.astype(jnp.float32) + y_BLJK) * (2 * W + 1) ** -0.5
+  if cache is not None:
+    cache = cache.replace(inputs=cache.inputs | {name: last_BWJK})
+  return y_BLJK.astype(x_BLJK.dtype), cache
 
 
 def normalise_heads(module: Any, name: str, x_BLHK: jax.Array, ctx: Context

@@ -236,6 +236,76 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
                                                   length=L, valid_BL=valid_BL)
 
 
+def convolve_by_filters_of_tokens(
+    x_BLHK: jax.Array, w_WHK: jax.Array, token_w_BLHW: jax.Array, *,
+    before_BWHK: Optional[jax.Array], segment_ids_BL: Optional[jax.Array],
+    valid_BL: Optional[jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """Applies a short causal convolution whose filters depend on the token,
+
+    y_l = sum over i < W of (w_i + u_li) x_(l - (W - 1 - i))
+
+  where tokens of other documents count as zero.
+
+  Args:
+    x_BLHK: the inputs, [batch, length L, heads, features].
+    w_WHK: w, a filter of each feature.
+    token_w_BLHW: u, of each token a filter of each head.
+    before_BWHK: as of `convolve`.
+    segment_ids_BL: as of `convolve`.
+    valid_BL: as of `convolve`.
+
+  Returns:
+    y, float32 [B, L, H, K], and the last W - 1 inputs of each row that are no
+    padding.
+  """
+  all_BMHK, seen_BLWHK = stack_seen_tokens(
+      x_BLHK, len(w_WHK), before_BWHK=before_BWHK,
+      segment_ids_BL=segment_ids_BL)
+  convolve_once = layers.count_flops_by_result(
+      _apply_filters_of_tokens, 2 * len(w_WHK))
+  y_BLHK = convolve_once(seen_BLWHK, w_WHK, token_w_BLHW)
+  return y_BLHK, last_inputs(all_BMHK, count=len(w_WHK) - 1,
+                             length=x_BLHK.shape[1], valid_BL=valid_BL)
+
+
+def _apply_filters_of_tokens(seen_BLWHK: jax.Array, w_WHK: jax.Array,
+                             token_w_BLHW: jax.Array) -> jax.Array:
+  """Returns the sum over i of (w_i + u_li) and the tokens that l sees."""
+  token_w_BLWH1 = jnp.moveaxis(token_w_BLHW, 3, 2)[..., None]
+  filters_BLWHK = (w_WHK[None, None].astype(jnp.float32)
+                   + token_w_BLWH1.astype(jnp.float32))
+  return (filters_BLWHK * seen_BLWHK.astype(jnp.float32)).sum(2)
+
+
+def stack_seen_tokens(x_BLHK: jax.Array, width: int, *,
+                      before_BWHK: Optional[jax.Array],
+                      segment_ids_BL: Optional[jax.Array]
+                      ) -> tuple[jax.Array, jax.Array]:
+  """Returns for each token the inputs that a convolution of it sees.
+
+  Args:
+    x_BLHK: the inputs, [batch, length L, heads, features].
+    width: W, the number of tokens that it sees.
+    before_BWHK: the W - 1 inputs before these, from a cache; None: zeros.
+    segment_ids_BL: the number of each token's document; None: a row is one.
+
+  Returns:
+    The inputs with those from before in front, [B, W - 1 + L, H, K]; and those
+    that each token sees, [B, L, W, H, K]: its own is the last, and inputs of
+    other documents are 0.
+  """
+  B, length, *heads = x_BLHK.shape
+  if before_BWHK is None:
+    before_BWHK = jnp.zeros((B, width - 1, *heads), x_BLHK.dtype)
+  all_BMHK = jnp.concatenate([before_BWHK.astype(x_BLHK.dtype), x_BLHK], 1)
+  seen = []
+  for i in range(width):
+    shifted_BLHK = all_BMHK[:, i:i + length]
+    seen.append(mask_other_documents(shifted_BLHK, segment_ids_BL,
+                                     gap=width - 1 - i))
+  return all_BMHK, jnp.stack(seen, 2)
+
+
 def last_inputs(all_BM: jax.Array, count: int, length: int,
                 valid_BL: Optional[jax.Array]) -> jax.Array:
   """Returns the last `count` inputs of each row that are no padding. A

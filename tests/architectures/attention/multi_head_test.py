@@ -80,6 +80,7 @@ FIELDS = [*(dict(qk_norm=True, qk_norm_over=over, norm=norm)
                context_norm=True),
           dict(learned_log_scale=True), dict(forget_gate=True),
           dict(cca=True, cca_taps=3, learned_log_scale=True),
+          dict(dynamic_conv=3),
           dict(attention_out_bias=False), dict(attention_conv=3)]
 
 
@@ -101,6 +102,10 @@ def test_a_layer_is_its_definition(fields, cross):
     y_BLHK = numpy_attention.project(p, name, np.asarray(x, np.float64))
     if fields.attention_conv and not cross:
       y_BLHK = convolved(y_BLHK, p[f'{name}_conv'])
+    if fields.dynamic_conv and name != 'query':
+      u = numpy_attention.project(p, f'{name}_dynamic_conv', at)
+      y_BLHK = (y_BLHK + convolved(y_BLHK, p[f'{name}_dynamic_conv_static'])
+                + convolved(y_BLHK, np.moveaxis(u, 3, 0)[..., None])) / 7 ** 0.5
     return normalised(y_BLHK, c, fields.qk_norm_over, p[f'{name}_norm']) if (
         fields.qk_norm and name != 'value') else y_BLHK
 
@@ -309,7 +314,7 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
 @pytest.mark.parametrize('fields', [
     dict(attention_conv=3), dict(branch_conv=3), dict(
         cca=True, cca_head_taps=3, attention_bias=True), dict(
-        position='path', forget_gate=True), dict(
+        position='path', forget_gate=True, dynamic_conv=3), dict(
         key_offset=True, rope=dict(fraction=0.5), learned_log_scale=True,
         forget_gate=True, attention_sinks=True,
         attention_exclusive='learned')], ids=lambda x: [*x][0])

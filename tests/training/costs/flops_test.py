@@ -96,6 +96,9 @@ def test_convolved_and_reflected_keys_count_what_a_hand_counts(length):
   # Three taps of each feature, and two matrices of each head.
   assert added(cca=True, cca_taps=3) == dict(
       attention=0, weights=length * (H + J) * (2 * 3 * K + 2 * 2 * K * K))
+  # Of keys and values: filters that a token makes, and as many taps.
+  assert added(dynamic_conv=3) == dict(
+      attention=0, weights=length * 2 * (2 * D * J * 3 + 2 * 3 * J * K))
   # Of a visible pair: two products of a query, and three of a key.
   pair = 2 * (K + places) * H + 2 * (K + places + K) * J
   in_chunks = -(-length // places) * 2 * places ** 2 * K * (H + J)

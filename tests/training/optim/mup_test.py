@@ -78,7 +78,7 @@ def test_factors_of_products_are_those_of_the_base():
 PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
              attention_gate='headwise', value_residual=True,
              attention_exclusive='learned', learned_log_scale=True,
-             forget_gate=True,
+             forget_gate=True, dynamic_conv=2,
              value_embedding=True, attention_conv=3, branch_conv=3,
              position='relative', attention_bias=True, ffn_bias=True)
 
