@@ -205,9 +205,8 @@ def _check_objective_fits_model(name: str, module: nn.Module) -> None:
   if objective.prefix and blocks.has_layers_with_state(module.config):
     raise RequestError(
         f'objective is {name!r}, whose first tokens see each other, and some '
-        'layers read a row in one direction (a state of model.mixer, '
-        'model.attention_conv, branch_conv, memory or indexer.block): choose '
-        'causal')
+        'layers read a row in one direction (a state of '
+        f'{blocks.SOURCES_OF_STATE}): choose causal')
   require(module.config.head == objective.head, 'model.head is '
           f'{module.config.head!r}, and objective {name!r} trains '
           f'{objective.head!r}: leave it empty, to be derived')

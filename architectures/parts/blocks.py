@@ -45,6 +45,12 @@ def mixer_of_layers(config: ModelConfig) -> Mixer:
   return MIXERS[config.mixer]
 
 
+# What gives a layer a state that goes from token to token, for messages.
+SOURCES_OF_STATE = (
+    'model.mixer, attention_conv, dynamic_conv, cca, key_offset, forget_gate, '
+    'branch_conv, memory, indexer.block, or position path')
+
+
 def has_layers_with_state(config: ModelConfig) -> bool:
   """Returns whether some layers of a model carry a state from token to token.
   Such a model must read a row of tokens from left to right.

@@ -135,8 +135,7 @@ def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
   if shape['context'] != 1 and blocks.has_layers_with_state(model):
     raise RequestError(
         f'mesh.context is {shape["context"]}, and some layers keep each '
-        'row on one device (a state of model.mixer, '
-        'model.attention_conv, branch_conv, memory or indexer.block): set '
+        f'row on one device (a state of {blocks.SOURCES_OF_STATE}): set '
         'mesh.context=1')
   for name in model.kinds_used:
     _check_layer_kind(model, name, shape)
