@@ -100,7 +100,6 @@ def test_a_model_their_own_text_and_the_curves_of_both(tree, tiny):
 
 # A page of docs/howto, what its block holds, and what that prints.
 BLOCKS = [('own_data', '--workdir runs/mine', 'held-out loss'),
-          ('own_data', 'labelled:docs/assets/sentences.tsv', '45 records'),
           ('own_data', '0.7*text:docs', 'held-out loss'),
           ('finetune', '--workdir runs/sentences', '180 records'),
           ('finetune', '--workdir runs/from_bert', '180 records'),

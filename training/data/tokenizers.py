@@ -57,10 +57,12 @@ class Tokenizer:
     fingerprint: changes when any text could be encoded otherwise.
     mask_pattern: a regular expression for a mask that is to be filled in: the
       vocabulary's own spelling, or [MASK].
-    added_ids: what Hugging Face's tokenizer of this vocabulary puts before
-      each text. None is put there here: lm_eval's conventions ask for it.
-    more_ids: the ids of special tokens that the vocabulary itself has not.
-    added_texts: {how it is written: id} of all tokens that `encode_placed`
+    ids_before_text: what Hugging Face's tokenizer of this vocabulary puts
+      before each text. None is put there here: lm_eval's conventions ask for
+      it.
+    ids_outside_vocabulary: the ids of special tokens that the vocabulary itself
+      has not.
+    id_of_added_text: {how it is written: id} of all tokens that `encode_placed`
       obeys.
   """
 
