@@ -239,11 +239,11 @@ MODELS = {  # with whose keys each layer reads
 
 def layers_of(params, c):
   """Yields the parameters of each layer in order."""
-  for name, kinds, periods, _ in c.sections(c.num_layers):
-    for row in range(periods):
-      for block in range(len(kinds)):
+  for section in c.sections(c.num_layers):
+    for row in range(section.periods):
+      for block in range(len(section.kinds)):
         yield jax.tree.map(lambda a, row=row: a[row],
-                           params['decoder'][name][f'block_{block}'])
+                           params['decoder'][section.name][f'block_{block}'])
 
 
 def turned(x_BLHK, c):
