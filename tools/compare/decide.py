@@ -804,13 +804,17 @@ def _no_surer_than_over_seeds(crossed: statistics.CrossedEstimate,
     over_seeds: the effect over the seeds alone.
     num_items: the number of items.
   """
-  half_width, p = crossed.high - crossed.mean, crossed.p
+  # The interval over the seeds may reach further to one side than to the other,
+  # because of the choices of tuned values.
+  below = above = crossed.high - crossed.mean
+  p = crossed.p
   if over_seeds.low is not None:
-    half_width = max(half_width, over_seeds.high - over_seeds.effect)
+    below = max(below, over_seeds.effect - over_seeds.low)
+    above = max(above, over_seeds.high - over_seeds.effect)
     p = max(p, over_seeds.p)
   return Effect(
-      size=ALL_SIZES, effect=crossed.mean, low=crossed.mean - half_width,
-      high=crossed.mean + half_width, n=num_items, p=p)
+      size=ALL_SIZES, effect=crossed.mean, low=crossed.mean - below,
+      high=crossed.mean + above, n=num_items, p=p)
 
 
 def _trend_over_sizes(member: FamilyMember, shape: statistics.NoiseShape | None

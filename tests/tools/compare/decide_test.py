@@ -425,10 +425,14 @@ def test_too_few_seeds_say_nothing():
   assert not decide.confirm_variants(PLAN, [])
 
 
-@pytest.mark.parametrize('plateau', [0.0, 1.0])
-def test_over_seeds_and_items_nothing_is_surer_than_over_seeds_alone(plateau):
-  """Nor where a run on a plateau of another variant widens that."""
+@pytest.mark.parametrize('plateau, miss', [(0.0, 0.0), (1.0, 0.0), (0.0, 0.1)])
+def test_over_seeds_and_items_nothing_is_surer_than_over_seeds_alone(
+    plateau, miss, monkeypatch):
+  """Nor where a run on a plateau of another variant widens that, or tuning
+  that may have missed, which does so at one end."""
   rng = np.random.default_rng(1)
+  misses = miss * np.abs(rng.normal(size=(500, 3)))
+  monkeypatch.setattr(decide, '_draw_misses', lambda **kwargs: misses)
   values = _values(seeds=8, noise=0.01)
   values['b'][0] += plateau
   scores = {name: x[..., None] + rng.normal(0, 1e-4, (8, 3, 40))
@@ -440,7 +444,9 @@ def test_over_seeds_and_items_nothing_is_surer_than_over_seeds_alone(plateau):
     outcomes.append(x._replace(items={'loss': record}))
   for row in decide.confirm_variants(PLAN, outcomes):
     assert (row.p_shape < 0.05) == (plateau > 0)
-    assert row.both.high - row.both.low >= (row.high - row.low) * (1 - 1e-12)
+    both = row.both
+    assert both.effect - both.low >= row.effect - row.low - 1e-12
+    assert both.high - both.effect >= row.high - row.effect - 1e-12
     assert row.both.p >= row.p
 
 
