@@ -42,7 +42,14 @@ AXES_OF_HEADS = {'query': 'heads', 'key': 'kv_heads'}
 def mix_queries_and_keys(module: Any, q_BLHK: jax.Array, k_BLJK: jax.Array,
                          ctx: Context, cache: Optional[Cache]
                          ) -> tuple[jax.Array, jax.Array, Optional[Cache]]:
-  """Returns q'' and k'' of the equations above.
+  """Mixes queries and keys with each other and with those of the last tokens
+  (compressed convolutional attention), where C is two convolutions:
+
+    q'_l = C(q)_l + (q_l + k_l) / 2     k'_l = C(k)_l + mean of (q_l + k_l) / 2
+    q''  = sqrt(K) q' / |q'|            k''  = t sqrt(K) k' / |k'|
+
+  A head of keys is added to each of the heads of queries that it serves, and
+  the mean is over these. t is a temperature of each head of keys, 1 at first.
 
   Args:
     module: the layer's attention, in which the parameters are declared.
@@ -52,7 +59,7 @@ def mix_queries_and_keys(module: Any, q_BLHK: jax.Array, k_BLJK: jax.Array,
     cache: the layer's cache; None: there is none.
 
   Returns:
-    The queries, the keys, and the cache with the convolutions' last inputs.
+    q'', k'', and the cache with the convolutions' last inputs.
   """
   # The means of each query with the key that serves it, R = H / J queries.
   B, L, H, K = q_BLHK.shape
@@ -148,9 +155,14 @@ def _set_lengths(x_BLHK: jax.Array) -> jax.Array:
 def delay_half_of_values(module: Any, v_BLJK: jax.Array, ctx: Context,
                          cache: Optional[Cache]
                          ) -> tuple[jax.Array, Optional[Cache]]:
-  """Returns v' of the equations above: of all features of the heads together,
-  the second half is that of the token before. There, the first token of a
-  document has the bias of the product, or 0.
+  """Takes half of the values from the token before (the value shift of
+  compressed convolutional attention):
+
+    v'_l = [first half of v_l, second half of v_(l-1)]
+
+  The halves are of the features of all heads together: with an even number of
+  heads, whole heads are delayed. The first token of a document has the bias of
+  the product in place of v_(l-1), or 0.
 
   Args:
     module: the layer's attention, which has declared the product's bias.

@@ -42,14 +42,23 @@ CONV = 'path_conv'  # the name of the filters, and of what a cache keeps
 def make_reflections(module: Any, x_BLD: jax.Array, ctx: Context,
                      cache: Optional[Cache]
                      ) -> tuple[jax.Array, jax.Array, Optional[Cache]]:
-  """Returns w and r of the equations above, [B, L, J, K] and [B, L, J] in
-  float32, and the cache. r is 0 on padding, which must not move keys.
+  """Makes the vectors w and the rates r of the reflections I - r w w^T by which
+  each token moves the keys before it, one for each head of keys (PaTH):
+
+    w = n(silu(conv(W_2 W_1 x))),   r = 2 sigmoid(W_r x + b),   n(w) = w / |w|
+
+  r is 0 on padding, which must not move keys. With a model.path.rank of 0 there
+  is one product W x in place of W_2 W_1 x.
 
   Args:
     module: the layer's attention, in which the parameters are declared.
     x_BLD: the layer's input, [batch, length, d_model].
     ctx: the context of the layer.
     cache: the layer's cache; None: there is none.
+
+  Returns:
+    w, [B, L, J, K], and r, [B, L, J], with J heads of keys of K features, in
+    float32; and the cache with the last inputs of the convolution.
   """
   config: ModelConfig = module.config
   fields = config.part(PathConfig)
@@ -60,9 +69,9 @@ def make_reflections(module: Any, x_BLD: jax.Array, ctx: Context,
   # The vectors, of a small vector of `rank` features or of the input.
   input_BLU, axis = x_BLD, 'embed'
   if fields.rank:
-    input_BLU, axis = dense(
-        'path_down', 'BLD,DU->BLU', x_BLD, shape=(config.d_model, fields.rank),
-        axes=('embed', None)), None
+    axis = None
+    input_BLU = dense('path_down', 'BLD,DU->BLU', x_BLD,
+                      shape=(config.d_model, fields.rank), axes=('embed', None))
   w_BLJK = dense('path', 'BLU,UJK->BLJK', input_BLU,
                  shape=(input_BLU.shape[-1], J, K),
                  axes=(axis, 'kv_heads', 'head'))
@@ -91,7 +100,11 @@ def reflect_keys(module: Any, x_BLD: jax.Array, q_BLHK: jax.Array,
                  k_positions_BM: jax.Array, reads_slots: bool, ctx: Context,
                  cache: Optional[Cache]
                  ) -> tuple[kernels.VisibleKeys, Optional[Cache]]:
-  """Adds to the scores what the reflections of position path change of them.
+  """Adds to the scores q_l k_m of attention what the reflections H of the
+  tokens between key m and query l change of them (PaTH), and leaves in the
+  cache keys that all tokens so far have reflected:
+
+    score_lm = scale q_l H_l H_(l-1) ... H_(m+1) k_m,   H_t = I - r_t w_t w_t^T
 
   Args:
     module: the layer's attention.
@@ -138,11 +151,16 @@ def reflect_in_chunks(q_BLHK: jax.Array, k_BMJK: jax.Array, w_BLJK: jax.Array,
                       rate_BLJ: jax.Array, is_before_BLM: jax.Array,
                       places: int, pairs: tuple[int, int, int]
                       ) -> tuple[jax.Array, jax.Array]:
-  """Computes by the UT transform, chunk after chunk of the tokens,
+  """Computes, for reflections H_t = I - r_t w_t w_t^T,
 
     q_l (H_l ... H_(m+1) - I) k_m    and    H_L ... H_(m+1) k_m
 
-  where H_t is left out of the products if is_before_tm is false.
+  where H_t is left out of the products if is_before_tm is false. Of tokens t
+  and s of a chunk, and of keys k as the chunks before have left them, the UT
+  transform gives
+
+    q_l (H_l ... - I) k_m = - sum over s <= l of (q_l w_s) y_sm
+    y = (I + A)^-1 Z,   A_st = r_s w_s w_t for t < s,   Z_sm = r_s w_s k_m
 
   The suffixes name axes: B batch, L tokens, M keys, H heads of queries, J heads
   of keys, R = H / J, K features, P and Q tokens of a chunk.
