@@ -50,9 +50,10 @@ def another(name: str):
     return next((x for x in choices(name) if x != leaf.default), 'other')
   if leaf.type is tuple:
     return (1.5,)
-  most = bounds.get('<=', bounds.get('<', 1e9))
-  return (leaf.default + 1 if leaf.default + 1 < most else
-          leaf.default / 2 or most / 2)
+  more = leaf.default + 1
+  if more <= bounds.get('<=', 1e9) and more < bounds.get('<', 1e9):
+    return more
+  return leaf.default / 2 or bounds.get('<=', bounds.get('<')) / 2
 
 
 @st.composite
