@@ -1056,8 +1056,7 @@ def unstack_layers(config: ModelConfig, params: Any, cache: Any
     weights = decoder[section.name]
     rows_of_weights = _unstack_rows(weights, section.periods)
     entries_of_section = tuple(itertools.islice(entries, len(section.kinds)))
-    unstacked_cache += _unstack_rows(
-        entries_of_section, section.runs)
+    unstacked_cache += _unstack_rows(entries_of_section, section.runs)
     weights_by_row = {str(i): row for i, row in enumerate(rows_of_weights)}
     # The barrier keeps XLA from slicing the stacked weights inside the loop.
     unstacked_sections[section.name] = jax.lax.platform_dependent(

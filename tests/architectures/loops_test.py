@@ -188,8 +188,12 @@ def test_what_turns_cost():
   cache = 'kv_cache_bytes_per_token'
   assert costs[cache] == 4 * once[cache]
   head = 2 * 32 * models.VOCAB * 16
-  assert sum(flops.forward_flops(model, 16).values()) - head == 4 * (
-      sum(flops.forward_flops(plain, 16).values()) - head)
+  whole = sum(flops.forward_flops(model, 16).values()) - head
+  assert whole == 4 * (sum(flops.forward_flops(plain, 16).values()) - head)
+  # Of the eight runs, both upper ones and 1 + 2 lower ones have a gradient.
+  some = model.with_part(LoopsConfig, gradient_passes=2)
+  assert sum(flops.training_flops(some, 16).values()) == pytest.approx(
+      3 * head + whole * (1 + 2 * 5 / 8))
   assert model.part(LoopsConfig).depth == 16
 
 

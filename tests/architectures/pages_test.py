@@ -51,7 +51,7 @@ def test_a_system_is_its_page_and_its_config(system):
 def test_a_record_names_nothing_that_is_not_there(system):
   module = architectures.build(models.small_config(system))
   c, page = module.config, architectures.hugging_face(config(system).arch)
-  names = {name.format(n=0, m=0, e=0) for *_, name, _ in page.rows(c)}
+  names = {name.format(n=0, m=0, e=0, h='L') for *_, name, _ in page.rows(c)}
   known = [name for names, *_ in page.fields.values()
            for name in names.split('|')]
   asked = [*known, *page.only, *page.fields_without_effect]

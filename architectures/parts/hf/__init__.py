@@ -81,7 +81,9 @@ class HuggingFace:
   language in which they are written, with examples. In the name of a tensor,
   {n} is the number of the layer, counted through the blocks of the period; {m}
   is the same number where their files count a layer's feed-forward network as
-  the next layer; {e} is the number of an expert, axis E of ours. In our path,
+  the next layer; {e} is the number of an expert, axis E of ours; {h} is L in
+  the lower half of the layers, and H in the upper half, where {n} begins with 0
+  again (loop 'turns', whose pattern is one layer). In our path,
   'query|key|value' are several parameters in one tensor of theirs, and
   decoder/layers/block_2 stands for one block of the period alone
   (`rows_of_layer`). A row is passed over where the model has no such

@@ -375,6 +375,10 @@ def _tensors_of_match(match: RowMatch, shapes: Mapping[str, tuple[int, ...]]
     axes_of_each = tuple(axes.replace('E', '') for axes in axes_of_each)
   tensors = []
   for row_of_layer, layer in enumerate(match.layers):
+    stack = ''
+    if '{h}' in name:  # the layers of each of two stacks count from 0
+      half, layer = divmod(row_of_layer, len(match.layers) // 2)
+      stack = 'LH'[half]
     for expert in match.experts:
       index: tuple[int, ...] = ()
       if layer is not None:
@@ -385,8 +389,9 @@ def _tensors_of_match(match: RowMatch, shapes: Mapping[str, tuple[int, ...]]
       if match.layer_indices:
         indices = tuple((i,) for i in match.layer_indices)
       tensors.append(Tensor(
-          name=name.format(n=layer, m=layer, e=expert), axes=their_axes,
-          paths=match.paths, ours=axes_of_each, indices=indices, sizes=sizes))
+          name=name.format(n=layer, m=layer, e=expert, h=stack),
+          axes=their_axes, paths=match.paths, ours=axes_of_each,
+          indices=indices, sizes=sizes))
   return tensors
 
 

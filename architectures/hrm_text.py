@@ -1,0 +1,151 @@
+"""HRM-Text: two stacks of layers that take turns, a low-level and a high-level
+one (Wang et al. 2025, arXiv 2506.21734, "Hierarchical Reasoning Model"; as
+transformers' hrm_text, Sapient 2026).
+
+  z_H = s E[tokens],   z_L = 0,   s = embed_scale
+  z_L = RMSNorm(lower(z_L + z_H))         loops.low_cycles times, then
+  z_H = RMSNorm(upper(z_H + z_L))         and all of it loops.passes times
+  a   = x + W_o (sigmoid(W_g n) * Attention(n)),      n = RMSNorm(x)
+  x'  = a + W_down (silu(W_gate m) * W_up m),         m = RMSNorm(a)
+  logits = z_H W                          a matrix of its own; no bias anywhere
+
+No norm has a scale. The first half of num_layers is the lower stack. In each
+pass only the last run of the lower stack has a gradient, in the last pass the
+last two. Published models are prefix LMs: objective=prefix.
+"""
+
+import numpy as np
+
+from architectures import llama
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
+from architectures.parts.loops import LoopsConfig
+from architectures.parts.skeletons import Decoder
+from common.errors import RequestError, require
+
+
+class HRMText(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = llama.LLaMA.PARTS | dict(
+      norm='rmsnorm_plain', attention_gate='elementwise', embed_scale=50.0,
+      loop='turns', loops=dict(passes=2, low_cycles=3, gradient_passes=2,
+                               boundary='norm'))
+
+
+def _read_gradient_passes(cycles: list[int], loops: dict[str, int]) -> int:
+  """Returns loops.gradient_passes of L_bp_cycles, the number of runs of the
+  lower stack in each pass that have a gradient.
+
+  Args:
+    cycles: L_bp_cycles; passes that it lacks come first, with 1 each.
+    loops: the other fields of the loop.
+
+  Raises:
+    RequestError: for numbers that our field cannot say.
+  """
+  passes, low_cycles = loops['passes'], loops['low_cycles']
+  padded = [1] * (passes - len(cycles)) + list(cycles)
+  counts = [min(count, low_cycles) for count in padded[:passes]]
+  if counts == [low_cycles] * passes:
+    return 0
+  if counts[:-1] != [1] * (passes - 1) or counts[-1] < 1:
+    raise RequestError(
+        f'L_bp_cycles is {cycles}, with {passes} H_cycles: only the last pass '
+        'may have a gradient of more than one run of the lower stack')
+  return counts[-1]
+
+
+class HF(llama.Family):
+  model_type = 'hrm_text'
+  architecture = 'HrmTextForCausalLM'
+  names = (
+      ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
+      ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
+      *hf.prefix_rows(
+          'decoder/layers', 'model.{h}_module.layers.{n}',
+          ('attention/output_gate|query|key|value', 'DHK',
+           'attn.gqkv_proj.weight', '4HK D'),
+          ('attention/out', 'HKD', 'attn.o_proj.weight', 'D HK'),
+          ('ffn/gate|up', 'DF', 'mlp.gate_up_proj.weight', '2F D'),
+          ('ffn/down', 'FD', 'mlp.down_proj.weight', 'D F')))
+  layer_prefix = 'model.{h}_module.layers.{n}'
+  fields = hf.fields_with_defaults(
+      hidden_size=1536, num_attention_heads=12, intermediate_size=4096,
+      vocab_size=151808, max_position_embeddings=2048, rms_norm_eps=1e-6,
+      head_dim=128, tie_word_embeddings=False) | {
+          'loops.passes': ('H_cycles', 2),
+          'loops.low_cycles': ('L_cycles', 3), 'ffn': hf.GATED_FFN_FIELD}
+  only = dict(attention_bias=False, mlp_bias=False)
+  fields_without_effect = ('prefix_lm',)  # the objective, which masks prompts
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Translates a Hugging Face config.json to fields of our config.model.
+    Fields that only have another name there have been looked up before.
+
+    Args:
+      reader: the fields of the file. `reader(name, default)` returns a field's
+        value, or the default if the file lacks it, and marks it as read.
+      fields: the fields of config.model that have been looked up.
+
+    Returns:
+      Further fields of config.model, by name. Groups, such as rope, are dicts.
+      They replace fields of the same name in `fields`.
+
+    Raises:
+      RequestError: for numbers of layers that contradict each other, and for
+        runs with a gradient that our field cannot say.
+    """
+    # Written folders have the layers of a stack and those of all its runs.
+    loops = dict(passes=fields['loops.passes'],
+                 low_cycles=fields['loops.low_cycles'])
+    num_runs = loops['passes'] * (loops['low_cycles'] + 1)
+    num_layers = reader('num_hidden_layers', 16)
+    layers_of_stack = reader('num_layers_per_stack', num_layers)
+    is_total = num_layers == layers_of_stack * num_runs
+    require(is_total or num_layers == layers_of_stack,
+            f'num_hidden_layers is {num_layers}, and num_layers_per_stack '
+            f'{layers_of_stack} in {num_runs} runs: they contradict each other')
+    stddev = reader('initializer_range', 0.02)
+    embed_scale = reader('embedding_scale', 1 / stddev)
+    cycles = reader.read_list('L_bp_cycles') or [2]
+    loops['gradient_passes'] = _read_gradient_passes(cycles, loops)
+    return super().read(reader, fields) | dict(
+        num_layers=2 * layers_of_stack, num_kv_heads=fields['num_heads'],
+        embed_scale=embed_scale, loops=loops | dict(boundary='norm'))
+
+  def write(self, config: ModelConfig) -> dict:
+    """Translates our config of a model to fields of a Hugging Face config.json.
+    These are the fields that `read` translates; fields that only have another
+    name there are written elsewhere.
+
+    Args:
+      config: our config of the model.
+
+    Returns:
+      {name of the field in config.json: its value}.
+    """
+    loops = config.part(LoopsConfig)
+    layers_of_stack = config.num_layers // 2
+    cycles = [loops.gradient_passes]
+    if not loops.gradient_passes:
+      cycles = [loops.low_cycles] * loops.passes
+    return dict(
+        rope_parameters=rope_fields.write_rope(config),
+        num_layers_per_stack=layers_of_stack,
+        num_hidden_layers=loops.count_rows_of_pass(config.num_layers)
+        * loops.passes,
+        L_bp_cycles=cycles, embedding_scale=config.embed_scale)
+
+  def constants(self, config: ModelConfig) -> dict:
+    """Returns the first z_L, which is never trained."""
+    return {'model.z_L_init': np.zeros(config.d_model, np.float32)}
+
+  def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
+    require(config.num_kv_heads == config.num_heads,
+            f'model.num_kv_heads is {config.num_kv_heads}: transformers has as '
+            f'many heads of keys as model.num_heads {config.num_heads} here')
+    require(config.d_model % config.num_heads == 0,
+            f'model.d_model is {config.d_model}, which transformers wants to '
+            f'be a multiple of model.num_heads {config.num_heads} here')
