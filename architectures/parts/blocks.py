@@ -45,7 +45,8 @@ def mixer_of_layers(config: ModelConfig) -> Mixer:
   return MIXERS[config.mixer]
 
 
-# What gives a layer a state that goes from token to token, for messages.
+# The fields that give a layer a state that goes from token to token, for
+# messages.
 SOURCES_OF_STATE = (
     'model.mixer, attention_conv, dynamic_conv, cca, key_offset, forget_gate, '
     'branch_conv, memory, indexer.block, or position path')

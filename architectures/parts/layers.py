@@ -818,7 +818,7 @@ class DynamicTanh(Norm):
     scale_D = self.declare_per_feature('scale', nn.initializers.ones, x)
     bias_D = self.declare_per_feature('bias', nn.initializers.zeros, x)
 
-    # As in the norms, the result alone is rounded.
+    # The result alone is rounded, as in the norms.
     y = jnp.tanh(alpha.astype(jnp.float32) * x.astype(jnp.float32))
     return _scale_and_shift(y, scale_D=scale_D, bias_D=bias_D, dtype=x.dtype)
 

@@ -105,11 +105,13 @@ class Stack(nn.Module):
     ctx = self._complete_context(x_BLD, ctx, cache)
     kinds = self._layer_kinds()
     x = begin_residual(config, x_BLD, kinds)
-    skips = None
+    skips = router_BLU = None
     if config.skips:
       skips = streams.begin_skips(self, x_BLD, num_layers=len(kinds))
+    if config.has_experts:
+      router_BLU = zero_router_state(config, x_BLD)
     passed = PassedOn(first_values=self._first_values(x_BLD),
-                      router_BLU=zero_router_state(config, x_BLD), skips=skips)
+                      router_BLU=router_BLU, skips=skips)
     # The layers.
     carry = x, passed
     if one_by_one:
@@ -800,7 +802,8 @@ class Period(nn.Module):
                             router_BLU=passed.router_BLU,
                             keys=lent.get(kind.source), lends=i in lenders)
       entry = None if cache is None else cache[i]
-      x = streams.read_skip(x, passed.skips)
+      if passed.skips is not None:
+        x = streams.read_skip(x, passed.skips)
       x, entry, layer_report = self._run_layer(
           i, kind=kind, x=x, ctx=ctx.replace(shared=shared), cache=entry)
       # Arrays that later layers read go with the carry, not into the report.
@@ -808,7 +811,8 @@ class Period(nn.Module):
         passed = passed.replace(first_values=layer_report.first_values)
       if layer_report.router_BLU is not None:
         passed = passed.replace(router_BLU=layer_report.router_BLU)
-      passed = passed.replace(skips=streams.write_skip(x, passed.skips))
+      if passed.skips is not None:
+        passed = passed.replace(skips=streams.write_skip(x, passed.skips))
       if layer_report.keys is not None:
         lent[i] = layer_report.keys
       caches.append(entry)

@@ -1042,7 +1042,7 @@ def begin_skips(module: Any, x_BLD: jax.Array, num_layers: int) -> Skips:
                layer=jnp.zeros((), jnp.int32), num_layers=num_layers)
 
 
-def read_skip(x: LayerInput, skips: Optional[Skips]) -> LayerInput:
+def read_skip(x: LayerInput, skips: Skips) -> LayerInput:
   """Returns the input of a layer with a skip added (modded-nanogpt, as in
   U-nets): for layer l of the N layers of a stack, in its second half,
 
@@ -1052,10 +1052,8 @@ def read_skip(x: LayerInput, skips: Optional[Skips]) -> LayerInput:
 
   Args:
     x: the residual stream, [B, L, D], or Streams, whose first is the sum.
-    skips: the results of the first half; None: x is returned as it is.
+    skips: the results of the first half.
   """
-  if skips is None:
-    return x
   # In the first half this is past the slots. Then the last one is read, which
   # is 0, as it is for the layer in the middle of an odd number.
   slot = skips.num_layers - 1 - skips.layer
@@ -1077,12 +1075,9 @@ def _add_weighted(x_BLD: jax.Array, y_BLD: jax.Array, weight: jax.Array
   return sum_BLD.astype(x_BLD.dtype)
 
 
-def write_skip(x: LayerInput, skips: Optional[Skips]) -> Optional[Skips]:
-  """Returns the Skips with the result x of a layer in its slot; None: there are
-  none. Layers of the second half write into the last slot, which none of them
-  reads."""
-  if skips is None:
-    return None
+def write_skip(x: LayerInput, skips: Skips) -> Skips:
+  """Returns the Skips with the result x of a layer in its slot. Layers of the
+  second half write into the last slot, which none of them reads."""
   x_BLD = x.x_BLUD[:, :, 0] if isinstance(x, Streams) else x
   slot = jnp.minimum(skips.layer, skips.kept_BLUD.shape[2] - 1)
   kept_BLUD = jax.lax.dynamic_update_index_in_dim(

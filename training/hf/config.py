@@ -259,7 +259,7 @@ def _check_type(subject: str, value: Any, default: Any) -> Any:
 
 
 class ContentOfConfigJson(NamedTuple):
-  """What a config.json says.
+  """The content of a config.json, as it is read here.
 
   Attributes:
     fields: the fields of our config.model.

@@ -67,7 +67,7 @@ def mix_queries_and_keys(module: Any, q_BLHK: jax.Array, k_BLJK: jax.Array,
   q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
   mean_BLJRK = (q_BLJRK + k_BLJK[:, :, :, None]) / 2
 
-  # What the convolutions make of each is added to them.
+  # Add what the convolutions make of each.
   convolved_q_BLHK, cache = _convolve_twice(module, 'query', q_BLHK, ctx, cache)
   convolved_k_BLJK, cache = _convolve_twice(module, 'key', k_BLJK, ctx, cache)
   q_BLHK = convolved_q_BLHK + mean_BLJRK.reshape(B, L, H, K)

@@ -428,10 +428,11 @@ class SelfAttention(Attention):
         visible, x_BLD, q_BLHK, k_BMJK, k_positions_BM=k_positions_BM, ctx=ctx)
     visible = steps.add_forget_bias(visible, own_keys.forget_BMHU,
                                     keys.forget_BMHU)
-    visible, cache = path.reflect_keys(
-        self, x_BLD, q_BLHK=q_BLHK, keys=keys, visible=visible,
-        k_positions_BM=k_positions_BM, reads_slots=reads_slots, ctx=ctx,
-        cache=cache)
+    if config.position == 'path':
+      visible, cache = path.reflect_keys(
+          self, x_BLD, q_BLHK=q_BLHK, keys=keys, visible=visible,
+          k_positions_BM=k_positions_BM, reads_slots=reads_slots, ctx=ctx,
+          cache=cache)
     with self.count_visible_pairs_only(q_BLHK, k_BMJK, ctx):
       o_BLHK, report = self.weigh_values(
           q_BLHK, k_BMJK, steps.join_values_of_head_pairs(config, v_BMJK),

@@ -119,11 +119,9 @@ def reflect_keys(module: Any, x_BLD: jax.Array, q_BLHK: jax.Array,
 
   Returns:
     `visible` with the change of the scores as a bias, and the cache with the
-    reflected keys; both as they are with another position encoding.
+    reflected keys.
   """
   config: ModelConfig = module.config
-  if config.position != 'path':
-    return visible, cache
   w_BLJK, rate_BLJ, cache = make_reflections(module, x_BLD, ctx, cache)
 
   # A token moves the keys before it. The slot of a token in a cache is its

@@ -433,11 +433,11 @@ def zero_router_state(config: ModelConfig, x_BLD: jax.Array
   U]; None for a model whose routers have none.
 
   Args:
-    config: the config of the model.
+    config: the config of a model with experts.
     x_BLD: the input of the first layer, which gives B and L.
   """
-  moe = config.find_part(MoEConfig)
-  if moe is None or not (config.has_experts and moe.router_dim):
+  moe = config.part(MoEConfig)
+  if not moe.router_dim:
     return None
   zeros_BLU = jnp.zeros((*x_BLD.shape[:2], moe.router_dim), jnp.float32)
   return sharding.constrain(zeros_BLU, 'batch', 'length', None)
