@@ -518,7 +518,7 @@ _FIELDS_OF_ONE_STACK = (
     ('parametrization', 'standard', 'decoder'))
 
 
-def _check_stack(c: ModelConfig, stack: str,
+def _check_stack(config: ModelConfig, stack: str,
                  archs: Callable[[str], Iterable[str]]) -> None:
   """Checks that a model sets no field that only another kind of architecture
   has, such as a decoder's in an encoder.
@@ -534,49 +534,56 @@ def _check_stack(c: ModelConfig, stack: str,
       the modules of further tokens cannot have.
   """
   # The model's own fields, and those of each kind of layer.
-  configs = [c]
-  if c.kinds:
-    configs += c.distinct_layers
+  configs = [config]
+  if config.kinds:
+    configs += config.distinct_layers
   # Fields that another kind of stack reads, each with the value that means it
   # is not set. num_decoder_layers is derived as num_layers.
   fields = (*_FIELDS_OF_ONE_STACK,
-            ('num_decoder_layers', c.num_layers, 'encoder-decoder'))
+            ('num_decoder_layers', config.num_layers, 'encoder-decoder'))
   for field, unset, stack_of_field in fields:
     if stack_of_field == stack:
       continue
-    for config in configs:
-      value = getattr(config, field)
+    for layer in configs:
+      value = getattr(layer, field)
       if value != unset:
         raise RequestError(
             f'model.{field} {value!r} has no meaning with model.arch '
-            f'{c.arch!r}: set it to {unset!r}, or choose model.arch from '
+            f'{config.arch!r}: set it to {unset!r}, or choose model.arch from '
             f'{", ".join(archs(stack_of_field))}')
-  attention = c.find_part(AttentionConfig)
+  attention = config.find_part(AttentionConfig)
   if stack != 'decoder' and attention is not None:
-    for config in configs:
-      fields_of_attention = config.part(AttentionConfig)
+    for layer in configs:
+      fields_of_attention = layer.part(AttentionConfig)
       for field in ('attention_conv', 'dynamic_conv', 'cca', 'key_offset',
                     'forget_gate'):
         value = getattr(fields_of_attention, field)
         if value:
           raise RequestError(
               f'model.{field} {value!r} has no meaning with model.arch '
-              f'{c.arch!r}: set it to {type(value)()!r}, or choose model.arch '
-              f'from {", ".join(archs("decoder"))}')
+              f'{config.arch!r}: set it to {type(value)()!r}, or choose '
+              f'model.arch from {", ".join(archs("decoder"))}')
   # The last layers, whose network or kind something else has too.
-  if c.ffn == NO_FFN and stack == 'encoder':
+  if stack == 'encoder':
+    _check_network_of_head(config)
+  if config.mtp_depth:
+    _check_further_tokens(config)
+
+
+def _check_network_of_head(config: ModelConfig) -> None:
+  """Raises RequestError for an encoder whose feed-forward networks have no
+  activation that its head of masked words could have too."""
+  if config.ffn == NO_FFN:
     raise RequestError(
         f'model.ffn is {NO_FFN!r}, and the head of masked words of model.arch '
-        f'{c.arch!r} has the activation of the layers: set model.ffn to a '
+        f'{config.arch!r} has the activation of the layers: set model.ffn to a '
         f'network, and ffn={NO_FFN} of the kinds of layer that have none')
-  if c.ffn in FFNS and FFNS[c.ffn].learned and stack == 'encoder':
+  if config.ffn in FFNS and FFNS[config.ffn].learned:
     choices = layers.networks_without_learned_numbers()
     raise RequestError(
-        f'model.ffn is {c.ffn!r}, whose activation is learned in each layer, '
-        f'and the head of masked words of model.arch {c.arch!r} has that of '
-        f'the layers: choose it from {", ".join(choices)}')
-  if c.mtp_depth:
-    _check_further_tokens(c)
+        f'model.ffn is {config.ffn!r}, whose activation is learned in each '
+        f'layer, and the head of masked words of model.arch {config.arch!r} '
+        f'has that of the layers: choose it from {", ".join(choices)}')
 
 
 def _check_further_tokens(config: ModelConfig) -> None:

@@ -65,12 +65,7 @@ def run_sweep_or_study(args) -> int:
   """
   # Check the arguments.
   is_study = check.check_arguments(args)
-  launchers = ('local', 'slurm') if is_study else LAUNCHERS
-  check_choice('--launcher', args.launcher, launchers)
-  check_number('--jobs', args.jobs, (('>=', 0), ('<=', 100_000)))
-  for flag in ('jobs', 'slurm'):
-    require(args.launcher == 'slurm' or not getattr(args, flag), f'--{flag} is '
-            f'of --launcher=slurm, which is {args.launcher}: leave it out')
+  _check_launcher(args, is_study)
 
   # A study runs its phases itself.
   if is_study:
@@ -103,6 +98,17 @@ def run_sweep_or_study(args) -> int:
     from tools.compare import comparison
     comparison.load_comparison(args.workdir).print_milestones()
   return code
+
+
+def _check_launcher(args, is_study: bool) -> None:
+  """Raises RequestError for an unknown launcher, and for flags that are not of
+  the one that was chosen."""
+  launchers = ('local', 'slurm') if is_study else LAUNCHERS
+  check_choice('--launcher', args.launcher, launchers)
+  check_number('--jobs', args.jobs, (('>=', 0), ('<=', 100_000)))
+  for flag in ('jobs', 'slurm'):
+    require(args.launcher == 'slurm' or not getattr(args, flag), f'--{flag} is '
+            f'of --launcher=slurm, which is {args.launcher}: leave it out')
 
 
 def submit(args, jobs: int) -> None:
