@@ -401,7 +401,6 @@ def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
         workdir=workdir, description=description, point=name, seed=seed,
         state=state, error=error, reads_config=reads_configs)
 
-
   # Keep the changes that make a difference. The base may lack a field, because
   # it need not have the kinds of layer that a point has.
   changes = {}

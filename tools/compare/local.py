@@ -69,16 +69,7 @@ class Runner:
   def __init__(self, workdir, ledger: layout.Ledger, parallel: int, group: int,
                begun: Callable[[Sequence], None] = lambda runs: None,
                ended: Callable[[layout.Run], None] = lambda run: None):
-    """Enters this runner (a process that trains runs) into the ledger.
-
-    Args:
-      workdir: the folder of the sweep.
-      ledger: its open ledger, the database of the states of runs.
-      parallel: the number of processes that train at once.
-      group: the most runs that are trained as one program.
-      begun: a function that is called with the runs of each job that starts.
-      ended: a function that is called with each run that ends.
-    """
+    """Enters this runner (a process that trains runs) into the ledger."""
     self._workdir = pathlib.Path(workdir)
     self._ledger = ledger
     self._parallel = parallel
@@ -168,8 +159,7 @@ class Runner:
 
   def _record_heartbeat(self) -> None:
     """Records in the ledger every BEAT_SECONDS that this runner is alive. Runs
-    of
-    runners that have stopped doing so become pending again."""
+    of runners that have stopped doing so become pending again."""
     if time.monotonic() - self._time_of_heartbeat < layout.BEAT_SECONDS:
       return
     self._time_of_heartbeat = time.monotonic()

@@ -97,7 +97,6 @@ def recompute_results(workdir, frozen: plans.FrozenPlan) -> dict[str, Any]:
   _check_figures_unchanged(workdir)
   saved = results_lib.load(workdir)
 
-
   # Go through the phases, as far as there are runs. A phase that lacks some
   # has added the outcomes of its other runs by then, which are taken out again.
   trainer, missing = RunsOnDisk(workdir, frozen), ''
