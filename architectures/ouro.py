@@ -9,10 +9,10 @@ Models").
   logits = s_T W                      a matrix of its own; no bias anywhere
 
 The norm between two passes is the final one. Each pass has its own keys and
-values. Left out is the gate that says after each pass whether to end, and so
-the loss over all passes that trains it: the loss here is of the last pass,
-which the published models also use at their threshold of 1. transformers has no
-such class, so weights are not read.
+values. The gate that says after each pass whether to end, and the loss over all
+passes that trains it, are loops.exit_gate=True; without it the loss is of the
+last pass, which the published models also use at their threshold of 1.
+transformers has no such class, so weights are not read.
 """
 
 from architectures import llama

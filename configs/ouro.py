@@ -4,7 +4,7 @@ Lab note. Zhu et al. 2025 (arXiv 2510.25741): four passes, 7.7T tokens, in
 stages of longer rows; 2.6B began as a copy of the half-trained 1.4B with its
 layers twice. Sizes are those of the config.json of each. The count of the
 published 2.6B is 2,667,974,657, of which 2,049 are of the gate that ends the
-passes, which is not here. What else of the training is not known is LLaMA 2's.
+passes (loops.exit_gate). What else of the training is not known is LLaMA 2's.
 
 `tiny` runs two layers three times.
 """

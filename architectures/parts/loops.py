@@ -4,7 +4,8 @@
 import dataclasses
 
 from architectures.parts.sizes import Sizes
-from common.fields import AT_START, field, FUNCTION, RUN, SHAPES, ReadIf
+from common.fields import AT_START, field, FUNCTION, REGULARISATION, RUN
+from common.fields import SHAPES, ReadIf
 from common.kinds import split_kind_names
 
 
@@ -25,6 +26,17 @@ class LoopsConfig:
   boundary: str = field(
       'none', 'what a state goes through between two passes: nothing, or the '
       "stack's final norm", choices=('none', 'norm'), resume=FUNCTION)
+  exit_gate: bool = field(
+      False, 'whether a gate says after each pass which tokens leave; the loss '
+      'is then that of all passes, by their probabilities', resume=SHAPES)
+  exit_entropy: float = field(
+      0.1, 'for exit_gate: the factor of the entropy of the passes after which '
+      'a token may leave, which the loss rewards', least=0,
+      resume=REGULARISATION)
+  exit_threshold: float = field(
+      1.0, 'for exit_gate: outside of training a token takes the result of the '
+      'first pass by which it has left with this probability; 1: of the last',
+      above=0, most=1, resume=FUNCTION)
   gate_rank: int = field(64, 'for gate: the features between its products',
                          least=1, resume=SHAPES)
   depth: int = field(
@@ -52,6 +64,10 @@ class LoopsConfig:
   def conditions_of_reading(self, config: Sizes) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
-    if config.init == 'scaled_normal':
-      return {}
-    return {'depth': ReadIf('init', 'is scaled_normal')}
+    conditions = {}
+    if config.init != 'scaled_normal':
+      conditions['depth'] = ReadIf('init', 'is scaled_normal')
+    if not self.exit_gate:
+      for name in ('exit_entropy', 'exit_threshold'):
+        conditions[name] = ReadIf('loops.exit_gate', 'is True')
+    return conditions

@@ -310,3 +310,52 @@ def list_turns(loops: LoopsConfig) -> list[Turn]:
           i >= loops.low_cycles - num_with_gradient)))
     turns.append(Turn(is_high=True, has_gradient=True))
   return turns
+
+
+class ExitGate(nn.Module):
+  """The gate by which a token leaves after a pass (Ouro: Zhu et al. 2025, arXiv
+  2510.25741, section 3)."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, states_TBLD: jax.Array) -> jax.Array:
+    """Returns the logarithms of the probabilities p_t with which a token leaves
+    after pass t of T, [T, B, L] in float32:
+
+      p_t = g_t (1 - g_1) ... (1 - g_(t-1)),   g_t = sigmoid(w s_t + b)
+
+    but that the last pass has all that is left, so that they sum to 1.
+
+    Args:
+      states_TBLD: s_t, the result of each pass after the final norm.
+    """
+    D = states_TBLD.shape[-1]
+    w_D1 = layers.weight(self, 'gate', shape=(D, 1), axes=('embed', None),
+                         output=True)
+    b_1 = layers.bias(self, 'gate_bias', shape=(1,), axes=(None,), output=True)
+    z_TBL1 = layers.einsum('TBLD,DU->TBLU', states_TBLD, w_D1,
+                           dtype=states_TBLD.dtype, out_dtype=jnp.float32)
+    z_TBL = (z_TBL1 / self.config.widening)[..., 0] + b_1[0]
+    log_stays_TBL = jnp.cumsum(jax.nn.log_sigmoid(-z_TBL[:-1]), axis=0)
+    log_reaches_TBL = jnp.concatenate(
+        [jnp.zeros_like(z_TBL[:1]), log_stays_TBL])
+    log_leaves_TBL = jax.nn.log_sigmoid(z_TBL).at[-1].set(0)
+    return log_reaches_TBL + log_leaves_TBL
+
+
+def take_exits(config: ModelConfig, states_TBLD: jax.Array, log_p_TBL: jax.Array
+               ) -> jax.Array:
+  """Returns the result of each token's pass, [B, L, D]: the first one by which
+  it has left with probability loops.exit_threshold, or the last.
+
+  Args:
+    config: the model.
+    states_TBLD: the result of each of T passes.
+    log_p_TBL: the logarithms of the probabilities of leaving after each.
+  """
+  threshold = config.part(LoopsConfig).exit_threshold
+  if threshold == 1:
+    return states_TBLD[-1]
+  has_left_TBL = jnp.cumsum(jnp.exp(log_p_TBL), axis=0) >= threshold
+  pass_BL = jnp.argmax(has_left_TBL.at[-1].set(True), axis=0)
+  return jnp.take_along_axis(states_TBLD, pass_BL[None, ..., None], axis=0)[0]

@@ -151,6 +151,8 @@ class Decoder(nn.Module):
       return self._apply_task_head(x_BLD, ctx).replace(cache=cache, aux=aux)
     head = Unembed(config, name='head')(table_DV)
     extra = {}
+    if 'exits' in aux:
+      extra['exits'] = aux.pop('exits')
     shows_layers = ctx.keep_layers or ctx.keep_attention
     if config.mtp_depth and cache is None and not shows_layers:
       predict_further = Mtp(config, name='mtp')

@@ -70,11 +70,13 @@ class LayerResults:
     kept: with context.keep_layers, x after each of them.
     lent: keys and values that later periods read, by how far before the end of
       the period their layer is: -1, ...
+    states: with loops.exit_gate, x after each pass; () of other sections.
   """
   caches: Optional[tuple[LayerCache, ...]]
   reports: tuple[Report, ...]
   kept: tuple[Any, ...]
   lent: dict[int, KeysAndValues]
+  states: Any = ()
 
 
 class Stack(nn.Module):
@@ -128,6 +130,13 @@ class Stack(nn.Module):
     reports = [section.reports for section in sections]
     aux = (gather_figures(reports)
            | gather_attention_weights(reports))
+    loops = config.find_part(LoopsConfig)
+    if loops is not None and loops.exit_gate:
+      states_TBLD = final_norm(self._states_of_passes(sections, x))
+      log_p_TBL = passes.ExitGate(config, name='exit')(states_TBLD)
+      y_BLD = passes.take_exits(config, states_TBLD, log_p_TBL)
+      if not ctx.deterministic:
+        aux = aux | {'exits': (states_TBLD, log_p_TBL)}
     if ctx.keep_layers:
       kept = []
       for section in sections:
@@ -138,6 +147,16 @@ class Stack(nn.Module):
       return y_BLD, None, aux
     caches = [section.caches for section in sections]
     return y_BLD, caches if one_by_one else sum(caches, ()), aux
+
+  def _states_of_passes(self, sections: list[LayerResults], x: LayerInput
+                        ) -> jax.Array:
+    """Returns the result of each pass over the layers that loop, [passes, B, L,
+    D]; x alone where parameters are declared, which runs one pass."""
+    if self.is_initializing():
+      return x[None]
+    states = [section.states.reshape(-1, *x.shape) for section in sections
+              if not isinstance(section.states, tuple)]
+    return jnp.concatenate(states)
 
   def _layer_kinds(self) -> tuple[LayerKind, ...]:
     """Returns the kind of each layer that a token goes through, in order."""
@@ -404,9 +423,13 @@ class Stack(nn.Module):
       period_N = None
       if slots is not None:
         period_N = n * num_periods + jnp.arange(num_periods)
-      return module.apply(
+      carry, results = module.apply(
           {'params': params[section.name]}, ((x, passed), slots),
           (period_N, other_cache), ctx, lent, rngs=rngs)
+      if config.part(LoopsConfig).exit_gate:
+        (x, _), _ = carry
+        results = results.replace(states=x)
+      return carry, results
 
     # The random numbers of each pass, with an axis of passes in front.
     rngs = {name: jax.random.split(self.make_rng(name), num_passes)
@@ -670,6 +693,9 @@ class Stack(nn.Module):
         x = passes.input_of_pass(config, params=params, state=x, inputs=inputs,
                                  n=n)
         carry = run_rows(range(section.periods), (x, passed))
+        if config.part(LoopsConfig).exit_gate:
+          x, _ = carry
+          results_of_periods[-1] = results_of_periods[-1].replace(states=x)
     return carry, results_of_periods
 
 

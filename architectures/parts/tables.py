@@ -102,7 +102,7 @@ def check_model(config: ModelConfig, stack: str,
   if config.skips:
     streams.check_skips(config)
   if config.find_part(LoopsConfig):
-    _check_loop(config)
+    _check_loop(config, stack)
   _check_stack(config, stack, archs)
   _check_products(config)
   _check_diffusion(config)
@@ -364,12 +364,13 @@ def _check_value_residual(config: ModelConfig) -> None:
         'those of the first layer are mixed into all')
 
 
-def _check_loop(config: ModelConfig) -> None:
+def _check_loop(config: ModelConfig, stack: str) -> None:
   """Checks a model whose layers are run several times with the same weights
   (model.loop).
 
   Args:
     config: the config of the whole model, which has a loop.
+    stack: what its architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
 
   Raises:
     RequestError: for several residual streams between passes that mix or
@@ -394,6 +395,19 @@ def _check_loop(config: ModelConfig) -> None:
         f'model.block {last_layer.block!r} there is no final norm: set it to '
         "'none'")
 
+  # A token leaves with what would be the model's result.
+  predicts_tokens = stack == 'decoder' and config.head == 'lm'
+  require(predicts_tokens or not loops.exit_gate, f'{setting}'
+          'model.loops.exit_gate is True, whose loss is that of tokens after '
+          f'each pass: model.arch is {config.arch!r} and model.head '
+          f'{config.head!r}; choose a decoder and the head lm')
+  can_exit = (config.loop != 'turns' and not config.suffix
+              and not config.mtp_depth and config.residual == 'plain')
+  require(can_exit or not loops.exit_gate, f'{setting}model.loops.exit_gate '
+          'is True: a token leaves after a pass, so that turns, model.suffix '
+          f'{config.suffix!r}, model.mtp_depth {config.mtp_depth} and '
+          f'model.residual {config.residual!r} have no meaning with it; leave '
+          'them out')
   # Two halves of the layers that take turns.
   if config.loop == 'turns':
     num_periods = max(section.periods for section in

@@ -16,7 +16,7 @@ from architectures.parts.stack import PassedOn, Period
 from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
-from training import generate, runs
+from training import generate, objectives, runs
 from training.costs import flops, totals
 
 T = 3  # passes
@@ -214,6 +214,69 @@ def test_what_is_written_token_by_token_is_likeliest_by_whole_rows(changes):
   assert (best(rows)[:, 3:-1] == new).all()
 
 
+@pytest.mark.slow
+def test_tokens_leave_after_the_passes_that_the_gate_says():
+  """Beside models of one, two and three passes: the probabilities, the loss and
+  its gradient, the pass of each token, and what is written with a cache."""
+  config = step_test.config()
+  model = dict(loop='plain', loops=dict(passes=T, boundary='norm'))
+  modules = [models.make_model('llama', loop='plain', loops=dict(
+      passes=t, boundary='norm'))[0] for t in range(1, T + 1)]
+  model['loops'] |= dict(exit_gate=True, exit_threshold=0.6)
+  config.model = models.small_config('llama', **model)
+  module, params = models.make_model('llama', **model)
+  tokens = models.random_tokens(2, 6)
+  batch = dict(targets=models.random_tokens(2, 6, seed=2),
+               weights=jnp.linspace(0, 1, 12).reshape(2, 6))
+
+  def ours(params):
+    output = module.apply({'params': params}, tokens, deterministic=False)
+    figures = objectives.token_loss_figures(output, batch, config)
+    return figures['loss'].total, output.extra['exits'][1]
+
+  def theirs(params):
+    decoder = dict(params['decoder'])
+    gate = decoder.pop('exit')
+    outputs = [m.apply({'params': params | {'decoder': decoder}}, tokens)
+               for m in modules]
+    g1, g2, _ = [jax.nn.sigmoid(
+        (out.hidden @ gate['gate'])[..., 0] + gate['gate_bias'][0])
+                 for out in outputs]
+    p = jnp.stack([g1, g2 * (1 - g1), (1 - g1) * (1 - g2)])
+    nats = jnp.stack([-jnp.take_along_axis(jax.nn.log_softmax(
+        out.logits), batch['targets'][..., None], -1)[..., 0]
+                      for out in outputs])
+    loss = (batch['weights'] * (p * (nats + 0.1 * jnp.log(p))).sum(0)).sum()
+    return loss, (p, jnp.stack([out.hidden for out in outputs]))
+
+  (loss, log_p), grads = jax.jit(
+      jax.value_and_grad(ours, has_aux=True))(params)
+  (want, (p, hidden)), other = jax.jit(
+      jax.value_and_grad(theirs, has_aux=True))(params)
+  models.assert_trees_close(jnp.exp(log_p), p)
+  models.assert_trees_close(loss, want)
+  models.assert_trees_close(grads, other, rtol=1e-4)
+  # Each token takes the result of its pass.
+  leaves = (jnp.cumsum(p, 0) >= 0.6).at[-1].set(True).argmax(0)
+  assert len(set(leaves.ravel().tolist())) > 1
+  chosen = jnp.take_along_axis(hidden, leaves[None, ..., None], 0)[0]
+  models.assert_trees_close(
+      module.apply({'params': params}, tokens).hidden, chosen)
+  new = generate.generate(
+      module, params, tokens[:, :3], jnp.full(2, 3), jax.random.key(0),
+      max_new_tokens=4, sampling=generate.Sampling(temperature=0))
+  rows = jnp.concatenate([tokens[:, :3], new], 1)
+  best = models.logits(module, params, rows).argmax(-1)
+  assert (best[:, 2:-1] == new).all()
+  # The gate reads each pass, and in training the head does too.
+  c, head = module.config, 2 * 6 * 32 * models.VOCAB
+  forward = flops.forward_flops(c, 6)
+  assert forward['weights'] - flops.forward_flops(modules[-1].config, 6)[
+      'weights'] == 2 * 6 * 32 * T
+  assert sum(flops.training_flops(c, 6).values()) == 3 * (
+      sum(forward.values()) + (T - 1) * head)
+
+
 def test_what_passes_cost():
   """FLOPs, the cache and the parameters, counted by hand from one pass."""
   c = step_test.config()
@@ -250,6 +313,7 @@ def test_what_passes_cost():
     (dict(loop='turns', num_layers=3, loops=dict(low_cycles=2)), 'two halves'),
     (dict(loop='turns', loops=dict(low_cycles=2, gradient_passes=3)),
      'choose from 1 to the 2'),
+    (dict(loop='turns', loops=dict(low_cycles=2, exit_gate=True)), 'exit_gate'),
     (dict(loop='plain', keep_gathered='all'), 'keep_gathered')])
 def test_what_cannot_loop_is_refused(changes, words):
   with pytest.raises(RequestError, match=words):

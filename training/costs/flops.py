@@ -115,8 +115,15 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   if config.self_conditioning:
     estimate = dict(count_forward(num_unread=length, estimates=True))
 
-  # If everything is trained, the backward pass costs two forward passes.
+  # With exits, the loss reads the logits of each pass.
   loops = config.find_part(LoopsConfig)
+  if loops is not None and loops.exit_gate:
+    without_head = dict(count_forward(num_unread=length))
+    for part, flops in forward:
+      head = flops - without_head[part]
+      estimate[part] += 3.0 * (loops.passes - 1) * head
+
+  # If everything is trained, the backward pass costs two forward passes.
   has_passes_without_gradient = loops is not None and loops.gradient_passes > 0
   trains_everything = not freeze and not config.lora.rank
   if trains_everything and not has_passes_without_gradient:

@@ -144,10 +144,50 @@ def token_loss_figures(output: Output, batch: Batch, config: Config) -> Figures:
       label_smoothing=train.label_smoothing)
   sums['loss'] = loss
 
+  if 'exits' in output.extra:
+    sums |= exit_losses(output, batch=batch, config=config)
+
   # All figures are sums over the same tokens, so they have one weight.
   weight = sums.pop('weight')
   figures = {name: Mean(total, weight) for name, total in sums.items()}
   return figures | multi_token_figures(output, batch=batch, train=train)
+
+
+def exit_losses(output: Output, batch: Batch, config: Config
+                ) -> dict[str, jax.Array]:
+  """Returns the loss of a model whose tokens leave after a pass (Ouro: Zhu et
+  al. 2025, arXiv 2510.25741, section 3), summed over the tokens with weights:
+
+    sum over passes t  p_t loss_t  -  beta H(p),   H(p) = -sum of p_t log p_t
+
+  Args:
+    output: the output of the model; extra['exits'] has the hidden states after
+      each pass, [T, B, L, D], and log p_t, [T, B, L].
+    batch: targets and weights [B, L].
+    config: the config of the run, with beta = loops.exit_entropy.
+
+  Returns:
+    `loss`, and `exit_pass`, the mean number of the pass after which a token
+    leaves.
+  """
+  assert output.head is not None
+  states_TBLD, log_p_TBL = output.extra['exits']
+  weights_BL = batch['weights'].astype(jnp.float32)
+  p_TBL = jnp.exp(log_p_TBL)
+  # The gradient of a weight is its token's loss, which the gate learns by.
+  loss = jnp.zeros(())
+  for states_BLD, p_BL in zip(states_TBLD, p_TBL):
+    loss_of_pass, _ = losses.cross_entropy(
+        states_BLD, head=output.head, targets_BL=batch['targets'],
+        weights_BL=weights_BL * p_BL, z_loss=config.train.z_loss,
+        label_smoothing=config.train.label_smoothing)
+    loss += loss_of_pass
+  entropy_BL = -(p_TBL * log_p_TBL).sum(0)
+  loss -= config.model.loops.exit_entropy * (weights_BL * entropy_BL).sum()
+  number_T = 1.0 + jnp.arange(len(p_TBL))
+  pass_BL = jnp.einsum('TBL,T->BL', p_TBL, number_T)
+  exit_pass = jax.lax.stop_gradient((weights_BL * pass_BL).sum())
+  return dict(loss=loss, exit_pass=exit_pass)
 
 
 def model_lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
