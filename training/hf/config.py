@@ -342,6 +342,8 @@ def _check_model(config: ModelConfig) -> None:
   architectures.hugging_face(config.arch).check(flat.with_all_parts(config))
   # Where a recurrence can be without convolutions, transformers' cannot.
   for layer in config.distinct_layers:
+    if layer.mixer == 'attention':
+      continue
     settings = blocks.mixer_of_layers(layer).settings
     require(not settings or getattr(layer.part(settings), 'conv', None) != 0,
             f'model.{layer.mixer}.conv is 0, and a {config.arch} of '
