@@ -29,7 +29,8 @@ from architectures.parts.mixer import has_array_of_fixed_size, Mixer
 from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import features
 from architectures.parts.recurrent import linear_attention, mamba
-from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
+from architectures.parts.recurrent import mamba2, mamba3, mesa, rwkv7
+from architectures.parts.recurrent import short_conv
 from architectures.parts.recurrent.layer import Recurrence
 from architectures.parts.sharding import Role, declare
 from architectures.parts.streams import LayerInput, Streams, StreamWeights
@@ -126,6 +127,7 @@ MIXERS: dict[str, Mixer] = {
     'gdn2': linear_attention.LowRank(linear_attention.GDN2),
     'gla': Recurrence(linear_attention.GLA),
     'retnet': linear_attention.Retention(linear_attention.RetNet),
+    'mesa': mesa.MesaMixer(mesa.Mesa),
     'rwkv7': rwkv7.Goose(rwkv7.RWKV7),
     'short_conv': short_conv.ShortConvMixer(),
 }

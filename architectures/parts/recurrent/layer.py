@@ -64,6 +64,7 @@ class Layer(nn.Module):
   settings: ClassVar[Any] = None
   # Whether queries, keys and values go through a SiLU where no convolution is.
   silu_without_conv: ClassVar[bool] = False
+  convolved: ClassVar[tuple[str, ...]] = 'query', 'key', 'value'
   config: ModelConfig
   kind: LayerKind
 
@@ -243,6 +244,8 @@ class Layer(nn.Module):
     """
     axes = VALUE_AXES if name == 'value' else self.key_axes
     x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
+    if name not in self.convolved:
+      return x_BLHK, None
     if not self.sizes.conv:
       if self.silu_without_conv:
         x_BLHK = jax.nn.silu(x_BLHK.astype(jnp.float32)).astype(x_BLHK.dtype)
@@ -519,10 +522,13 @@ class Recurrence(mixer.Mixer):
     # A token may take several steps of the recurrence. It has a key and a value
     # for each of them, but one query.
     steps = sizes.householders
-    return state.replace(
+    state = state.replace(
         query_BWJK=empty_inputs(sizes.key_heads, sizes.key_dim),
-        key_BWJK=empty_inputs(sizes.key_heads * steps, sizes.key_dim),
-        value_BWHU=empty_inputs(sizes.value_heads * steps, sizes.value_dim))
+        key_BWJK=empty_inputs(sizes.key_heads * steps, sizes.key_dim))
+    if 'value' not in self.module.convolved:
+      return state
+    return state.replace(value_BWHU=empty_inputs(
+        sizes.value_heads * steps, sizes.value_dim))
 
   def fields_to_divide(self, config: ModelConfig) -> mixer.AxesAndFields:
     names = {field.name for field in dataclasses.fields(self.module.settings)}

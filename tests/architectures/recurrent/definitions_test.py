@@ -133,6 +133,23 @@ def _comba(p, x_LD, m):
       'ld,dhk->hlk', x_LD, p['output_gate'])))
 
 
+def _mesa(p, x_LD, m):
+  """The optimal solution of each token, by an inverse."""
+  unit = lambda x: x / np.sqrt(np.square(x).sum(-1, keepdims=True) + 1e-6)
+  q, k = (unit(_read(p, name, x_LD, SILU)) for name in ('query', 'key'))
+  v = _read(p, 'value', x_LD)
+  a, b = (SIGMOID(x_LD @ p[name] + p[f'{name}_bias'])
+          for name in ('decay', 'rate'))
+  o, ridge = np.zeros(v.shape), 0.25 + SOFTPLUS(p['ridge'])
+  for h in range(m.heads):
+    H, G = np.zeros((m.key_dim, m.key_dim)), np.zeros((m.key_dim, m.value_dim))
+    for t in range(len(x_LD)):
+      H = a[t, h] * H + b[t, h] * np.outer(k[h, t], k[h, t])
+      G = a[t, h] * G + b[t, h] * np.outer(k[h, t], v[h, t])
+      o[h, t] = G.T @ np.linalg.solve(H + np.diag(ridge[h]), q[h, t])
+  return _normed(p, o, np.ones(1))
+
+
 def _gla(p, x_LD, m):
   """In the paper's parallel form (section 4.2), in float64, where quotients of
   cumulative decays are still numbers."""
@@ -253,7 +270,7 @@ def _rwkv7(p, x_LD, m, eps=1e-5):
 
 
 DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta,
-               'comba': _comba, 'gla': _gla, 'retnet': _retnet,
+               'comba': _comba, 'mesa': _mesa, 'gla': _gla, 'retnet': _retnet,
                'mamba2': _mamba2, 'rwkv7': _rwkv7, 'mamba': _mamba,
                'mamba3': _mamba3}
 
@@ -269,7 +286,7 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta,
     ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),
     ('gdn2', {}), ('gdn2', dict(negative=True, conv=0, key_heads=4)),
     ('gla', {}), ('gla', dict(conv=3, temperature=2.0)), ('retnet', {}),
-    ('rwkv7', {}), ('mamba', {}),
+    ('mesa', {}), ('mesa', dict(conv=0)), ('rwkv7', {}), ('mamba', {}),
     ('mamba', dict(conv=1, conv_bias=False, rank=5)),
     ('mamba3', {}), ('mamba3', dict(turned=1.0, groups=4)),
     ('mamba3', dict(turned=0.0)),

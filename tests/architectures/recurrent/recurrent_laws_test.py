@@ -35,6 +35,7 @@ S6 = 'mamba'  # a scan of another form
 SHIFTED = 'rwkv7'  # a token is mixed with the one before it
 COMBA = 'comba'  # reads its state before that decays
 CURVED = 'preconditioned'  # a second recurrence of squares of keys
+MESA = 'mesa'  # its state is read by conjugate gradients
 TURNED = 'mamba3'  # keys turn by angles that add up, and wait for a token
 # A test that takes no time.
 USUAL = parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL)
@@ -46,6 +47,7 @@ def short_pieces(monkeypatch):
   monkeypatch.setattr(recurrence, 'run_recurrence', functools.partial(
       recurrence.run_recurrence, places=4))
   monkeypatch.setattr(mamba, 'PLACES', 4)
+  monkeypatch.setattr(recurrence, 'default_places', lambda K: 4)
 
 
 def stepwise(layer, params, x_BLD, first=0):
@@ -66,7 +68,7 @@ def stepwise(layer, params, x_BLD, first=0):
 
 
 @parametrize_mixers(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6, COMBA,
-                   CURVED)
+                   CURVED, MESA)
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
@@ -79,7 +81,7 @@ def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
 
 
 @parametrize_mixers(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6, COMBA,
-                   CURVED)
+                   CURVED, MESA)
 def test_packed_documents_are_those_apart(mixer, short_pieces):
   """Neither the state nor the convolutions see the document before."""
   layer, p = recurrences.make_layer(mixer)
@@ -93,7 +95,7 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 
 # With the delta rule and without it.
 @parametrize_mixers(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6,
-                    CURVED)
+                    CURVED, MESA)
 def test_padding_is_no_part_of_a_state(mixer, short_pieces):
   layer, p = recurrences.make_layer(mixer)
   x_BLD = recurrences.random_inputs(2, 7)
@@ -201,23 +203,27 @@ def kept(**fields):
 def test_a_state_has_one_size_and_is_float32(mixer):
   c, cache = kept(**recurrences.changes_with_mixer(mixer))
   d = recurrences.settings_of_mixer(c, mixer)
-  assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
+  # The mesa layer has a second matrix, and no convolution of values.
+  width, convolved = (11, 0) if mixer == MESA else (5, 4 * 5)
+  assert cache.state_BHKU.shape == (2, 3, 4, 6, width)
   assert cache.state_BHKU.dtype == jnp.float32
   if d.conv:  # it keeps 3 tokens
     assert cache.query_BWJK.shape == (2, 3, 3, d.key_heads, 6)
     assert cache.key_BWJK.shape == cache.query_BWJK.shape
-    assert cache.value_BWHU.shape == (2, 3, 3, 4, 5)
+    assert (cache.value_BWHU is None if mixer == MESA else
+            cache.value_BWHU.shape == (2, 3, 3, 4, 5))
   config = models.small_config('llama', dtype='bfloat16', num_kv_heads=4,
                          **recurrences.changes_with_mixer_and_attention(mixer))
   state, whole = totals.describe_kinds_of_layer(architectures.resolve(config))
-  conv = 2 * 3 * (2 * d.key_heads * 6 + 4 * 5) if d.conv else 0
+  conv = 2 * 3 * (2 * d.key_heads * 6 + convolved) if d.conv else 0
   assert (state['kv_cache_bytes_per_token'], state['state_bytes_per_row']) == (
-      0, 4 * 4 * 6 * 5 + conv)
+      0, 4 * 4 * 6 * width + conv)
   assert (whole['kv_cache_bytes_per_token'], whole['state_bytes_per_row']) == (
       2 * 2 * 32, 0)
 
 
-@parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL, PRODUCT, CURVED)
+@parametrize_mixers(*[name for name in recurrences.MIXERS_WITHOUT_OWN_CALL
+                      if name != MESA], PRODUCT, CURVED)
 def test_flops_are_those_of_the_products(mixer):
   """FLOPs include the convolutions, each weight of which a token uses once."""
   c = architectures.resolve(models.small_config('llama',
@@ -255,6 +261,25 @@ def test_flops_are_those_of_the_products(mixer):
   assert counts['attention'] == 2 * N * (
       ((1 + delta) * n + 1) * H * K * U + curved * 2 * J * K)
   assert counts == flops.decode_flops(c, 30)  # whatever came before
+
+
+@pytest.mark.parametrize('length, places', [(13, [13]), (30, [15, 15])])
+def test_flops_of_the_mesa_layer(length, places):
+  """Products of the triangle of each piece, with the states, and of two vectors
+  in each step of conjugate gradients."""
+  c = architectures.resolve(models.small_config(
+      'llama', **recurrences.changes_with_mixer(MESA, cg_steps=3)))
+  N, H, K, U, steps = c.num_layers, 4, 6, 5, 3
+
+  def products(pairs, tokens):
+    step = 2 * K * pairs + (K * K + 2 * K) * tokens
+    read = (K + U) * pairs + K * U * tokens
+    return 2 * N * H * (steps * step + read + K * (K + U + 1) * tokens)
+
+  pairs = sum(P * (P + 1) // 2 for P in places)
+  assert flops.forward_flops(c, length)['attention'] == pytest.approx(
+      products(pairs, length))
+  assert flops.decode_flops(c, 9)['attention'] == products(1, 1)
 
 
 def test_a_short_convolution_keeps_a_few_inputs_and_counts_its_weights():
