@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts.recurrent import features, pieces, recurrence
+from architectures.parts.recurrent import features, mesa, pieces, recurrence
 from architectures.parts.recurrent.recurrence import Inputs
 from tests.helpers import models
 
@@ -129,6 +129,31 @@ def test_lengths_that_no_piece_divides(length, family):
   x = drawn(length, *family)
   for got, want in zip(run(x), definition(x)):
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+
+
+
+def test_gradients_of_the_mesa_layer_are_those_of_an_inverse():
+  """Its solutions are converged, so a solver's gradient is theirs."""
+  x, ridge_HK = drawn(9), jnp.linspace(0.5, 2, H * K).reshape(H, K)
+  x = x._replace(q_BLJK=jnp.repeat(x.q_BLJK, H // J, 2),
+                 k_BLJK=jnp.repeat(x.k_BLJK, H // J, 2))
+
+  def exact(x, ridge_HK):
+    S, o = jnp.zeros((B, H, K, K + U)), []
+    for t in range(9):
+      k = x.k_BLJK[:, t]
+      values = jnp.concatenate([k, x.v_BLHU[:, t]], -1)[..., None, :]
+      S = jnp.exp(x.log_decay_BLHK[:, t])[..., None] * S
+      S = S + (x.rate_BLH[:, t, :, None] * k)[..., None] * values
+      y = jnp.linalg.solve(S[..., :K] + jax.vmap(jnp.diag)(ridge_HK)[None],
+                           x.q_BLJK[:, t, ..., None])
+      o.append((y * S[..., K:]).sum(-2))
+    return jnp.stack(o, 1), S
+
+  pieced = lambda x, ridge_HK: mesa.run_mesa(x, ridge_HK, steps=30, places=4)
+  for got, want in zip(*(jax.tree.leaves(graded(f, wrt=(0, 1))(x, ridge_HK))
+                         for f in (pieced, exact))):
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 @GRADED
