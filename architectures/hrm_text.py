@@ -108,7 +108,11 @@ class HF(llama.Family):
             f'{layers_of_stack} in {num_runs} runs: they contradict each other')
     stddev = reader('initializer_range', 0.02)
     embed_scale = reader('embedding_scale', 1 / stddev)
-    cycles = reader.read_list('L_bp_cycles') or [2]
+    cycles = [2]
+    if reader.has('L_bp_cycles'):
+      cycles = reader.read_list('L_bp_cycles')
+      require(cycles, 'config.json has an L_bp_cycles that is no list, or an '
+              'empty one: it must have a number for the last pass or more')
     loops['gradient_passes'] = _read_gradient_passes(cycles, loops)
     return super().read(reader, fields) | dict(
         num_layers=2 * layers_of_stack, num_kv_heads=fields['num_heads'],

@@ -4,8 +4,8 @@
 import dataclasses
 
 from architectures.parts.sizes import Sizes
-from common.fields import AT_START, field, FUNCTION, REGULARISATION, RUN
-from common.fields import SHAPES, ReadIf
+from common.fields import AT_START, field, FUNCTION, RECIPE, REGULARISATION
+from common.fields import RUN, SHAPES, ReadIf
 from common.kinds import split_kind_names
 
 
@@ -32,7 +32,7 @@ class LoopsConfig:
   exit_entropy: float = field(
       0.1, 'for exit_gate: the factor of the entropy of the passes after which '
       'a token may leave, which the loss rewards', least=0,
-      resume=REGULARISATION)
+      resume=REGULARISATION, about=RECIPE)
   exit_threshold: float = field(
       1.0, 'for exit_gate: outside of training a token takes the result of the '
       'first pass by which it has left with this probability; 1: of the last',

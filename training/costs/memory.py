@@ -248,6 +248,8 @@ def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
   # Splash, a fused attention kernel, writes no scores. It is used if it
   # supports every mask of the model.
   rule = kernels.RULES[layer.attention]
+  shows_later_keys = (objectives.find_objective(config).prefix
+                      or layer.diffusion_block > 0)
   is_fused = mixer.module.FUSED and layer.attention_kernel != 'xla'
   for causal in _causal_of_stack(architectures.stack(layer)):
     mask = kernels.Mask(
@@ -255,7 +257,7 @@ def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
         has_bias=positions.position_of(layer).has_bias,
         window=rule.window(layer) if rule.window else 0,
         has_indexer=bool(rule.top),
-        has_prefix=causal and objectives.find_objective(config).prefix,
+        shows_later_keys=causal and shows_later_keys,
         has_dropout=bool(layer.attention_dropout))
     reason = kernels.reason_of_refusal(
         'splash', config=layer, mask=mask, q_length=length, k_length=length,

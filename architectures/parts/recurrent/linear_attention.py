@@ -21,7 +21,8 @@ from architectures.parts.positions import RopeConfig
 from architectures.parts.recurrent import features, layer, recurrence
 from architectures.parts.sharding import Role, declare
 from common.errors import RequestError, require
-from common.fields import AT_START, field, FUNCTION, MOST_TAPS, SHAPES
+from common.fields import AT_START, field, FUNCTION, MOST_TAPS, RECIPE
+from common.fields import SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +220,8 @@ class CombaConfig(_DeltaRule):
   """The fields of mixer comba: those of deltanet, and a correction."""
   correction: float = field(
       1.0, 'first value of d, how much of the key leaves the query; the '
-      'authors took 0.02 for 340M parameters and 1 for 1.3B', resume=AT_START)
+      'authors took 0.02 for 340M parameters and 1 for 1.3B', resume=AT_START,
+      about=RECIPE)
   gate: str = field('sigmoid', 'what the gate on what is read goes through',
                     choices=('silu', 'sigmoid'), resume=FUNCTION)
   decay = True
