@@ -931,8 +931,8 @@ def generate_by_blocks(
       """Replaces some masks of the block by tokens; `estimate` is what the step
       before predicted of all of them, for self-conditioning."""
       tokens_BS, estimate_BSD, cache = carry
-      output = apply(tokens_BS, positions_BL=positions_1S, cache=cache,
-                     estimate_BLD=estimate_BSD)
+      output: Any = apply(tokens_BS, positions_BL=positions_1S, cache=cache,
+                          estimate_BLD=estimate_BSD)
       tokens_BS = unmask_surest(
           tokens_BS, logits_BLV=output.logits, is_new_BL=is_new_BS,
           key=jax.random.fold_in(block_key, step), mask=mask,
@@ -949,7 +949,7 @@ def generate_by_blocks(
         0, steps, unmask_step, (tokens_BS, estimate_BSD, cache))
 
     # The clean tokens take the places of the masked ones in the cache.
-    output = apply(tokens_BS, positions_BL=positions_1S, cache=cache)
+    output: Any = apply(tokens_BS, positions_BL=positions_1S, cache=cache)
     tokens_BM = jax.lax.dynamic_update_slice_in_dim(
         tokens_BM, tokens_BS, start, axis=1)
     return tokens_BM, output.cache
