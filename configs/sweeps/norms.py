@@ -2,10 +2,12 @@ r"""Norms of a small LLaMA, and a norm of queries and keys with each.
 
 Lab note. RMSNorm, GatedNorm (RMSNorm times a gate of low rank) and dynamic
 tanh in the place of every norm of the residual stream, each with and without a
-norm of queries and keys, which is the same norm over a head's features. The
-base is LLaMA's wiring at 3 layers of width 48, with 128 bytes of context; 300
-steps of 16 rows are 0.6M tokens of the default text. The sweep that
-docs/sweeps.md reports:
+norm of queries and keys, which is the same norm over a head's features. Dynamic
+tanh cannot enlarge embeddings that begin at 0.02. So it stands with embeddings
+times the root of the width, too, which is how its authors begin for LLaMA; this
+point was added once the others had been seen. The base is LLaMA's wiring at 3
+layers of width 48, with 128 bytes of context; 300 steps of 16 rows are 0.6M
+tokens of the default text. The sweep that docs/sweeps.md reports:
   python -m tools.sweep run configs/sweeps/norms.py --workdir runs/norms \
       --match=flops_per_token
 """
@@ -38,3 +40,5 @@ def sweep(add):
     add(norm, **{'model.norm': norm}, **fields)
     add(f'{norm}-qk_norm', **{'model.norm': norm, 'model.qk_norm': True},
         **fields)
+  add('dynamic_tanh-scaled', **{'model.norm': 'dynamic_tanh',
+                                'model.embed_scale': 0.0})
