@@ -257,6 +257,7 @@ WITHOUT_EFFECT = frozenset((
     'block_ffn_dim_multiplier', 'compress_ratios', 'compress_rope_theta',
     'decoder_sparse_step', 'encoder_sparse_step', 'head_dim',
     'hybrid_override_pattern', 'index_skip_topk_offset', 'indexer_types',
+    'initializer_range',
     'intermediate_size', 'max_window_layers', 'no_rope_layers',
     'normalize_router_prob_before_dropping', 'num_experts_per_tok',
     'num_hidden_layers', 'num_kv_heads', 'num_nextn_predict_layers',
