@@ -301,11 +301,13 @@ def line_of_table(row: Mapping[str, Any]) -> str:
 def main() -> None:
   """Times the sections, mixers and lengths that the flags name."""
   # Define the flags, and check them.
-  cli.define_choices('sections', [*SECTIONS], SECTIONS, 'What to time.')
+  cli.define_choices('sections', choices=SECTIONS, text='What to time.',
+                     default=SECTIONS)
   mixers = [name for name in blocks.MIXERS if name != 'latent']
-  cli.define_choices('mixers', mixers, blocks.MIXERS,
-                     'Values of model.mixer; default: all but latent.')
-  cli.define_choices('dtypes', DTYPES, DTYPES, 'Dtypes of the computation.')
+  cli.define_choices('mixers', choices=blocks.MIXERS, default=mixers,
+                     text='Values of model.mixer; default: all but latent.')
+  cli.define_choices('dtypes', choices=DTYPES, default=DTYPES,
+                     text='Dtypes of the computation.')
   flags.DEFINE_list('lengths', [*map(str, LENGTHS)], 'Tokens of a row.')
   flags.DEFINE_integer('d_model', 256, 'The width of the model.', 1)
   flags.DEFINE_integer('num_heads', 4, 'The heads of the model.', 1)

@@ -64,7 +64,8 @@ def define_flags() -> None:
                                           shutil.which('g++')),
                     'Whether to time the other side under torch.compile too; '
                     'default: if there is a C++ compiler.')
-  cli.define_choices('sections', ['step'], SECTIONS, 'What to time.')
+  cli.define_choices('sections', choices=SECTIONS, text='What to time.',
+                     default=['step'])
   flags.DEFINE_integer('pairs', 7, 'How often each side is timed.', 1, 1000)
   flags.DEFINE_integer('prompt', 128, 'Tokens of the prompt of a generation.',
                        1, 10**6)

@@ -232,16 +232,18 @@ def define_workdir() -> None:
     flags.DEFINE_string('workdir', '', 'The folder of the run.')
 
 
-def define_choices(name: str, choices: Collection[str], text: str) -> None:
+def define_choices(name: str, choices: Collection[str], text: str,
+                   default: Collection[str] = ()) -> None:
   """Defines a flag of absl whose value is a list of names, with commas between
   them. A name that is not among the choices is refused.
 
   Args:
     name: the name of the flag.
-    choices: the names that are allowed. By default there is none.
+    choices: the names that are allowed.
     text: the beginning of the flag's text for --help; the choices follow.
+    default: the names where the flag is not given.
   """
-  flags.DEFINE_list(name, [], f'{text} Of {", ".join(choices)}.')
+  flags.DEFINE_list(name, [*default], f'{text} Of {", ".join(choices)}.')
 
   # absl calls a validator whenever the flag is set. check_choice raises an
   # error that lists the choices.

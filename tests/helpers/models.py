@@ -152,7 +152,8 @@ def make_bigram(table_PVV: np.ndarray):
   P, V, _ = table_PVV.shape
   config = architectures.resolve(small_config(
       num_layers=1, position='rope', vocab_size=V))
-  params = dict(table=jnp.asarray(table_PVV, jnp.float32), decoder={})
+  params = dict(table=jnp.asarray(table_PVV, jnp.float32),
+                decoder=dict(layers={}))
   return Bigram(config, P), params
 
 

@@ -332,7 +332,11 @@ def _is_stopped_by_signal(pid: int) -> bool:
   """Whether a signal has stopped a process that has not ended."""
   # WNOWAIT leaves its state as it is, so that the next call sees it again.
   options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
-  return os.waitid(os.P_PID, pid, options) is not None
+  try:
+    return os.waitid(os.P_PID, pid, options) is not None
+  except ChildProcessError:
+    # It has ended since the caller looked, and can no longer be stopped.
+    return False
 
 
 class Signals(signals.SignalCount):
