@@ -404,79 +404,81 @@ def _certify_point(point: curves.Point, workdir, config: Mapping[str, Any],
 
 
 def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
-                  tuned: Sequence[Mapping[str, Any]],
+                  tuned: Sequence[Mapping[str, Any]], phase: str,
                   sweeps: Sequence[pathlib.Path]) -> dict[str, Certificate]:
   """Returns the certificate (the list of what was given) of the base and of
-  each variant that was confirmed in a study, by name, at the largest size.
+  each variant that a phase of a study compared, by name; {} where the base has
+  not been trained in it. Costs are those at the largest size of the phase; code
+  and devices are those at all sizes.
 
   Args:
     frozen: the plan of the study.
     outcomes: the outcomes of its runs.
     tuned: how variants were tuned, as rows of plans.Tuned.
-    sweeps: the folders of the confirmation, as far as they are there.
+    phase: the name of the phase, such as 'confirm'.
+    sweeps: the folders of the phase, as far as they are there.
   """
   plan = frozen.plan
-  size = plan.sizes[-1]
+  of_phase = [run for run in outcomes
+              if (run.phase, run.workload) == (phase, plans.TEXT)]
+  sizes = [size for size in plan.sizes
+           if any(run.size == size for run in of_phase)]
   base_config = run_config.flatten(frozen.base_config)
   certificates = {}
   for variant in (plan.base, *plan.variants):
-    runs_of_variant = [
-        run for run in outcomes
-        if (run.phase, run.variant, run.size, run.workload)
-        == ('confirm', variant, size, plans.TEXT)]
-    if not runs_of_variant:
+    runs_of_variant = [run for run in of_phase if run.variant == variant]
+    at_largest = [run for run in runs_of_variant if run.size == sizes[-1]]
+    if not at_largest:
       continue
     # A field that was solved for is no difference; a tuned value is one.
-    point = frozen.point(variant, size, plans.TEXT)
+    point = frozen.point(variant, sizes[-1], plans.TEXT)
     solved_or_tuned = {*point['matched'], *plan.tuning.fields}
     changes = {name: value for name, value in point['changes'].items()
                if name not in solved_or_tuned}
+    tuned_values = _tuned_values(plan, runs_of_variant)
     certificates[variant] = certify_runs(
-        config=base_config | changes | _tuned_values(plan, outcomes, variant),
+        config=base_config | changes | tuned_values,
         costs=point,
-        folders=_folders_of_variant(sweeps, variant, size),
-        seeds=[run.seed for run in runs_of_variant],
+        folders=_folders_of_variant(sweeps, variant),
+        seeds=[run.seed for run in at_largest],
         tuning=_tuning_of_variant(plan, tuned, variant),
-        seconds=[run.seconds for run in runs_of_variant])
+        seconds=[run.seconds for run in at_largest])
+  if plan.base not in certificates:
+    return {}
   return certificates
 
 
-def _folders_of_variant(sweeps: Sequence[pathlib.Path], variant: str, size: str
+def _folders_of_variant(sweeps: Sequence[pathlib.Path], variant: str
                         ) -> list[pathlib.Path]:
-  """Returns the folders of the runs of a variant on text.
+  """Returns the folders of the runs of a variant on text, at all sizes.
 
   Args:
     sweeps: the folders of a phase of a study.
     variant: the name of the variant.
-    size: the name of the size of the model.
   """
-  wanted = variant, size, plans.TEXT
   folders = []
   for sweep in sweeps:
     for row in layout.load_sweep_description(sweep)['points']:
-      if (row['variant'], row['size'], row['workload']) == wanted:
+      if (row['variant'], row['workload']) == (variant, plans.TEXT):
         folders += [layout.run_folder(sweep, row['name'], seed)
                     for seed in row['seeds']]
   return folders
 
 
-def _tuned_values(plan: plans.Plan, outcomes: Sequence[plans.Outcome],
-                  variant: str) -> dict[str, Any]:
+def _tuned_values(plan: plans.Plan, runs_of_variant: Iterable[plans.Outcome]
+                  ) -> dict[str, Any]:
   """Returns the values that tuning chose for a variant, such as the learning
-  rate, by 'FIELD at SIZE'. They are read from its confirmed runs on text.
+  rate, by 'FIELD at SIZE'.
 
   Args:
     plan: the plan of the study.
-    outcomes: the outcomes of its runs.
-    variant: the name of the variant.
+    runs_of_variant: the outcomes of its runs on text in one phase.
   """
   values = {}
-  for run in outcomes:
-    if (run.phase, run.variant, run.workload) == (
-        'confirm', variant, plans.TEXT):
-      for field in plan.tuning.fields:
-        if field in run.changes:
-          values[f'{field} at {run.size}'] = run.changes[field]
+  for run in runs_of_variant:
+    for field in plan.tuning.fields:
+      if field in run.changes:
+        values[f'{field} at {run.size}'] = run.changes[field]
   return values
 
 

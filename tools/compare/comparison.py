@@ -61,7 +61,9 @@ class Comparison:
     about: paragraphs that say what was compared.
     warnings: what a reader must know before the figures.
     certificates: what the runs of the base and of each variant were given, by
-      name; of a study at its largest size.
+      name; of a study in the phase that gave the verdict, at its largest size.
+    differences: in what each variant differs from the base beyond the question,
+      by name; the base's is empty.
     target: the held-out loss that is to be reached; None: none is.
   """
   workdir: str
@@ -73,6 +75,7 @@ class Comparison:
   about: Sequence[str]
   warnings: Sequence[str]
   certificates: Mapping[str, certificates_lib.Certificate]
+  differences: Mapping[str, certificates_lib.Differences]
   target: float | None = None
 
   @property
@@ -247,8 +250,8 @@ class Comparison:
 
     # In what the variant differs from the base beyond what it is to show.
     row['not_alike'] = None
-    if is_verdict and variant in self.certificates:
-      row['not_alike'] = self.differences(variant).titles
+    if is_verdict and variant in self.differences:
+      row['not_alike'] = self.differences[variant].titles
 
     # How the difference changes with the size, and which factor of compute or
     # time it saves. Speed-ups are kept in the row over all sizes, whichever
@@ -263,11 +266,6 @@ class Comparison:
       for figure in ('low', 'high', 'fit_error'):
         row[f'speed_up_{by}_{figure}'] = speed_up.get(figure)
     return row
-
-  def differences(self, variant: str) -> certificates_lib.Differences:
-    """Returns in what a variant differs from the base beyond the question."""
-    return certificates_lib.compare_certificates(
-        self.certificates[self.plan.base], self.certificates[variant])
 
   def _format_tuned_values(self, variant: str, size: str, workload: str) -> str:
     """Returns the values that tuning chose for a variant at a size, or at each
@@ -404,13 +402,19 @@ def compare_study(workdir, frozen: plans.FrozenPlan,
     if is_confirmed_text and run.curve:
       curves_of_runs[run.variant, run.size, run.seed] = {'eval': run.curve}
 
-  # Describe in what variants differ from the base beyond the question, and
-  # collect all warnings.
-  folders = results_lib.folders(workdir, 'confirm')
-  certificates = certificates_lib.certify_study(
-      frozen=frozen, outcomes=outcomes, tuned=results['tuned'], sweeps=folders)
+  # Describe in what variants differ from the base beyond the question, each in
+  # the last phase that compared it, and collect all warnings.
+  certificates: dict[str, certificates_lib.Certificate] = {}
+  differences: dict[str, certificates_lib.Differences] = {}
+  for phase in ('confirm', 'rescreen', 'screen'):
+    of_phase = certificates_lib.certify_study(
+        frozen=frozen, outcomes=outcomes, tuned=results['tuned'], phase=phase,
+        sweeps=results_lib.folders(workdir, phase))
+    unlike_in_phase = differences_from_base(of_phase, frozen.plan.base)
+    certificates = of_phase | certificates
+    differences = unlike_in_phase | differences
   warnings = _study_warnings(frozen.plan, results)
-  warnings += describe_certificates(certificates, frozen.plan.base)
+  warnings += certificates_lib.name_differences(differences)
   return Comparison(
       workdir=workdir,
       frozen=frozen,
@@ -421,6 +425,7 @@ def compare_study(workdir, frozen: plans.FrozenPlan,
       about=[frozen.plan.question],
       warnings=warnings,
       certificates=certificates,
+      differences=differences,
       target=frozen.plan.target)
 
 
@@ -516,11 +521,11 @@ def _values_unlike_base(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]
   return unlike
 
 
-def describe_certificates(
+def differences_from_base(
     certificates: Mapping[str, certificates_lib.Certificate], base: str
-    ) -> list[str]:
-  """Returns the sentences that say in what variants differ from the base
-  besides what the study asks about, such as in tokens or in trials of tuning.
+    ) -> dict[str, certificates_lib.Differences]:
+  """Returns in what each variant differs from the base besides what the study
+  asks about, such as in tokens or in trials of tuning, by name.
 
   Args:
     certificates: the certificate of each variant and of the base, by name. A
@@ -531,7 +536,7 @@ def describe_certificates(
   for variant, certificate in certificates.items():
     differences[variant] = certificates_lib.compare_certificates(
         certificates[base], certificate)
-  return certificates_lib.name_differences(differences)
+  return differences
 
 
 def _doubt_runs_and_results(results: Mapping[str, Any]) -> list[str]:
@@ -669,8 +674,9 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
       points=[_frozen_row(point) for point in sweep.points], sources={},
       code={})
   certificates = certificates_lib.certify_sweep(sweep, workdir)
+  differences = differences_from_base(certificates, sweep.base.name)
   warnings = _sweep_warnings(sweep)
-  warnings += describe_certificates(certificates, sweep.base.name)
+  warnings += certificates_lib.name_differences(differences)
   warnings += doubt_normal_noise(plan, results['confirm'])
   return Comparison(
       workdir=workdir,
@@ -681,7 +687,8 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
       excluded=excluded,
       about=[_describe_sweep(sweep)],
       warnings=warnings,
-      certificates=certificates)
+      certificates=certificates,
+      differences=differences)
 
 
 def add_variants_of_csv(sweep: curves.Sweep, file: str) -> curves.Sweep:

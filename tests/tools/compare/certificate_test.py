@@ -2,6 +2,7 @@
 refused where its losses are of different text, and a fair one names nothing."""
 
 import argparse
+import csv
 import json
 import shutil
 
@@ -11,10 +12,12 @@ from common.errors import RequestError
 from configs import base
 from tests.helpers import study_folder, sweep_folder
 from tests.helpers.sweep_folder import point
-from tools.compare import certificate, comparison, judge, report, spec
+from tools.compare import certificate, comparison, cost, curves, judge, layout
+from tools.compare import report, spec
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
 from training import progress
+from training import runs as runs_lib
 from training.workdir import provenance, run_config
 
 TEXT = 'text:here/*.txt'
@@ -259,7 +262,7 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path, capsys):
     rows += [f'torch,{seed},1.7,same,8e5,same,float16', f'bare,{seed},1.7,,,,']
   (tmp_path / 'rows.csv').write_text('\n'.join(rows))
   compared = comparison.load_comparison(tmp_path, str(tmp_path / 'rows.csv'))
-  named = {name: set(compared.differences(name).named)
+  named = {name: set(compared.differences[name].named)
            for name in compared.variants}
   assert named == {
       'base': set(), 'fair': set(), 'wide': {'multiplied_params'},
@@ -268,7 +271,7 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path, capsys):
       'other-start': {'first_weights', 'tuning'}, 'fewer': {'seeds', 'tuning'},
       'low': set(), 'torch': {'flops_per_token', 'flops', 'precision'},
       'bare': set()}
-  unknown = compared.differences('bare').unknown
+  unknown = compared.differences['bare'].unknown
   assert set(unknown) == {*certificate.QUANTITIES} - {'seeds', 'code',
                                                       'devices'}
   with progress.print_milestones_only(True):
@@ -289,11 +292,75 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path, capsys):
     comparison.load_comparison(tmp_path, str(tmp_path / 'rows.csv'))
 
 
-def test_a_study_names_what_is_not_alike(tmp_path, capsys):
+def _sweep_of_unfair_pairs(root, monkeypatch, base_changes):
+  """Returns a sweep of all unfair pairs with one base, and the quantity that is
+  to be named of each point."""
+  base_config = _config(base_changes)
+  flat_base = run_config.flatten(base_config)
+  changes_of_point, facts_of_point = {'base': {}}, {'base': {}}
+  quantity_of_point = {}
+  for name, (theirs, changes, facts, quantity) in UNFAIR.items():
+    if theirs != base_changes:
+      continue
+    point_name = name.replace(' ', '-').replace(',', '')
+    quantity_of_point[point_name] = quantity
+    facts_of_point[point_name] = dict(facts)
+    changes_of_point[point_name] = {**ASKED, **changes}
+    for i, more in enumerate(facts_of_point[point_name].pop('others', ())):
+      changes_of_point[f'{point_name}-{i}'] = {**ASKED, **more}
+  points = []
+  for name, changes in changes_of_point.items():
+    folder = layout.run_folder(root, name, 0)
+    changed = {**base_changes, **changes}
+    _write_run(folder, changed, monkeypatch, seed=0, loss=2.0,
+               facts=FACTS | facts_of_point.get(name, {}))
+    config = _config(changed)
+    costs = cost.cost_of_run(
+        config, runs_lib.resolve_model_without_tokenizer(config))
+    points.append(curves.Point(
+        name=name, changes=changes, matched=(),
+        runs=judge._read_runs(folder.parent), **costs._asdict()))
+  sweep = curves.Sweep(
+      name='unfair', file='unfair.py', match='', paired=True,
+      base_tree=base_config.to_dict(), base_config=flat_base, base=points[0],
+      points=tuple(points), codes=())
+  return sweep, quantity_of_point
+
+
+@pytest.mark.parametrize('base_changes', [{}, LOCAL, OWN_TEXT])
+def test_a_sweep_and_a_csv_name_each_unfair_pair(
+    base_changes, tmp_path, monkeypatch):
+  sweep, quantity_of_point = _sweep_of_unfair_pairs(
+      tmp_path, monkeypatch, base_changes)
+  certificates = certificate.certify_sweep(sweep, tmp_path)
+  of_base = certificates['base']
+  # Each variant again, as a row of a CSV tells what it was given.
+  rows = [['variant', 'seed', 'loss', *certificate.QUANTITIES]]
+  for name in quantity_of_point:
+    cells = []
+    for quantity in certificate.QUANTITIES:
+      value = certificates[name].get(quantity, '')
+      alike = value == of_base.get(quantity)
+      cells.append('same' if alike else certificate.format_value(value))
+    rows.append([f'told {name}', 0, 2.0, *cells])
+  with open(tmp_path / 'rows.csv', 'w', newline='') as file:
+    csv.writer(file).writerows(rows)
+  told = certificate.certify_sweep(
+      comparison.add_variants_of_csv(sweep, str(tmp_path / 'rows.csv')),
+      tmp_path)
+  unlike = comparison.differences_from_base(told, 'base')
+  for name, quantity in quantity_of_point.items():
+    for row in (name, f'told {name}'):
+      assert quantity in unlike[row].named, row
+      assert not unlike[row].unknown, row
+      assert certificate.QUANTITIES[quantity].title in unlike[row].titles
+
+
+def test_a_study_names_what_is_not_alike(tmp_path, capsys, monkeypatch):
   tree = results_lib.NOTHING | study_folder.write(tmp_path)
   frozen = plans.load_frozen_plan(tmp_path)
   fair = comparison.compare_study(tmp_path, frozen, tree)
-  assert not fair.differences('rope').named
+  assert not fair.differences['rope'].named
   # More recipes for one, and at the largest size more FLOPs for another.
   for row in tree['tuned']:
     if row['variant'] == 'rope':
@@ -305,9 +372,9 @@ def test_a_study_names_what_is_not_alike(tmp_path, capsys):
         'confirm', 'alibi', 'medium'):
       row['changes'] = {'optim.lr': 4e-3}
   unfair = comparison.compare_study(tmp_path, frozen, tree)
-  assert unfair.differences('rope').named == {
+  assert unfair.differences['rope'].named == {
       'tuning': 'recipes tried 3 -> 4'}
-  named = unfair.differences('alibi').named
+  named = unfair.differences['alibi'].named
   assert [*named] == ['flops_per_token', 'flops', 'recipe']
   assert named['recipe'] == 'optim.lr at medium 0.002 -> 0.004'
   rows = {row['variant']: row['not_alike'] for row in unfair.verdicts()}
@@ -316,3 +383,22 @@ def test_a_study_names_what_is_not_alike(tmp_path, capsys):
     unfair.print_milestones()
   assert any(line.startswith('rope: ') and line.endswith('not alike in tuning')
              for line in capsys.readouterr().out.splitlines())
+
+  # A variant that was stopped is certified at the size of the screening, and
+  # code is that of the runs of all sizes.
+  frozen.point('none', frozen.plan.sizes[0], plans.TEXT)['tokens'] *= 2
+  rows = []
+  for name in (frozen.plan.base, 'rope'):
+    for size in frozen.plan.sizes[:2]:
+      row = dict(name=f'{name}-{size}', variant=name, size=size,
+                 workload=plans.TEXT, seeds=[0])
+      rows.append(row)
+      is_edited = (name, size) == ('rope', frozen.plan.sizes[0])
+      _write_run(layout.run_folder(tmp_path / 'confirm', row['name'], 0), {},
+                 monkeypatch, seed=0, loss=2.0,
+                 facts=dict(diff='cd' if is_edited else ''))
+  layout.save_sweep_description(tmp_path / 'confirm', dict(points=rows))
+  unfair = comparison.compare_study(tmp_path, frozen, tree)
+  assert 'stopped' in unfair.verdict_or_stage('none')
+  assert [*unfair.differences['none'].named] == ['flops', 'tokens']
+  assert [*unfair.differences['rope'].named] == ['tuning', 'code']

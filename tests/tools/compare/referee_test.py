@@ -367,3 +367,25 @@ def test_the_records_of_track_3(tmp_path, capsys):
                   '--alpha=0.0021')
   verdicts = [row['verdict'] for row in answer['comparisons']]
   assert verdicts.count('better') == num_better == 8
+
+  # By the runs, whose noise is pooled; and where all looks are counted.
+  with open(tmp_path / 'logs.csv', 'w', newline='') as file:
+    writer = csv.DictWriter(file, records[0])
+    writer.writeheader()
+    writer.writerows(records[:-1])
+  runs = TRACK3 / 'curves.csv', f'--entries={tmp_path / "logs.csv"}'
+  answer = _judge(capsys, *runs, '--successive', '--pooled',
+                  '--loss_per_step=0.000045')
+  verdicts = [row['verdict'] for row in answer['comparisons']]
+  assert verdicts.count('better') == 9 and verdicts[0] == 'better'
+  assert '0.00105 (197 degrees' in answer['summary']
+  others = [row['runs_needed'] for row in answer['comparisons']
+            if row['verdict'] != 'better']
+  assert sorted(others) == [45, 48, 59, 72, 112, 252, 284, 444, 671]
+  looks = _judge(capsys, *runs, '--target=3.28', '--sd=0.0013',
+                 '--alpha=0.00105')['steps']
+  passed = [row for row in looks if row['step'] is not None]
+  later = [row['counted_step'] - row['step'] for row in passed
+           if row['counted_step'] is not None]
+  assert len(passed) == 16 and later.count(0) == 7
+  assert (len(later), min(filter(None, later)), max(later)) == (12, 4, 25)
