@@ -9,7 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+import architectures
+from common.errors import RequestError
 from configs import sharding as tables
+from tests.helpers import models
 import training
 from training.distributed import cpu, devices, processes
 
@@ -129,3 +132,100 @@ def test_beside_libtpu_only_a_machine_without_devices_is_told_to_take_its_cpu(
     (tmp_path / device).touch()
   training.hide_absent_devices()
   assert os.environ.pop('JAX_PLATFORMS', '') == chosen
+
+
+ALONE = dict.fromkeys(tables.MESH_AXES, 1)
+
+
+@pytest.mark.parametrize('sizes, num_devices, words', [
+    (dict(fsdp=0), 8, 'mesh.fsdp is 0: choose a size >= 1, or -1'),
+    (dict(fsdp=-2), 8, 'mesh.fsdp is -2: choose'),
+    (dict(data=-1, fsdp=-1), 8, 'only one axis may be -1'),
+    (dict(data=-1, fsdp=3), 8, 'multiply to 3, which does not divide the 8 de'),
+    (dict(fsdp=4), 8, 'multiply to 4, which is not the 8 devices there are'),
+    (dict(fsdp=2), 1, 'multiply to 2, which is not the 1 device there')])
+def test_a_mesh_that_the_devices_do_not_make_is_refused(
+    sizes, num_devices, words):
+  with pytest.raises(RequestError) as refusal:
+    devices.resolve_mesh_shape(ALONE | sizes, num_devices)
+  assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize('sizes, want', [
+    (dict(data=-1), dict(data=8)), (dict(data=-1, fsdp=2, tensor=2),
+                                    dict(data=2, fsdp=2, tensor=2)),
+    (dict(expert=8), dict(expert=8)), (dict(fsdp=-1, context=8),
+                                       dict(fsdp=1, context=8))])
+def test_a_free_axis_takes_the_devices_that_are_left(sizes, want):
+  assert devices.resolve_mesh_shape(ALONE | sizes, 8) == ALONE | want
+
+
+@pytest.mark.parametrize('text, words', [
+    ('v4-8', "unknown name in --mesh 'v4-8'"),
+    ('fsdp=x', 'fsdp=x: write it as fs'),
+    ('fsdp=2.5', '--mesh has fsdp=2.5: write it'),
+    ('fsdp=9999999999', 'write it as fsdp=8'),
+    (f'{next(iter(tables.PRESETS))}=2', 'is a preset of all axes: give it al')])
+def test_a_mesh_that_is_no_text_of_one_is_refused(text, words):
+  with pytest.raises(RequestError) as refusal:
+    devices.parse_mesh(text, 8)
+  assert words in str(refusal.value), str(refusal.value)
+
+
+@pytest.mark.parametrize('system, fields, sizes, words', [
+    ('gpt', dict(mixer='gla'), dict(context=2), 'mesh.context is 2, and some'),
+    ('gpt', dict(keep_gathered='query'), dict(tensor=2),
+     "keep_gathered is 'query', and mesh.tensor 2: XLA"),
+    ('gpt', {}, dict(expert=2), "mesh.expert is 2, but model.ffn 'gelu_tanh'"),
+    ('mixtral', dict(moe=dict(num_experts=4)), dict(expert=3),
+     'mesh.expert is 3, which does not divide model.moe.num_experts 4: '
+     'choose mesh.expert from 1, 2, 4,'),
+    ('gpt', dict(num_heads=4), dict(tensor=3), 'mesh.tensor is 3, which does'),
+    ('gpt', dict(d_model=36, num_heads=4), dict(fsdp=8), 'mesh.fsdp is 8'),
+    ('mamba2', {}, dict(tensor=3), 'mesh.tensor is 3, which does not divide')])
+def test_a_mesh_that_does_not_divide_a_model_is_refused(
+    system, fields, sizes, words):
+  model = architectures.resolve(models.small_config(system, **fields))
+  devices.check_mesh(model, ALONE)
+  with pytest.raises(RequestError) as refusal:
+    devices.check_mesh(model, ALONE | sizes)
+  assert words in str(refusal.value), str(refusal.value)
+
+
+THREE = dict(coordinator='host:1', num_processes=2, process_id=0)
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(coordinator=''), "coordinator '', 2 processes, id 0, cluster False"),
+    (dict(num_processes=0), "coordinator 'host:1', 0 processes"),
+    (dict(process_id=-1), '2 processes, id -1'),
+    (dict(cluster=True), 'or --cluster alone; given'),
+    (dict(coordinator='host'), "--coordinator is 'host': write HOST:PORT"),
+    (dict(coordinator=':1'), "--coordinator is ':1': write HOST:PORT"),
+    (dict(coordinator='host:a'), "--coordinator is 'host:a'"),
+    (dict(process_id=2), '--process_id is 2 of --num_processes 2: choose')])
+def test_processes_that_cannot_join_are_refused(changes, words, monkeypatch):
+  for name in ('COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID'):
+    monkeypatch.delenv(f'JAX_{name}', raising=False)
+  with pytest.raises(RequestError) as refusal:
+    processes.arguments_to_join(**THREE | changes)
+  assert words in str(refusal.value)
+
+
+def test_processes_join_by_flags_or_by_the_environment(monkeypatch):
+  for name in ('COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID'):
+    monkeypatch.delenv(f'JAX_{name}', raising=False)
+  assert processes.arguments_to_join() is None
+  assert processes.arguments_to_join(cluster=True) == {}
+  last = processes.arguments_to_join(**THREE | dict(process_id=1))
+  assert last == dict(
+      coordinator_address='host:1', num_processes=2, process_id=1,
+      cluster_detection_method='deactivate', coordinator_bind_address=None)
+
+  monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'localhost:7')
+  monkeypatch.setenv('JAX_NUM_PROCESSES', '3')
+  monkeypatch.setenv('JAX_PROCESS_ID', '2')
+  here = processes.arguments_to_join()
+  assert (here['num_processes'], here['process_id']) == (3, 2)
+  # The service of one machine is not open to others.
+  assert here['coordinator_bind_address'] == 'localhost:7'
