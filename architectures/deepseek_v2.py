@@ -106,19 +106,24 @@ def write_shared_fields(config: ModelConfig) -> dict:
 # or among those of the best groups.
 ALL_EXPERTS, BEST_GROUPS = 'greedy', 'group_limited_greedy'
 EPSILON_OF_LATENT_NORMS = 1e-6  # whatever a config.json says
-# The rows of a layer, without the products for queries, and without networks.
-LAYER_ROWS = (
-    *llama.norm_rows(),
+# The rows of attention without the products for queries.
+ATTENTION_ROWS = (
     *hf.dense_rows('attention/kv_down', 'DU', 'self_attn.kv_a_proj_with_mqa',
                    'U D'),
     ('attention/kv_norm/scale', 'U', 'self_attn.kv_a_layernorm.weight', 'U'),
     ('attention/kv_up', 'UHK', 'self_attn.kv_b_proj.weight', 'HK U'),
     *hf.dense_rows('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'))
+# The rows of a layer, without the products for queries, and without networks.
+LAYER_ROWS = (*llama.norm_rows(), *ATTENTION_ROWS)
 SHARED_EXPERT_ROWS = hf.prefix_rows('shared', 'shared_experts', *llama.FFN_ROWS)
+NETWORK_ROWS = hf.prefix_rows(
+    'ffn', 'mlp', *llama.FFN_ROWS, *llama.expert_rows(), *SHARED_EXPERT_ROWS)
 QUERY_ROWS = (('attention/query', 'DHK', 'self_attn.q_proj.weight', 'HK D'),)
-LATENT_QUERY_ROWS = (
+QUERY_DOWN_ROWS = (
     *hf.dense_rows('attention/query_down', 'DU', 'self_attn.q_a_proj', 'U D'),
-    ('attention/query_norm/scale', 'U', 'self_attn.q_a_layernorm.weight', 'U'),
+    ('attention/query_norm/scale', 'U', 'self_attn.q_a_layernorm.weight', 'U'))
+LATENT_QUERY_ROWS = (
+    *QUERY_DOWN_ROWS,
     ('attention/query_up', 'UHK', 'self_attn.q_b_proj.weight', 'HK U'))
 
 
@@ -129,10 +134,7 @@ def rows_of_deepseek(config: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
   if config.part(LatentConfig).q_rank:
     query_rows = LATENT_QUERY_ROWS
   return llama.embedding_and_head_rows() + llama.layer_rows(
-      *query_rows, *LAYER_ROWS,
-      *hf.prefix_rows(
-          'ffn', 'mlp', *llama.FFN_ROWS, *llama.expert_rows(),
-          *SHARED_EXPERT_ROWS), *more)
+      *query_rows, *LAYER_ROWS, *NETWORK_ROWS, *more)
 
 
 # Fields that V3 and Kimi Linear have too.

@@ -36,6 +36,10 @@ def note_multi_token_prediction(reader: hf.Reader) -> None:
         'predict further tokens are not imported')
 
 
+ROUTER_BIAS_ROW = ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias',
+                   'E')
+
+
 class HF(deepseek_v2.HF):
   model_type = 'deepseek_v3'
   architecture = 'DeepseekV3ForCausalLM'
@@ -67,9 +71,7 @@ class HF(deepseek_v2.HF):
       axes, of which the first is our H and K joined. {n} in a name is the
       number of the layer. Rows of parameters that the model lacks are skipped.
     """
-    router_bias = ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias',
-                   'E')
-    return deepseek_v2.rows_of_deepseek(config, router_bias)
+    return deepseek_v2.rows_of_deepseek(config, ROUTER_BIAS_ROW)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     """Translates a Hugging Face config.json to fields of our config.model.

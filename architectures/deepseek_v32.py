@@ -23,15 +23,17 @@ class DeepSeekV32(Decoder):
   PARTS = deepseek_v3.DeepSeekV3.PARTS | dict(attention='indexed')
 
 
-def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
-  """Translates what the Hugging Face files config.json of DeepSeek-V3.2 and
-  GLM-5 have in common: the fields of DeepSeek-V3, and those of the indexer of
-  each layer, which selects the tokens that a query attends to.
+def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int,
+                       dense: int = 3) -> dict:
+  """Translates what the Hugging Face files config.json of DeepSeek-V3.2, GLM-5
+  and A.X K2 have in common: the fields of DeepSeek-V3, and those of the indexer
+  of each layer, which selects the tokens that a query attends to.
 
   Args:
     reader: the fields of the config.json.
     fields: the fields of our config.model that were looked up before.
     q_rank: the default of q_lora_rank, the rank of the queries' products.
+    dense: how many layers at the start are dense if the file does not say it.
 
   Returns:
     Further fields of config.model.
@@ -40,12 +42,11 @@ def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
     RequestError: if layers have no indexer, or if the order of the layers is
       not dense layers first and layers with experts after them.
   """
-  # These fields older DeepSeek models have too. Three layers are dense by
-  # default.
+  # These fields older DeepSeek models have too.
   deepseek_v3.note_multi_token_prediction(reader)
   hf.check_gates(fields)
-  model_fields = deepseek_v2.read_shared_fields(reader, fields=fields, dense=3,
-                                                q_rank=q_rank)
+  model_fields = deepseek_v2.read_shared_fields(
+      reader, fields=fields, dense=dense, q_rank=q_rank)
   require(model_fields['latent']['q_rank'],
           'config.json has q_lora_rank null, of '
           'which transformers makes no indexer')

@@ -752,6 +752,11 @@ class GatedNormConfig:
   GROUP = 'gated_norm'
   rank: int = field(16, 'The hidden units of the gate.', above=0,
                     most=MOST_FEATURES, resume=SHAPES)
+  norms: str = field(
+      'all', 'The norms of d_model features that have a gate: all, or those '
+      'before attention, before networks, before experts alone (experts), and '
+      'the final one.', several=True,
+      choices=('all', 'attention', 'ffn', 'experts', 'final'))
 
 
 class GatedRMSNorm(RMSNorm):
@@ -761,7 +766,8 @@ class GatedRMSNorm(RMSNorm):
     y = rmsnorm(x),   y' = y * sigmoid(W_up silu(W_down y))
 
   W_down has `gated_norm.rank` outputs. The gate can shrink a feature in a few
-  tokens, which otherwise only outliers of other features could do.
+  tokens, which otherwise only outliers of other features could do. The norms
+  that `gated_norm.norms` leaves out are plain RMSNorms.
   """
   settings = GatedNormConfig
 
@@ -771,7 +777,7 @@ class GatedRMSNorm(RMSNorm):
     y = recompute_in_backward(rmsnorm)(x, scale_D, self.config.norm_eps)
 
     # Norms of heads and of other small vectors have no gate.
-    if self.axis != 'embed':
+    if self.axis != 'embed' or not self._is_among_gated_norms():
       return y
 
     # The two products of the gate, from D features to U = rank, and back. A
@@ -787,6 +793,14 @@ class GatedRMSNorm(RMSNorm):
     logits = einsum('...U,UD->...D', hidden, up_UD, dtype=y.dtype, axes=up_axes)
     gate = jax.nn.sigmoid(logits.astype(jnp.float32))
     return (y * gate).astype(y.dtype)
+
+  def _is_among_gated_norms(self) -> bool:
+    """Returns whether gated_norm.norms has this norm, whose name is 'ffn_norm'
+    where the field says 'ffn'."""
+    gated = self.config.part(GatedNormConfig).norms.split(',')
+    if self.name == 'ffn_norm' and self.config.ffn == 'moe':
+      gated = [name.replace('experts', 'ffn') for name in gated]
+    return 'all' in gated or self.name.removesuffix('_norm') in gated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,6 +137,18 @@ def test_a_gated_norm_is_its_definition():
                              rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('norms, gated', [
+    ('all', {'attention', 'ffn', 'final'}), ('final', {'final'}),
+    ('ffn,attention', {'ffn', 'attention'}), ('experts', set())])
+def test_gates_of_norms_are_in_those_that_are_named(norms, gated):
+  c = resolved(norm='rmsnorm_gated', gated_norm=dict(norms=norms))
+  x, with_gate = normal(0, 2, 5, D), set()
+  for name in ('attention', 'ffn', 'final'):
+    if 'gate_up' in born(layers.norm(c, f'{name}_norm'), x):
+      with_gate.add(name)
+  assert with_gate == gated
+
+
 def test_a_dynamic_tanh_is_its_definition():
   c = resolved(norm='dynamic_tanh', dynamic_tanh=dict(alpha=0.8))
   module, x = layers.norm(c, 'norm'), normal(0, 2, 5, D)

@@ -128,6 +128,10 @@ class LatentConfig:
   kv_rank: int = field(
       0, 'Size of the vector that keys and values are made from; derived: '
       '4 head_dim.', resume=SHAPES)
+  q_raw: bool = field(
+      False, 'Queries, and the gate of the results of heads, are made of the '
+      'vector of q_rank features both after its norm and before it.',
+      resume=SHAPES)
   nope_dim: int = field(
       0, "Features of a head's query and key without positions; derived: "
       'head_dim.', resume=SHAPES)
@@ -142,6 +146,14 @@ class LatentConfig:
   norm_eps: float = field(
       0.0, "epsilon of the latents' norms; derived: norm_eps", least=0, most=1,
       resume=FUNCTION)
+
+  def conditions_of_reading(self, config: Sizes) -> dict[str, ReadIf]:
+    """Returns the field that has no effect where queries are made of the
+    layer's input."""
+    del config
+    if self.q_rank:
+      return {}
+    return {'q_raw': ReadIf('latent.q_rank', 'is set')}
 
   @property
   def key_dim(self) -> int:

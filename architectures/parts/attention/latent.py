@@ -7,7 +7,9 @@ vector a token (DeepSeek-AI 2024, DeepSeek-V2, section 2.1 and appendix C).
   q_l,h  = [a; R_l b],  [a; b] = W_uq,h n(W_dq x_l)
   y_l    = W_o [sum over m of softmax(scale q_l,h k_m,h) v_m,h] over h
 
-R turns by the position; with `q_rank` 0 queries are made of x itself.
+R turns by the position; with `q_rank` 0 queries are made of x itself. With
+`q_raw` (A.X K2, in transformers) [n(W_dq x); W_dq x] stands in place of
+n(W_dq x), and a gate of the heads' results is made of it too.
 
 A cache holds of a token the latent and the turned key, once for all heads (and
 the key of an indexer, whose queries are made of n(W_dq x)). A
@@ -50,10 +52,15 @@ class LatentAttention(Attention):
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
     # The queries are made of a small vector or of the input, and an indexer
-    # reads the same (index is None where the layer has no indexer).
+    # reads the same (index is None where the layer has no indexer). Only
+    # queries and the gate read the small vector before its norm too.
     config = self.config
-    query_input_BLU, axis = self._make_query_input(x_BLD, ctx)
-    q_BLHK = self._make_queries(query_input_BLU, axis, ctx)
+    query_input_BLU, raw_BLU, axis = self._make_query_input(x_BLD, ctx)
+    wide_BLU, gate_input, gate_axis = query_input_BLU, x_BLD, 'embed'
+    if config.part(LatentConfig).q_raw:
+      wide_BLU = jnp.concatenate([query_input_BLU, raw_BLU], -1)
+      gate_input, gate_axis = wide_BLU, axis
+    q_BLHK = self._make_queries(wide_BLU, axis, ctx)
     index, cache = self.apply_indexer(
         x_BLD, query_input_BLU=query_input_BLU, axis=axis, ctx=ctx, cache=cache)
 
@@ -94,7 +101,8 @@ class LatentAttention(Attention):
                                   k_positions_BM=k_positions_BM),
         x_BLD, q_BLHK, slot_BM1U, k_positions_BM=k_positions_BM, ctx=ctx)
     o_BLHK, report = attend(q_BLHK, slot_BM1U, up_UHK, visible, ctx, scored)
-    return self.project_output(x_BLD, o_BLHK, ctx), cache, report
+    y_BLD = self.project_output(gate_input, o_BLHK, ctx, axis=gate_axis)
+    return y_BLD, cache, report
 
   @property
   def scale(self) -> float:
@@ -103,14 +111,15 @@ class LatentAttention(Attention):
         self.config).score_factor(self.config)
 
   def _make_query_input(self, x_BLD: jax.Array, ctx: Context
-                        ) -> tuple[jax.Array, str]:
-    """Returns the input of the queries' product, [B, L, U], and its logical
-    axis: a latent n(W_dq x) with latent.q_rank, else x itself."""
+                        ) -> tuple[jax.Array, jax.Array, str]:
+    """Returns the input of the queries' product, [B, L, U], the same before
+    its norm, and its logical axis: a latent n(W_dq x) with latent.q_rank, else
+    x itself."""
     q_rank = self.config.part(LatentConfig).q_rank
     if not q_rank:
-      return x_BLD, 'embed'
+      return x_BLD, x_BLD, 'embed'
     down_BLU = self._project_down('query', x_BLD, size=q_rank, ctx=ctx)
-    return self._normalise_latent('query', down_BLU), 'latent'
+    return self._normalise_latent('query', down_BLU), down_BLU, 'latent'
 
   def _make_queries(self, query_input_BLU: jax.Array, axis: str, ctx: Context
                     ) -> jax.Array:
@@ -122,8 +131,8 @@ class LatentAttention(Attention):
     K features of a query.
 
     Args:
-      query_input_BLU: what queries are made of: a latent of q_rank features or,
-        with a q_rank of 0, the layer's input.
+      query_input_BLU: what queries are made of: a latent of q_rank features
+        or, with q_raw, of twice as many; with a q_rank of 0, the layer's input.
       axis: the logical axis of these features, by which the weight is split
         over devices.
       ctx: the context of the layer, which has the positions.

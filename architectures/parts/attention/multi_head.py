@@ -190,17 +190,20 @@ class Attention(nn.Module):
           softcap=config.attention_softcap, sink_H=sink_H)
     return o_BLHK, report
 
-  def project_output(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
-                     ) -> jax.Array:
+  def project_output(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context,
+                     axis: str = 'embed') -> jax.Array:
     """Makes the output of the layer of the results of its heads, y = W_o o. If
     model.attention_gate names a gate, o is multiplied by it first.
 
     The suffixes name axes: B batch, L length, D d_model, H heads, K features.
 
     Args:
-      x_BLD: the layer's input, which the gate is made of.
+      x_BLD: what the gate is made of: the layer's input, or what latent
+        attention makes its queries of.
       o_BLHK: the results of the heads.
       ctx: the context of the layer.
+      axis: the logical axis of the features of x_BLD, by which the weight of
+        the gate is split over devices.
 
     Returns:
       y, [B, L, D].
@@ -209,7 +212,7 @@ class Attention(nn.Module):
     gate_heads = GATES[config.attention_gate]
     if gate_heads:
       o_BLHK = gate_heads(
-          self, x_BLD, o_BLHK, deterministic=ctx.deterministic)
+          self, x_BLD, o_BLHK, axis=axis, deterministic=ctx.deterministic)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
     # The product sums over two axes, and its result is added to the residual
     # stream, by which some ways of initialisation scale the weight.
@@ -906,7 +909,7 @@ def check_mixed_heads(config: ModelConfig) -> None:
 
 
 def _gate_features(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
-                   deterministic: bool) -> jax.Array:
+                   axis: str, deterministic: bool) -> jax.Array:
   """Multiplies the results of attention's heads by gates sigmoid(W_g x), one
   for each feature of each head.
 
@@ -914,23 +917,24 @@ def _gate_features(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
 
   Args:
     module: the layer's attention, in which the weight W_g is declared.
-    x_BLD: the layer's input.
+    x_BLD: what the gates are made of.
     o_BLHK: the results of the heads.
+    axis: the logical axis of the features of x_BLD.
     deterministic: whether there is no dropout, as outside of training.
 
   Returns:
     The gated results, [B, L, H, K].
   """
   H, K = o_BLHK.shape[2:]
-  axes = 'embed', 'heads', 'head'
+  axes = axis, 'heads', 'head'
   z_BLHK = layers.dense(module, GATE, 'BLD,DHK->BLHK', x_BLD,
                         shape=(x_BLD.shape[-1], H, K), axes=axes, output=False,
                         with_bias=False, deterministic=deterministic)
-  return o_BLHK * _gate_of_logits(module, z_BLHK, axes[1:])
+  return o_BLHK * _gate_of_logits(module, z_BLHK, axes)
 
 
 def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
-                deterministic: bool) -> jax.Array:
+                axis: str, deterministic: bool) -> jax.Array:
   """Multiplies the results of attention's heads by gates sigmoid(W_g x), one
   for each head.
 
@@ -943,38 +947,41 @@ def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
 
   Args:
     module: the layer's attention, in which the weight W_g is declared.
-    x_BLD: the layer's input.
+    x_BLD: what the gates are made of.
     o_BLHK: the results of the heads.
+    axis: the logical axis of the features of x_BLD.
     deterministic: whether there is no dropout, as outside of training.
 
   Returns:
     The gated results, [B, L, H, K].
   """
-  H, axes = o_BLHK.shape[2], ('embed', 'heads')
+  H, axes = o_BLHK.shape[2], (axis, 'heads')
   z_BLH = layers.dense(
       module, GATE, 'BLD,DH->BLH', x_BLD, shape=(x_BLD.shape[-1], H), axes=axes,
       output=True, with_bias=False, deterministic=deterministic)
   z_BLH = z_BLH / module.config.widening
-  return o_BLHK * _gate_of_logits(module, z_BLH, axes[1:])[..., None]
+  return o_BLHK * _gate_of_logits(module, z_BLH, axes)[..., None]
 
 
 def _gate_of_logits(module: Any, z: jax.Array, axes: tuple[str, ...]
                     ) -> jax.Array:
   """Returns the gates sigmoid(z + bias). Without model.attention_bias there is
-  no bias.
+  no bias, nor is there one in any product of a latent.
 
   Args:
     module: the layer's attention, in which the bias is declared.
     z: the logits, [batch, length, heads] or [batch, length, heads, features].
-    axes: the logical axes of z after the length, by which it is split over
-      devices.
+    axes: the logical axes of the weight that made z: first that of its input,
+      then those of z after the length, by which z is split over devices.
   """
+  input_axis, *axes_of_z = axes
   # The bias is added here, after the caller's division by muP's factor, which
   # must not divide it.
-  if module.config.attention_bias:
-    bias = layers.bias(module, f'{GATE}_bias', shape=z.shape[2:], axes=axes)
+  if module.config.attention_bias and input_axis != 'latent':
+    bias = layers.bias(
+        module, f'{GATE}_bias', shape=z.shape[2:], axes=tuple(axes_of_z))
     z = layers.add_bias(z, bias)
-  z = sharding.constrain(z, 'batch', 'length', *axes)
+  z = sharding.constrain(z, 'batch', 'length', *axes_of_z)
   return jax.nn.sigmoid(z)
 
 
