@@ -33,7 +33,9 @@ from training.runs import init_state, make_train_step, build_optimizer
 from training.workdir import storage
 
 # A rate at which a few steps move the model visibly at every width.
-LEARNING_RATE_OF_OPTIMIZER = {'adamw': 1e-3, 'lion': 1e-3, 'sgd': 0.03}
+LEARNING_RATE_OF_OPTIMIZER = {
+    'adamw': 1e-3, 'ademamix': 3e-4, 'adafactor': 0.03, 'lion': 1e-3,
+    'muon': 3e-3, 'normuon': 3e-3, 'soap': 1e-3, 'sgd': 0.03}
 # The fields that grow with the width, by --widen. One that is 0 stays 0: it is
 # derived from another, which grows.
 WIDENED_FIELDS = {'size': ('head_dim', 'key_dim', 'value_dim'),
@@ -72,6 +74,8 @@ def define_flags() -> None:
                        1, 10_000)
   flags.DEFINE_enum('optimizer', 'adamw', [*LEARNING_RATE_OF_OPTIMIZER],
                     'The optimiser.')
+  flags.DEFINE_boolean('hyperball', False, 'Whether hidden matrices keep their '
+                       'norm (optim.hyperball).')
   rates = ', '.join(f'{name} {rate:g}'
                     for name, rate in LEARNING_RATE_OF_OPTIMIZER.items())
   flags.DEFINE_float('lr', None, f'The learning rate; default: {rates}.')
@@ -101,7 +105,7 @@ def main() -> int:
     for mixer in args.mixers or ['']:
       setting = TrainingSetting(
           optimizer=args.optimizer, lr=lr, steps=args.steps, mixer=mixer,
-          widen=args.widen)
+          widen=args.widen, hyperball=args.hyperball)
       widest = config_at_width(
           system, parametrization='mup', width=widths[-1], base=widths[0],
           setting=setting)
@@ -137,12 +141,14 @@ class TrainingSetting(NamedTuple):
     mixer: the mixer of all layers (attention, or a recurrence); '': that of the
       system.
     widen: a key of WIDENED_FIELDS, which names the fields that grow.
+    hyperball: whether hidden matrices keep their norm.
   """
   optimizer: str
   lr: float
   steps: int
   mixer: str = ''
   widen: str = 'size'
+  hyperball: bool = False
 
   def name(self, system: str) -> str:
     """Returns the name of a system that is trained in this way."""
@@ -174,7 +180,8 @@ def config_at_width(system: str, parametrization: str, width: int, base: int,
   # Set how it is trained: at a constant rate, without decay and clipping.
   config.optim = base_config.base().optim
   config.optim.update(name=setting.optimizer, lr=setting.lr, warmup_steps=0,
-                      schedule='constant', weight_decay=0.0, clip_norm=0.0)
+                      schedule='constant', weight_decay=0.0, clip_norm=0.0,
+                      hyperball=setting.hyperball)
   config.train.steps = setting.steps
 
   # Widen the model and its feed-forward networks. The vocabulary is all bytes.

@@ -56,8 +56,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   # Check the model, and what depends on it.
   module = architectures.build(runs.resolve_model_without_tokenizer(config))
   refuse_unread_fields(by_hand, config, model=module.config)
-  mup.check_optimizer(module.config, optimizer=config.optim.name,
-                      is_hyperball=config.optim.hyperball)
+  mup.check_optimizer(module.config, optimizer=config.optim.name)
   # This refuses a pattern of optim.freeze that fits no parameter.
   runs.parameter_shares(module, config.optim)
   _check_row_length(config, module.config)

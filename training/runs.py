@@ -109,7 +109,8 @@ def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
   # layer_decay.
   roles = parameter_roles(module)
   rate_multipliers = mup.learning_rate_factors(
-      module.config, optimizer=optim.name, roles=roles)
+      module.config, optimizer=optim.name, roles=roles,
+      is_hyperball=optim.hyperball)
   rate_shares = parameter_shares(module, optim)
   return optimizers.make_optimizer(
       optim, steps=steps, roles=roles, rate_multipliers=rate_multipliers,

@@ -278,6 +278,11 @@ class Role:
     """Whether the parameter is a matrix, or a table that is looked up."""
     return bool(self.inputs)
 
+  @property
+  def is_hidden_matrix(self) -> bool:
+    """Whether it is a matrix whose product is neither looked up nor logits."""
+    return self.is_matrix and self.kind == 'hidden'
+
   def split(self, ndim: int) -> Axes:
     """Sorts the axes of a parameter into batch, inputs and outputs, by which
     optimisers that work on matrices (such as Muon) treat it. A product sums

@@ -34,12 +34,6 @@ class HyperballState(NamedTuple):
   inner: Any
 
 
-def is_on_hyperball(role: Role) -> bool:
-  """Returns whether a parameter with this Role is a hidden matrix, which keeps
-  its norm."""
-  return role.is_matrix and role.kind == 'hidden'
-
-
 def normalize_steps(roles: Any) -> optax.GradientTransformation:
   """Returns the transformation that divides the step of each hidden matrix by
   its norm, u / |u|_F.
@@ -120,7 +114,7 @@ def _map_over_hidden_matrices(
     otherwise: the function of the leaf of `tree` of any other parameter.
   """
   def apply_to_parameter(role: Role, x: Any, *more: Any) -> Any:
-    if not is_on_hyperball(role):
+    if not role.is_hidden_matrix:
       return otherwise(x)
     return fn(role.split(x.ndim), x, *more)
 

@@ -15,24 +15,46 @@ A tied embedding is in the first and the third row, which agree. Attention
 scores are scaled by 1 / head_dim. Weight decay is not multiplied: it stays
 lr * weight_decay at every width, as in the authors' package.
 
+The other optimisers have Adam's rates but for hidden matrices, whose rates
+follow from the spectral condition (Yang, Simon and Bernstein 2023, arXiv
+2310.17813, condition 1): a step of a matrix with n inputs and m outputs has a
+spectral norm that is proportional to sqrt(m / n). Let n and m be multiples of
+those of the base. The spectral norm of a step before the rate grows as
+
+  sqrt(n m)      for Adam, Lion, AdEMAMix and SOAP, whose numbers do not depend
+                 on the width and agree over the matrix (a rank that does not
+                 grow; for SOAP in its own basis): the rate is * 1 / n
+  sqrt(max(n, m))  for Muon and NorMuon, whose steps have 0.2 root mean square
+                 and singular values that are about equal:
+                 the rate is * sqrt(m / n / max(n, m)), which is 1 / sqrt(r)
+  sqrt(m)        for Adafactor, whose step is Adam's times the root mean square
+                 of the matrix, which is 1 / sqrt(n) at first:
+                 the rate is * 1 / sqrt(n), as in table 1 of Everett et al.
+                 2024, arXiv 2407.05872
+
+With optim.hyperball, a step of the Frobenius norm 1 is multiplied by the norm
+of the matrix, which grows as sqrt(m). Its spectral norm grows as sqrt(m) where
+the rank does not grow, and the rate is * 1 / sqrt(n). That of Muon's is by
+sqrt(min(n, m)) less, and the rate is * 1 in a model whose widths all grow.
+
 The rates follow from what a parameter declares: its Role, in
 architectures/parts/sharding.py. Initial variances and multipliers are
 architectures/parts/layers.py, skeletons.py and moe/layer.py.
 """
 
+from collections.abc import Callable
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from architectures.parts.config import ModelConfig
 from architectures.parts.sharding import Role
-from common.errors import check_choice, require
+from common.errors import check_choice
 
 # The arguments of each rule: how many times as wide as in the base model the
 # inputs and the outputs of a parameter are, and what its product is divided by.
-# Muon, NorMuon and Adafactor size their steps by the matrix, SOAP rotates them,
-# and would need rules of their own.
+# The equations are at the head of this file.
 
 
 def _factor_of_adam(inputs: float, outputs: float, divisor: float) -> float:
@@ -49,36 +71,81 @@ def _factor_of_sgd(inputs: float, outputs: float, divisor: float) -> float:
   return divisor ** 2 * outputs / inputs
 
 
-FACTOR_OF_OPTIMIZER = {'adamw': _factor_of_adam, 'lion': _factor_of_adam,
-                       'sgd': _factor_of_sgd}
+def _factor_of_muon(inputs: float, outputs: float, divisor: float) -> float:
+  """Returns what muP multiplies the learning rate of a hidden matrix by, whose
+  step has equal singular values and a root mean square of 0.2."""
+  del divisor
+  return math.sqrt(outputs / inputs / max(inputs, outputs))
 
 
-def check_optimizer(config: ModelConfig, optimizer: str,
-                    is_hyperball: bool = False) -> None:
+def _factor_of_relative_steps(inputs: float, outputs: float, divisor: float
+                              ) -> float:
+  """Returns what muP multiplies the learning rate of a hidden matrix by, whose
+  step is a share of the matrix and has a rank that does not grow."""
+  del outputs, divisor
+  return 1 / math.sqrt(inputs)
+
+
+def _factor_of_relative_muon(inputs: float, outputs: float, divisor: float
+                             ) -> float:
+  """Returns what muP multiplies the learning rate of a hidden matrix by, whose
+  step is a share of the matrix and has equal singular values."""
+  del divisor
+  return math.sqrt(min(outputs / inputs, 1.0))
+
+
+class Rule(NamedTuple):
+  """What muP multiplies the learning rates of an optimiser by.
+
+  Attributes:
+    hidden: the function of hidden matrices.
+    others: the function of all other parameters.
+    hyperball: the function of hidden matrices that keep their norm
+      (optim.hyperball).
+  """
+  hidden: Callable[..., float]
+  others: Callable[..., float]
+  hyperball: Callable[..., float] = _factor_of_relative_steps
+
+
+_RULE_OF_ADAM = Rule(hidden=_factor_of_adam, others=_factor_of_adam)
+_RULE_OF_MUON = Rule(hidden=_factor_of_muon, others=_factor_of_adam,
+                     hyperball=_factor_of_relative_muon)
+RULES = {
+    'adamw': _RULE_OF_ADAM,
+    'ademamix': _RULE_OF_ADAM,
+    'adafactor': Rule(hidden=_factor_of_relative_steps, others=_factor_of_adam),
+    'lion': _RULE_OF_ADAM,
+    'muon': _RULE_OF_MUON,
+    'normuon': _RULE_OF_MUON,
+    'soap': _RULE_OF_ADAM,
+    'sgd': Rule(hidden=_factor_of_sgd, others=_factor_of_sgd),
+}
+
+
+def check_optimizer(config: ModelConfig, optimizer: str) -> None:
   """Raises RequestError where muP has no learning rates for the optimiser.
 
   Args:
     config: the model's config.
     optimizer: the name of the optimiser, optim.name.
-    is_hyperball: whether matrices keep their norm, optim.hyperball.
   """
-  if config.parametrization != 'mup':
-    return
-  check_choice("optim.name with model.parametrization 'mup'", optimizer,
-               FACTOR_OF_OPTIMIZER)
-  require(not is_hyperball, "optim.hyperball is True, for which model."
-          "parametrization 'mup' has no rule: set one of them back")
+  if config.parametrization == 'mup':
+    check_choice("optim.name with model.parametrization 'mup'", optimizer,
+                 RULES)
 
 
-def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any):
+def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any,
+                          is_hyperball: bool = False):
   """Returns what muP (maximal update parametrization) multiplies the learning
-  rate of each parameter by, as a tree (table 8 of the paper).
+  rate of each parameter by, as a tree, by the rules at the head of this file.
 
   Args:
     config: the model's config.
     optimizer: the name of the optimiser, optim.name.
     roles: the Role of each parameter, as a tree. It says which axes of the
       parameter are inputs and outputs of its product, and names them.
+    is_hyperball: whether matrices keep their norm, optim.hyperball.
 
   Returns:
     A factor for each parameter; None for a model in the standard
@@ -99,7 +166,8 @@ def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any):
   widening = {'embed': width, 'mlp': width, 'heads': num_heads,
               'kv_heads': num_heads, 'joined': width, 'head': head_dim,
               'vocab': 1.0, 'rows': 1.0, 'groups': 1.0, None: 1.0}
-  optimizer_factor = FACTOR_OF_OPTIMIZER[optimizer]
+  rule = RULES[optimizer]
+  factor_of_hidden = rule.hyperball if is_hyperball else rule.hidden
 
   def factor_of_parameter(role: Role) -> float:
     """Returns what the learning rate of one parameter is multiplied by."""
@@ -110,6 +178,9 @@ def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any):
     divisor = 1.0
     if role.kind == 'logits':
       divisor = width
-    return optimizer_factor(inputs=inputs, outputs=outputs, divisor=divisor)
+    factor = rule.others
+    if role.is_hidden_matrix:
+      factor = factor_of_hidden
+    return factor(inputs=inputs, outputs=outputs, divisor=divisor)
 
   return jax.tree.map(factor_of_parameter, roles)

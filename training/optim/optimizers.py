@@ -130,7 +130,7 @@ def _is_matrix(role: Role) -> bool:
 
 
 def _is_hidden(role: Role) -> bool:
-  return role.is_matrix and role.kind == 'hidden'
+  return role.is_hidden_matrix
 
 
 def _combine_with_adam(optim: Optim, roles: Any, direction: Transformation,
@@ -391,7 +391,7 @@ def _decay_mask(optim: Optim, roles: Any) -> Any:
     return mask
   return jax.tree.map(
       lambda role, is_decayed: (
-          is_decayed and not hyperball.is_on_hyperball(role)), roles, mask)
+          is_decayed and not role.is_hidden_matrix), roles, mask)
 
 
 def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:

@@ -1,6 +1,8 @@
 """muP: the standard form at the base, and by shape the rules at every width."""
 
 
+import dataclasses
+
 from configs import base
 import flax.linen as nn
 import jax
@@ -10,7 +12,7 @@ import pytest
 import architectures
 from tests.helpers import models
 from training import preflight
-from architectures.parts import paths
+from architectures.parts import paths, sharding
 from training.runs import abstract_params, parameter_roles
 from training.optim import mup, optimizers
 
@@ -46,9 +48,10 @@ def test_at_the_base_all_is_as_in_the_standard_form(system):
     return jax.jit(run)(key)
   jax.tree.map(np.testing.assert_array_equal, logits(plain), logits(ours))
   roles = parameter_roles(ours)
-  for name in mup.FACTOR_OF_OPTIMIZER:
-    rates = mup.learning_rate_factors(ours.config, name, roles)
-    assert set(jax.tree.leaves(rates)) == {1.0}
+  for name in mup.RULES:
+    for is_hyperball in (False, True):
+      rates = mup.learning_rate_factors(ours.config, name, roles, is_hyperball)
+      assert set(jax.tree.leaves(rates)) == {1.0}
 
 
 def test_a_wider_model_is_born_as_table_8_has_it():
@@ -112,7 +115,7 @@ def test_rates_agree_with_the_shapes(system, parts):
   narrow, wide = make(BASE), make(BASE * r)
   small, large, roles = flat(narrow), flat(wide), parameter_roles(wide)
   trees = {}
-  for name in mup.FACTOR_OF_OPTIMIZER:
+  for name in mup.RULES:
     trees[name] = paths.flatten_by_path(
         mup.learning_rate_factors(wide.config, name, roles))
   for path, x in large.items():
@@ -143,11 +146,57 @@ def test_what_does_not_grow_with_the_width_is_divided_by_it():
                              rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', sorted(
-    optimizers.OPTIMIZERS.keys() - mup.FACTOR_OF_OPTIMIZER.keys()))
-def test_an_optimizer_without_rules_is_refused(name):
+# Optimisers whose steps have equal singular values where the gradient has many;
+# the steps of the others have a rank of 1 where the gradient has it.
+FLAT = ('muon', 'normuon')
+
+
+@pytest.mark.parametrize('name, is_hyperball', [
+    *[(name, False) for name in sorted(mup.RULES.keys() - {'soap'})],
+    *[(name, True) for name in ('adamw', 'lion', 'muon', 'normuon')]])
+@pytest.mark.parametrize('shapes', [
+    ('embed', 'mlp', 64, 64), ('mlp', 'embed', 96, 32), (None, 'embed', 8, 32)])
+def test_a_step_has_the_spectral_norm_of_the_condition(
+    name, is_hyperball, shapes):
+  """|step|_2 follows sqrt(outputs / inputs) (arXiv 2310.17813, condition 1)."""
+  inputs, outputs, num_inputs, num_outputs = shapes
+  axes = inputs, outputs
+  role = sharding.Role(axes=axes, inputs=(0,))
+  if name == 'sgd' and inputs is None:
+    pytest.skip('its gradient is not that of this model')
+  optim = base.base().optim
+  optim.update(name=name, lr=1e-4, warmup_steps=0, schedule='constant',
+               weight_decay=0.0, clip_norm=0.0, hyperball=is_hyperball)
+  config = dataclasses.replace(
+      scaled('gpt', BASE).config, d_model=4 * BASE, head_dim=32)
+  rng = np.random.default_rng(0)
+
+  def norm_of_step(grown_inputs, grown_outputs, factor):
+    shape = num_inputs * grown_inputs, num_outputs * grown_outputs
+    if name in FLAT:
+      grad = rng.normal(size=shape)
+    else:
+      grad = np.outer(*(rng.choice([-1.0, 1.0], size=n) for n in shape))
+    # A backward pass sums over as many outputs more, each as much smaller.
+    grad /= grown_outputs
+    param = rng.normal(size=shape) * shape[0] ** -0.5
+    tx = optimizers.make_optimizer(optim, 1, {'w': role}, {'w': factor})
+    params = {'w': jax.numpy.asarray(param, 'float32')}
+    step, _ = tx.update({'w': jax.numpy.asarray(grad)}, tx.init(params), params)
+    return np.linalg.norm(step['w'], 2)
+
+  factor = mup.learning_rate_factors(
+      config, name, {'w': role}, is_hyperball)['w']
+  grown = [4 if axis else 1 for axis in axes]
+  narrow, wide = norm_of_step(1, 1, 1.0), norm_of_step(*grown, factor)
+  assert wide / narrow == pytest.approx((grown[1] / grown[0]) ** 0.5, rel=0.1)
+
+
+def test_an_optimizer_without_rules_is_refused(monkeypatch):
   c = base.base()
   c.model.update(parametrization='mup', mup_base_width=64)
-  c.optim.name = name
-  with pytest.raises(ValueError, match=f"'{name}': choose from adamw, lion"):
+  entry = optimizers.OPTIMIZERS['sgd']
+  monkeypatch.setitem(optimizers.OPTIMIZERS, 'own', entry)
+  c.optim.update(name='own')
+  with pytest.raises(ValueError, match="'own': choose from adamw, ademamix"):
     preflight.check_config(c)
