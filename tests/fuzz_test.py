@@ -4,16 +4,13 @@ is said in one sentence (common/errors.py)."""
 from collections.abc import Callable
 import contextlib
 import functools
-import importlib
 import inspect
-import io
 import pathlib
 import sys
 import traceback
 from typing import Any
 from unittest import mock
 
-from absl import flags
 from etils import epath
 import flax.linen as nn
 from hypothesis import given, HealthCheck, Phase, settings
@@ -27,9 +24,9 @@ import architectures
 from architectures.parts import flat, tables
 from common.errors import EnvironmentFailure, RequestError
 from configs import base
-from tests.helpers import models, sweeps
+from tests.helpers import models, programs, sweeps
 from tools import convert
-from training import cli, objectives
+from training import objectives
 from training.data import tokenizers
 import training.weights
 
@@ -50,7 +47,6 @@ def runs_or_refuses(call) -> None:
 # Requests. Each surface below draws one, and makes it in this process, up to
 # the work that a right one asks for.
 
-ROOMS = ('train', 'tools', 'training', 'tests', 'benchmarks', '__main__')
 TEXTS = st.sampled_from([
     '', 'x', '0', '1', '-1', '2', '8', '1e999', 'nan', '9' * 5000, 'x' * 3000,
     '(' * 9999, '-' * 9999 + '1', 'a b' * 900, '{1:2}', "{'a': 2}", '[[', '[]',
@@ -68,22 +64,10 @@ KINDS = [{'window': 4}, {'window': 0}, {'num_kv_heads': 1},
 
 
 def program(name: str, stop: str, words: list[str]) -> None:
-  """Runs a program's main, of which the function `stop` ends it, while absl
-  knows the flags of no other one. It ends with 0, or with 2 or 1 and a
-  sentence of which no word is long."""
-  known, err = vars(flags.FLAGS), io.StringIO()
-  theirs = {x: flag for x, flag in known['__flags'].items() if
-            flags.FLAGS.find_module_defining_flag(x).split('.')[0] not in ROOMS}
-  modules = {'__flags': theirs} | {x: dict(known[x]) for x in (
-      '__flags_by_module', '__flags_by_module_id')}
-  with (mock.patch.dict(known, modules), mock.patch('sys.argv', [name, *words]),
-        contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())),
-        contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end):
-    sys.modules.pop(name, None)
-    module = importlib.import_module(name)
-    with mock.patch(stop, lambda *_: sys.exit()):
-      cli.run(module.main)
-  text, code = err.getvalue(), end.value.code
+  """Runs a program's main, of which the function `stop` ends it. It ends with
+  0, or with 2 or 1 and a sentence of which no word is long."""
+  with mock.patch(stop, lambda *_: sys.exit()):
+    code, text = programs.run(name, words)
   assert not code or code in (1, 2) and 'error: ' in text, (code, text)
   assert max(map(len, text.split()), default=0) <= 200, text
 
