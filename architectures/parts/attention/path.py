@@ -181,6 +181,10 @@ def reflect_in_chunks(q_BLHK: jax.Array, k_BMJK: jax.Array, w_BLJK: jax.Array,
   k_BJMK = jnp.swapaxes(k_BMJK, 1, 2).astype(jnp.float32)
   cut = functools.partial(pieces.cut_heads_into_pieces, places)
   before_NBPM = pieces.cut_row_into_pieces(places, is_before_BLM)
+  below_diagonal = functools.partial(
+      layers.count_flops_as_useful_part, places - 1, 2 * places)
+  up_to_diagonal = functools.partial(
+      layers.count_flops_as_useful_part, places + 1, 2 * places)
 
   def apply_chunk(change_BJMK: jax.Array, chunk: tuple) -> tuple:
     """Returns how all keys are changed after a chunk, and the changes of its
@@ -188,15 +192,23 @@ def reflect_in_chunks(q_BLHK: jax.Array, k_BMJK: jax.Array, w_BLJK: jax.Array,
     q_BHPK, w_BJPK, rate_BJP, before_BPM = chunk
     q_BJRPK = q_BHPK.reshape(B, J, H // J, places, K)
     scaled_BJPK = rate_BJP[..., None] * w_BJPK
-    a_BJPQ = jnp.einsum('bjpk,bjqk->bjpq', scaled_BJPK, w_BJPK)
-    inverse_BJPQ = pieces.invert_unit_triangular(jnp.tril(a_BJPQ, -1))
-    seen_BJRPQ = jnp.tril(jnp.einsum('bjrpk,bjqk->bjrpq', q_BJRPK, w_BJPK))
+    # The tokens of the chunk with each other. Of triangles the zeros count no
+    # FLOPs.
+    with pieces.count_flops_without_padding(places, L):
+      with below_diagonal():
+        a_BJPQ = jnp.einsum('bjpk,bjqk->bjpq', scaled_BJPK, w_BJPK)
+      inverse_BJPQ = pieces.invert_system(jnp.tril(a_BJPQ, -1))
+      with up_to_diagonal():
+        seen_BJRPQ = jnp.tril(jnp.einsum('bjrpk,bjqk->bjrpq', q_BJRPK, w_BJPK))
+
+    # The tokens of the chunk with all keys.
     with layers.count_flops_as_useful_part(*pairs):
       z_BJPM = jnp.einsum('bjpk,bjmk->bjpm', scaled_BJPK, k_BJMK + change_BJMK)
-      y_BJPM = jnp.einsum('bjpq,bjqm->bjpm', inverse_BJPQ,
-                          z_BJPM * before_BPM[:, None])
       from_earlier = jnp.einsum('bjrpk,bjmk->bjrpm', q_BJRPK, change_BJMK)
-      from_chunk = jnp.einsum('bjrpq,bjqm->bjrpm', seen_BJRPQ, y_BJPM)
+      with up_to_diagonal():
+        y_BJPM = jnp.einsum('bjpq,bjqm->bjpm', inverse_BJPQ,
+                            z_BJPM * before_BPM[:, None])
+        from_chunk = jnp.einsum('bjrpq,bjqm->bjrpm', seen_BJRPQ, y_BJPM)
       change_BJMK -= jnp.einsum('bjpk,bjpm->bjmk', w_BJPK, y_BJPM)
     return change_BJMK, from_earlier - from_chunk
 

@@ -158,6 +158,8 @@ def run_mesa(x: recurrence.Inputs, ridge_HK: jax.Array, steps: int,
       functools.partial(pieces.cut_heads_into_pieces, places), tuple(x[:5]))
   between, upto = pieces.decays_within_piece(log_decay[..., 0])
   written = features.scale_vectors(k, rate)
+  without_padding = functools.partial(
+      pieces.count_flops_without_padding, places, L)
 
   def add_piece(state_BHKM: jax.Array, piece: tuple[jax.Array, ...]
                 ) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +170,7 @@ def run_mesa(x: recurrence.Inputs, ridge_HK: jax.Array, steps: int,
 
   # The states between pieces, of keys and values side by side.
   decayed = features.scale_vectors(written, between[..., -1, :])
-  with layers.count_flops_as_useful_part(1, 1):
+  with without_padding():
     last_BHKM, states = jax.lax.scan(
         add_piece, state_BHKM,
         (decayed, jnp.concatenate([k, v], -1), upto[..., -1]))
@@ -177,8 +179,9 @@ def run_mesa(x: recurrence.Inputs, ridge_HK: jax.Array, steps: int,
   covariance = Covariance(
       k_BHPK=k, written_BHPK=written, between_BHPQ=between, upto_BHP=upto,
       states_BHKK=states[..., :K], ridge_HK=ridge_HK)
-  solution = solve_by_conjugate_gradients(steps, covariance, q)
-  o = _read(covariance, solution, values=v, states=states[..., K:])
+  with without_padding():
+    solution = solve_by_conjugate_gradients(steps, covariance, q)
+    o = _read(covariance, solution, values=v, states=states[..., K:])
   o_BLHU = jnp.moveaxis(o, (0, 2), (1, 3)).reshape(B, -1, H, U)[:, :L]
   return o_BLHU, last_BHKM
 

@@ -83,6 +83,18 @@ def cut_row_into_pieces(places: int, x_BL: jax.Array) -> jax.Array:
   return jnp.moveaxis(padded.reshape(B, -1, places, *rest), 1, 0)
 
 
+def count_flops_without_padding(places: int, length: int):
+  """Returns a scope, for a `with` statement, in which the pieces of a row
+  count the FLOPs of the row alone, without what fills up the last piece.
+
+  Args:
+    places: how many places a piece has.
+    length: how many places the row has.
+  """
+  places_with_padding = length + -length % places
+  return layers.count_flops_as_useful_part(length, places_with_padding)
+
+
 def cut_heads_into_pieces(places: int, x_BLH: jax.Array) -> jax.Array:
   """Cuts rows of heads into pieces as `cut_row_into_pieces` does, with heads
   before places: [B, L, H, ...] -> float32 [pieces, B, H, P, ...]."""
@@ -445,3 +457,14 @@ def invert_by_library(a_PP: jax.Array) -> jax.Array:
   return jax.lax.linalg.triangular_solve(
       a_PP, jnp.broadcast_to(eye_PP, a_PP.shape), left_side=True, lower=True,
       unit_diagonal=True)
+
+
+def invert_system(a_BHPQ: jax.Array) -> jax.Array:
+  """Returns (I + A)^-1, where A is what lies below the diagonal. It counts as
+  substitution, in which an entry d places below the diagonal is a sum of d - 1
+  products and of A's entry."""
+  P = a_BHPQ.shape[-1]
+  with layers.count_flops_as_useful_part(1, 1):
+    invert = layers.count_flops_by_result(
+        invert_unit_triangular, (P - 1) * (P - 2), 3 * P)
+    return invert(a_BHPQ)

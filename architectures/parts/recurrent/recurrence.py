@@ -117,8 +117,10 @@ def run_recurrence(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
     places = 1 << (places - 1).bit_length()
   elif not x.has_delta_rule:
     assert steps == 1, steps
-    return _run_additive(places, x, state_BHKU)
-  o_BLHU, state_BHKU = _run_in_pieces(places, steps, x, state_BHKU)
+    with pieces.count_flops_without_padding(places, L):
+      return _run_additive(places, x, state_BHKU)
+  with pieces.count_flops_without_padding(places, L):
+    o_BLHU, state_BHKU = _run_in_pieces(places, steps, x, state_BHKU)
   if steps > 1:
     o_BLHU = o_BLHU[:, steps - 1::steps]
   return o_BLHU, state_BHKU
@@ -538,9 +540,9 @@ def _effects_of_pieces(x: Inputs, pairs: _Pairs) -> _PieceEffects:
 
   # Invert the system. A rate multiplies its rows, and what it is solved for.
   if rate is None:
-    solve = inverse = _invert_system(pairs.key_weights_BHPQ)
+    solve = inverse = pieces.invert_system(pairs.key_weights_BHPQ)
   else:
-    inverse = _invert_system(rate[..., None] * pairs.key_weights_BHPQ)
+    inverse = pieces.invert_system(rate[..., None] * pairs.key_weights_BHPQ)
     solve = inverse * rate[..., None, :]
   correction_keys = k
   if erase is not None:
@@ -669,17 +671,6 @@ def _meet_with_decay_per_feature(steps: int, x: Inputs) -> _Pairs:
     key_weights_BHPQ = products[1]
   return _Pairs(weights_BHPQ=weights_BHPQ, key_weights_BHPQ=key_weights_BHPQ,
                 first_BHPK=jnp.exp(upto_BHPK), after_BHPK=jnp.exp(after_BHPK))
-
-
-def _invert_system(a_BHPQ: jax.Array) -> jax.Array:
-  """Returns (I + A)^-1, where A is what lies below the diagonal. It counts as
-  substitution, in which an entry d places below the diagonal is a sum of d - 1
-  products and of A's entry."""
-  P = a_BHPQ.shape[-1]
-  with layers.count_flops_as_useful_part(1, 1):
-    invert = layers.count_flops_by_result(
-        pieces.invert_unit_triangular, (P - 1) * (P - 2), 3 * P)
-    return invert(a_BHPQ)
 
 
 # Recurrences that add to the state, whatever it is: there is no delta rule, and

@@ -263,6 +263,20 @@ def test_flops_are_those_of_the_products(mixer):
   assert counts == flops.decode_flops(c, 30)  # whatever came before
 
 
+@parametrize_mixers(*recurrences.MIXERS_WITH_STATE, PRODUCT, CURVED)
+def test_places_that_fill_up_a_piece_count_no_flops(mixer):
+  """A token of a row that ends within a piece counts as many as one of a row
+  of whole pieces, which here are two of 9 or 16 places, or three of 12 or 16.
+  """
+  c = architectures.resolve(models.small_config(
+      'llama', **recurrences.changes_with_mixer(mixer)))
+  whole = dict(kda=32, gdn2=32, gla=32, rwkv7=24).get(mixer, 18)
+  odd, even = (flops.forward_flops(c, length) for length in (17, whole))
+  assert odd['attention'] > 0
+  for part in odd:
+    assert odd[part] / 17 == pytest.approx(even[part] / whole), part
+
+
 @pytest.mark.parametrize('length, places', [(13, [13]), (30, [15, 15])])
 def test_flops_of_the_mesa_layer(length, places):
   """Products of the triangle of each piece, with the states, and of two vectors

@@ -82,7 +82,7 @@ def test_a_weight_is_two_flops_and_a_pair_four_of_each_feature(fields):
   assert token['attention'] == size * sum(layer[-1] for layer in seen)
 
 
-@pytest.mark.parametrize('length', [16, 100])
+@pytest.mark.parametrize('length', [1, 16, 100])
 def test_convolved_and_reflected_keys_count_what_a_hand_counts(length):
   H, J, K, D, places = 4, 2, 8, 32, min(length, 64)
   def added(**fields):
@@ -99,12 +99,17 @@ def test_convolved_and_reflected_keys_count_what_a_hand_counts(length):
   # Of keys and values: filters that a token makes, and as many taps.
   assert added(dynamic_conv=3) == dict(
       attention=0, weights=length * 2 * (2 * D * J * 3 + 2 * 3 * J * K))
-  # Of a visible pair: two products of a query, and three of a key.
-  pair = 2 * (K + places) * H + 2 * (K + places + K) * J
-  in_chunks = -(-length // places) * 2 * places ** 2 * K * (H + J)
-  assert added(position='path') == dict(
-      attention=pair * length * (length + 1) // 2,
-      weights=in_chunks + length * 2 * (D * 32 + (32 + 3) * J * K + D * J))
+  # Of a visible pair: two products of a query, and three of a key, of which one
+  # each is with a triangle. Of tokens of a chunk: what lies below the diagonal
+  # and its inverse by substitution, and the triangle of queries.
+  upto, below = (places + 1) / 2, (places - 1) / 2
+  pair = 2 * (K + upto) * H + 2 * (K + upto + K) * J
+  solved = sum(i - j - 1 for i in range(places) for j in range(i)) / places
+  in_chunks = 2 * length * (K * (below * J + upto * H) + solved * J)
+  path = added(position='path')
+  assert path['weights'] == length * 2 * (D * 32 + (32 + 3) * J * K + D * J)
+  assert path['attention'] == pytest.approx(
+      pair * length * (length + 1) // 2 + in_chunks)
 
 
 def test_a_convolution_counts_its_window():
