@@ -44,13 +44,6 @@ REFUSED = {
     'no head of pairs': (
         ENCODER | {'objective': 'mlm_nsp', 'model.next_sentence': False},
         'model.next_sentence is False, and objective'),
-    'no adamw under muP': (
-        {'model.parametrization': 'mup', 'model.mup_base_width': 16,
-         'optim.name': 'adafactor'}, "model.parametrization 'mup' 'adafactor'"),
-    'hyperball under muP': (
-        {'model.parametrization': 'mup', 'model.mup_base_width': 16,
-         'optim.hyperball': True}, "optim.hyperball is True, for which model."
-        "parametrization 'mup' has no rule"),
     'a rate of no tables': (
         {'optim.table_rate': 2.0}, 'optim.table_rate is 2.0, and the mod'),
     'nothing to train': (
