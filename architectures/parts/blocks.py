@@ -175,13 +175,15 @@ def read_residual(config: ModelConfig, name: str, x: LayerInput
 
   Returns:
     The input of the branch, [B, L, D], and the weights to pass on to
-    `add_to_residual`. These are None for one stream, which takes a plain sum,
-    and for residual attention, which takes the results as they are.
+    `add_to_residual`. They are None where there is nothing to weight: for one
+    stream, which takes a plain sum; and for model.residual 'attention', which
+    keeps the result of each branch as a stream of its own.
   """
-  if isinstance(x, Streams):
-    return streams.Branch(config, name=f'{name}_streams')(x)
-  # One stream is read as it is.
-  return x, None
+  if not isinstance(x, Streams):
+    return x, None
+  # Several streams are mixed to one, by a module with the learned weights.
+  mix_streams = streams.Branch(config, name=f'{name}_streams')
+  return mix_streams(x)
 
 
 def add_to_residual(config: ModelConfig, x: LayerInput, y_BLD: jax.Array,

@@ -302,8 +302,8 @@ def split_off_slots(entries: tuple[LayerCache, ...]
 
   Returns:
     Two tuples with an element for each entry: its keys and values, by the names
-    of their fields; and the entry with None in their place. `put_slots_back` is
-    the inverse.
+    of their fields, {} where it has none; and the entry with None in their
+    place. `put_slots_back` is the inverse.
   """
   slots, entries_without_slots = [], []
   for entry in entries:
@@ -329,6 +329,11 @@ def put_slots_back(slots: SlotsOfEntries,
   """Puts the keys and values of layers back into their caches. This is the
   inverse of `split_off_slots`.
 
+  In a scan over N layers, the arrays are those of all of them, [N, B, M, ...],
+  with B rows of the batch and M slots. The cache of layer `layer` then holds
+  them whole, and its field `layer` says which row of N is its own: Cache.write
+  changes this row alone.
+
   Args:
     slots: the keys and values of each layer, by the names of their fields; {}
       for a layer that has none, such as a recurrence.
@@ -342,8 +347,12 @@ def put_slots_back(slots: SlotsOfEntries,
   """
   entries = []
   for entry, arrays in zip(entries_without_slots, slots, strict=True):
-    if arrays.get('key_BMJK') is not None:
-      cache = entry.mixer.replace(**arrays, layer=layer)
-      entry = entry.replace(mixer=cache)
-    entries.append(entry)
+    # A recurrence has no slots. Of the other arrays of attention some are None,
+    # but keys are always there.
+    has_slots = arrays.get('key_BMJK') is not None
+    if not has_slots:
+      entries.append(entry)
+      continue
+    cache = entry.mixer.replace(**arrays, layer=layer)
+    entries.append(entry.replace(mixer=cache))
   return tuple(entries)

@@ -45,7 +45,7 @@ class Plain:
   settings: type = LoopsConfig
 
   def input_of_pass(self, module: nn.Module, state: LayerInput,
-                    inputs: LayerInput, n: Any) -> LayerInput:
+                    inputs: LayerInput, n: int | jax.Array) -> LayerInput:
     """Makes the input of pass n in a model that runs its layers several times.
     Here, it is the result of the pass before. Subclasses mix the input of the
     first pass into it.
@@ -56,6 +56,9 @@ class Plain:
         Streams; for the first pass, its input.
       inputs: the input of the first pass, of the same shape.
       n: the number of the pass, from 0 on: an int, or a traced scalar.
+
+    Returns:
+      The input of pass n, of the same shape.
     """
     del module, inputs, n
     return state
@@ -66,7 +69,7 @@ class Add(Plain):
   2311.12424)."""
 
   def input_of_pass(self, module: nn.Module, state: LayerInput,
-                    inputs: LayerInput, n: Any) -> LayerInput:
+                    inputs: LayerInput, n: int | jax.Array) -> LayerInput:
     is_first_pass = n == 0
     return pin_residual(
         jnp.where(is_first_pass, inputs, state + inputs))
@@ -78,7 +81,7 @@ class Concat(Plain):
   model is a function of its tokens."""
 
   def input_of_pass(self, module: nn.Module, state: LayerInput,
-                    inputs: LayerInput, n: Any) -> LayerInput:
+                    inputs: LayerInput, n: int | jax.Array) -> LayerInput:
     is_first_pass = n == 0
     state = jnp.where(is_first_pass, 0, state)
     joined_BLD = project_concatenation(module, 'join', first_BLD=state,
@@ -100,7 +103,7 @@ class Gate(Plain):
   fields = ('loops.gate_rank', 'norm_eps')
 
   def input_of_pass(self, module: nn.Module, state: LayerInput,
-                    inputs: LayerInput, n: Any) -> LayerInput:
+                    inputs: LayerInput, n: int | jax.Array) -> LayerInput:
     is_first_pass = n == 0
     gated_BLD = self._mix_through_gates(module, state, inputs)
     return pin_residual(jnp.where(is_first_pass, inputs, gated_BLD))
@@ -167,7 +170,7 @@ class Turns(Plain):
   fields = ('loops.low_cycles',)
 
   def input_of_pass(self, module: nn.Module, state: LayerInput,
-                    inputs: LayerInput, n: Any) -> LayerInput:
+                    inputs: LayerInput, n: int | jax.Array) -> LayerInput:
     """Returns the input of a stack, z_L + z_H, and declares the norm with which
     the lower stack ends.
 
@@ -179,6 +182,8 @@ class Turns(Plain):
     """
     del n
     config: ModelConfig = module.config  # type: ignore[attr-defined]
+    # The norm is applied elsewhere (`normalise_between_passes`), by its
+    # parameters. To call it once here declares these.
     if module.is_initializing() and config.part(LoopsConfig).boundary == 'norm':
       layers.norm(config, LOW_NORM)(inputs)
     return pin_residual(state + inputs)
@@ -227,14 +232,14 @@ class Enter(nn.Module):
 
   @nn.compact
   def __call__(self, state: LayerInput, inputs: LayerInput,
-               n: Any) -> LayerInput:
+               n: int | jax.Array) -> LayerInput:
     loop = LOOPS[self.config.loop]
     assert loop is not None
     return loop.input_of_pass(self, state, inputs, n)
 
 
 def input_of_pass(config: ModelConfig, params: Any, state: LayerInput,
-                  inputs: LayerInput, n: Any) -> LayerInput:
+                  inputs: LayerInput, n: int | jax.Array) -> LayerInput:
   """Makes the input of pass n in a model that runs its layers several times
   with the same weights. It is a mixture of the result of the pass before and
   the input of the first pass.
@@ -298,18 +303,43 @@ class Turn(NamedTuple):
 
 
 def list_turns(loops: LoopsConfig) -> list[Turn]:
-  """Returns the runs of two stacks that take turns, in order: see `Turns`."""
+  """Returns the runs of two stacks that take turns (see `Turns`), in order.
+
+  In each of loops.passes passes, the lower stack runs loops.low_cycles times,
+  and then the upper one once. The upper stack always has a gradient. In a pass,
+  the first runs of the lower stack may have none, so that the backward pass
+  needs nothing of them: see `_lower_runs_with_gradient`.
+
+  Args:
+    loops: the settings of the layers that loop.
+  """
   turns = []
   for n in range(loops.passes):
-    num_with_gradient = loops.low_cycles
-    if loops.gradient_passes:
-      is_last_pass = n == loops.passes - 1
-      num_with_gradient = loops.gradient_passes if is_last_pass else 1
+    is_last_pass = n == loops.passes - 1
+    num_with_gradient = _lower_runs_with_gradient(loops, is_last_pass)
+    first_with_gradient = loops.low_cycles - num_with_gradient
     for i in range(loops.low_cycles):
-      turns.append(Turn(is_high=False, has_gradient=(
-          i >= loops.low_cycles - num_with_gradient)))
+      turns.append(Turn(is_high=False, has_gradient=i >= first_with_gradient))
     turns.append(Turn(is_high=True, has_gradient=True))
   return turns
+
+
+def _lower_runs_with_gradient(loops: LoopsConfig, is_last_pass: bool) -> int:
+  """Returns how many of the lower stack's runs in one pass have a gradient. It
+  is the last ones that do.
+
+  With loops.gradient_passes 0 all have one. With k, the last k runs of the last
+  pass do, and in each other pass the last run alone (HRM).
+
+  Args:
+    loops: the settings of the layers that loop.
+    is_last_pass: whether it is the last of the passes.
+  """
+  if not loops.gradient_passes:
+    return loops.low_cycles
+  if is_last_pass:
+    return loops.gradient_passes
+  return 1
 
 
 class ExitGate(nn.Module):
@@ -326,9 +356,13 @@ class ExitGate(nn.Module):
 
     but that the last pass has all that is left, so that they sum to 1.
 
+    The suffixes name axes: T passes, B batch, L length, D d_model.
+
     Args:
       states_TBLD: s_t, the result of each pass after the final norm.
     """
+    # The logits z_t = w s_t + b of leaving, in float32. In muP w s_t is divided
+    # by how many times as wide as its base the model is; elsewhere that is 1.
     D = states_TBLD.shape[-1]
     w_D1 = layers.weight(self, 'gate', shape=(D, 1), axes=('embed', None),
                          output=True)
@@ -336,26 +370,43 @@ class ExitGate(nn.Module):
     z_TBL1 = layers.einsum('TBLD,DU->TBLU', states_TBLD, w_D1,
                            dtype=states_TBLD.dtype, out_dtype=jnp.float32)
     z_TBL = (z_TBL1 / self.config.widening)[..., 0] + b_1[0]
+
+    # A token reaches pass t if it has stayed in all passes before, each with
+    # probability 1 - g = sigmoid(-z). It reaches the first pass for certain.
+    # The products are sums of logarithms, which do not underflow.
     log_stays_TBL = jnp.cumsum(jax.nn.log_sigmoid(-z_TBL[:-1]), axis=0)
     log_reaches_TBL = jnp.concatenate(
         [jnp.zeros_like(z_TBL[:1]), log_stays_TBL])
+    # There it leaves with probability g_t, and after the last pass for certain.
     log_leaves_TBL = jax.nn.log_sigmoid(z_TBL).at[-1].set(0)
     return log_reaches_TBL + log_leaves_TBL
 
 
 def take_exits(config: ModelConfig, states_TBLD: jax.Array, log_p_TBL: jax.Array
                ) -> jax.Array:
-  """Returns the result of each token's pass, [B, L, D]: the first one by which
-  it has left with probability loops.exit_threshold, or the last.
+  """Chooses for each token the pass after which it leaves: the first one by
+  which it has left with probability loops.exit_threshold, or the last.
+
+    pass = min {t: p_1 + ... + p_t >= exit_threshold}
+
+  The suffixes name axes: T passes, B batch, L length, D d_model.
 
   Args:
     config: the model.
     states_TBLD: the result of each of T passes.
-    log_p_TBL: the logarithms of the probabilities of leaving after each.
+    log_p_TBL: log p_t, the logarithms of the probabilities of leaving after
+      each.
+
+  Returns:
+    The result of each token's pass, [B, L, D].
   """
+  # A threshold of 1 means the last pass. The sum of the probabilities may be a
+  # little less or more than 1 by rounding, so it is not asked for.
   threshold = config.part(LoopsConfig).exit_threshold
   if threshold == 1:
     return states_TBLD[-1]
   has_left_TBL = jnp.cumsum(jnp.exp(log_p_TBL), axis=0) >= threshold
+  # argmax finds the first pass that is True. The last one is made to be.
   pass_BL = jnp.argmax(has_left_TBL.at[-1].set(True), axis=0)
-  return jnp.take_along_axis(states_TBLD, pass_BL[None, ..., None], axis=0)[0]
+  pass_1BL1 = pass_BL[None, ..., None]
+  return jnp.take_along_axis(states_TBLD, pass_1BL1, axis=0)[0]

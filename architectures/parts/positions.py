@@ -34,7 +34,7 @@ from architectures.parts.attention.fields import AttentionConfig, PathConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.sharding import Role, declare
-from common.errors import require, shorten
+from common.errors import RequestError, require, shorten
 from common.fields import field, FUNCTION, SHAPES
 
 # Rotary positions, and how they stretch past training.
@@ -1130,21 +1130,52 @@ class Path(Position):
   has_bias = True  # type: ignore[assignment]
 
   def check(self, config: ModelConfig, stack: str) -> None:
-    """Raises RequestError where a layer has no keys that can be reflected, and
-    where something reads scores or keys in another way."""
-    request = "model.position is 'path', which changes the scores of keys"
-    require(stack == 'decoder' and config.mixer == 'attention',
-            f'{request} by the tokens after them: it needs model.mixer '
-            f'attention in a decoder, and they are {config.mixer!r} and an '
-            f'{stack}')
-    for field_name, value, allowed in (
-        ('kv_sharing', config.part(AttentionConfig).kv_sharing, False),
-        ('attention_softcap', config.attention_softcap, 0.0),
-        ('parametrization', config.parametrization, 'standard')):
-      require(value == allowed, f'{request}: set model.{field_name}, which is '
-              f'{value!r}, to {allowed!r}, or choose another position')
-    require(config.attention != 'indexed', f"{request}, and model.attention is "
-            "'indexed', whose indexer leaves some out: choose global")
+    """Checks that the rest of a layer goes with reflections, which each token
+    makes and which move the keys of all tokens before it.
+
+    So there must be earlier tokens and keys of the layer's own: attention in a
+    decoder, without kv_sharing. What the moves of the keys change is added to
+    the scores as a bias, after a softcap would have bounded them. The rates of
+    muP are not known for reflections. An indexer would choose keys as they were
+    before they moved.
+
+    Args:
+      config: the config of the model, or of the layers of one kind.
+      stack: what the architecture is: 'decoder', 'encoder' or
+        'encoder-decoder'.
+
+    Raises:
+      RequestError: for settings that do not go with reflections.
+    """
+    if stack != 'decoder' or config.mixer != 'attention':
+      raise RequestError(
+          "model.position is 'path', in which the tokens after a key change "
+          'its scores: it needs model.mixer attention in a decoder, and they '
+          f'are {config.mixer!r} and an {stack}')
+
+    # The fields that must have their default.
+    kv_sharing = config.part(AttentionConfig).kv_sharing
+    _require_default_with_path('kv_sharing', kv_sharing, default=False)
+    _require_default_with_path('attention_softcap', config.attention_softcap,
+                               default=0.0)
+    _require_default_with_path('parametrization', config.parametrization,
+                               default='standard')
+    if config.attention == 'indexed':
+      raise RequestError(
+          "model.position is 'path', which changes the scores of keys, and "
+          "model.attention is 'indexed', whose indexer leaves some out: choose "
+          'global')
+
+
+def _require_default_with_path(field_name: str, value: Any, default: Any
+                               ) -> None:
+  """Raises RequestError if a field of config.model that position 'path' does
+  not support is not its default."""
+  if value != default:
+    raise RequestError(
+        "model.position is 'path', which changes the scores of keys: set "
+        f'model.{field_name}, which is {value!r}, to {default!r}, or choose '
+        'another position')
 
 
 POSITIONS: dict[str, Position] = {

@@ -29,7 +29,7 @@ from architectures.parts.heads import GeneratorConfig
 from architectures.parts.layers import FFNS, norm
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.passes import project_concatenation
-from architectures.parts.stack import add_distances, add_losses
+from architectures.parts.stack import add_distances, add_losses, Carry
 from architectures.parts.stack import find_cache_of_tokens, is_cache
 from architectures.parts.stack import merge_reports_of_stacks, PassedOn
 from architectures.parts.stack import Period, Stack
@@ -290,14 +290,21 @@ class AddEstimate(nn.Module):
 
 def embed_predictions(config: ModelConfig, params: Any, output: Output
                       ) -> jax.Array:
-  """Returns the mean embedding of the tokens that a model predicts, weighted by
-  their probabilities: the estimate that self-conditioning reads, without a
-  gradient, [B, L, D].
+  """Computes the mean embedding of the tokens that a model predicts, weighted
+  by their probabilities: the estimate that self-conditioning reads,
+
+    mean = softmax(logits) E embed_scale
+
+  with the table E of embeddings. The suffixes name axes: B batch, L length, V
+  vocabulary, D d_model.
 
   Args:
     config: the config of the model.
-    params: its parameters.
+    params: its parameters, of which E is read.
     output: the output of an earlier call, with the logits of the tokens.
+
+  Returns:
+    The mean, [B, L, D], without a gradient.
   """
   p_BLV = jax.nn.softmax(output.logits, -1).astype(config.compute_dtype)
   table_VD = params['embed']['tokens'].astype(config.compute_dtype)
@@ -461,8 +468,8 @@ class Mtp(nn.Module):
           config, kind=kind, ctx=ctx_k, k_positions_BM=ctx.positions_BL,
           name_suffix=f'_{depth}')
       period = Period(config, (kind,), name=f'depth_{depth}')
-      (x, _), results = period((x, PassedOn()), None, ctx_k, {})
-      x_BLD = blocks.EndOfResidual(config, name=f'streams_{depth}')(x)
+      carry, results = period(Carry(x, PassedOn()), None, ctx_k, {})
+      x_BLD = blocks.EndOfResidual(config, name=f'streams_{depth}')(carry.x)
       if blocks.BLOCKS[config.layer_config(kind.name).block].FINAL_NORM:
         x_BLD = norm(config, f'norm_{depth}')(x_BLD)
       inputs_of_head.append(x_BLD)

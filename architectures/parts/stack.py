@@ -13,10 +13,11 @@ prefix and the suffix: see passes.py.
 """
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import functools
 import itertools
 import operator
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from flax import struct
 import flax.linen as nn
@@ -55,9 +56,63 @@ class PassedOn:
   skips: Optional[streams.Skips] = None
 
 
-# The state that goes from layer to layer: the residual stream x, or several,
-# and what else each layer passes on.
-Carry = tuple[LayerInput, PassedOn]
+# What layers draw random numbers for, which each run of a layer does by itself.
+NAMES_OF_DRAWS = ('dropout', 'router')
+
+
+class Carry(NamedTuple):
+  """The state that goes from layer to layer.
+
+  Attributes:
+    x: the residual stream, [B, L, D] = [batch, length, d_model], or Streams,
+      which are several.
+    passed: what else each layer passes on to the next.
+  """
+  x: LayerInput
+  passed: PassedOn
+
+
+class ScanCarry(NamedTuple):
+  """The state that goes from turn to turn of a scan over layers.
+
+  Attributes:
+    layers: the state that goes from layer to layer.
+    slots: the cached keys and values of the layers of all turns, of which each
+      turn writes its own; None: there is no cache.
+  """
+  layers: Carry
+  slots: SlotsOfEntries
+
+
+class SharedByPasses(NamedTuple):
+  """What all passes over layers that loop are given alike.
+
+  Attributes:
+    params: the parameters of the stack.
+    inputs: the input of the first pass, which later ones may read again.
+    ctx: what the layers read besides their input.
+    lent: keys and values of layers of the sections before, by how far before
+      the section their layer is: -1, ...
+  """
+  params: Any
+  inputs: LayerInput
+  ctx: Context
+  lent: dict[int, KeysAndValues]
+
+
+class GivenToPass(NamedTuple):
+  """What one pass alone is given. A scan over the passes takes it from arrays
+  with an axis of passes in front.
+
+  Attributes:
+    n: the number of the pass, from 0 on.
+    other_cache: what the caches of its layers hold beside their slots, with an
+      axis of periods in front; None: there is no cache.
+    rngs: its random keys, by the name of what they are for.
+  """
+  n: jax.Array
+  other_cache: Any
+  rngs: dict[str, jax.Array]
 
 
 @struct.dataclass
@@ -115,11 +170,12 @@ class Stack(nn.Module):
     passed = PassedOn(first_values=self._first_values(x_BLD),
                       router_BLU=router_BLU, skips=skips)
     # The layers.
-    carry = x, passed
+    carry = Carry(x, passed)
     if one_by_one:
-      (x, _), sections = self._run_one_by_one(carry, cache, ctx)
+      carry, sections = self._run_one_by_one(carry, cache, ctx)
     else:
-      (x, _), sections = self._scan_sections(carry, cache, ctx)
+      carry, sections = self._scan_sections(carry, cache, ctx)
+    x = carry.x
     # The streams end in one, which is normalised. If the length stayed over
     # `tensor`, as the vocabulary is, their product would gather the head.
     end_streams = EndOfResidual(config, name='final_streams')
@@ -295,17 +351,18 @@ class Stack(nn.Module):
       run_loop = self._run_passes
       if self.config.loop == 'turns':
         run_loop = self._scan_turns
-      (carry, slots), results = run_loop(
-          section, carry=(carry, slots), other_cache=other_cache, ctx=ctx,
-          lent=lent)
+      scan_carry, results = run_loop(
+          section, carry=ScanCarry(carry, slots), other_cache=other_cache,
+          ctx=ctx, lent=lent)
     else:
       periods = self._scanned_periods(section, name=section.name)
-      (carry, slots), results = periods(
-          (carry, slots), (period_N, other_cache), ctx, lent)
+      scan_carry, results = periods(
+          ScanCarry(carry, slots), (period_N, other_cache), ctx, lent)
+    carry, slots = scan_carry
     # That single pass does not use the parameters that mix the input of a pass,
     # so these are declared here.
     if self._is_looped(section) and self.is_initializing():
-      passes.Enter(self.config, name='loop')(carry[0], carry[0], 0)
+      passes.Enter(self.config, name='loop')(carry.x, carry.x, 0)
     if slots is None:
       return carry, results
     caches = put_slots_back(slots, results.caches)
@@ -370,10 +427,9 @@ class Stack(nn.Module):
     model.loop: those between the prefix and the suffix are."""
     return self.config.loop != 'none' and section.name == 'layers'
 
-  def _run_passes(self, section: Section, carry: tuple[Carry, SlotsOfEntries],
-                  other_cache: Any, ctx: Context,
-                  lent: dict[int, KeysAndValues]
-                  ) -> tuple[tuple[Carry, SlotsOfEntries], LayerResults]:
+  def _run_passes(self, section: Section, carry: ScanCarry, other_cache: Any,
+                  ctx: Context, lent: dict[int, KeysAndValues]
+                  ) -> tuple[ScanCarry, LayerResults]:
     """Runs all passes over a section whose layers are run several times, in a
     scan over the passes.
 
@@ -392,78 +448,67 @@ class Stack(nn.Module):
       The carry, and the results of all passes with those of a pass side by
       side: [passes * periods, ...].
     """
-    config, params = self.config, self.variables['params']
     num_passes, num_periods = section.passes, section.periods
-    module = self._scanned_periods(section, parent=None)
-    (inputs, _), _ = carry
+    run_pass = functools.partial(
+        _run_pass, config=self.config, section=section,
+        periods=self._scanned_periods(section, parent=None))
+    shared = SharedByPasses(params=self.variables['params'],
+                            inputs=carry.layers.x, ctx=ctx, lent=lent)
 
-    def run_pass(params: Any, inputs: LayerInput, ctx: Context,
-                 lent: dict[int, KeysAndValues], carry: tuple, of_pass: tuple):
-      """Runs one pass over the layers, as one turn of a scan over the passes.
-
-      Args:
-        params: the parameters of the stack, which all passes share.
-        inputs: the input of the first pass.
-        ctx: what the layers read besides their input.
-        lent: keys and values of earlier layers that these layers read.
-        carry: two things: what goes from layer to layer, and the slots (the
-          cached keys and values) of all passes, or None without a cache.
-        of_pass: what this pass alone is given: its number, what else its caches
-          hold, and its random keys by name.
-
-      Returns:
-        The carry after the pass, and the LayerResults of its periods, which are
-        the repetitions of the pattern of layers.
-      """
-      (x, passed), slots = carry
-      n, other_cache, rngs = of_pass
-      x = passes.input_of_pass(config, params=params, state=x, inputs=inputs,
-                               n=n)
-      # The slots have a row for each period of each pass, pass after pass.
-      period_N = None
-      if slots is not None:
-        period_N = n * num_periods + jnp.arange(num_periods)
-      carry, results = module.apply(
-          {'params': params[section.name]}, ((x, passed), slots),
-          (period_N, other_cache), ctx, lent, rngs=rngs)
-      if config.part(LoopsConfig).exit_gate:
-        (x, _), _ = carry
-        results = results.replace(states=x)
-      return carry, results
-
-    # The random numbers of each pass, with an axis of passes in front.
+    # What each pass alone is given, with an axis of passes in front.
     rngs = {name: jax.random.split(self.make_rng(name), num_passes)
-            for name in ('dropout', 'router') if self.has_rng(name)}
+            for name in NAMES_OF_DRAWS if self.has_rng(name)}
     rows_by_pass = jax.tree.map(
         lambda x: x.reshape(num_passes, num_periods, *x.shape[1:]), other_cache)
-    of_passes = jnp.arange(num_passes), rows_by_pass, rngs
-
-    def run_passes(shared: tuple, carry: tuple, start: int, end: int):
-      """Runs the passes from `start` to before `end`."""
-      of_these_passes = jax.tree.map(
-          operator.itemgetter(slice(start, end)), of_passes)
-      unroll = 1 if config.scan_layers else end - start
-      return jax.lax.scan(functools.partial(run_pass, *shared), carry,
-                          of_these_passes, unroll=unroll)
+    given = GivenToPass(n=jnp.arange(num_passes), other_cache=rows_by_pass,
+                        rngs=rngs)
 
     # The passes without a gradient, and then those that have one.
-    shared = params, inputs, ctx, lent
     results_of_scans = []
     num_without_gradient = self._passes_without_gradient(num_passes)
     if num_without_gradient:
-      carry, results = run_passes(
-          _stop_gradients(shared), _stop_gradients(carry), start=0,
-          end=num_without_gradient)
+      run_without_gradient = functools.partial(
+          run_pass, shared=_stop_gradients(shared))
+      carry, results = self._scan_passes(
+          run_without_gradient, carry=_stop_gradients(carry), given=given,
+          start=0, end=num_without_gradient)
       carry = _stop_gradients(carry)
       results_of_scans.append(results)
-    carry, results = run_passes(
-        shared, carry, start=num_without_gradient, end=num_passes)
+    carry, results = self._scan_passes(
+        functools.partial(run_pass, shared=shared), carry=carry, given=given,
+        start=num_without_gradient, end=num_passes)
     results_of_scans.append(results)
+
     # The results of all passes.
     results = jax.tree.map(_flatten_passes, *results_of_scans)
     reports = [self._mean_loads(section, layer_report)
                for layer_report in results.reports]
     return carry, results.replace(reports=tuple(reports))
+
+  def _scan_passes(
+      self,
+      run_pass: Callable[[ScanCarry, GivenToPass],
+                         tuple[ScanCarry, LayerResults]],
+      carry: ScanCarry, given: GivenToPass, start: int, end: int
+      ) -> tuple[ScanCarry, LayerResults]:
+    """Runs the passes from `start` to before `end`, as one scan.
+
+    Args:
+      run_pass: the function of one pass, (carry, what it alone is given) ->
+        (carry, results).
+      carry: the carry before the first of these passes.
+      given: what each of all passes is given, with an axis of passes in front.
+      start: the number of the first pass.
+      end: the number after that of the last pass.
+
+    Returns:
+      The carry after the last of them, and their results, with an axis of
+      passes in front.
+    """
+    given_to_these = jax.tree.map(
+        operator.itemgetter(slice(start, end)), given)
+    unroll = 1 if self.config.scan_layers else end - start
+    return jax.lax.scan(run_pass, carry, given_to_these, unroll=unroll)
 
   def _passes_without_gradient(self, num_passes: int) -> int:
     """Returns how many passes, from the first on, have no gradient."""
@@ -472,49 +517,59 @@ class Stack(nn.Module):
       return 0
     return max(num_passes - num_with_gradient, 0)
 
-  def _take_turns(self, x: LayerInput, passed_on: Any,
-                  run_stack: Callable[..., tuple[LayerInput, Any]]
-                  ) -> tuple[LayerInput, Any]:
+  def _take_turns(
+      self, carry: ScanCarry,
+      run_turn: Callable[[int, passes.Turn, ScanCarry], ScanCarry]
+      ) -> ScanCarry:
     """Runs the two halves of the layers that loop in turns (passes.Turns). The
     turns follow one another in the program, as they differ in their gradients.
 
     Args:
-      x: the first z_H.
-      passed_on: what else goes from turn to turn.
-      run_stack: (number of the turn, the Turn, x, passed_on) -> (x, passed_on),
-        which runs the stack of a turn.
+      carry: the first z_H, what else goes from layer to layer, and the slots of
+        the cache.
+      run_turn: the function that runs the half whose turn it is, (number of the
+        turn, the Turn, carry) -> carry. The x of its carry is the input of the
+        half, and then its result.
 
     Returns:
-      The last z_H, before the final norm, and what else is passed on.
+      The carry, whose x is the last z_H, before the final norm.
     """
     config, params = self.config, self.variables['params']
-    low, high = jnp.zeros_like(x), x
+    (x, passed), slots = carry
+    z_low, z_high = jnp.zeros_like(x), x
     turns = passes.list_turns(config.part(LoopsConfig))
     for n, turn in enumerate(turns):
-      state = params, low, high, passed_on
+      # A turn without a gradient reads everything as a constant, and what it
+      # returns is a constant too.
+      detach = _identity
       if not turn.has_gradient:
-        state = _stop_gradients(state)
-      params_of_turn, z_low, z_high, passed_on = state
-      z = passes.input_of_pass(config, params=params_of_turn, state=z_low,
-                               inputs=z_high, n=n)
-      z, passed_on = run_stack(n, turn, z, passed_on)
-      # The last z_H goes through the final norm after the loop.
+        detach = _stop_gradients
+      params_of_turn = detach(params)
+
+      # Run the half on the sum of both states.
+      input_of_half = passes.input_of_pass(
+          config, params=params_of_turn, state=detach(z_low),
+          inputs=detach(z_high), n=n)
+      carry_of_half = Carry(input_of_half, detach(passed))
+      (z, passed), slots = run_turn(
+          n, turn, ScanCarry(carry_of_half, detach(slots)))
+
+      # Its result is the new state of the half. The last z_H goes through the
+      # final norm after the loop.
       is_last = n == len(turns) - 1
       if not is_last:
         z = passes.normalise_between_passes(
             config, params_of_turn, state=z, is_low=not turn.is_high)
-      if not turn.has_gradient:
-        z, passed_on = _stop_gradients((z, passed_on))
+      z, passed, slots = detach(z), detach(passed), detach(slots)
       if turn.is_high:
-        high = z
+        z_high = z
       else:
-        low = z
-    return high, passed_on
+        z_low = z
+    return ScanCarry(Carry(z_high, passed), slots)
 
-  def _scan_turns(self, section: Section, carry: tuple[Carry, SlotsOfEntries],
-                  other_cache: Any, ctx: Context,
-                  lent: dict[int, KeysAndValues]
-                  ) -> tuple[tuple[Carry, SlotsOfEntries], LayerResults]:
+  def _scan_turns(self, section: Section, carry: ScanCarry, other_cache: Any,
+                  ctx: Context, lent: dict[int, KeysAndValues]
+                  ) -> tuple[ScanCarry, LayerResults]:
     """Runs a section whose two halves take turns, each turn as a scan over the
     periods of its half.
 
@@ -522,51 +577,20 @@ class Stack(nn.Module):
     are [turns * periods of a half, ...].
     """
     size = section.periods // 2
+    num_turns = section.runs // size
+    rngs = {name: jax.random.split(self.make_rng(name), num_turns)
+            for name in NAMES_OF_DRAWS if self.has_rng(name)}
     half = section._replace(periods=size)
-    module = self._scanned_periods(half, parent=None)
-    weights = self.variables['params'][section.name]
-    rngs = {name: jax.random.split(self.make_rng(name), section.runs // size)
-            for name in ('dropout', 'router') if self.has_rng(name)}
-    results_of_turns = []
-
-    def run_stack(n: int, turn: passes.Turn, x: LayerInput, passed_on: Any
-                  ) -> tuple[LayerInput, Any]:
-      """Runs the stack of turn n. Its rows of the cache are the n-th ones, and
-      those of its weights the first or the second half of all.
-
-      Args:
-        n: the number of the turn.
-        turn: which stack it runs, and whether it has a gradient.
-        x: the input of the stack.
-        passed_on: what else goes from layer to layer, and the slots of the
-          cache; None: there is none.
-      """
-      passed, slots = passed_on
-      start = size if turn.is_high else 0
-      half_of_rows = operator.itemgetter(slice(start, start + size))
-      shared = jax.tree.map(half_of_rows, weights), ctx, lent
-      if not turn.has_gradient:
-        shared = _stop_gradients(shared)
-      weights_of_half, ctx_of_turn, lent_of_turn = shared
-      rows = slice(n * size, (n + 1) * size)
-      other_rows = jax.tree.map(operator.itemgetter(rows), other_cache)
-      period_N = None
-      if slots is not None:
-        period_N = jnp.arange(rows.start, rows.stop)
-      ((x, passed), slots), results = module.apply(
-          {'params': weights_of_half}, ((x, passed), slots),
-          (period_N, other_rows), ctx_of_turn, lent_of_turn,
-          rngs={name: keys[n] for name, keys in rngs.items()})
-      results_of_turns.append(results)
-      return x, (passed, slots)
-
-    (x, passed), slots = carry
-    x, (passed, slots) = self._take_turns(x, (passed, slots), run_stack)
+    halves = ScannedHalves(
+        periods=self._scanned_periods(half, parent=None), size=size,
+        params=self.variables['params'][section.name], other_cache=other_cache,
+        ctx=ctx, lent=lent, rngs=rngs)
+    carry = self._take_turns(carry, halves.run_turn)
     results = jax.tree.map(
-        lambda *of_turns: jnp.concatenate(of_turns), *results_of_turns)
+        lambda *of_turns: jnp.concatenate(of_turns), *halves.results)
     reports = [self._mean_loads(section, layer_report)
                for layer_report in results.reports]
-    return ((x, passed), slots), results.replace(reports=tuple(reports))
+    return carry, results.replace(reports=tuple(reports))
 
   def _mean_loads(self, section: Section, layer_report: Report) -> Report:
     """Averages the loads of a layer's experts over the passes, in a model that
@@ -662,41 +686,181 @@ class Stack(nn.Module):
     config, params = self.config, self.variables['params']
     lends = self._places_lent_by_section(section.name)
     period = Period(config, pattern=section.kinds, lends=lends, parent=None)
-    results_of_periods = []
-
-    def run_rows(rows: range, carry: Carry) -> Carry:
-      """Runs the periods whose weights are those of the rows."""
-      for row in rows:
-        carry, results = period.apply(
-            {'params': params[section.name][str(row)]}, carry, next(entries),
-            ctx, lent)
-        results_of_periods.append(results)
-      return carry
-
-    def run_half(n: int, turn: passes.Turn, x: LayerInput, passed: Any
-                 ) -> Carry:
-      """Runs the half of the periods whose turn it is."""
-      del n
-      half = section.periods // 2
-      start = half if turn.is_high else 0
-      return run_rows(range(start, start + half), (x, passed))
-
+    runner = PeriodsOneByOne(
+        period=period, num_periods=section.periods,
+        params=params[section.name], entries=entries, ctx=ctx, lent=lent)
     if not self._is_looped(section):
-      carry = run_rows(range(section.periods), carry)
+      carry = runner.run_all(carry)
     elif config.loop == 'turns':
-      carry = self._take_turns(*carry, run_half)
+      scan_carry = self._take_turns(ScanCarry(carry, slots=None),
+                                    runner.run_turn)
+      carry = scan_carry.layers
     else:
       # A pass begins with a mixture of the last result and the first input.
-      inputs, _ = carry
+      inputs = carry.x
       for n in range(section.passes):
-        x, passed = carry
-        x = passes.input_of_pass(config, params=params, state=x, inputs=inputs,
-                                 n=n)
-        carry = run_rows(range(section.periods), (x, passed))
+        input_of_pass = passes.input_of_pass(
+            config, params=params, state=carry.x, inputs=inputs, n=n)
+        carry = runner.run_all(Carry(input_of_pass, carry.passed))
         if config.part(LoopsConfig).exit_gate:
-          x, _ = carry
-          results_of_periods[-1] = results_of_periods[-1].replace(states=x)
-    return carry, results_of_periods
+          last_results = runner.results[-1]
+          runner.results[-1] = last_results.replace(states=carry.x)
+    return carry, runner.results
+
+
+def _run_pass(carry: ScanCarry, given: GivenToPass, config: ModelConfig,
+              section: Section, periods: nn.Module, shared: SharedByPasses
+              ) -> tuple[ScanCarry, LayerResults]:
+  """Runs one pass over layers that are run several times, as one turn of a scan
+  over the passes.
+
+  Args:
+    carry: what goes from layer to layer, and the slots (the cached keys and
+      values) of all passes.
+    given: what this pass alone is given.
+    config: the model.
+    section: the section of these layers.
+    periods: the unbound module that runs all periods of the section, each a
+      repetition of its pattern of layers.
+    shared: what all passes are given alike.
+
+  Returns:
+    The carry after the pass, and the LayerResults of its periods.
+  """
+  # Make the input of the pass of the last result and the first input.
+  (state, passed), slots = carry
+  x = passes.input_of_pass(config, params=shared.params, state=state,
+                           inputs=shared.inputs, n=given.n)
+
+  # The slots have a row for each period of each pass, pass after pass.
+  period_N = None
+  if slots is not None:
+    first_row = given.n * section.periods
+    period_N = first_row + jnp.arange(section.periods)
+  carry, results = periods.apply(
+      {'params': shared.params[section.name]},
+      ScanCarry(Carry(x, passed), slots), (period_N, given.other_cache),
+      shared.ctx, shared.lent, rngs=given.rngs)
+  if config.part(LoopsConfig).exit_gate:
+    results = results.replace(states=carry.layers.x)
+  return carry, results
+
+
+@dataclasses.dataclass
+class ScannedHalves:
+  """Runs the two halves of a section in turns, each turn as a scan over the
+  periods of its half, and keeps the results.
+
+  Attributes:
+    periods: the unbound module that runs the periods of one half.
+    size: the number of periods of a half.
+    params: the parameters of both halves, with an axis of 2 * size periods in
+      front. The lower half comes first.
+    other_cache: what the caches hold beside their slots, with a row for each
+      period of each turn, turn after turn; None: there is no cache.
+    ctx: what the layers read besides their input.
+    lent: keys and values of layers of the sections before.
+    rngs: the random keys of each turn, by the name of what they are for.
+    results: the LayerResults of the turns so far.
+  """
+  periods: nn.Module
+  size: int
+  params: Any
+  other_cache: Any
+  ctx: Context
+  lent: dict[int, KeysAndValues]
+  rngs: dict[str, jax.Array]
+  results: list[LayerResults] = dataclasses.field(default_factory=list)
+
+  def run_turn(self, n: int, turn: passes.Turn, carry: ScanCarry) -> ScanCarry:
+    """Runs the half whose turn it is.
+
+    Args:
+      n: the number of the turn.
+      turn: which half it runs, and whether it has a gradient.
+      carry: the input of the half, what else goes from layer to layer, and the
+        slots of the cache.
+
+    Returns:
+      The carry after the half.
+    """
+    # The parameters of the half. Without a gradient, they are constants.
+    start = self.size if turn.is_high else 0
+    rows_of_half = operator.itemgetter(slice(start, start + self.size))
+    params_of_half = jax.tree.map(rows_of_half, self.params)
+    shared = params_of_half, self.ctx, self.lent
+    if not turn.has_gradient:
+      shared = _stop_gradients(shared)
+    params, ctx, lent = shared
+
+    # The rows of the cache are those of the turn.
+    first_row = n * self.size
+    end_row = first_row + self.size
+    other_rows = jax.tree.map(
+        operator.itemgetter(slice(first_row, end_row)), self.other_cache)
+    period_N = None
+    if carry.slots is not None:
+      period_N = jnp.arange(first_row, end_row)
+    rngs_of_turn = {name: keys[n] for name, keys in self.rngs.items()}
+    carry_after, results = self.periods.apply(
+        {'params': params}, carry, (period_N, other_rows), ctx, lent,
+        rngs=rngs_of_turn)
+    self.results.append(results)
+    return carry_after
+
+
+@dataclasses.dataclass
+class PeriodsOneByOne:
+  """Runs the periods of a section by a Python loop, and keeps the results.
+
+  Attributes:
+    period: the unbound module of one period, a repetition of the pattern.
+    num_periods: the number of periods of the section.
+    params: the parameters of the section, by the number of the period as text.
+    entries: the caches of each run of a period, in the order of the runs.
+    ctx: what the layers read besides their input.
+    lent: keys and values of layers of the sections before.
+    results: the LayerResults of each run of a period so far.
+  """
+  period: nn.Module
+  num_periods: int
+  params: Any
+  entries: Iterator[tuple[LayerCache, ...]]
+  ctx: Context
+  lent: dict[int, KeysAndValues]
+  results: list[LayerResults] = dataclasses.field(default_factory=list)
+
+  def run_all(self, carry: Carry) -> Carry:
+    """Runs all periods of the section once."""
+    return self._run_range(range(self.num_periods), carry)
+
+  def run_turn(self, n: int, turn: passes.Turn, carry: ScanCarry) -> ScanCarry:
+    """Runs the half of the periods whose turn it is.
+
+    Args:
+      n: the number of the turn, which is not read: each run takes the next
+        caches.
+      turn: which half it runs.
+      carry: the input of the half, and what else goes from layer to layer. Its
+        slots are None, as each period has a cache of its own here.
+
+    Returns:
+      The carry after the half.
+    """
+    del n
+    half = self.num_periods // 2
+    start = half if turn.is_high else 0
+    carry_after = self._run_range(range(start, start + half), carry.layers)
+    return ScanCarry(carry_after, carry.slots)
+
+  def _run_range(self, numbers: range, carry: Carry) -> Carry:
+    """Runs the periods of these numbers, one after another."""
+    for number in numbers:
+      carry, results = self.period.apply(
+          {'params': self.params[str(number)]}, carry, next(self.entries),
+          self.ctx, self.lent)
+      self.results.append(results)
+    return carry
 
 
 def find_cache_of_tokens(cache: Any) -> Optional[Cache]:
@@ -717,7 +881,7 @@ def is_cache(x: Any) -> bool:
   return isinstance(x, Cache)
 
 
-def _identity(x: jax.Array) -> jax.Array:
+def _identity(x: Any) -> Any:
   """Returns x as it is."""
   return x
 
@@ -796,7 +960,7 @@ class Period(nn.Module):
   @nn.compact
   def __call__(self, carry: Carry, cache: Optional[tuple[LayerCache, ...]],
                ctx: Context, lent: dict[int, KeysAndValues]
-               ) -> tuple[Any, LayerResults]:
+               ) -> tuple[Carry, LayerResults]:
     """Runs the layers of one period of the layer pattern, one after another.
 
     Args:
@@ -849,7 +1013,7 @@ class Period(nn.Module):
         caches=None if cache is None else tuple(caches),
         reports=tuple(reports), kept=tuple(kept),
         lent={place: lent[num_layers + place] for place in self.lends})
-    return (x, passed), results
+    return Carry(x, passed), results
 
   def _run_layer(self, i: int, kind: LayerKind, x: LayerInput,
                  ctx: Context, cache: Optional[LayerCache]
@@ -959,16 +1123,16 @@ class Scanned(Period):
   token.
   """
 
-  def __call__(self, carry: tuple[Carry, SlotsOfEntries],
-               xs: tuple[Optional[jax.Array], Any], ctx: Context,
-               lent: dict[int, KeysAndValues]) -> tuple[Any, LayerResults]:
+  def __call__(  # type: ignore[override]
+      self, carry: ScanCarry, xs: tuple[Optional[jax.Array], Any],
+      ctx: Context, lent: dict[int, KeysAndValues]
+      ) -> tuple[ScanCarry, LayerResults]:
     """Runs one period, a repetition of the pattern of layers, as one turn of a
     scan.
 
     Args:
-      carry: two things that go from turn to turn: what goes from layer to layer
-        (the residual stream), and the slots (the cached keys and values) of all
-        periods, or None without a cache.
+      carry: what goes from layer to layer (the residual stream), and the slots
+        (the cached keys and values) of all periods, or None without a cache.
       xs: what this turn alone is given: the number n of the period, which is
         its row of the slots; and what else its caches hold.
       ctx: what the layers read besides their input.
@@ -976,19 +1140,19 @@ class Scanned(Period):
         by how far before the section those layers are: -1, -2, ...
 
     Returns:
-      The carry, in the same two parts; and the LayerResults. Their caches have
-      no slots, as these are in the carry.
+      The carry after the period, and the LayerResults. Their caches have no
+      slots, as these are in the carry.
     """
-    carry, slots = carry
     n, other_cache = xs
-    if slots is None:
-      carry, results = super().__call__(carry, None, ctx, lent)
-      return (carry, None), results
+    if carry.slots is None:
+      state, results = super().__call__(carry.layers, None, ctx, lent)
+      return ScanCarry(state, slots=None), results
     # The layers get the slots of all periods, and write into row n only.
-    cache = put_slots_back(slots, other_cache, n)
-    carry, results = super().__call__(carry, cache, ctx, lent)
-    slots, other_cache = split_off_slots(results.caches)
-    return (carry, slots), results.replace(caches=other_cache)
+    cache = put_slots_back(carry.slots, other_cache, layer=n)
+    state, results = super().__call__(carry.layers, cache, ctx, lent)
+    slots, cache_without_slots = split_off_slots(results.caches)
+    return (ScanCarry(state, slots),
+            results.replace(caches=cache_without_slots))
 
 
 def sum_losses_by_name(losses: list[dict[str, jax.Array]]

@@ -89,7 +89,7 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import norm, recompute_in_backward, rmsnorm
 from architectures.parts.sharding import Role, declare
-from common.errors import require
+from common.errors import RequestError
 from common.fields import field, FUNCTION, SHAPES
 
 # In a new mhc: the logits of A off its diagonal, and the weight with which
@@ -868,7 +868,19 @@ class SumFactors(NamedTuple):
 
 def _add_with_factors(x_BLD: jax.Array, y_BLD: jax.Array, factors: SumFactors
                       ) -> jax.Array:
-  """Returns x' of SumFactors, [B, L, D], in the dtype of x."""
+  """Adds the result of a branch to the stream, for each feature:
+
+    x' = stream (x + stream_shift) + branch (y + branch_shift)
+
+  Args:
+    x_BLD: the stream x, [batch, length, d_model].
+    y_BLD: the result y of the branch.
+    factors: the factors and shifts, [D].
+
+  Returns:
+    x', [B, L, D], in the dtype of x. The sum is computed in float32.
+  """
+  # Each factor gets axes of batch and length in front.
   stream_D, branch_D, stream_shift_D, branch_shift_D = (
       factor_D[None, None] for factor_D in factors)
   shifted_x_BLD = x_BLD.astype(jnp.float32) + stream_shift_D
@@ -889,8 +901,15 @@ class LearnedSum(Residual):
     return x_BLD[:, :, None]
 
   def factors(self, module: Any, size: int) -> SumFactors:
-    """Returns the factors of a branch, for `size` features, whose parameters
-    are declared in `module`."""
+    """Declares the parameters of the factors of a branch, and makes them.
+
+    Args:
+      module: the module in which the parameters are declared.
+      size: D, the number of features.
+
+    Returns:
+      The factors and shifts, [D] each, in float32.
+    """
     raise NotImplementedError
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, SumFactors]:
@@ -914,6 +933,9 @@ class Balanced(LearnedSum):
   """A sum that keeps the variance of independent parts (Muse Spark):
 
     x' = sqrt(1 - g^2) x + g F(x),   g = sigmoid(w / temperature)
+
+  with a learned number w for each feature. Where x and F(x) are independent and
+  of one variance, x' has it too, since the squares of both factors sum to 1.
   """
   settings = StreamsConfig
   fields = ('streams.temperature',)
@@ -923,7 +945,7 @@ class Balanced(LearnedSum):
     w_D = declare(module, 'gate', shape=(size,), role=Role(('embed',)),
                   init=nn.initializers.normal(config.init_stddev))
     z_D = w_D.astype(jnp.float32) / config.part(StreamsConfig).temperature
-    branch_D = jax.nn.sigmoid(z_D)
+    branch_D = jax.nn.sigmoid(z_D)  # g
     # 1 - g^2 = (1 - g) (1 + g), without the loss of digits where g is near 1.
     square_D = jax.nn.sigmoid(-z_D) * (1 + branch_D)
     stream_D = jnp.sqrt(jnp.maximum(square_D, SMALLEST_SQUARE_OF_FACTOR))
@@ -1003,7 +1025,9 @@ RESIDUALS = {
 }
 
 
-# Skips from the first half of the layers to the second.
+# Skips from the first half of the layers to the second (model.skips): the layer
+# in place i before the end also reads what the layer in place i from the start
+# returned, as in a U-net.
 
 
 @struct.dataclass
@@ -1054,10 +1078,11 @@ def read_skip(x: LayerInput, skips: Skips) -> LayerInput:
     x: the residual stream, [B, L, D], or Streams, whose first is the sum.
     skips: the results of the first half.
   """
-  # In the first half this is past the slots. Then the last one is read, which
-  # is 0, as it is for the layer in the middle of an odd number.
-  slot = skips.num_layers - 1 - skips.layer
-  slot = jnp.minimum(slot, skips.kept_BLUD.shape[2] - 1)
+  # In the first half the partner is past the slots. Then the last one is read,
+  # which is 0, as it is for the layer in the middle of an odd number.
+  partner = skips.num_layers - 1 - skips.layer
+  last_slot = skips.kept_BLUD.shape[2] - 1
+  slot = jnp.minimum(partner, last_slot)
   kept_BLD = jax.lax.dynamic_index_in_dim(
       skips.kept_BLUD, slot, axis=2, keepdims=False)
   weight = jax.lax.dynamic_index_in_dim(skips.weight_U, slot, keepdims=False)
@@ -1076,17 +1101,36 @@ def _add_weighted(x_BLD: jax.Array, y_BLD: jax.Array, weight: jax.Array
 
 
 def write_skip(x: LayerInput, skips: Skips) -> Skips:
-  """Returns the Skips with the result x of a layer in its slot. Layers of the
-  second half write into the last slot, which none of them reads."""
-  x_BLD = x.x_BLUD[:, :, 0] if isinstance(x, Streams) else x
-  slot = jnp.minimum(skips.layer, skips.kept_BLUD.shape[2] - 1)
+  """Puts the result of a layer into its slot, for a layer of the second half.
+
+  All layers run the same program (a scan), so those of the second half write
+  too: into the last slot, which none of them reads.
+
+  Args:
+    x: the result of the layer, [B, L, D], or Streams, whose first is the sum.
+    skips: the results of the layers before.
+
+  Returns:
+    The Skips with this result, whose `layer` is that of the next one.
+  """
+  x_BLD = x
+  if isinstance(x, Streams):
+    x_BLD = x.x_BLUD[:, :, 0]
+  last_slot = skips.kept_BLUD.shape[2] - 1
+  slot = jnp.minimum(skips.layer, last_slot)
   kept_BLUD = jax.lax.dynamic_update_index_in_dim(
       skips.kept_BLUD, x_BLD, slot, axis=2)
   return skips.replace(kept_BLUD=pin_streams(kept_BLUD), layer=skips.layer + 1)
 
 
 def check_skips(config: ModelConfig) -> None:
-  """Checks that the layers of a model can have skips.
+  """Checks that the layers of a model can have skips: with model.skips, each
+  layer of the second half of a stack adds the result of a layer of the first
+  half to the residual sum, x' = x + w y (see `read_skip`).
+
+  So a stack must have two halves, and a residual stream that is the sum of what
+  came before. Layers that loop are refused, because the halves are those of the
+  whole stack, and a pass over these layers has none.
 
   Args:
     config: the config of the whole model.
@@ -1095,12 +1139,21 @@ def check_skips(config: ModelConfig) -> None:
     RequestError: for a single layer, layers that loop, and residual streams
       none of which is the sum.
   """
-  forms = [name for name, form in RESIDUALS.items() if form.is_sum]
-  require(min(config.num_layers, config.num_decoder_layers) > 1,
-          'model.skips is True, and a stack has one layer, which has no other '
-          'half: set model.num_layers to 2 or more')
-  require(config.residual in forms, 'model.skips is True, which adds to the '
-          f'residual sum, and model.residual {config.residual!r} has none: '
-          f'choose it from {", ".join(forms)}')
-  require(config.loop == 'none', 'model.skips is True, whose halves no pass of '
-          f"model.loop {config.loop!r} has: set it to 'none'")
+  num_layers_of_smallest_stack = min(config.num_layers,
+                                     config.num_decoder_layers)
+  if num_layers_of_smallest_stack < 2:
+    raise RequestError(
+        'model.skips is True, and a stack has one layer, which has no other '
+        'half: set model.num_layers to 2 or more')
+  # A sum is a form of the residual whose first stream is x plus the results of
+  # all branches so far. The skip is added to it.
+  if not RESIDUALS[config.residual].is_sum:
+    sums = [name for name, form in RESIDUALS.items() if form.is_sum]
+    raise RequestError(
+        'model.skips is True, which adds to the residual sum, and '
+        f'model.residual {config.residual!r} has none: choose it from '
+        f'{", ".join(sums)}')
+  if config.loop != 'none':
+    raise RequestError(
+        'model.skips is True, whose halves no pass of model.loop '
+        f"{config.loop!r} has: set it to 'none'")

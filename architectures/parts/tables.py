@@ -278,17 +278,26 @@ def _check_layers(config: ModelConfig, stack: str) -> None:
     stack: what the architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
 
   Raises:
-    RequestError: for parts that do not go together.
+    RequestError: for parts that do not go together. Where several do not, the
+      first of the checks below speaks: the mixer's, then those of what depends
+      on it.
   """
-  # Each chosen part has a check of its own. A mixer checks positions too, so it
-  # comes first.
-  position, mixer = positions.position_of(config), blocks.MIXERS[config.mixer]
+  # The mixer has a check of its own, as the other chosen parts have. It is the
+  # first, because it also refuses positions that the mixer has no use for,
+  # which the position alone would not notice.
+  mixer = blocks.MIXERS[config.mixer]
   mixer.check(config, stack)
-  has_positions = mixer.positional or position.of_stack
-  # A mixer that rotates other features than heads has checked them itself.
-  needs_check = mixer.turns_heads or not position.rotate
-  if has_positions and needs_check:
+
+  # A position is read by the layer (`positional`: the mixer has positions) or
+  # by the whole stack, or else by nobody. One that rotates features is written
+  # for those of heads; a mixer that rotates others has checked them itself.
+  position = positions.position_of(config)
+  is_position_read = mixer.positional or position.of_stack
+  is_checked_by_mixer = position.rotate and not mixer.turns_heads
+  if is_position_read and not is_checked_by_mixer:
     position.check(config, stack)
+
+  # The rule of which keys are seen, and the memory.
   check_rule = kernels.RULES[config.attention].check
   if check_rule is not None:
     check_rule(config, stack)
@@ -440,21 +449,29 @@ def _check_diffusion(config: ModelConfig) -> None:
   """Checks that the tokens of a block can see each other, in a model that
   denoises text block by block (model.diffusion_block).
 
+  A token of a block sees all others of it, the later ones too. So nothing may
+  predict these from it, and no layer may read a row from left to right only.
+
   Args:
     config: the config of the whole model.
 
   Raises:
-    RequestError: for self-conditioning without such blocks; and for layers that
-      read a row from left to right, or whose keys an indexer chooses.
+    RequestError: for self-conditioning without such blocks; for a model that
+      predicts several tokens ahead; and for layers that read a row from left to
+      right, or whose keys an indexer chooses.
   """
+  # Self-conditioning reads an estimate of a block's tokens.
   size = config.diffusion_block
   if not size:
     require(not config.self_conditioning, 'model.self_conditioning is True, '
             'but model.diffusion_block is 0: set it to the tokens of a block')
     return
+
   setting = f'model.diffusion_block is {size}, '
-  require(not config.mtp_depth, f'{setting}whose tokens see later ones, which '
-          f'model.mtp_depth {config.mtp_depth} predicts: set one of them to 0')
+  if config.mtp_depth:
+    raise RequestError(
+        f'{setting}whose tokens see later ones, which model.mtp_depth '
+        f'{config.mtp_depth} predicts: set one of them to 0')
   mixers = sorted({layer.mixer for layer in config.distinct_layers})
   rules = sorted({layer.attention for layer in config.distinct_layers})
   if 'indexed' in rules or blocks.has_layers_with_state(config):
@@ -585,8 +602,16 @@ def _check_stack(config: ModelConfig, stack: str,
 
 
 def _check_network_of_head(config: ModelConfig) -> None:
-  """Raises RequestError for an encoder whose feed-forward networks have no
-  activation that its head of masked words could have too."""
+  """Checks the feed-forward networks of an encoder: its head of masked words
+  (BERT's) has the activation that they have. So there must be one, and it must
+  have no learned numbers, since these belong to a layer.
+
+  Args:
+    config: the config of the whole model.
+
+  Raises:
+    RequestError: for layers without a network, or with a learned activation.
+  """
   if config.ffn == NO_FFN:
     raise RequestError(
         f'model.ffn is {NO_FFN!r}, and the head of masked words of model.arch '

@@ -478,96 +478,114 @@ def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
 
 
 def _split_into_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...]):
-  """Cuts arrays [B, L, ...] into chunks of tokens for a scan, as arrays
-  [chunks, Q, B / rows, P, ...].
-
-  The mesh splits the B rows into `rows` shards and their length L into
-  `lengths` shards, so there are Q = rows * lengths shards of the tokens. A
-  chunk has P positions of each row of each shard. Where P does not divide the
-  length of a shard, it is padded with zeros. The weights are among the arrays,
-  so padded tokens count nothing.
+  """Cuts arrays [B, L, ...] into chunks of tokens for a scan: see
+  `_cut_into_chunks`.
 
   Args:
     settings: the numbers of shards, and the positions P of a chunk.
-    arrays: hidden states, targets and perhaps weights.
+    arrays: hidden states, targets and perhaps weights. The weights are among
+      them, so that the padding of a chunk counts nothing.
+
+  Returns:
+    The arrays, [chunks, Q, B / rows, P, ...].
   """
-  rows = settings.rows
-  lengths = settings.lengths
+  return jax.tree.map(
+      functools.partial(_cut_into_chunks, settings=settings), arrays)
+
+
+def _cut_into_chunks(x: jax.Array, settings: _LossSettings) -> jax.Array:
+  """Cuts an array [B, L, ...] into chunks of tokens, as an array
+  [chunks, Q, B / rows, P, ...].
+
+  The mesh splits the B rows into `rows` shards and their length L into
+  `lengths` shards, so there are Q = rows * lengths shards of the tokens, one
+  for each device. A chunk has P positions of each row of each shard. Where P
+  does not divide the length of a shard, it is padded with zeros.
+
+  Args:
+    x: an array [B, L, ...].
+    settings: the numbers of shards, and the positions P of a chunk.
+  """
+  rows, lengths = settings.rows, settings.lengths
   P = settings.positions
-
-  def cut_into_chunks(x: jax.Array) -> jax.Array:
-    """Cuts one array [B, L, ...] into chunks [chunks, Q, B / rows, P, ...].
-
-    The mesh splits the B rows into `rows` shards and the length L into
-    `lengths` shards: Q = rows * lengths shards of the tokens, one for each
-    device. A chunk has P positions of each row of each shard.
-
-    Args:
-      x: an array [B, L, ...].
-    """
-    batch = x.shape[0] // rows
-    length = x.shape[1] // lengths
-    chunks = -(-length // P)  # rounded up
-    features = x.shape[2:]
-    # Split the rows and the length into their shards:
-    # [rows, B / rows, lengths, L / lengths, ...].
-    x = x.reshape(rows, batch, lengths, length, *features)
-    # Pad the length of a shard, axis 3, to whole chunks of P positions, and
-    # split it: [rows, B / rows, lengths, chunks, P, ...].
-    pad = chunks * P - length
-    if pad:
-      widths = [(0, 0)] * x.ndim
-      widths[3] = (0, pad)
-      x = jnp.pad(x, widths)
-    x = x.reshape(rows, batch, lengths, chunks, P, *features)
-    # Move the chunks to the front, where the scan takes them, and `lengths`
-    # behind `rows`: [chunks, rows, lengths, B / rows, P, ...].
-    x = jnp.moveaxis(x, (3, 2), (0, 2))
-    # Join `rows` and `lengths` to Q: [chunks, Q, B / rows, P, ...]. Q is split
-    # over the devices, so that no device needs tokens of another one.
-    x = x.reshape(chunks, rows * lengths, batch, P, *features)
-    unsharded = (None,) * (x.ndim - 2)
-    return sharding.constrain_where_divisible(x, None, 'tokens', *unsharded)
-
-  return jax.tree.map(cut_into_chunks, arrays)
+  rows_of_shard = x.shape[0] // rows
+  length_of_shard = x.shape[1] // lengths
+  num_chunks = -(-length_of_shard // P)  # rounded up
+  features = x.shape[2:]
+  # Split the rows and the length into their shards:
+  # [rows, B / rows, lengths, L / lengths, ...].
+  by_shard = x.reshape(
+      rows, rows_of_shard, lengths, length_of_shard, *features)
+  # Pad the length of a shard, axis 3, to whole chunks of P positions, and split
+  # it: [rows, B / rows, lengths, chunks, P, ...].
+  padding = num_chunks * P - length_of_shard
+  if padding:
+    widths = [(0, 0)] * by_shard.ndim
+    widths[3] = (0, padding)
+    by_shard = jnp.pad(by_shard, widths)
+  by_chunk = by_shard.reshape(
+      rows, rows_of_shard, lengths, num_chunks, P, *features)
+  # Move the chunks to the front, where the scan takes them, and `lengths`
+  # behind `rows`: [chunks, rows, lengths, B / rows, P, ...].
+  chunks_first = jnp.moveaxis(by_chunk, (3, 2), (0, 2))
+  # Join `rows` and `lengths` to Q: [chunks, Q, B / rows, P, ...]. Q is split
+  # over the devices, so that no device needs tokens of another one.
+  chunks = chunks_first.reshape(
+      num_chunks, rows * lengths, rows_of_shard, P, *features)
+  unsharded = (None,) * (chunks.ndim - 2)
+  return sharding.constrain_where_divisible(
+      chunks, None, 'tokens', *unsharded)
 
 
 def _join_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...],
                  shape: tuple[int, ...]):
-  """Joins chunks of tokens [chunks, Q, B / rows, P, ...] to arrays [B, L, ...].
-  This is the inverse of `_split_into_chunks`.
+  """Joins the chunks of tokens of several arrays, which a scan has returned:
+  see `_join_chunks_of_array`.
+
+  Args:
+    settings: the numbers of shards, `rows` and `lengths`.
+    arrays: a tree of arrays, whose first axis is that of the chunks.
+    shape: [B, L], the shape without padding.
+
+  Returns:
+    The arrays, [B, L, ...].
+  """
+  join_chunks = functools.partial(
+      _join_chunks_of_array, settings=settings, shape=shape)
+  return jax.tree.map(join_chunks, arrays)
+
+
+def _join_chunks_of_array(chunks: jax.Array, settings: _LossSettings,
+                          shape: tuple[int, ...]) -> jax.Array:
+  """Joins chunks of tokens [chunks, Q, B / rows, P, ...] to an array
+  [B, L, ...]. This is the inverse of `_cut_into_chunks`.
 
   The B rows are split into `rows` shards and their length L into `lengths`
   shards: Q = rows * lengths shards of the tokens. A chunk has P positions of
   each row of each shard.
 
   Args:
+    chunks: the array, whose first axis is that of the chunks.
     settings: the numbers of shards, `rows` and `lengths`.
-    arrays: a tree of arrays, whose first axis is that of the chunks.
     shape: [B, L], the shape without padding.
   """
-  rows = settings.rows
-  lengths = settings.lengths
-
+  rows, lengths = settings.rows, settings.lengths
   B, L = shape
-
-  def join_chunks(x: jax.Array) -> jax.Array:
-    """Joins the chunks of one array."""
-    chunks, _, batch, P = x.shape[:4]
-    features = x.shape[4:]
-    # Split Q: [chunks, rows, lengths, B / rows, P, ...].
-    x = x.reshape(chunks, rows, lengths, batch, P, *features)
-    # Move the chunks before their positions, and `lengths` before the chunks:
-    # [rows, B / rows, lengths, chunks, P, ...].
-    x = jnp.moveaxis(x, (0, 2), (3, 2))
-    # Join the positions of all chunks, and cut off their padding:
-    # [rows, B / rows, lengths, L / lengths, ...].
-    x = x.reshape(rows, batch, lengths, chunks * P, *features)
-    x = x[:, :, :, :L // lengths]
-    # Join the shards of the rows and those of the length: [B, L, ...].
-    return x.reshape(B, L, *features)
-
-  return jax.tree.map(join_chunks, arrays)
+  num_chunks, _, rows_of_shard, P = chunks.shape[:4]
+  features = chunks.shape[4:]
+  # Split Q: [chunks, rows, lengths, B / rows, P, ...].
+  by_shard = chunks.reshape(
+      num_chunks, rows, lengths, rows_of_shard, P, *features)
+  # Move the chunks before their positions, and `lengths` before the chunks:
+  # [rows, B / rows, lengths, chunks, P, ...].
+  rows_first = jnp.moveaxis(by_shard, (0, 2), (3, 2))
+  # Join the positions of all chunks, and cut off their padding:
+  # [rows, B / rows, lengths, L / lengths, ...].
+  padded = rows_first.reshape(
+      rows, rows_of_shard, lengths, num_chunks * P, *features)
+  whole = padded[:, :, :, :L // lengths]
+  # Join the shards of the rows and those of the length: [B, L, ...].
+  return whole.reshape(B, L, *features)
 
 
 def _gather_kernel(head: Head, hidden_BLD: jax.Array):

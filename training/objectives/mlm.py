@@ -66,6 +66,11 @@ from training.objectives import Batch, Config, Figures, Mean, Objective, Row
 from training.objectives import causal, Shape
 
 
+# With model.self_conditioning, the share of the rows in which the model reads
+# its own first prediction (Chen et al. 2023, arXiv 2208.04202, section 2.2).
+SHARE_OF_ROWS_WITH_ESTIMATE = 0.5
+
+
 class Passages(causal.Windows):
   """Windows of data.length - 2 tokens, which leave room for [CLS] and [SEP]."""
 
@@ -698,21 +703,25 @@ class BlockDiffusion(MaskedDiffusion):
     Returns:
       The arrays of the row, [L]: tokens; targets, the tokens without masks;
       weights, 1 / t where a token is masked, with the share t of its block; and
-      segment_ids, 1. With model.self_conditioning also has_estimate [], 1 for
-      half of the rows, whose tokens read what was predicted of them.
+      segment_ids, 1. With model.self_conditioning also has_estimate, a number
+      for the row: 1 for half of the rows, in which the model reads its own
+      first prediction (see `apply`), and 0 for the others.
     """
-    # Each block has a share of its own, which is not 0, as rng.random() may be
-    # 0 but never 1.
+    # Draw the share t of each block, and give it to the block's tokens. The
+    # last block may be shorter. As the weights are divided by t, it must not be
+    # 0: rng.random() may be 0, but never 1.
     ids = item.tokens[1:item.size]
     size = config.model.diffusion_block
-    t_of_block = 1 - rng.random(-(-len(ids) // size))
+    num_blocks = math.ceil(len(ids) / size)
+    t_of_block = 1 - rng.random(num_blocks)
     t_L = np.repeat(t_of_block, size)[:len(ids)]
     is_masked = rng.random(len(ids)) < t_L
     shown = np.where(is_masked, tokenizer.mask_id, ids)
     row = dict(tokens=shown, targets=ids, weights=is_masked / t_L,
                segment_ids=np.ones(len(ids)))
     if config.model.self_conditioning:
-      row['has_estimate'] = float(rng.random() < 0.5)
+      has_estimate = rng.random() < SHARE_OF_ROWS_WITH_ESTIMATE
+      row['has_estimate'] = float(has_estimate)
     return row
 
   def arrays(self, config: Config) -> dict[str, Shape]:
@@ -729,21 +738,46 @@ class BlockDiffusion(MaskedDiffusion):
 
   def apply(self, module: Any, params: Any, batch: Batch, **kwargs) -> Output:
     """Runs the model on the noised tokens, of which each sees its block and the
-    clean tokens of earlier blocks. With self-conditioning it runs twice, and
-    the second time the rows with `has_estimate` read what the first one
-    predicted.
+    clean tokens of earlier blocks.
 
-    The arguments are those of Objective.apply."""
-    run = functools.partial(super().apply, module, params, batch, **kwargs)
+    With self-conditioning the model also reads an estimate of the tokens, e,
+    and runs twice, with the same parameters (Chen et al. 2023, arXiv
+    2208.04202, section 2.2):
+
+      logits_1 = model(tokens, e = 0)
+      e        = softmax(logits_1) E      (a constant, without a gradient)
+      logits   = model(tokens, has_estimate e)
+
+    with the embeddings E. has_estimate is 1 for half of the rows, so that the
+    model also learns the first run, which has no estimate to read.
+
+    The suffixes name axes: B batch, L length, D d_model.
+
+    Args:
+      module: the model.
+      params: its parameters.
+      batch: the arrays of the batch; `has_estimate` is [B].
+      **kwargs: further arguments of the model, as in Objective.apply.
+
+    Returns:
+      The output of the only run, or of the second one.
+    """
     config = module.config
     if not config.self_conditioning:
-      return run()
+      return super().apply(module, params, batch, **kwargs)
+
+    # The first run, which knows nothing of the tokens.
     B, L = batch['tokens'].shape
     unknown_BLD = jnp.zeros((B, L, config.d_model), config.compute_dtype)
-    estimate_BLD = skeletons.embed_predictions(
-        config, params, run(estimate_BLD=unknown_BLD))
-    has_estimate_B = batch['has_estimate'].astype(estimate_BLD.dtype)
-    return run(estimate_BLD=estimate_BLD * has_estimate_B[:, None, None])
+    first_output = super().apply(
+        module, params, batch, estimate_BLD=unknown_BLD, **kwargs)
+
+    # The second run, which reads what the first one predicted.
+    predicted_BLD = skeletons.embed_predictions(config, params, first_output)
+    has_estimate_B = batch['has_estimate'].astype(predicted_BLD.dtype)
+    estimate_BLD = predicted_BLD * has_estimate_B[:, None, None]
+    return super().apply(
+        module, params, batch, estimate_BLD=estimate_BLD, **kwargs)
 
 
 OBJECTIVES = {
