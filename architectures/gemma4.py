@@ -30,6 +30,12 @@ from architectures.parts.skeletons import Decoder
 from common.errors import require, shorten
 
 SLIDING, FULL = layer_types.SLIDING_ATTENTION, layer_types.FULL_ATTENTION
+# What transformers takes where a config.json lacks the field: the width of the
+# tables by the token, their rows (the published vocabulary), and the size of
+# the heads of layers that attend to all keys.
+DEFAULT_SIZE_OF_TABLES = 256
+DEFAULT_ROWS_OF_TABLES = 262144
+DEFAULT_GLOBAL_HEAD_DIM = 512
 # The end of the name of a kind of layer without keys of its own.
 SHARED = '_shared'
 ROPE_OF_LAYER_TYPE = {SLIDING: dict(theta=1e4, fraction=1.0,
@@ -67,7 +73,8 @@ def _read_heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
   keys_as_values = reader('attention_k_eq_v', False)
   num_kv_heads = fields['num_kv_heads']
   num_global_kv_heads = reader('num_global_key_value_heads', num_kv_heads)
-  sizes = dict(head_dim=reader('global_head_dim', 512),
+  sizes = dict(head_dim=reader('global_head_dim',
+                               DEFAULT_GLOBAL_HEAD_DIM),
                num_key_value_heads=num_kv_heads)
   if keys_as_values:
     sizes['num_key_value_heads'] = num_global_kv_heads
@@ -96,9 +103,19 @@ def _read_tables(reader: hf.Reader, vocab_size: int) -> dict:
   Args:
     reader: the reader of the Hugging Face config.json.
     vocab_size: the number of tokens, for which a table must have a row each.
+
+  Returns:
+    Fields of our config.model: `memory`, and where there are tables `per_layer`
+    with their width.
+
+  Raises:
+    RequestError: for tables with another number of rows than tokens.
   """
-  size = reader.read_count('hidden_size_per_layer_input', 256)
-  num_rows = reader('vocab_size_per_layer_input', 262144)
+  # A size of 0 says that there are no tables. Both fields are read in any case,
+  # so that neither is refused as unknown.
+  size = reader.read_count('hidden_size_per_layer_input',
+                           DEFAULT_SIZE_OF_TABLES)
+  num_rows = reader('vocab_size_per_layer_input', DEFAULT_ROWS_OF_TABLES)
   if not size:
     return dict(memory='none')
   require(num_rows == vocab_size, 'config.json has vocab_size_per_layer_input '
@@ -125,12 +142,17 @@ def _share_keys(types: list[str], num_shared: int, d_ff: int,
   Raises:
     RequestError: if no layer lends its keys to those of one type.
   """
+  # A layer without keys reads those of an earlier layer of its type.
   first = len(types) - num_shared
   missing = set(types[first:]) - set(types[:first])
   require(not missing, f'config.json has num_kv_shared_layers {num_shared}, '
           f'but no earlier layer of {" and ".join(sorted(missing))} lends its '
           'keys')
+
+  # The kinds of layer: two of each type, with keys and without. Only those that
+  # some layer has are kept, in the order of the layers.
   names = [layer_types.KIND_OF_ATTENTION[layer_type] for layer_type in types]
+  own_names = names[:first]
   shared_names = [name + SHARED for name in names[first:]]
   all_kinds = {}
   for layer_type, name in layer_types.KIND_OF_ATTENTION.items():
@@ -138,21 +160,29 @@ def _share_keys(types: list[str], num_shared: int, d_ff: int,
     all_kinds[name] = kind
     all_kinds[name + SHARED] = hf.drop_entries(kind, 'keys_as_values') | dict(
         kv_sharing=True, d_ff=d_ff)
-  used = {name: all_kinds[name]
-          for name in dict.fromkeys((*names[:first], *shared_names))}
+  used_names = dict.fromkeys((*own_names, *shared_names))
+  used = {name: all_kinds[name] for name in used_names}
 
   # The shortest pattern that divides the layers without keys.
   period = 1
   while (num_shared % period or shared_names
          != shared_names[:period] * (num_shared // period)):
     period += 1
-  return dict(prefix=','.join(names[:first]), suffix='', kinds=used,
+  return dict(prefix=','.join(own_names), suffix='', kinds=used,
               pattern=','.join(shared_names[:period]))
 
 
 def _count_shared(config: ModelConfig) -> tuple[int, bool]:
-  """Returns how many of the last layers read the keys of earlier ones, and
-  whether the networks of these layers are twice as wide.
+  """Counts the layers that read the keys and values of earlier ones. In
+  transformers these are the last layers, and their networks may be twice as
+  wide as those of the others, all of them or none.
+
+  Args:
+    config: the model.
+
+  Returns:
+    How many of the last layers share keys, and whether the networks of these
+    layers are twice as wide.
 
   Raises:
     RequestError: for other layers that do, or networks of another width.

@@ -136,12 +136,13 @@ class HF(lfm2.HF):
       else:
         types.append(layer_types.attention_type(layer))
     # write_attention_types gives the window. It also gives types, but knows no
-    # convolutions, so ours must replace them.
+    # convolutions. So its fields come first, and ours replace the types.
     config_json = layer_types.write_attention_types(config)
     config_json['layer_types'] = types
     config_json['rope_parameters'] = (
         rope_fields.write_rope_of_layer_kinds(config))
-    # Nulls. Left out, transformers takes the ids of special tokens from the
-    # published vocabulary, which may lie outside of ours.
-    config_json |= dict.fromkeys(phi3.TOKEN_ID_FIELDS)
+    # The ids of special tokens are null. Where they are left out, transformers
+    # takes those of the published vocabulary, which may lie outside of ours.
+    for field_name in phi3.TOKEN_ID_FIELDS:
+      config_json[field_name] = None
     return config_json

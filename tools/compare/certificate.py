@@ -332,18 +332,32 @@ def certify_folders(config: Mapping[str, Any],
     folders: the folders of the runs, one or more. The first gives the model.
     tuning: how much they were tuned; None: it is not known.
   """
-  # Complete the model by the values that were derived when the first run began,
-  # such as the size of the vocabulary, and count its costs.
+  # A run by itself has no record of its costs, as those of a sweep have. The
+  # program that counts them is traced on CPU, so that judging takes no
+  # accelerator from runs that train meanwhile.
   cost.keep_off_accelerators()
-  first_config = run_config.load_config(folders[0])
-  complete_config = first_config.copy_and_resolve_references().unlock()
-  complete_config.update_from_flattened_dict(
-      run_config.load_derived_fields(folders[0]))
-  model = runs.resolve_model_without_tokenizer(complete_config)
-  costs = cost.cost_of_run(complete_config, model)._asdict()
+  costs = _count_costs_of_run(folders[0])
   seconds = [curves.training_seconds(run.rows) for run in runs_by_seed.values()]
-  return certify_runs(config=config, costs=costs, folders=folders,
+  return certify_runs(config=config, costs=costs._asdict(), folders=folders,
                       seeds=runs_by_seed, tuning=tuning, seconds=seconds)
+
+
+def _count_costs_of_run(folder: pathlib.Path) -> cost.Cost:
+  """Counts the parameters, FLOPs and tokens of a run that belongs to no sweep,
+  from its folder.
+
+  Some fields of its config were left to be derived, such as the size of the
+  vocabulary, which the tokenizer gives. The run recorded their values when it
+  began, so neither the tokenizer nor the data is needed here.
+  """
+  # The config that was saved is locked against new fields, and what was derived
+  # may be one.
+  saved_config = run_config.load_config(folder)
+  complete_config = saved_config.copy_and_resolve_references().unlock()
+  complete_config.update_from_flattened_dict(
+      run_config.load_derived_fields(folder))
+  model = runs.resolve_model_without_tokenizer(complete_config)
+  return cost.cost_of_run(complete_config, model)
 
 
 def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:

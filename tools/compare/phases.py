@@ -27,7 +27,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from common.errors import RequestError, require
+from common.errors import RequestError
 from tools.compare import advice, decide, efficiency, noise, page, statistics
 from tools.compare import tuning as tuning_lib
 from tools.compare import plan as plans
@@ -120,25 +120,41 @@ def check_phases(file: str) -> None:
   """
   name_of_block: dict[int, str] = {}
   for name, phase in PHASES.items():
-    subject = f'{file}: PHASES has {name!r}'
-    # The key must be the name of the phase, because both are used to look it
-    # up.
-    require(isinstance(phase, Phase) and phase.name == name, f'{subject}, '
-            f'which is no Phase of that name: write '
-            f'{{{name!r}: '
-            f'Phase(name={name!r}, ...)}}')
-    require(re.fullmatch('[a-z_]+', name) is not None, f'{subject}, which '
-            'names a folder and a row of results.json: choose lower-case '
-            'letters and _')
+    _check_name_of_phase(f'{file}: PHASES has {name!r}', name, phase)
+
     # Each phase must take its seeds from a block of its own, so that no phase
     # decides by data and initial weights that an earlier one has seen.
-    require(0 <= phase.block < NUM_SEED_BLOCKS,
-            f'{subject} with block={phase.block}: '
-            f'choose a whole number from 0 to {NUM_SEED_BLOCKS - 1}')
+    subject = f'{file}: PHASES has {name!r} with block={phase.block}'
+    if not 0 <= phase.block < NUM_SEED_BLOCKS:
+      raise RequestError(
+          f'{subject}: choose a whole number from 0 to {NUM_SEED_BLOCKS - 1}')
     owner = name_of_block.setdefault(phase.block, name)
-    require(owner == name, f'{subject} with block={phase.block}, which is that '
-            f'of {owner!r}, so that both would have the same seeds: choose '
-            f'another, from 0 to {NUM_SEED_BLOCKS - 1}')
+    if owner != name:
+      raise RequestError(
+          f'{subject}, which is that of {owner!r}, so that both would have the '
+          f'same seeds: choose another, from 0 to {NUM_SEED_BLOCKS - 1}')
+
+
+def _check_name_of_phase(subject: str, name: str, phase: Any) -> None:
+  """Checks an entry of PHASES. Its key must be the name of the phase, because
+  both are used to look it up, and a good name of a folder.
+
+  Args:
+    subject: the beginning of a message, which names the entry.
+    name: the key.
+    phase: the entry.
+
+  Raises:
+    RequestError: for something else than a phase, or a wrong name.
+  """
+  if not isinstance(phase, Phase) or phase.name != name:
+    raise RequestError(
+        f'{subject}, which is no Phase of that name: write '
+        f'{{{name!r}: Phase(name={name!r}, ...)}}')
+  if re.fullmatch('[a-z_]+', name) is None:
+    raise RequestError(
+        f'{subject}, which names a folder and a row of results.json: choose '
+        'lower-case letters and _')
 
 
 def run_phases(frozen: plans.FrozenPlan, trainer: Any,

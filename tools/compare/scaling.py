@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -43,6 +43,51 @@ NUM_DRAWS = 400  # of the bootstrap: ten laws lie beyond each end of an interval
 # The bounds of log E, log A, log B, a, b: a law of exponent 0
 # cannot be told from E.
 BOUNDS_OF_CONSTANTS = ((-12, 6), (-30, 90), (-30, 90), (0, 8), (0, 8))
+
+
+class Interval(TypedDict):
+  """A figure with its 95 % percentile interval of a bootstrap.
+
+  Attributes:
+    value: the figure.
+    low: the lower end of the interval.
+    high: its upper end.
+  """
+  value: float
+  low: float
+  high: float
+
+
+class DifferenceOfLaws(TypedDict):
+  """By how much the exponents of one scaling law exceed those of another.
+
+  Attributes:
+    variant: the value of the field whose law it is.
+    against: the value of the field of the base.
+    paired: whether both were fitted to runs of the same sizes, lengths and
+      seeds.
+    a: the difference of the exponents of parameters, variant minus base.
+    b: that of the exponents of tokens.
+  """
+  variant: str
+  against: str
+  paired: bool
+  a: Interval
+  b: Interval
+
+
+class LawsByField(TypedDict):
+  """The scaling laws of a ladder, one for each value of a config field.
+
+  Attributes:
+    field: the dotted name of the field.
+    differences: how the exponents of each other value differ from the base's.
+    variants: the law of each value, as `describe_law` returns it, that of the
+      base first.
+  """
+  field: str
+  differences: list[DifferenceOfLaws]
+  variants: dict[str, dict]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -534,10 +579,10 @@ def _figures_with_intervals(figures, law: Law, drawn) -> dict[str, dict]:
   return interval_of_figure
 
 
-def _percentile_interval(value: float, drawn: Sequence[float]) -> dict:
+def _percentile_interval(value: float, drawn: Sequence[float]) -> Interval:
   """Returns a value with its 95 % percentile interval of a bootstrap."""
   low, high = np.percentile(drawn, [2.5, 97.5])
-  return {'value': float(value), 'low': float(low), 'high': float(high)}
+  return Interval(value=float(value), low=float(low), high=float(high))
 
 
 def _optimum_with_intervals(law: Law, drawn: Sequence[Law], cost: Cost,
@@ -640,7 +685,7 @@ def _format_interval(x: Mapping[str, float], form: str) -> str:
   return f'{x["value"]:{form}} [{x["low"]:{form}}, {x["high"]:{form}}]'
 
 
-def fit_by_field(sweep, field: str, count: str, budgets) -> dict:
+def fit_by_field(sweep, field: str, count: str, budgets) -> LawsByField:
   """Fits a scaling law for each value of a config field, such as each kind of
   attention, and compares their exponents with those of the base.
 
@@ -652,10 +697,7 @@ def fit_by_field(sweep, field: str, count: str, budgets) -> dict:
       `describe_law`.
 
   Returns:
-    A tree for JSON: the name of the 'field'; 'differences', for each other
-    value the exponents 'a' and 'b' minus those of the base, with intervals, and
-    whether their runs are 'paired'; and 'variants', for each value its law as
-    `describe_law` returns it, that of the base first.
+    The laws, and how their exponents differ.
 
   Raises:
     RequestError: where there is no such field, or only one value of it.
@@ -673,7 +715,7 @@ def fit_by_field(sweep, field: str, count: str, budgets) -> dict:
   # How the exponents of the others differ from those of the base, whose value
   # comes first.
   first, *others = ladders
-  differences = []
+  differences: list[DifferenceOfLaws] = []
   for value in others:
     # Ladders of the same sizes, lengths and seeds are paired: drawn with one
     # seed, both bootstraps take the residuals of the same runs, and what these
@@ -684,18 +726,18 @@ def fit_by_field(sweep, field: str, count: str, budgets) -> dict:
     theirs = drawn[value]
     if not is_paired:
       theirs = bootstrap_laws(laws[value], runs[value], seed=1)
-    row = {'variant': value, 'against': first, 'paired': is_paired}
-    for exponent in ('a', 'b'):
-      row[exponent] = _difference_of_exponents(
-          laws=(laws[value], laws[first]), drawn=(theirs, drawn[first]),
-          exponent=exponent)
-    differences.append(row)
+    both_laws = laws[value], laws[first]
+    both_drawn = theirs, drawn[first]
+    differences.append(DifferenceOfLaws(
+        variant=value, against=first, paired=is_paired,
+        a=_difference_of_exponents(both_laws, both_drawn, exponent='a'),
+        b=_difference_of_exponents(both_laws, both_drawn, exponent='b')))
 
   variants = {}
   for value in ladders:
     variants[value] = describe_law(law=laws[value], drawn=drawn[value],
                                    runs=runs[value], budgets=budgets)
-  return {'field': field, 'differences': differences, 'variants': variants}
+  return LawsByField(field=field, differences=differences, variants=variants)
 
 
 def _ladder_by_value(sweep, field: str) -> dict[str, list]:
@@ -730,7 +772,7 @@ def _ladder_by_value(sweep, field: str) -> dict[str, list]:
 
 def _difference_of_exponents(laws: tuple[Law, Law],
                              drawn: tuple[list[Law], list[Law]],
-                             exponent: str) -> dict:
+                             exponent: str) -> Interval:
   """Returns by how much an exponent of one scaling law exceeds that of another,
   with the 95 % percentile interval of a bootstrap.
 
@@ -740,8 +782,7 @@ def _difference_of_exponents(laws: tuple[Law, Law],
     exponent: the name of the exponent, 'a' or 'b'.
 
   Returns:
-    The difference, first minus second, as 'value', with the 'low' and 'high' of
-    its interval.
+    The difference, first minus second, with its interval.
   """
   # Subtract draw by draw. Draws of paired runs share their residuals, so that
   # the differences vary less than either exponent.
@@ -755,8 +796,18 @@ def _difference_of_exponents(laws: tuple[Law, Law],
 
 
 def _rungs_of_ladder(points: Sequence) -> list[tuple]:
-  """Returns tokens, rank of the size and seed of each run, in the order of
-  `runs_of_ladder`."""
+  """Returns which run stands where on a ladder of sizes, so that the runs of
+  two ladders can be paired: its tokens, the rank of its size and its seed.
+
+  Sizes are compared by their rank, as models of another kind that stand on the
+  same rung have another number of parameters.
+
+  Args:
+    points: the points of the ladder (curves.Point).
+
+  Returns:
+    The (tokens, rank, seed) of each run, in the order of `runs_of_ladder`.
+  """
   sizes = sorted({point.params for point in points})
   rungs = []
   for point in points:
@@ -765,7 +816,7 @@ def _rungs_of_ladder(points: Sequence) -> list[tuple]:
   return sorted(rungs)
 
 
-def format_laws_by_field(figures: Mapping) -> str:
+def format_laws_by_field(figures: LawsByField) -> str:
   """Returns the text of the laws of each value of a config field, and of how
   their exponents differ, for a terminal.
 
@@ -779,14 +830,25 @@ def format_laws_by_field(figures: Mapping) -> str:
   # The differences of the exponents. An interval that holds 0 shows none.
   lines = ['How the exponents differ, with 95 % intervals:']
   for row in figures['differences']:
-    for name, what_grows in (('a', 'parameters'), ('b', 'tokens')):
-      difference = row[name]
-      line = (f'  {name} ({what_grows}), {row["variant"]} - {row["against"]}: '
-              f'{difference["value"]:+.4f} [{difference["low"]:+.4f}, '
-              f'{difference["high"]:+.4f}]')
-      if difference['low'] <= 0 <= difference['high']:
-        line += ', inside the noise'
-      if not row['paired']:
-        line += ' (their runs are no pairs)'
-      lines.append(line)
+    lines.append(_format_difference('a (parameters)', row['a'], row))
+    lines.append(_format_difference('b (tokens)', row['b'], row))
   return '\n\n'.join([*paragraphs, '\n'.join(lines)])
+
+
+def _format_difference(title: str, difference: Interval, row: DifferenceOfLaws
+                       ) -> str:
+  """Returns the line of one exponent's difference, for a terminal.
+
+  Args:
+    title: the name of the exponent and of what grows with it.
+    difference: the difference, variant minus base, with its interval.
+    row: the two laws that are compared.
+  """
+  line = (f'  {title}, {row["variant"]} - {row["against"]}: '
+          f'{difference["value"]:+.4f} [{difference["low"]:+.4f}, '
+          f'{difference["high"]:+.4f}]')
+  if difference['low'] <= 0 <= difference['high']:
+    line += ', inside the noise'
+  if not row['paired']:
+    line += ' (their runs are no pairs)'
+  return line

@@ -652,10 +652,12 @@ def check_entities(sentence: Sentence) -> None:
     sentence: the sentence, with a label for each word.
 
   Raises:
-    RequestError: naming the line of a label that does not.
+    RequestError: if a label is none of an entity, or goes on with an entity
+      that does not stand before it. The message names the line.
   """
-  # Before I-TYPE there must be B-TYPE or I-TYPE with the same TYPE. 'O' has
-  # none: 'O'[2:] is '', which is never equal.
+  # Before I-TYPE there must be B-TYPE or I-TYPE with the same TYPE. A label
+  # without its first two characters is its TYPE. 'O' has none: 'O'[2:] is '',
+  # which equals no TYPE.
   previous_label = 'O'
   for label, location in zip(sentence.labels, sentence.lines):
     require(bool(_PATTERN_OF_ENTITY_LABEL.fullmatch(label)),
@@ -680,38 +682,42 @@ def read_questions(path: str) -> Iterator[Paragraph]:
   """Reads the paragraphs of a SQuAD file that have questions, in order.
 
   Args:
-    path: a file in the JSON format of SQuAD (Rajpurkar et al. 2016).
+    path: a file in the JSON format of SQuAD (Rajpurkar et al. 2016): `data` is
+      a list of articles with `paragraphs`, each with its text, `context`, and
+      its questions, `qas`.
 
   Yields:
     Each paragraph, with its questions and their answers.
 
   Raises:
-    RequestError: for a file of another form, and for an answer that does not
-      stand in its paragraph where it says.
+    RequestError: for a file of another form; for an answer that does not stand
+      in its paragraph where it says; for two questions with one id; and where
+      some questions have answers and others do not say.
   """
   # Parse everything first. A file of another form fails here, at a missing key
   # or a wrong type.
   document = texts.parse_json(texts.read_text(path), path)
   try:
-    paragraphs = list(_group_into_paragraphs(_read_written_questions(document,
-                                                                     path)))
+    written_questions = _read_written_questions(document, path)
+    paragraphs = list(_group_into_paragraphs(written_questions))
   except (KeyError, TypeError, AttributeError) as error:
     raise RequestError(f'{path} is no file of SQuAD: {type(error).__name__}: '
                        f'{error}.') from error
 
-  # Predictions are written by id, so no two questions may share one. The
-  # answers must be known for all questions (`()` if a question has no answer),
-  # or for none (None).
-  ids = []
-  are_unknown = set()
+  # Predictions are written by id, so no two questions may share one.
+  questions: list[Question] = []
   for paragraph in paragraphs:
-    for question in paragraph.questions:
-      ids.append(question.id)
-      are_unknown.add(question.answers is None)
-  require(len(ids) == len({*ids}), f'{path} has an id of two questions')
-  require(len(are_unknown) < 2,
-          f'{path} has answers, or is_impossible, of some of '
-          'its questions: of all, or of none that is to be answered')
+    questions += paragraph.questions
+  ids = {question.id for question in questions}
+  require(len(ids) == len(questions), f'{path} has an id of two questions')
+
+  # A file is for training, with the answers of all its questions (`()` if a
+  # question has none), or to be answered, with those of none (None).
+  num_unknown = sum(question.answers is None for question in questions)
+  if 0 < num_unknown < len(questions):
+    raise RequestError(
+        f'{path} has answers, or is_impossible, of some of its questions '
+        'alone: give them for all, or for none, so that all are to be answered')
   yield from paragraphs
 
 
@@ -719,7 +725,7 @@ class _WrittenQuestion(NamedTuple):
   """A question as a file has it, before it is checked.
 
   Attributes:
-    location: the file, and the row if it has rows, for messages.
+    where: the file, and the row if it has rows, for messages.
     context: the text of the paragraph.
     question: its id, question, answers and is_impossible.
     paragraph: a value that tells one paragraph from the next.
