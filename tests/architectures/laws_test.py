@@ -328,6 +328,13 @@ MODELS = {
             before=dict(memory='engram'), after=dict(memory='per_layer')))),
     'loops': ('llama', dict(loop='concat', loops=dict(
         passes=3, gradient_passes=2, boundary='norm'))),
+    'turns': ('hrm_text', dict(num_layers=4)),
+    'comba': ('llama', dict(mixer='comba', comba=dict(
+        key_heads=2, value_heads=4, key_dim=8, value_dim=8))),
+    'mesa': ('llama', dict(mixer='mesa', mesa=dict(
+        heads=4, key_dim=8, value_dim=8, cg_steps=4))),
+    'axk2': ('axk2', dict(indexer=dict(top_k=5))),
+    'blocks': ('llama', dict(diffusion_block=4, self_conditioning=True)),
 }
 
 
@@ -338,6 +345,11 @@ def test_several_devices_are_one(name, capfd):
   system, changes = MODELS[name]
   c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   c.model = models.small_config(system, vocab_size=64, **changes)
+  more = {}
+  if c.model.diffusion_block:
+    c.objective = 'block_diffusion'
+    more = dict(segment_ids=np.ones((step_test.BATCH, step_test.LENGTH)),
+                has_estimate=np.arange(step_test.BATCH) % 2.0)
 
   def trained(mesh=None):
     run = runs.build(c, architectures.resolve(c.model), mesh=mesh)
@@ -346,7 +358,7 @@ def test_several_devices_are_one(name, capfd):
                              run.shardings)
       step = run.train_step()
       for n in range(2):
-        state, metrics = step(state, run.put(step_test.batch(n)))
+        state, metrics = step(state, run.put(step_test.batch(n) | more))
     return jax.device_get((state.params, metrics['loss']))
 
   params, loss = trained()
