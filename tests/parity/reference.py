@@ -280,10 +280,19 @@ def _greedy(model, stack: str, inputs) -> dict[str, np.ndarray]:
   return continued
 
 
-def logits(system: str, folder, inputs, head: str = 'lm'
-           ) -> dict[str, np.ndarray]:
-  """Returns the logits of a folder as transformers reads it, by name."""
+def logits(system: str, folder, inputs, head: str = 'lm',
+           off_by_rounding: int | None = None) -> dict[str, np.ndarray]:
+  """Returns the logits of a folder as transformers reads it, by name. With a
+  seed in `off_by_rounding` all weights are off by about half of a last digit.
+  """
   model = load(folder, system, head)
+  if off_by_rounding is not None:
+    torch = _torch()
+    torch.manual_seed(off_by_rounding)
+    half_a_digit = torch.finfo(torch.float32).eps / 2
+    with torch.no_grad():
+      for weight in model.parameters():
+        weight.mul_(1 + half_a_digit * torch.randn_like(weight))
   with _torch().no_grad():
     return {name: value.numpy() for name, value in forward(
         model, architectures.systems()[system].STACK, inputs).items()
