@@ -37,9 +37,17 @@ _ABOUT = dict(scale=1.0, out_norm_scale=1.0, skip=1.0, decay_scale=1.5,
               removal_scale=0.7, conv_bias=0.5, decay_bias=-4.6, step_bias=-4.0)
 
 
-def parametrize_mixers(*names: str) -> pytest.MarkDecorator:
-  """Returns the mark by which a test runs for each mixer, as `mixer`."""
-  return pytest.mark.parametrize('mixer', names)
+def parametrize_mixers(*names: str, long: tuple[str, ...] = ()
+                       ) -> pytest.MarkDecorator:
+  """Returns the mark by which a test runs for each mixer, as `mixer`.
+
+  Args:
+    *names: the mixers.
+    long: further mixers, for which the test is marked `long`, since it goes
+      through the same lines of code for one of `names`.
+  """
+  return pytest.mark.parametrize(
+      'mixer', models.mark_long_except(names, (*names, *long)))
 
 
 def small_sizes(mixer: str, **changes) -> dict:

@@ -67,8 +67,8 @@ def stepwise(layer, params, x_BLD, first=0):
   return run(params, x_BLD)
 
 
-@parametrize_mixers(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6, COMBA,
-                   CURVED, MESA)
+@parametrize_mixers(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6, COMBA,
+                   CURVED, MESA, long=('gdn2',))
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
@@ -80,8 +80,8 @@ def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
   models.assert_trees_close(want, stepwise(layer, p, x_BLD, first), 2e-5)
 
 
-@parametrize_mixers(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6, COMBA,
-                   CURVED, MESA)
+@parametrize_mixers(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6, MESA,
+                   long=(COMBA, CURVED))
 def test_packed_documents_are_those_apart(mixer, short_pieces):
   """Neither the state nor the convolutions see the document before."""
   layer, p = recurrences.make_layer(mixer)
@@ -94,8 +94,8 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 
 
 # With the delta rule and without it.
-@parametrize_mixers(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6,
-                    CURVED, MESA)
+@parametrize_mixers(KDA, 'gla', SHORT, SHIFTED, TURNED, S6, CURVED, MESA,
+                    long=(PRODUCT, 'gdn2'))
 def test_padding_is_no_part_of_a_state(mixer, short_pieces):
   layer, p = recurrences.make_layer(mixer)
   x_BLD = recurrences.random_inputs(2, 7)
@@ -222,8 +222,13 @@ def test_a_state_has_one_size_and_is_float32(mixer):
       2 * 2 * 32, 0)
 
 
-@parametrize_mixers(*[name for name in recurrences.MIXERS_WITHOUT_OWN_CALL
-                      if name != MESA], PRODUCT, CURVED)
+# With a decay of each feature and without, with the delta rule and without.
+USUAL_FLOPS = (KDA, 'gla', 'mamba2', 'deltanet', PRODUCT, CURVED)
+
+
+@parametrize_mixers(*USUAL_FLOPS, long=tuple(
+    name for name in recurrences.MIXERS_WITHOUT_OWN_CALL
+    if name not in (*USUAL_FLOPS, MESA)))
 def test_flops_are_those_of_the_products(mixer):
   """FLOPs include the convolutions, each weight of which a token uses once."""
   c = architectures.resolve(models.small_config('llama',

@@ -163,7 +163,8 @@ def test_no_effects_are_found_as_rarely_as_promised(diverge, monkeypatch):
     # None of 25 runs ends on the plateau in 7 % of the screenings, and of 30 in
     # 4 %.
     (lambda draws: (draws.random() < 0.1) - 0.1, 0.5, 6),
-    (lambda draws: draws.expovariate(1 / 0.06) - 0.06, 0.1, 5)],
+    pytest.param(lambda draws: draws.expovariate(1 / 0.06) - 0.06, 0.1, 5,
+                 marks=pytest.mark.long)],
                          ids=['plateau-20', 'plateau-10', 'exponential'])
 def test_one_sided_noise_makes_no_more_claims_than_promised(
     tail, effect, screens, studies):
@@ -297,7 +298,7 @@ DEFAULT_SEARCH = dict(rungs=plans.Tuning({}).rungs, probes=[PROBE],
 @pytest.mark.parametrize('studies', [
     8, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize('settings', [
-    SEARCH, DEFAULT_SEARCH,
+    pytest.param(SEARCH, marks=pytest.mark.long), DEFAULT_SEARCH,
     pytest.param(SEARCH | dict(unlearnt=0.1), marks=pytest.mark.long)],
                          ids=['parts', 'default', 'unlearnt'])
 def test_the_noise_of_tuning_is_in_intervals_and_verdicts(settings, studies):
