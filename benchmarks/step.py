@@ -16,9 +16,7 @@ libraries. CPU time is that of all threads: on a busy machine, with both sides
 on one core by `taskset -c 0`, its ratio is more reliable than that of
 wall-clock times.
 
-Sections: `step`; `generate` (greedy, the whole batch); `loop` (the training
-loop, its batches from data.source, against the bare step); `compile` (8 times
-the layers against as many as the config has).
+Sections: `step`, and `generate` (greedy, the whole batch).
 """
 
 import contextlib

@@ -10,6 +10,7 @@ import shlex
 import pytest
 
 from configs import base
+from tests.parity import recording
 from training import progress
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -165,3 +166,8 @@ def test_the_cells_of_a_notebook_run(path):
   for cell in json.loads(path.read_text())['cells']:
     if cell['cell_type'] == 'code':
       exec(compile(''.join(cell['source']), path.name, 'exec'), names)
+
+
+def test_as_many_families_are_compared_with_transformers_as_readme_says():
+  claim = re.search(r'of over (\d+) families', (ROOT / 'README.md').read_text())
+  assert len(recording.systems()) > int(claim[1])

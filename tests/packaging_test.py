@@ -146,9 +146,9 @@ def test_a_wheel_trains_from_another_folder(tmp_path):
   elsewhere.mkdir()
   (elsewhere / 'text.txt').write_text('a text to read\n' * 200)
 
-  def python(*words):
+  def python(*words, cwd=elsewhere):
     result = subprocess.run(
-        [sys.executable, *words], cwd=elsewhere, capture_output=True, text=True,
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True,
         env=os.environ | {'PYTHONPATH': str(site)})
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -160,6 +160,17 @@ def test_a_wheel_trains_from_another_folder(tmp_path):
              'data.length=16', 'data.batch_size=8', 'checkpoint.every_steps=2',
              'eval.every_steps=0')))
   assert python('-c', ELSEWHERE).split() == [f'{site}/archetype.py', 'True']
+  # The command takes its own modules where the user's folders have their names.
+  mine = tmp_path / 'mine'
+  for name in ('architectures', 'common', 'configs', 'tools', 'training'):
+    (mine / name).mkdir(parents=True)
+    (mine / name / '__init__.py').write_text('raise ImportError("not this")')
+  (mine / 'train.py').write_text('raise ImportError("not this")')
+  command = site / 'bin' / 'archetype'
+  assert python(command, cwd=mine).startswith('python -m tools.batches')
+  assert 'parameters' in python(command, 'count', '--config=gpt:tiny', cwd=mine)
+  assert '"d_model"' in python(command, 'train', '--config=gpt:tiny',
+                               '--print_config', cwd=mine)
 
 
 @pytest.mark.parametrize('name, meant', [

@@ -3,12 +3,14 @@
   python -m tools.curves runs/a runs/b --plot=curves.png
   python -m tools.curves runs/a runs/b --plot=curves.svg --by=tokens --smooth=.9
 
-Each folder is a workdir of train.py, whose run may be under way. The page of
---plot=FILE.html has all of --by to choose from, and shows the figure under the
-pointer.
+Each folder is a workdir of train.py, whose run may be under way. The fields in
+which the configs of the runs differ are printed as a table. The page of
+--plot=FILE.html has it too, has all of --by to choose from, and shows the
+figure under the pointer.
 """
 
 from collections.abc import Mapping, Sequence
+import itertools
 import math
 from typing import Any
 
@@ -56,9 +58,13 @@ def main() -> int:
     if any(figure in lines for lines in curves_of_runs.values()):
       title_of_panel[figure] = title
 
-  # Draw them as a page or a picture.
+  # Draw them as a page or a picture, beside what the configs have different.
+  differences = _table_of_differences(args.runs)
+  if differences.rows:
+    print(f'{differences.text()}\n')
   if file.suffix == '.html':
-    html = _render_page(curves_of_runs, title_of_panel, axis=args.by)
+    html = _render_page(curves_of_runs, title_of_panel, axis=args.by,
+                        differences=differences)
     storage.write_file(file, html)
   else:
     picture = _draw_picture(curves_of_runs, title_of_panel, axis=args.by)
@@ -107,6 +113,28 @@ def _curves_of_run(folder: str, weight: float) -> dict[str, dict[str, list]]:
       curve = curve | {'loss': smooth_curve(curve['loss'], weight)}
     curve_of_figure[figure] = curve
   return curve_of_figure
+
+
+def _table_of_differences(folders: Sequence[str]) -> page.Table:
+  """Returns the table of the fields in which the configs of some runs differ: a
+  row for each field, with its value in each run.
+
+  Args:
+    folders: the folders of the runs.
+  """
+  configs = {}
+  for folder in folders:
+    config = runs.load_run_config(storage.checked_path(folder))
+    configs[folder] = run_config.flatten(config)
+  rows = []
+  for field in dict.fromkeys(itertools.chain.from_iterable(configs.values())):
+    values = [config.get(field, run_config.MISSING_VALUE)
+              for config in configs.values()]
+    if any(value != values[0] for value in values):
+      cells = {folder: page.Cell(str(value), str(value))
+               for folder, value in zip(configs, values)}
+      rows.append({'field': page.Cell(field, field), **cells})
+  return page.Table('differences', 'What the configs have different', rows)
 
 
 def smooth_curve(values: Sequence[float], weight: float) -> list[float]:
@@ -177,7 +205,8 @@ def _draw_picture(curves_of_runs: Mapping[str, Mapping],
 
 
 def _render_page(curves_of_runs: Mapping[str, Mapping],
-                 title_of_panel: Mapping[str, str], axis: str) -> str:
+                 title_of_panel: Mapping[str, str], axis: str,
+                 differences: page.Table) -> str:
   """Returns an HTML page that plots the curves of several runs. A reader of the
   page chooses the figure and the horizontal axis.
 
@@ -185,6 +214,7 @@ def _render_page(curves_of_runs: Mapping[str, Mapping],
     curves_of_runs: the curves of each run, by its folder.
     title_of_panel: the title of each figure to choose from, by its name.
     axis: the axis that is chosen at first, a key of curves.AXES.
+    differences: the table of the fields in which the runs' configs differ.
   """
   # One series for each run. `look` names the CSS classes of its line: c0 to c5
   # are colours, and d0, d1, ... are patterns of dashes for more than six runs.
@@ -199,7 +229,8 @@ def _render_page(curves_of_runs: Mapping[str, Mapping],
       'series': series,
       'caption': 'Seconds are of training steps on the machine that ran them, '
       'without compiling, evaluating and saving.'}
-  section = page.Section('curves', 'Curves', plots=[plot])
+  section = page.Section('curves', 'Curves', plots=[plot],
+                         tables=[differences])
   return page.html(
       [section], title=', '.join(curves_of_runs), about=[], answer='',
       warnings=[])

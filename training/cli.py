@@ -219,7 +219,8 @@ _text_of_overridden_field: dict[str, str] = {}
 
 def define_config(text: str = 'A file of configs/ and its size, as gpt:tiny, '
                   'or the path of a file, FILE.py:SIZE; any field is a flag: '
-                  '--config.optim.lr=3e-4.') -> None:
+                  '--config.optim.lr=3e-4. train.py --print_config lists all '
+                  'of them, and `make docs` says what each means.') -> None:
   """Defines the flag --config, with the help `text`. A second call does
   nothing, so that one process may import several programs."""
   if 'config' not in flags.FLAGS:

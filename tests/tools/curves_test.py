@@ -28,12 +28,18 @@ def _run(monkeypatch, *words):
 
 @pytest.mark.parametrize('kind', STARTS)
 def test_the_ending_of_the_name_says_what_is_drawn(folders, tmp_path, kind,
-                                                   monkeypatch):
+                                                   monkeypatch, capsys):
   file = tmp_path / f'curves.{kind}'
   assert _run(monkeypatch, *folders[1:], f'--plot={file}', '--by=flops') == 0
   assert file.read_bytes().startswith(STARTS[kind])
   if kind == 'html':
     assert all(f'"{folder}"' in file.read_text() for folder in folders[1:])
+    assert all(words in file.read_text() for words in (
+        'What the configs have different', 'model.norm', 'rmsnorm'))
+  # The two differ in one field.
+  heading, row, *_ = capsys.readouterr().out.splitlines()
+  assert heading.split() == ['field', *folders[1:]]
+  assert row.split() == ['model.norm', 'layernorm', 'rmsnorm']
 
 
 @pytest.mark.parametrize('words, sentence', [
