@@ -127,9 +127,11 @@ def declare_filters(module: nn.Module, name: str, width: int,
   each feature has a filter of its own (a depthwise convolution).
 
   The initial values are drawn uniformly between -1 / sqrt(width) and
-  1 / sqrt(width), as torch.nn.Conv1d draws them. No product sums over an axis
-  of these weights, so muP and Muon treat them as a vector, like the scale of a
-  norm.
+  1 / sqrt(width), as torch.nn.Conv1d draws them.
+
+  The parameter's Role names no axis as an input, because no matrix product sums
+  over an axis of it. So muP and the optimiser Muon treat it as a vector, like
+  the scale of a norm, and not as a matrix.
 
   Args:
     module: the module that declares the parameter.
@@ -142,12 +144,15 @@ def declare_filters(module: nn.Module, name: str, width: int,
   Returns:
     The parameter.
   """
-  def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
-           ) -> jax.Array:
-    """Draws the initial values."""
-    bound = width ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-  return declare(module, name, init=init, shape=shape, role=Role(axes))
+  bound = width ** -0.5
+
+  def draw_uniformly(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
+                     ) -> jax.Array:
+    """Draws the initial values between -bound and bound."""
+    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+  return declare(module, name, init=draw_uniformly, shape=shape,
+                 role=Role(axes))
 
 
 def declare_and_convolve(module: nn.Module, name: str, x_BLHK: jax.Array,
@@ -155,7 +160,9 @@ def declare_and_convolve(module: nn.Module, name: str, x_BLHK: jax.Array,
                          with_bias: bool = False, **options: Any
                          ) -> tuple[jax.Array, jax.Array]:
   """Declares the weights of a short convolution over tokens as parameters of a
-  module, and applies the convolution.
+  module, and applies the convolution (`convolve`):
+
+    y_l = bias + sum over i < W of w_i * x_(l - (W - 1) + i)
 
   The suffixes name axes: B batch, L length, H heads, K features of a head, W
   tokens that the convolution sees.
@@ -169,13 +176,14 @@ def declare_and_convolve(module: nn.Module, name: str, x_BLHK: jax.Array,
     axes: the logical axes of the inputs after the length, by which the weights
       are split over devices.
     with_bias: whether the convolution has a bias.
-    **options: further arguments of `convolve`, such as the inputs before the
-      first token.
+    **options: the other arguments of `convolve`, passed on as they are:
+      `before_BWHK`, `segment_ids_BL`, `valid_BL`, `silu` and `apart`.
 
   Returns:
-    The results, of the shape of the inputs; and the last W - 1 inputs, which
+    The results y, of the shape of the inputs; and the last W - 1 inputs, which
     the convolution of the next tokens needs.
   """
+  # A filter of W weights for each feature, whose last one is the token's own.
   features = x_BLHK.shape[2:]
   w_WHK = declare_filters(module, name, width=width, shape=(width, *features),
                           axes=(None, *axes))
@@ -232,45 +240,56 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
   convolve_once = layers.count_flops_by_result(
       _with_distance(function, apart), 2 * W)
   y_BLHK = convolve_once(all_BMHK, w_WHK, bias_HK, segment_ids_BL)
-  return y_BLHK.astype(x_BLHK.dtype), last_inputs(all_BMHK, count=reach,
-                                                  length=L, valid_BL=valid_BL)
+  last_BWHK = last_inputs(all_BMHK, count=reach, length=L, valid_BL=valid_BL)
+  return y_BLHK.astype(x_BLHK.dtype), last_BWHK
 
 
 def convolve_by_filters_of_tokens(
     x_BLHK: jax.Array, w_WHK: jax.Array, token_w_BLHW: jax.Array, *,
     before_BWHK: Optional[jax.Array], segment_ids_BL: Optional[jax.Array],
     valid_BL: Optional[jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """Applies a short causal convolution whose filters depend on the token,
+  """Applies a short causal convolution over the last W tokens, whose filters
+  depend on the token l:
 
-    y_l = sum over i < W of (w_i + u_li) x_(l - (W - 1 - i))
+    y_l = sum over i < W of (w_i + u_li) * x_(l - (W - 1 - i))
 
-  where tokens of other documents count as zero.
+  Tokens of other documents count as zero.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head, W
+  tokens that the convolution sees, the token itself last.
 
   Args:
-    x_BLHK: the inputs, [batch, length L, heads, features].
-    w_WHK: w, a filter of each feature.
-    token_w_BLHW: u, of each token a filter of each head.
-    before_BWHK: as of `convolve`.
-    segment_ids_BL: as of `convolve`.
-    valid_BL: as of `convolve`.
+    x_BLHK: the inputs x.
+    w_WHK: w, one filter for each feature, which all tokens share.
+    token_w_BLHW: u, one filter for each token and head, which all features of
+      the head share.
+    before_BWHK: the W - 1 inputs before these, from a cache; None: zeros.
+    segment_ids_BL: the number of each token's document; None: a row is one
+      document.
+    valid_BL: 0 on padding, which stands at the end of a row; None: there is
+      none.
 
   Returns:
     y, float32 [B, L, H, K], and the last W - 1 inputs of each row that are no
-    padding.
+    padding, which the next tokens will see.
   """
+  W = len(w_WHK)
   all_BMHK, seen_BLWHK = stack_seen_tokens(
-      x_BLHK, len(w_WHK), before_BWHK=before_BWHK,
-      segment_ids_BL=segment_ids_BL)
-  convolve_once = layers.count_flops_by_result(
-      _apply_filters_of_tokens, 2 * len(w_WHK))
+      x_BLHK, W, before_BWHK=before_BWHK, segment_ids_BL=segment_ids_BL)
+
+  # Each output counts as W products and W sums, 2 W FLOPs.
+  convolve_once = layers.count_flops_by_result(_apply_filters_of_tokens, 2 * W)
   y_BLHK = convolve_once(seen_BLWHK, w_WHK, token_w_BLHW)
-  return y_BLHK, last_inputs(all_BMHK, count=len(w_WHK) - 1,
-                             length=x_BLHK.shape[1], valid_BL=valid_BL)
+  last_BWHK = last_inputs(all_BMHK, count=W - 1, length=x_BLHK.shape[1],
+                          valid_BL=valid_BL)
+  return y_BLHK, last_BWHK
 
 
 def _apply_filters_of_tokens(seen_BLWHK: jax.Array, w_WHK: jax.Array,
                              token_w_BLHW: jax.Array) -> jax.Array:
-  """Returns the sum over i of (w_i + u_li) and the tokens that l sees."""
+  """Returns y_l = sum over i of (w_i + u_li) * x_li, float32 [B, L, H, K],
+  where x_li are the W tokens that token l sees. w is a filter of each feature,
+  and u one of each token and head."""
   token_w_BLWH1 = jnp.moveaxis(token_w_BLHW, 3, 2)[..., None]
   filters_BLWHK = (w_WHK[None, None].astype(jnp.float32)
                    + token_w_BLWH1.astype(jnp.float32))
@@ -281,28 +300,37 @@ def stack_seen_tokens(x_BLHK: jax.Array, width: int, *,
                       before_BWHK: Optional[jax.Array],
                       segment_ids_BL: Optional[jax.Array]
                       ) -> tuple[jax.Array, jax.Array]:
-  """Returns for each token the inputs that a convolution of it sees.
+  """Returns for each token the W inputs that a convolution over tokens sees
+  from there: the inputs of the W - 1 tokens before it, and its own.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head, M =
+  W - 1 + L inputs.
 
   Args:
-    x_BLHK: the inputs, [batch, length L, heads, features].
-    width: W, the number of tokens that it sees.
+    x_BLHK: the inputs.
+    width: W, the number of tokens that the convolution sees.
     before_BWHK: the W - 1 inputs before these, from a cache; None: zeros.
-    segment_ids_BL: the number of each token's document; None: a row is one.
+    segment_ids_BL: the number of each token's document; None: a row is one
+      document.
 
   Returns:
-    The inputs with those from before in front, [B, W - 1 + L, H, K]; and those
-    that each token sees, [B, L, W, H, K]: its own is the last, and inputs of
-    other documents are 0.
+    All inputs, [B, M, H, K], with those from before in front; and those that
+    each token sees, [B, L, W, H, K], in the order of time: the token's own is
+    the last. Inputs of other documents are 0 there.
   """
-  B, length, *heads = x_BLHK.shape
+  # Put the inputs of earlier tokens in front.
+  B, length, *features = x_BLHK.shape
   if before_BWHK is None:
-    before_BWHK = jnp.zeros((B, width - 1, *heads), x_BLHK.dtype)
+    before_BWHK = jnp.zeros((B, width - 1, *features), x_BLHK.dtype)
   all_BMHK = jnp.concatenate([before_BWHK.astype(x_BLHK.dtype), x_BLHK], 1)
+
+  # Shift them against the tokens. Input i of a token's W inputs is that of the
+  # token `gap` places before it.
   seen = []
   for i in range(width):
+    gap = width - 1 - i
     shifted_BLHK = all_BMHK[:, i:i + length]
-    seen.append(mask_other_documents(shifted_BLHK, segment_ids_BL,
-                                     gap=width - 1 - i))
+    seen.append(mask_other_documents(shifted_BLHK, segment_ids_BL, gap=gap))
   return all_BMHK, jnp.stack(seen, 2)
 
 
@@ -400,17 +428,17 @@ def _filter_inputs(all_BMHK: jax.Array, w_WHK: jax.Array,
   Returns:
     y, float32 [B, L, H, K].
   """
-  w_WHK = w_WHK.astype(jnp.float32)
+  w32_WHK = w_WHK.astype(jnp.float32)
   W = len(w_WHK)
   M = all_BMHK.shape[1]
-  total = 0
+  y_BLHK = 0
   for i, (inputs, gap) in enumerate(_inputs_of_weights(W, M, apart)):
     # The slice for this weight has one input for each new token: the one that
     # the token sees `gap` places before itself.
     inputs_BLHK = all_BMHK[:, inputs].astype(jnp.float32)
-    total += mask_other_documents(inputs_BLHK * w_WHK[i][None, None],
-                                  segment_ids_BL, gap)
-  return total
+    products_BLHK = inputs_BLHK * w32_WHK[i][None, None]
+    y_BLHK += mask_other_documents(products_BLHK, segment_ids_BL, gap)
+  return y_BLHK
 
 
 def begins_document(ids_BL: jax.Array) -> jax.Array:
@@ -534,9 +562,13 @@ def _convolve_with_silu_forward(*args: Any):
 
 
 def _convolve_with_silu_backward(apart: int, kept: Any, d_BLHK: jax.Array):
-  """Computes the gradients of silu(conv(x) + bias), a convolution over tokens
-  with an activation. The convolution is computed again, so that its result need
-  not be kept for the backward pass.
+  """Computes the gradients of silu(z), z = conv(x, w) + b, a convolution over
+  tokens with an activation. With the gradient d of the result,
+
+    dz = silu'(z) d,   db = sum over rows and tokens of dz
+
+  and from dz follow dx and dw (`_filter_inputs_backward`). z is computed again
+  here, so that it need not be kept for the backward pass.
 
   The suffixes name axes: B batch, L new inputs, M all inputs, H heads, K
   features, W weights.
@@ -552,14 +584,18 @@ def _convolve_with_silu_backward(apart: int, kept: Any, d_BLHK: jax.Array):
     and None for the documents.
   """
   all_BMHK, w_WHK, bias_HK, segment_ids_BL = kept
-  # Through the activation, and then through the convolution.
-  _, silu_backward = jax.vjp(jax.nn.silu, _convolve_with_bias(*kept, apart))
-  d_y_BLHK, = silu_backward(d_BLHK)
+  # Through the activation.
+  z_BLHK = _convolve_with_bias(all_BMHK, w_WHK, bias_HK=bias_HK,
+                               segment_ids_BL=segment_ids_BL, apart=apart)
+  _, silu_backward = jax.vjp(jax.nn.silu, z_BLHK)
+  d_z_BLHK, = silu_backward(d_BLHK)
+
+  # Through the convolution, and the sum with the bias.
   d_all_BMHK, d_w_WHK, _ = _filter_inputs_backward(
-      apart, (all_BMHK, w_WHK, segment_ids_BL), d_y_BLHK)
+      apart, (all_BMHK, w_WHK, segment_ids_BL), d_z_BLHK)
   d_bias_HK = None
   if bias_HK is not None:
-    d_bias_HK = d_y_BLHK.sum((0, 1)).astype(bias_HK.dtype)
+    d_bias_HK = d_z_BLHK.sum((0, 1)).astype(bias_HK.dtype)
   return d_all_BMHK, d_w_WHK, d_bias_HK, None
 
 

@@ -30,6 +30,7 @@ from common.errors import RequestError
 VALUE_AXES = 'heads', 'head'
 # The fields of a recurrence that the mesh axis tensor must divide.
 HEADS = 'key_heads', 'value_heads', 'heads', 'groups'
+LARGEST_FIRST_DECAY_SCALE = 16.0  # of exp(A), when training begins
 
 
 @struct.dataclass
@@ -70,8 +71,13 @@ class Layer(nn.Module):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    """Makes the queries, keys, values, decays and rates that the layer's linear
-    recurrence reads. Each kind of recurrence defines this method.
+    """Makes the inputs of the layer's linear recurrence, whose state S goes
+    from token to token t. Each kind of recurrence defines this method.
+
+      S_t = a_t S_t-1 + b_t k_t v_t^T,   o_t = S_t^T q_t
+
+    is the plainest such recurrence, with queries q, keys k, values v, decays a
+    and rates b (recurrence.py has the others).
 
     A row of the batch is treated as one document. The caller makes the state
     begin anew with each document afterwards.
@@ -85,6 +91,9 @@ class Layer(nn.Module):
       k_BLJK: keys after their convolution.
       v_BLHU: values after their convolution.
       ctx: the context of the layer.
+
+    Returns:
+      Queries, keys, values, logarithms of decays, and rates.
     """
     raise NotImplementedError(f'{type(self).__name__} has no inputs')
 
@@ -100,7 +109,8 @@ class Layer(nn.Module):
   def normalise_and_gate(self, o_BLHU: jax.Array, x_BLD: jax.Array,
                          v_BLHU: jax.Array, ctx: Context) -> jax.Array:
     """Normalises the results of the recurrence and multiplies them by a gate,
-    RMSNorm(o) * gate(x). The layer's output is a product of the result.
+    RMSNorm(o) * gate(x). The layer's output is a product W_o of the result. A
+    subclass without a gate, or with another norm, defines this method anew.
 
     The suffixes name axes: B batch, L length, D d_model, H heads, U features of
     a head.
@@ -116,10 +126,10 @@ class Layer(nn.Module):
       The gated results, [B, L, H, U].
     """
     del v_BLHU
-    # The epsilon of the norm is the model's, unless this kind of layer has one.
-    config = self.config
-    norm_eps = getattr(self.sizes, 'norm_eps', config.norm_eps)
-    norm_config = dataclasses.replace(config, norm_eps=norm_eps)
+    # The epsilon of the norm is the model's, unless this kind of layer has a
+    # field `norm_eps` of its own.
+    norm_eps = getattr(self.sizes, 'norm_eps', self.config.norm_eps)
+    norm_config = dataclasses.replace(self.config, norm_eps=norm_eps)
     norm = features.RMSNorm(norm_config, name='out_norm')
     return norm(o_BLHU) * self.gate(x_BLD, ctx)
 
@@ -128,10 +138,14 @@ class Layer(nn.Module):
     """Runs the layer's recurrence, whose state begins at zero with each
     document.
 
+    The suffixes name axes: B batch, L length, D d_model, H heads of values, U
+    features of a value.
+
     Args:
       inputs: queries, keys, values, decays and rates, as if a row were one
         document.
-      x_BLD: the layer's input, of which a subclass makes more.
+      x_BLD: the layer's input. It is not read here, but in subclasses that
+        make further inputs of it.
       ctx: the context of the layer.
       cache: the states of the tokens before; None: there are none.
 
@@ -141,8 +155,10 @@ class Layer(nn.Module):
     """
     del x_BLD
     inputs = reset_at_documents(inputs, ctx, keeps_state=cache is not None)
-    o_BLHU, state_BHKU = recurrence.run_recurrence(
-        inputs, None if cache is None else cache.state_BHKU)
+    previous_BHKU = None
+    if cache is not None:
+      previous_BHKU = cache.state_BHKU
+    o_BLHU, state_BHKU = recurrence.run_recurrence(inputs, previous_BHKU)
     return o_BLHU, State(state_BHKU)
 
   @property
@@ -308,10 +324,16 @@ class Layer(nn.Module):
     Returns:
       float32 [B, L, H * each].
     """
+    # How many heads there are, and the logical axis that splits them.
     config = self.config
-    heads, (axis, _) = self.sizes.value_heads, VALUE_AXES
     if of_keys:
-      heads, (axis, _) = self.sizes.key_heads, self.key_axes
+      heads = self.sizes.key_heads
+      axis, _ = self.key_axes
+    else:
+      heads = self.sizes.value_heads
+      axis, _ = VALUE_AXES
+
+    # Weights of logits are marked as such, by `output`.
     w_DH = layers.weight(self, name, shape=(config.d_model, heads * each),
                          axes=('embed', axis), output=True)
     y_BLH = layers.einsum('BLD,DH->BLH', x_BLD, w_DH,
@@ -361,8 +383,14 @@ class Layer(nn.Module):
 
   def softplus_decay(self, x_BLHK: jax.Array, least: float,
                      name: str = 'decay', axis: str = 'heads') -> jax.Array:
-    """Computes the logarithms of decays, -exp(A) softplus(x + bias), as Mamba-2
-    does. A and the bias are parameters, which are declared here.
+    """Computes the logarithms of decays as Mamba-2 does (Dao and Gu 2024, arXiv
+    2405.21060):
+
+      log decay = -exp(A) softplus(x + bias)
+
+    A, one number for each head, and the bias, one for each number of a token,
+    are parameters, which are declared here. Both factors are positive, so that
+    each decay is between 0 and 1.
 
     The suffixes name axes: B batch, L length, H heads, K features of a head.
 
@@ -377,21 +405,27 @@ class Layer(nn.Module):
     Returns:
       Negative numbers, float32, of the shape of x.
     """
-    # There is one A for each head, and a bias for each number of a token.
-    shape = x_BLHK.shape[2:]
-    scale_H = declare(self, f'{name}_scale', shape=shape[:1],
-                      init=log_uniform_initializer(least),
-                      role=Role((axis,))).astype(jnp.float32)
+    # The parameters: A of the shape [H], and the bias of [H] or [H, K].
+    shape_of_token = x_BLHK.shape[2:]
+    H = shape_of_token[0]
+    log_scale_H = declare(self, f'{name}_scale', shape=(H,),
+                          init=log_uniform_initializer(least),
+                          role=Role((axis,))).astype(jnp.float32)
+    axes_of_token = (axis, 'head')[:len(shape_of_token)]
     bias_HK = declare(
-        self, f'{name}_bias', init=step_bias, shape=shape,
-        role=Role((axis, 'head')[:len(shape)])).astype(jnp.float32)
-    scale_H = -jnp.exp(scale_H).reshape(1, 1, -1, *(1 for _ in shape[1:]))
-    return scale_H * jax.nn.softplus(x_BLHK + bias_HK[None, None])
+        self, f'{name}_bias', init=step_bias, shape=shape_of_token,
+        role=Role(axes_of_token)).astype(jnp.float32)
+
+    # Each head has one scale, whatever axes its numbers have.
+    axes_of_head = (1,) * (len(shape_of_token) - 1)
+    scale_11HK = -jnp.exp(log_scale_H).reshape(1, 1, H, *axes_of_head)
+    return scale_11HK * jax.nn.softplus(x_BLHK + bias_HK[None, None])
 
 
 def steps_to_places(n: int, x_BLH: jax.Array) -> jax.Array:
   """Moves the n steps that a recurrence takes for each token from the axis of
   heads to that of the length, where they follow one another as n tokens would.
+  The recurrence then goes along the length alone, step by step.
 
   The suffixes name axes: B batch, L length, H heads, n steps of a token.
 
@@ -405,6 +439,7 @@ def steps_to_places(n: int, x_BLH: jax.Array) -> jax.Array:
   """
   if n == 1:
     return x_BLH
+  # Split the axis of heads in two, and swap these two axes.
   B, L, _, *feature_shape = x_BLH.shape
   x_BLHn = x_BLH.reshape(B, L, -1, n, *feature_shape)
   x_BLnH = jnp.swapaxes(x_BLHn, 2, 3)
@@ -430,45 +465,83 @@ def reset_at_documents(x: recurrence.Inputs, ctx: Context, keeps_state: bool
   Returns:
     The changed inputs.
   """
-  ids_BL, valid_BL = ctx.segment_ids_BL, ctx.valid_BL
+  if keeps_state and ctx.valid_BL is not None:
+    x = _keep_state_on_padding(x, ctx.valid_BL)
+  if ctx.segment_ids_BL is not None:
+    x = _forget_state_at_documents(x, ctx.segment_ids_BL)
+  return x
+
+
+def _keep_state_on_padding(x: recurrence.Inputs, valid_BL: jax.Array
+                           ) -> recurrence.Inputs:
+  """Changes the inputs of a linear recurrence so that padding leaves the state
+  as it is: there the decay becomes 1, and nothing is written to the state.
+
+  Args:
+    x: the inputs: queries, keys, values, decays and rates.
+    valid_BL: 0 on padding, [batch, length].
+
+  Returns:
+    The changed inputs.
+  """
+  # The logarithm of a decay of 1 is 0.
+  is_valid_BL1 = valid_BL[..., None] != 0
+  if x.log_decay_BLHK is not None:
+    x = x._replace(log_decay_BLHK=jnp.where(
+        is_valid_BL1[..., None], x.log_decay_BLHK, 0))
+
+  # A token may take several steps of the recurrence. Keys and rates have an
+  # entry for each step, decays one for each token.
+  is_valid_step_BL1 = is_valid_BL1
+  if x.steps > 1:
+    is_valid_step_BL1 = jnp.repeat(is_valid_BL1, x.steps, 1)
+
+  # The rate multiplies what is written. Without a rate, the key does.
+  if x.rate_BLH is None:
+    return x._replace(
+        k_BLJK=jnp.where(is_valid_step_BL1[..., None], x.k_BLJK, 0))
+  return x._replace(rate_BLH=jnp.where(is_valid_step_BL1, x.rate_BLH, 0))
+
+
+def _forget_state_at_documents(x: recurrence.Inputs, ids_BL: jax.Array
+                               ) -> recurrence.Inputs:
+  """Changes the inputs of a linear recurrence so that its state is zero where a
+  document begins: at its first token the decay becomes 0.
+
+  Args:
+    x: the inputs: queries, keys, values, decays and rates.
+    ids_BL: the number of each token's document, [batch, length].
+
+  Returns:
+    The changed inputs, which have decays even if x has none.
+  """
   log_decay_BLHK = x.log_decay_BLHK
+  if log_decay_BLHK is None:
+    B, L = x.q_BLJK.shape[:2]
+    H = x.v_BLHU.shape[2]
+    log_decay_BLHK = jnp.zeros((B, L, H, 1))
 
-  # On padding the decay becomes 1, and nothing is written to the state: the
-  # rate, which multiplies what is written, becomes 0. Without a rate, the key
-  # does.
-  if keeps_state and valid_BL is not None:
-    is_valid_BL1 = valid_BL[..., None] != 0
-    if log_decay_BLHK is not None:
-      log_decay_BLHK = jnp.where(is_valid_BL1[..., None], log_decay_BLHK, 0)
-    # A token may take several steps of the recurrence. Keys and rates have an
-    # entry for each step, decays one for each token.
-    if x.steps > 1:
-      is_valid_BL1 = jnp.repeat(is_valid_BL1, x.steps, 1)
-    if x.rate_BLH is None:
-      x = x._replace(k_BLJK=jnp.where(is_valid_BL1[..., None], x.k_BLJK, 0))
-    else:
-      x = x._replace(rate_BLH=jnp.where(is_valid_BL1, x.rate_BLH, 0))
-
-  # At the first token of a document the state decays to zero: exp(-inf) = 0.
-  if ids_BL is not None:
-    if log_decay_BLHK is None:
-      log_decay_BLHK = jnp.zeros((*x.q_BLJK.shape[:2], x.v_BLHU.shape[2], 1))
-    begins_BL = features.begins_document(ids_BL)
-    log_decay_BLHK = jnp.where(
-        begins_BL[..., None, None], -jnp.inf, log_decay_BLHK)
-    # Nor does a correction there read what the state was before it decayed.
-    if x.undecayed_BL1 is not None:
-      x = x._replace(undecayed_BL1=jnp.where(
-          begins_BL[..., None], 0, x.undecayed_BL1))
-  return x._replace(log_decay_BLHK=log_decay_BLHK)
+  # The logarithm of a decay of 0 is -inf.
+  begins_BL = features.begins_document(ids_BL)
+  x = x._replace(log_decay_BLHK=jnp.where(
+      begins_BL[..., None, None], -jnp.inf, log_decay_BLHK))
+  # A correction that reads the state as it was before its decay would read the
+  # document before, so there it reads zero.
+  if x.undecayed_BL1 is None:
+    return x
+  return x._replace(undecayed_BL1=jnp.where(
+      begins_BL[..., None], 0, x.undecayed_BL1))
 
 
 def log_uniform_initializer(least: float):
   """Returns an initializer: the logarithm of a uniform number between `least`
   and 16 (Dao and Gu's Mamba-2, and the authors' programs)."""
-  def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-    return jnp.log(jax.random.uniform(key, shape, dtype, least, 16.0))
-  return init
+  def draw_log_uniform(key: jax.Array, shape: tuple[int, ...],
+                       dtype: jnp.dtype) -> jax.Array:
+    """Draws the initial values."""
+    return jnp.log(jax.random.uniform(
+        key, shape, dtype, minval=least, maxval=LARGEST_FIRST_DECAY_SCALE))
+  return draw_log_uniform
 
 
 def step_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
@@ -505,6 +578,7 @@ class Recurrence(mixer.Mixer):
       config: the config of the layer.
       shape: (..., rows, tokens). The cache does not grow with the tokens.
     """
+    # The state, and the sum of squares of keys that a preconditioner has.
     sizes, rows = config.part(self.module.settings), shape[:-1]
     state = State(state_BHKU=jnp.zeros(
         (*rows, sizes.value_heads, sizes.key_dim, sizes.value_dim)))
@@ -514,21 +588,22 @@ class Recurrence(mixer.Mixer):
     if not sizes.conv:
       return state
 
-    def empty_inputs(heads: int, features: int) -> jax.Array:
-      """Returns the inputs that a convolution over `conv` tokens keeps."""
-      last_inputs = *rows, sizes.conv - 1, heads, features
-      return jnp.zeros(last_inputs, config.compute_dtype)
-
-    # A token may take several steps of the recurrence. It has a key and a value
-    # for each of them, but one query.
-    steps = sizes.householders
+    # A convolution over `conv` tokens keeps the inputs of all of them but the
+    # last. A token may take several steps of the recurrence: it has a key and a
+    # value for each of them, but one query.
+    rows_and_tokens = *rows, sizes.conv - 1
+    heads_of_keys = sizes.key_heads * sizes.householders
+    heads_of_values = sizes.value_heads * sizes.householders
+    dtype = config.compute_dtype
     state = state.replace(
-        query_BWJK=empty_inputs(sizes.key_heads, sizes.key_dim),
-        key_BWJK=empty_inputs(sizes.key_heads * steps, sizes.key_dim))
+        query_BWJK=jnp.zeros(
+            (*rows_and_tokens, sizes.key_heads, sizes.key_dim), dtype),
+        key_BWJK=jnp.zeros(
+            (*rows_and_tokens, heads_of_keys, sizes.key_dim), dtype))
     if 'value' not in self.module.convolved:
       return state
-    return state.replace(value_BWHU=empty_inputs(
-        sizes.value_heads * steps, sizes.value_dim))
+    return state.replace(value_BWHU=jnp.zeros(
+        (*rows_and_tokens, heads_of_values, sizes.value_dim), dtype))
 
   def fields_to_divide(self, config: ModelConfig) -> mixer.AxesAndFields:
     names = {field.name for field in dataclasses.fields(self.module.settings)}

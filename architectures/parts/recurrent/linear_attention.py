@@ -174,6 +174,8 @@ class DeltaNet(layer.Layer):
     sizes = self.sizes
     if not layer.has_preconditioner(sizes):
       return super().run(inputs, x_BLD, ctx=ctx, cache=cache)
+
+    # The decays a' and the rates b' of the curvature, and c.
     key_axis = self.key_axes[0]
     log_decay_BLJ1 = None
     if getattr(sizes, 'decay', True):
@@ -186,15 +188,21 @@ class DeltaNet(layer.Layer):
         self, 'curvature_center', init=nn.initializers.constant(-0.2),
         shape=(sizes.key_heads,), role=Role((key_axis,)))
 
-    # The curvature C. A square falls as 1 / K where muP widens heads.
+    # The curvature C, with 1 as its query, b' as its key and k * k as its
+    # value. A square falls as 1 / K where muP widens heads, which the factor
+    # makes good.
     k_BLJK = inputs.k_BLJK.astype(jnp.float32)
     squares = recurrence.Inputs(
         q_BLJK=jnp.ones_like(rate_BLJ1), k_BLJK=rate_BLJ1,
         v_BLHU=self.config.head_widening * jnp.square(k_BLJK),
         log_decay_BLHK=log_decay_BLJ1)
+    squares = layer.reset_at_documents(
+        squares, ctx, keeps_state=cache is not None)
+    previous_BJ1K = None
+    if cache is not None:
+      previous_BJ1K = cache.curvature_BJ1K
     curvature_BLJK, curvature_BJ1K = recurrence.run_recurrence(
-        layer.reset_at_documents(squares, ctx, keeps_state=cache is not None),
-        None if cache is None else cache.curvature_BJ1K)
+        squares, previous_BJ1K)
 
     # The preconditioner M. Only what is written has it: the key alone reads.
     center_1J1 = center_J.astype(jnp.float32)[None, None, :, None]
@@ -251,24 +259,30 @@ class Comba(DeltaNet):
     a correction reads the state, and the mark that it reads the state before
     its decay. The arguments are those of `DeltaNet.inputs`."""
     x = super().inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx)
-    J, K = x.k_BLJK.shape[2:]
 
-    def declare_factors(name: str, initial: float) -> jax.Array:
-      """Declares a number for each head, and repeats it for its features."""
-      factors_J = declare(
-          self, name, shape=(J,), role=Role(self.key_axes[:1]),
-          init=nn.initializers.constant(initial)).astype(jnp.float32)
-      return jnp.broadcast_to(factors_J[:, None], (J, K))
+    # The learned factors sigmoid(c) and d of each head of keys.
+    logit_JK = self._declare_factors('feedback', initial=1.0)
+    feedback_JK = jax.nn.sigmoid(logit_JK)
+    correction_JK = self._declare_factors(
+        'correction', initial=self.sizes.correction)
 
-    feedback_JK = jax.nn.sigmoid(declare_factors('feedback', 1.0))
-    correction_JK = declare_factors('correction', self.sizes.correction)
-    # A query has the length 1 / sqrt(K), and so does the key that leaves it.
-    k_BLJK = x.k_BLJK.astype(jnp.float32)
-    leaves_BLJK = features.multiply_by_weights(
-        k_BLJK, self.base_key_dim ** -0.5 * correction_JK)
-    erase_BLJK = features.multiply_by_weights(k_BLJK, feedback_JK)
-    return x._replace(q_BLJK=x.q_BLJK - leaves_BLJK, erase_BLJK=erase_BLJK,
+    # The part d k / sqrt(K) of the key leaves the query, q / sqrt(K).
+    unit_k_BLJK = x.k_BLJK.astype(jnp.float32)
+    removed_BLJK = features.multiply_by_weights(
+        unit_k_BLJK, self.base_key_dim ** -0.5 * correction_JK)
+    # The vector by which a correction reads the state.
+    erase_BLJK = features.multiply_by_weights(unit_k_BLJK, feedback_JK)
+    return x._replace(q_BLJK=x.q_BLJK - removed_BLJK, erase_BLJK=erase_BLJK,
                       undecayed_BL1=jnp.ones((*x_BLD.shape[:2], 1)))
+
+  def _declare_factors(self, name: str, initial: float) -> jax.Array:
+    """Declares one learned number for each of J heads of keys, and returns it
+    repeated for the K features of a key, float32 [J, K]."""
+    J, K = self.sizes.key_heads, self.sizes.key_dim
+    factors_J = declare(
+        self, name, shape=(J,), role=Role(self.key_axes[:1]),
+        init=nn.initializers.constant(initial)).astype(jnp.float32)
+    return jnp.broadcast_to(factors_J[:, None], (J, K))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ the convolution.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import flax.linen as nn
 from flax import struct
@@ -191,6 +191,16 @@ class Mamba(nn.Module):
     return numbers_I.astype(jnp.float32)
 
 
+class _PieceOfRow(NamedTuple):
+  """The inputs of the selective scan at the P places (tokens) of a piece of a
+  row. In a scan over pieces, the axis of the pieces stands in front."""
+  dt_BPI: jax.Array  # the step of each feature
+  x_BPI: jax.Array  # dt * x
+  b_BPN: jax.Array  # B, by which the entries of the states are written
+  c_BPN: jax.Array  # C, by which they are read
+  kept_BP: jax.Array  # 0 where a document begins, else 1
+
+
 def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
                     b_BLN: jax.Array, c_BLN: jax.Array, kept_BL: jax.Array,
                     state_BIN: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -226,39 +236,44 @@ def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
     return jnp.moveaxis(x_BL.reshape(B, -1, P, *feature_shape), 1, 0)
 
   @jax.checkpoint
-  def piece(state_BIN: jax.Array, here: tuple[jax.Array, ...]):
+  def run_piece(state_BIN: jax.Array, piece: _PieceOfRow
+                ) -> tuple[jax.Array, jax.Array]:
     """Runs the recurrence over one piece of a row (P tokens) by a parallel
     scan. The backward pass computes the piece again, because the states
     [B, P, I, N] of all pieces would take too much memory.
+
+      h_t = kept_t exp(dt_t A) * h_t-1 + (dt_t x_t) B_t^T,   y_t = h_t C_t
 
     The suffixes name axes: B batch, P tokens of the piece, I features, N
     entries of a feature's state.
 
     Args:
-      state_BIN: the state before the piece.
-      here: the piece's dt, dt * x, B and C, and `kept`, the factor of the state
-        before a token.
+      state_BIN: the state h before the piece.
+      piece: the inputs of the piece's tokens.
 
     Returns:
-      The state after the piece, and what each token reads, [B, P, I].
+      The state after the piece, and y, what each token reads, [B, P, I].
     """
-    dt_BPI, x_BPI, b_BPN, c_BPN, kept_BP = here
-    # h_t = decay_t * h_t-1 + added_t, as if the state before were zero.
-    decay_BPIN = jnp.exp(dt_BPI[..., None] * a_IN[None, None])
-    decay_BPIN = decay_BPIN * kept_BP[..., None, None]
-    added_BPIN = x_BPI[..., None] * b_BPN[:, :, None]
-    decay_BPIN, h_BPIN = jax.lax.associative_scan(
+    # Each token is a step h -> decay * h + added.
+    decay_BPIN = jnp.exp(piece.dt_BPI[..., None] * a_IN[None, None])
+    decay_BPIN = decay_BPIN * piece.kept_BP[..., None, None]
+    added_BPIN = piece.x_BPI[..., None] * piece.b_BPN[:, :, None]
+
+    # Compose the steps from the start of the piece up to each token. The
+    # summand of such a step is the state if that before the piece were zero.
+    decay_so_far_BPIN, h_from_zero_BPIN = jax.lax.associative_scan(
         _compose_steps, (decay_BPIN, added_BPIN), axis=1)
-    # The scan has multiplied the decays from the start of the piece up to each
-    # token. The state before the piece has decayed by as much.
-    h_BPIN += decay_BPIN * state_BIN[:, None]
-    return h_BPIN[:, -1], jnp.einsum('BPIN,BPN->BPI', h_BPIN, c_BPN)
+    h_BPIN = h_from_zero_BPIN + decay_so_far_BPIN * state_BIN[:, None]
+    last_BIN = h_BPIN[:, -1]
+    y_BPI = jnp.einsum('BPIN,BPN->BPI', h_BPIN, piece.c_BPN)
+    return last_BIN, y_BPI
 
   # A place of zeros that fills up the last piece keeps the state: its decay is
   # exp(0), and it writes nothing. Its result is cut off.
-  pieces = (cut(dt_BLI), cut(x_BLI), cut(b_BLN), cut(c_BLN),
-            cut(kept_BL, fill=1))
-  state_BIN, y_of_pieces = jax.lax.scan(piece, state_BIN, pieces)
+  pieces = _PieceOfRow(
+      dt_BPI=cut(dt_BLI), x_BPI=cut(x_BLI), b_BPN=cut(b_BLN),
+      c_BPN=cut(c_BLN), kept_BP=cut(kept_BL, fill=1))
+  state_BIN, y_of_pieces = jax.lax.scan(run_piece, state_BIN, pieces)
   y_BLI = jnp.moveaxis(y_of_pieces, 0, 1).reshape(B, -1, inner)[:, :L]
   return y_BLI, state_BIN
 

@@ -192,7 +192,8 @@ def _map_pieces_backward(function: Callable[[Any], Any], most: int, x: Any,
                          d_result: Any) -> Any:
   """Computes the gradient of `map_pieces_in_groups`, which applied a function
   to the pieces of rows, a group of pieces at a time. The gradient is computed
-  in the same groups, each of which goes through the function again.
+  in the same groups, each of which goes through the function again, so that no
+  intermediate results of all pieces are in memory at once.
 
   Args:
     function: the function of arrays [B rows, ...] that was applied.
@@ -203,13 +204,14 @@ def _map_pieces_backward(function: Callable[[Any], Any], most: int, x: Any,
   Returns:
     The gradient of x.
   """
-  apply = functools.partial(_apply_to_rows, function)
+  apply_to_group = functools.partial(_apply_to_rows, function)
 
-  def gradient_of_group(x_and_gradient: Any) -> Any:
-    """Returns the gradient of x for a group."""
-    x_of_group, d_of_group = x_and_gradient
-    _, backward = jax.vjp(apply, x_of_group)
-    return backward(d_of_group)
+  def gradient_of_group(x_and_d_result: tuple[Any, Any]) -> Any:
+    """Returns the gradient of x for a group, a tuple of one, by the group's
+    part of x and of the result's gradient."""
+    x_of_group, d_result_of_group = x_and_d_result
+    _, backward = jax.vjp(apply_to_group, x_of_group)
+    return backward(d_result_of_group)
 
   return _map_groups(gradient_of_group, most, (x, d_result))
 
@@ -353,8 +355,8 @@ def invert_unit_triangular(a_PP: jax.Array) -> jax.Array:
   rule's matrix loses all digits.
 
   Args:
-    a_PP: the matrices A, [..., P, P]. Numbers on the diagonal or above it are
-      not read.
+    a_PP: the matrices A, [..., P rows, P columns]. Numbers on the diagonal or
+      above it are not read.
 
   Returns:
     (I + A)^-1, [..., P, P].

@@ -166,7 +166,8 @@ def _take_step(i: int, x: Inputs, state_BHKU: jax.Array
     S  = S' + k d^T,   o = S^T q
 
   Here e is the key or another vector (`erase`). Some corrections read the state
-  S before its decay, and not S'.
+  S before its decay, and not S'. A decay or rate that the recurrence lacks
+  counts as 1.
 
   The suffixes name axes: B batch, H heads of values, J heads of keys, K
   features of a key, U features of a value.
@@ -179,30 +180,40 @@ def _take_step(i: int, x: Inputs, state_BHKU: jax.Array
   Returns:
     o, which is what the step reads, [B, 1, H, U]; and the state after it.
   """
+  # The inputs of this step, in the order of `Inputs`, which lack the axis L.
   (q_BJK, k_BJK, v_BHU, log_decay_BHK, rate_BH, erase_BJK,
    undecayed_B1) = jax.tree.map(lambda x: x[:, i].astype(jnp.float32), x)
   H = v_BHU.shape[1]
+  q_BHK = _repeat_axis_of_heads(q_BJK, H)
+  k_BHK = _repeat_axis_of_heads(k_BJK, H)
 
-  def for_value_heads(x_BJK: jax.Array) -> jax.Array:
-    """Repeats heads of keys for the heads of values that share them."""
-    return jnp.repeat(x_BJK, H // x_BJK.shape[1], 1)
-
-  q_BHK = for_value_heads(q_BJK)
-  k_BHK = for_value_heads(k_BJK)
+  # The state S' after its decay, and the one that a correction reads.
   read_BHKU = decayed_BHKU = jnp.exp(log_decay_BHK)[..., None] * state_BHKU
   if undecayed_B1 is not None:
     read_BHKU = undecayed_B1[..., None, None] * state_BHKU
   with layers.count_flops_as_useful_part(1, 1):
     # By the delta rule, what is written corrects the value that the key, or
     # `erase`, finds in the state.
+    d_BHU = v_BHU
     if x.has_delta_rule:
-      e_BHK = k_BHK if erase_BJK is None else for_value_heads(erase_BJK)
-      v_BHU -= jnp.einsum('BHK,BHKU->BHU', e_BHK, read_BHKU)
+      e_BHK = k_BHK
+      if erase_BJK is not None:
+        e_BHK = _repeat_axis_of_heads(erase_BJK, H)
+      d_BHU = v_BHU - jnp.einsum('BHK,BHKU->BHU', e_BHK, read_BHKU)
     if rate_BH is not None:
-      v_BHU = rate_BH[..., None] * v_BHU
-    state_BHKU = decayed_BHKU + jnp.einsum('BHK,BHU->BHKU', k_BHK, v_BHU)
-    o_BHU = jnp.einsum('BHK,BHKU->BHU', q_BHK, state_BHKU)
-  return o_BHU[:, None], state_BHKU
+      d_BHU = rate_BH[..., None] * d_BHU
+
+    # Write to the state, and read it.
+    new_BHKU = decayed_BHKU + jnp.einsum('BHK,BHU->BHKU', k_BHK, d_BHU)
+    o_BHU = jnp.einsum('BHK,BHKU->BHU', q_BHK, new_BHKU)
+  return o_BHU[:, None], new_BHKU
+
+
+def _repeat_axis_of_heads(x_BJ: jax.Array, H: int) -> jax.Array:
+  """Repeats heads of keys for the H heads of values that share them:
+  [B, J, ...] -> [B, H, ...]."""
+  J = x_BJ.shape[1]
+  return jnp.repeat(x_BJ, H // J, axis=1)
 
 
 class _Pairs(NamedTuple):
@@ -582,6 +593,13 @@ def _meet_with_decay_per_head(steps: int, x: Inputs) -> _Pairs:
   """Computes the weights and decays between the places (steps) of each piece of
   a row, for the delta rule with one decay for each head.
 
+  With decays a, queries q, keys k, and the vectors e by which corrections read
+  the state (the keys, where there are no others), for places j <= i,
+
+    weights_ij     = (a_j+1 ... a_i) q_i . k_j     how much of j is read at i
+    key_weights_ij = (a_j+1 ... a_i) e_i . k_j     how much of j is corrected
+                                                   at i, for j < i alone
+
   The suffixes name axes: B batch, H heads of values, P and Q places of a piece,
   K = 1 decay; all after an axis of pieces.
 
@@ -590,38 +608,69 @@ def _meet_with_decay_per_head(steps: int, x: Inputs) -> _Pairs:
     x: the inputs, cut into pieces, [pieces, batch, heads, P, ...].
 
   Returns:
-    For each pair of places i and j <= i of a piece: the weight q_i k_j times
-    the decay from j to i, by which i reads what j writes; and the weight by
-    which the delta rule corrects, at i, what j wrote. And the decays from the
-    start of the piece up to each place (`first`), and from each place to the
-    end of the piece (`after`).
+    Both weights for each pair of places i (P) and j (Q) of a piece; the decays
+    from the start of the piece up to each place (`first`), and from each place
+    to the end of the piece (`after`); and those up to what a correction reads
+    (`before`), where it reads the state before its decay.
   """
-  q, k, v, log_decay = x[:4]
-  H = v.shape[2]
-  P = k.shape[-2]
-  decay_between, decay_upto = pieces.decays_within_piece(log_decay[..., 0])
-  # A correction that reads the state before its decay reads it as it was at the
-  # place before: those decays, one place later.
-  key_decay, before_BHPK = decay_between, None
+  H = x.v_BLHU.shape[2]
+  P = x.k_BLJK.shape[-2]
+  decay_between, decay_upto = pieces.decays_within_piece(
+      x.log_decay_BLHK[..., 0])
+  key_decay_between, before_BHPK = decay_between, None
   if x.undecayed_BL1 is not None:
-    undecayed = x.undecayed_BL1[..., None]
-    no_padding = [(0, 0)] * 3
-    earlier = jnp.pad(decay_between[..., :-1, :],
-                      (*no_padding, (1, 0), (0, 0)))
-    key_decay = undecayed * earlier
-    upto_earlier = jnp.pad(decay_upto[..., :-1], (*no_padding, (1, 0)),
-                           constant_values=1)
-    before_BHPK = undecayed * upto_earlier[..., None]
+    key_decay_between, before_BHPK = _decays_up_to_place_before(
+        x.undecayed_BL1, decay_between=decay_between, decay_upto=decay_upto)
+
+  # Queries, of which a token has one, with the keys of its own and of earlier
+  # places: (P + steps) / 2 of the P places on average. Only these count as
+  # FLOPs, and only the query of the token's last step.
   with layers.count_flops_as_useful_part(P + steps, 2 * P * steps):
-    products = q @ _transpose(k)
+    products = x.q_BLJK @ _transpose(x.k_BLJK)
     weights = decay_between * _repeat_for_value_heads(H, products)
+  # The corrections of each place with the keys of earlier places alone: (P - 1)
+  # / 2 of the P places on average.
   with layers.count_flops_as_useful_part(P - 1, 2 * P):
-    key_products = _correction_keys(x) @ _transpose(k)
-    key_weights = key_decay * _repeat_for_value_heads(H, key_products)
+    key_products = _correction_keys(x) @ _transpose(x.k_BLJK)
+    key_weights = key_decay_between * _repeat_for_value_heads(H, key_products)
   return _Pairs(weights_BHPQ=weights, key_weights_BHPQ=key_weights,
                 first_BHPK=decay_upto[..., None],
                 after_BHPK=decay_between[..., -1, :, None],
                 before_BHPK=before_BHPK)
+
+
+def _decays_up_to_place_before(
+    undecayed: jax.Array, decay_between: jax.Array, decay_upto: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+  """Returns the decays of what a correction reads, where it reads the state as
+  it was before its decay: those up to the place before, one place later.
+
+  The shapes name axes: N pieces, B batch, H heads of values, P and Q places of
+  a piece.
+
+  Args:
+    undecayed: what multiplies them, 0 where a document begins and else 1, [N,
+      B, 1, P].
+    decay_between: the product of the decays after place Q up to place P, [N, B,
+      H, P, Q].
+    decay_upto: the product of the decays from the start of the piece up to
+      place P, [N, B, H, P].
+
+  Returns:
+    Both decays at each place P, of which the second has an axis more: [N, B, H,
+    P, Q] and [N, B, H, P, 1].
+  """
+  # Before the first place of a piece no place of it has written, and the state
+  # before the piece has not decayed.
+  factor = undecayed[..., None]
+  no_padding = [(0, 0)] * 3
+  earlier_between = jnp.pad(decay_between[..., :-1, :],
+                            (*no_padding, (1, 0), (0, 0)))
+  between_until_read = factor * earlier_between
+  earlier_upto = jnp.pad(decay_upto[..., :-1], (*no_padding, (1, 0)),
+                         constant_values=1)
+  upto_until_read = factor * earlier_upto[..., None]
+  return between_until_read, upto_until_read
 
 
 def _meet_with_decay_per_feature(steps: int, x: Inputs) -> _Pairs:
@@ -643,17 +692,13 @@ def _meet_with_decay_per_feature(steps: int, x: Inputs) -> _Pairs:
   q_BJPK, k_BJPK, v_BHPU, log_decay_BHPK = x[:4]
   H = v_BHPU.shape[1]
 
-  def for_value_heads(y_BJ: jax.Array) -> jax.Array:
-    """Repeats heads of keys for the heads of values that share them."""
-    return jnp.repeat(y_BJ, H // y_BJ.shape[1], 1)
-
   # Multiply the queries and, for the delta rule, the vectors that read the
   # state for its correction, with the keys of all earlier places.
-  q_BHPK = for_value_heads(q_BJPK)
-  k_BHPK = for_value_heads(k_BJPK)
+  q_BHPK = _repeat_axis_of_heads(q_BJPK, H)
+  k_BHPK = _repeat_axis_of_heads(k_BJPK, H)
   rows = [q_BHPK]
   if x.erase_BLJK is not None:
-    rows.append(for_value_heads(x.erase_BLJK))
+    rows.append(_repeat_axis_of_heads(x.erase_BLJK, H))
   elif x.has_delta_rule:
     rows.append(k_BHPK)
   with layers.count_flops_as_useful_part(1, 1):
@@ -662,8 +707,8 @@ def _meet_with_decay_per_feature(steps: int, x: Inputs) -> _Pairs:
 
   # A query also meets the key of its own place, which has not decayed.
   with layers.count_flops_as_useful_part(1, steps):
-    diagonal_BHP = for_value_heads(
-        jnp.einsum('BJPK,BJPK->BJP', q_BJPK, k_BJPK))
+    diagonal_BJP = jnp.einsum('BJPK,BJPK->BJP', q_BJPK, k_BJPK)
+    diagonal_BHP = _repeat_axis_of_heads(diagonal_BJP, H)
   eye_PP = jnp.eye(q_BHPK.shape[2])
   weights_BHPQ = products[0] + diagonal_BHP[..., None] * eye_PP[None, None]
   key_weights_BHPQ = None
@@ -686,9 +731,10 @@ def _meet_with_decay_per_feature(steps: int, x: Inputs) -> _Pairs:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run_additive(places: int, x: Inputs, state_BHKU: jax.Array
                   ) -> tuple[jax.Array, jax.Array]:
-  """Runs a linear recurrence that only adds to its state, S_t = a_t S_t-1 +
-  k_t v_t^T, with one decay a for each head (as Mamba-2 and RetNet), in pieces
-  (chunks) of a row.
+  """Runs a linear recurrence that only adds to its state, with one decay a for
+  each head (as Mamba-2 and RetNet), in pieces (chunks) of a row:
+
+    S_t = a_t S_t-1 + k_t v_t^T,   o_t = S_t^T q_t
 
   The gradient is defined below. Only the inputs and the state before each piece
   are kept for it.

@@ -266,9 +266,11 @@ def _initializer_by_feature(
            ) -> jax.Array:
     """Returns the initial values."""
     del key  # nothing is drawn
-    place_HK = np.linspace(0, 1, int(np.prod(shape))).reshape(shape)
-    x_K = np.linspace(-1, 1, shape[1])
-    return jnp.asarray(value(place_HK, x_K * abs(x_K)), dtype)
+    H, K = shape
+    place_HK = np.linspace(0, 1, H * K).reshape(shape)
+    x_K = np.linspace(-1, 1, K)
+    zigzag_K = x_K * abs(x_K)
+    return jnp.asarray(value(place_HK, zigzag_K), dtype)
   return init
 
 
