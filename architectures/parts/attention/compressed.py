@@ -145,8 +145,12 @@ def find_closed_windows(ctx: Context, L: int, tokens_of_window: int,
 
 
 def _take_columns(x_BL: jax.Array, index_BW: jax.Array) -> jax.Array:
-  """Looks up W numbers in each row of a table by their indices. An index past
-  the end of a row gives the row's last number.
+  """Looks up W numbers in each row of a table by their indices,
+
+    y_bw = x_b,i with i = index_bw
+
+  An index past the end of a row gives the row's last number: the caller looks
+  up the ends of windows, and one that has not ended has such an index.
 
   The suffixes name axes: B rows of the batch, L numbers of a row, W look-ups.
 
@@ -157,11 +161,15 @@ def _take_columns(x_BL: jax.Array, index_BW: jax.Array) -> jax.Array:
   Returns:
     The numbers that were looked up, [B, W].
   """
-  num_rows, last = max(len(x_BL), len(index_BW)), x_BL.shape[1] - 1
-  index_BW = jnp.minimum(index_BW, last)
-  x_BL = jnp.broadcast_to(x_BL, (num_rows, x_BL.shape[1]))
-  index_BW = jnp.broadcast_to(index_BW, (num_rows, index_BW.shape[1]))
-  return jnp.take_along_axis(x_BL, index_BW, 1)
+  L = x_BL.shape[1]
+  W = index_BW.shape[1]
+  bounded_BW = jnp.minimum(index_BW, L - 1)
+
+  # Give both as many rows, since take_along_axis wants them alike.
+  num_rows = max(len(x_BL), len(index_BW))
+  all_rows_BL = jnp.broadcast_to(x_BL, (num_rows, L))
+  all_rows_BW = jnp.broadcast_to(bounded_BW, (num_rows, W))
+  return jnp.take_along_axis(all_rows_BL, all_rows_BW, axis=1)
 
 
 class Entries(nn.Module):
@@ -304,35 +312,43 @@ def _gather_rows(x_MVK: jax.Array, index_WP: jax.Array) -> jax.Array:
 
 
 class ScoredEntries(indexer.ScoredKeys):
-  """An indexer's scores of entries, which stand behind the plain keys."""
+  """An indexer's scores of entries, vectors that stand for a window of several
+  tokens each. Queries meet W entries behind M plain keys, which have no scores.
+
+  The field `scores_BLM` of the base class has scores of the entries alone,
+  [B, L, W].
+  """
+
+  @property
+  def num_entries(self) -> int:
+    """The number of entries, W."""
+    return self.scores_BLM.shape[-1]
 
   def mask_of_best(self, seen_BLM: jax.Array, top_k: int) -> jax.Array:
     """Returns a mask of what each query sees after an indexer has chosen: all
     plain keys that it saw before, and the top_k entries with the best scores.
-    An entry is a vector that stands for a window of several tokens.
 
-    The suffixes name axes: B batch, L queries, M keys, W entries.
+    The suffixes name axes: B batch, L queries, M all that the queries meet.
 
     Args:
-      seen_BLM: bool, what a query may see, [B, L, M + W]: first the keys of
-        single tokens, and after them the entries.
+      seen_BLM: bool, what a query may see: first the keys of single tokens, and
+        after them the entries.
       top_k: how many entries to choose. Where there are fewer, all are chosen.
 
     Returns:
-      bool [B, L, M + W], in the same order.
+      bool [B, L, M], in the same order.
     """
-    # Only entries have scores, and they stand last in the mask.
-    num_entries = self.scores_BLM.shape[-1]
-    best_BLW = super().mask_of_best(
-        seen_BLM[..., -num_entries:], min(top_k, num_entries))
-    return _append_entries(seen_BLM[..., :-num_entries], best_BLW)
+    # The base class chooses by the scores, which only the entries have. They
+    # stand last in the mask.
+    W = self.num_entries
+    best_BLW = super().mask_of_best(seen_BLM[..., -W:], min(top_k, W))
+    return _append_entries(seen_BLM[..., :-W], best_BLW)
 
   def divergence(self, target_BLM: jax.Array, seen_BLM: jax.Array, ctx: Context
                  ) -> jax.Array:
     """Returns the divergence of the scores from the target, over entries."""
-    num_entries = self.scores_BLM.shape[-1]
-    return super().divergence(
-        target_BLM[..., -num_entries:], seen_BLM[..., -num_entries:], ctx)
+    W = self.num_entries
+    return super().divergence(target_BLM[..., -W:], seen_BLM[..., -W:], ctx)
 
 
 def _append_entries(seen_BLM: jax.Array, seen_BLW: jax.Array) -> jax.Array:
@@ -351,10 +367,9 @@ def _append_entries(seen_BLM: jax.Array, seen_BLW: jax.Array) -> jax.Array:
   """
   # A mask with a single row holds for all rows of the batch.
   num_rows = max(len(seen_BLM), len(seen_BLW))
-  masks = []
-  for mask in (seen_BLM, seen_BLW):
-    masks.append(jnp.broadcast_to(mask, (num_rows, *mask.shape[1:])))
-  return jnp.concatenate(masks, -1)
+  seen_keys = jnp.broadcast_to(seen_BLM, (num_rows, *seen_BLM.shape[1:]))
+  seen_entries = jnp.broadcast_to(seen_BLW, (num_rows, *seen_BLW.shape[1:]))
+  return jnp.concatenate([seen_keys, seen_entries], -1)
 
 
 class SWA(Attention):
@@ -499,7 +514,8 @@ class SWA(Attention):
       u_g = W_g o_g for each group g of heads,   y = W_o [u_1, u_2, ...]
 
     Each group has a first product W_g of its own, to out_rank features. The
-    second product W_o is over the features of all groups.
+    second product W_o is over the features of all groups. The two together have
+    fewer weights than one product of all heads would have, as heads are large.
 
     The suffixes name axes: B batch, L length, H heads, K features of a head, G
     groups of heads, U features of u (out_rank), D d_model.
@@ -511,22 +527,25 @@ class SWA(Attention):
     Returns:
       y, [B, L, D].
     """
-    config, (B, L, H, K) = self.config, o_BLHK.shape
+    config = self.config
     fields = config.part(CompressedConfig)
+    B, L, H, K = o_BLHK.shape
+    G = fields.out_groups
+    heads_of_group = H // G
+
     # The first product. Groups are a batch axis of its weight.
     axes = 'heads', None, 'head', 'latent'
-    group_shape = fields.out_groups, H // fields.out_groups, K
     w_GHKU = layers.weight(
-        self, 'out_down', shape=(*group_shape, fields.out_rank), axes=axes,
-        in_axes=(1, 2), batch_axes=(0,))
-    o_BLGHK = o_BLHK.reshape(B, L, *group_shape)
+        self, 'out_down', shape=(G, heads_of_group, K, fields.out_rank),
+        axes=axes, in_axes=(1, 2), batch_axes=(0,))
+    o_BLGHK = o_BLHK.reshape(B, L, G, heads_of_group, K)
     y_BLGU = layers.einsum('BLGHK,GHKU->BLGU', o_BLGHK, w_GHKU,
                            dtype=config.compute_dtype, axes=axes)
     y_BLGU = sharding.constrain(y_BLGU, 'batch', 'length', 'heads', None)
 
     # The second product, whose result is added to the residual stream.
     return layers.dense(self, 'out', 'BLGU,GUD->BLD', y_BLGU,
-                        shape=(*y_BLGU.shape[2:], config.d_model),
+                        shape=(G, fields.out_rank, config.d_model),
                         axes=('heads', None, 'embed'), in_axes=(0, 1),
                         residual=True, with_bias=False,
                         deterministic=ctx.deterministic)
@@ -652,24 +671,26 @@ class SWA(Attention):
     Returns:
       The number of pairs.
     """
-    # The keys that each query sees.
+    # The keys that each query sees: those of the last `window` tokens. Query i
+    # of the row has i + 1 tokens up to itself.
     config = self.config
-    tokens_so_far = np.arange(keys - queries, keys) + 1
-    num_seen = 0
+    tokens_so_far_L = np.arange(keys - queries, keys) + 1
+    num_keys_L = np.zeros_like(tokens_so_far_L)
     if not only_all_entries:
       window = config.part(CompressedConfig).window
-      num_seen = np.minimum(tokens_so_far, window)
-    # The entries: one for each window that has ended or, where an indexer
-    # chooses among them, the top_k best. A top_k of 0 chooses all.
-    if self.WINDOWS_OF_ENTRY:
-      num_entries = tokens_so_far // tokens_of_window(config)
-      top_k = 0
-      if config.mixer == 'csa' and not only_all_entries:
-        top_k = config.part(IndexerConfig).top_k
+      num_keys_L = np.minimum(tokens_so_far_L, window)
+    if not self.WINDOWS_OF_ENTRY:
+      return int(num_keys_L.sum())
+
+    # The entries that each query sees: one for each window that has ended or,
+    # where an indexer chooses among them, the top_k best. A top_k of 0 chooses
+    # all.
+    num_entries_L = tokens_so_far_L // tokens_of_window(config)
+    if config.mixer == 'csa' and not only_all_entries:
+      top_k = config.part(IndexerConfig).top_k
       if top_k:
-        num_entries = np.minimum(num_entries, top_k)
-      num_seen = num_seen + num_entries
-    return int(num_seen.sum())
+        num_entries_L = np.minimum(num_entries_L, top_k)
+    return int(num_keys_L.sum() + num_entries_L.sum())
 
 
 def compress_windows(
@@ -765,9 +786,10 @@ def rotate_last_features(
   if not rotate:
     return x_BLHK
 
-  # Rotate as many features as in a head of attention, in pairs of neighbours or
-  # of halves.
-  num_rotated, rope = positions.rotary_dim(config), config.part(RopeConfig)
+  # As many features are rotated as in a head of attention. They are rotated in
+  # pairs: of neighbours (interleaved), or of one feature of each half.
+  num_rotated = positions.rotary_dim(config)
+  rope = config.part(RopeConfig)
   interleaved = rope.interleaved
   if of_indexer:
     interleaved = config.part(IndexerConfig).interleaved
@@ -778,12 +800,15 @@ def rotate_last_features(
   fraction = 1.0
   if rope.proportional:
     fraction = rope.fraction
-  rope_config = dataclasses.replace(config, head_dim=num_rotated).with_part(
+  config_of_rotated = dataclasses.replace(config, head_dim=num_rotated)
+  config_of_rotated = config_of_rotated.with_part(
       RopeConfig, fraction=fraction, interleaved=interleaved)
-  unrotated, rotated = jnp.split(
-      x_BLHK, (x_BLHK.shape[-1] - num_rotated,), -1)
-  rotated = rotate(rotated, positions_BL, rope_config, length)
-  return jnp.concatenate([unrotated, rotated], -1)
+
+  # Split the last features off, rotate them, and join them again.
+  num_kept = x_BLHK.shape[-1] - num_rotated
+  kept, before_rotation = jnp.split(x_BLHK, (num_kept,), axis=-1)
+  rotated = rotate(before_rotation, positions_BL, config_of_rotated, length)
+  return jnp.concatenate([kept, rotated], -1)
 
 
 class Compressed(mixer.Mixer):

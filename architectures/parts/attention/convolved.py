@@ -48,37 +48,42 @@ def mix_queries_and_keys(module: Any, q_BLHK: jax.Array, k_BLJK: jax.Array,
     q'_l = C(q)_l + (q_l + k_l) / 2     k'_l = C(k)_l + mean of (q_l + k_l) / 2
     q''  = sqrt(K) q' / |q'|            k''  = t sqrt(K) k' / |k'|
 
-  A head of keys is added to each of the heads of queries that it serves, and
-  the mean is over these. t is a temperature of each head of keys, 1 at first.
+  A head of keys is added to each of the R = H / J heads of queries that it
+  serves, and the mean is over these. t is a learned temperature of each head of
+  keys, 1 at first, and K the size of a head.
+
+  The suffixes name axes: B batch, L length, H heads of queries, J heads of
+  keys, R heads of queries for each head of keys, K features of a head.
 
   Args:
     module: the layer's attention, in which the parameters are declared.
-    q_BLHK: queries, the product W_q x, [batch, length, heads H, features K].
-    k_BLJK: keys, the product W_k x, [batch, length, heads of keys J, features].
+    q_BLHK: queries q, the product W_q x.
+    k_BLJK: keys k, the product W_k x.
     ctx: the context of the layer, with the documents.
     cache: the layer's cache; None: there is none.
 
   Returns:
-    q'', k'', and the cache with the convolutions' last inputs.
+    q'', [B, L, H, K]; k'', [B, L, J, K]; and the cache with the last inputs of
+    the convolutions.
   """
-  # The means of each query with the key that serves it, R = H / J queries.
+  # The mean of each query and the key that serves it.
   B, L, H, K = q_BLHK.shape
   J = k_BLJK.shape[2]
   q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
   mean_BLJRK = (q_BLJRK + k_BLJK[:, :, :, None]) / 2
 
-  # Add what the convolutions make of each.
+  # Add it to what the convolutions make of queries and of keys.
   convolved_q_BLHK, cache = _convolve_twice(module, 'query', q_BLHK, ctx, cache)
   convolved_k_BLJK, cache = _convolve_twice(module, 'key', k_BLJK, ctx, cache)
-  q_BLHK = convolved_q_BLHK + mean_BLJRK.reshape(B, L, H, K)
-  k_BLJK = convolved_k_BLJK + mean_BLJRK.mean(3)
+  mixed_q_BLHK = convolved_q_BLHK + mean_BLJRK.reshape(B, L, H, K)
+  mixed_k_BLJK = convolved_k_BLJK + mean_BLJRK.mean(3)
 
-  # The lengths, and the temperature of keys.
+  # Set their lengths. Only the temperature changes how sharp the weights are.
   temperature_J = declare(module, 'key_temperature', init=nn.initializers.ones,
                           shape=(J,), role=Role(('kv_heads',)))
-  q_BLHK = _set_lengths(q_BLHK)
-  k_BLJK = _set_lengths(k_BLJK) * temperature_J[None, None, :, None]
-  return q_BLHK, k_BLJK.astype(q_BLHK.dtype), cache
+  new_q_BLHK = _set_lengths(mixed_q_BLHK)
+  new_k_BLJK = _set_lengths(mixed_k_BLJK) * temperature_J[None, None, :, None]
+  return new_q_BLHK, new_k_BLJK.astype(new_q_BLHK.dtype), cache
 
 
 def _convolve_twice(module: Any, name: str, x_BLHK: jax.Array, ctx: Context,
@@ -90,59 +95,70 @@ def _convolve_twice(module: Any, name: str, x_BLHK: jax.Array, ctx: Context,
     z_l = b + sum over i < U of M_i y_(l - i)         a matrix of each head
 
   W is model.cca_taps and U model.cca_head_taps. A token sees the tokens of its
-  document; x counts as 0 before them, and so y as a.
+  document; x counts as 0 before them, and so y as its bias a.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head, W
+  tokens that a convolution sees, M inputs with those of earlier tokens.
 
   Args:
     module: the layer's attention, in which w, a, M and b are declared.
     name: 'query' or 'key', what x is.
-    x_BLHK: the queries or keys, [batch, length, heads, features K].
+    x_BLHK: the queries or keys.
     ctx: the context of the layer, with the documents.
     cache: the layer's cache; None: there is none.
 
   Returns:
-    z, of the shape of x, and the cache with the last inputs of both.
+    z, [B, L, H, K], and the cache with the last inputs of both convolutions.
   """
   config: ModelConfig = module.config
   fields = config.part(AttentionConfig)
   axes = AXES_OF_HEADS[name], 'head'
-  inputs = {} if cache is None else cache.inputs
   _, length, H, K = x_BLHK.shape
-
-  # The first convolution. Its bias is added below, behind the mask.
+  # The names of the parameters are those of the last inputs in a cache, too.
   taps, mix = TAPS.format(name), MIX.format(name)
+  last_inputs: dict[str, jax.Array] = {}
+  if cache is not None:
+    last_inputs = cache.inputs
+
+  # The first convolution, without its bias a. That is added below, behind the
+  # mask of other documents, so that y counts there as a and not as 0.
   y_BLHK, last_x = features.declare_and_convolve(
       module, taps, x_BLHK, width=fields.cca_taps, axes=axes,
-      before_BWHK=inputs.get(taps), segment_ids_BL=ctx.segment_ids_BL,
+      before_BWHK=last_inputs.get(taps), segment_ids_BL=ctx.segment_ids_BL,
       valid_BL=ctx.valid_BL)
   bias_HK = features.declare_filters(
       module, f'{taps}_bias', width=fields.cca_taps, shape=(H, K), axes=axes)
 
   # The tokens that the second one sees; those of other documents are masked.
-  reach = fields.cca_head_taps - 1
+  num_seen = fields.cca_head_taps
   all_BMHK, seen_BLWHK = features.stack_seen_tokens(
-      y_BLHK, reach + 1, before_BWHK=inputs.get(mix),
+      y_BLHK, num_seen, before_BWHK=last_inputs.get(mix),
       segment_ids_BL=ctx.segment_ids_BL)
   seen_BLWHK += bias_HK[None, None, None].astype(y_BLHK.dtype)
 
-  # The second convolution, a product of each head.
+  # The second convolution, a product with a matrix M_i of each head for each
+  # of the tokens seen, [K, U] with U = K.
   axes_of_weight = None, axes[0], 'head', None
   weight_WHKU = layers.weight(
-      module, mix, shape=(reach + 1, H, K, K), axes=axes_of_weight,
+      module, mix, shape=(num_seen, H, K, K), axes=axes_of_weight,
       in_axes=(0, 2), batch_axes=(1,))
   z_BLHK = layers.einsum('BLWHK,WHKU->BLHU', seen_BLWHK, weight_WHKU,
                          dtype=config.compute_dtype, axes=axes_of_weight)
-  z_BLHK = layers.add_bias(
-      z_BLHK, layers.bias(module, f'{mix}_bias', shape=(H, K), axes=axes))
+  mix_bias_HK = layers.bias(module, f'{mix}_bias', shape=(H, K), axes=axes)
+  z_BLHK = layers.add_bias(z_BLHK, mix_bias_HK)
   z_BLHK = sharding.constrain(z_BLHK, 'batch', 'length', *axes)
+
+  # The next tokens see the last inputs of both.
   if cache is not None:
-    last_y = features.last_inputs(all_BMHK, count=reach, length=length,
+    last_y = features.last_inputs(all_BMHK, count=num_seen - 1, length=length,
                                   valid_BL=ctx.valid_BL)
     cache = cache.replace(inputs=cache.inputs | {taps: last_x, mix: last_y})
   return z_BLHK, cache
 
 
 def _set_lengths(x_BLHK: jax.Array) -> jax.Array:
-  """Returns sqrt(K) x / |x| of vectors of K features, in x's dtype."""
+  """Returns sqrt(K) x / |x|, [B, L, H, K], in x's dtype: each vector of K
+  features gets the length sqrt(K), whatever its own is."""
   x32_BLHK = x_BLHK.astype(jnp.float32)
   squares_BLH1 = jnp.square(x32_BLHK).sum(-1, keepdims=True)
   # The least length keeps the gradient of a vector of zeros finite.
@@ -161,18 +177,23 @@ def delay_half_of_values(module: Any, v_BLJK: jax.Array, ctx: Context,
     v'_l = [first half of v_l, second half of v_(l-1)]
 
   The halves are of the features of all heads together: with an even number of
-  heads, whole heads are delayed. The first token of a document has the bias of
-  the product in place of v_(l-1), or 0.
+  heads, whole heads are delayed. Before the first token of a document x counts
+  as 0. So in place of v_(l-1) = W_v x_(l-1) + bias that token has the bias,
+  which is 0 without model.attention_bias.
+
+  The suffixes name axes: B batch, L length, J heads of values, K features.
 
   Args:
     module: the layer's attention, which has declared the product's bias.
-    v_BLJK: the values, [batch, length, heads J, features K].
+    v_BLJK: the values v.
     ctx: the context of the layer, with positions and documents.
     cache: the layer's cache; None: there is none.
 
   Returns:
-    The values, and the cache with those of the last token.
+    v', [B, L, J, K], and the cache with v of the last token.
   """
+  # The values that stand before a document: the bias was declared by the
+  # product, so it is read here and not declared again.
   J, K = v_BLJK.shape[2:]
   first_JK = jnp.zeros((J, K), v_BLJK.dtype)
   if module.config.attention_bias:
@@ -181,26 +202,36 @@ def delay_half_of_values(module: Any, v_BLJK: jax.Array, ctx: Context,
   shifted_BLJK, cache = steps.take_token_before(
       VALUE_SHIFT, v_BLJK, first_BLJK=first_JK[None, None], ctx=ctx,
       cache=cache)
+
+  # The second half of the J K features is delayed.
   is_delayed_JK = (jnp.arange(J * K) >= J * K // 2).reshape(J, K)
   return jnp.where(is_delayed_JK[None, None], shifted_BLJK, v_BLJK), cache
 
 
 def empty_inputs(config: ModelConfig, rows: tuple[int, ...]
                  ) -> dict[str, jax.Array]:
-  """Returns what a cache keeps of the tokens before the first: zeros, by name.
+  """Returns what a cache keeps for compressed convolutional attention before
+  the first token: zeros.
 
   Args:
     config: the config of the layer.
     rows: the rows of the batch, (..., B).
+
+  Returns:
+    A dict of arrays [..., B, tokens, heads, head_dim] by the names under which
+    this file reads them: the values of the last token, and the last inputs of
+    the two convolutions of queries and of keys.
   """
+  # A convolution over W tokens needs the last W - 1.
   fields = config.part(AttentionConfig)
-  sizes = {VALUE_SHIFT: (1, config.num_kv_heads)}
-  for name, heads in (('query', config.num_heads),
-                      ('key', config.num_kv_heads)):
-    sizes[TAPS.format(name)] = fields.cca_taps - 1, heads
-    sizes[MIX.format(name)] = fields.cca_head_taps - 1, heads
+  tokens_and_heads = {VALUE_SHIFT: (1, config.num_kv_heads)}
+  heads_of = {'query': config.num_heads, 'key': config.num_kv_heads}
+  for name, heads in heads_of.items():
+    tokens_and_heads[TAPS.format(name)] = fields.cca_taps - 1, heads
+    tokens_and_heads[MIX.format(name)] = fields.cca_head_taps - 1, heads
+
   inputs = {}
-  for name, (tokens, heads) in sizes.items():
+  for name, (tokens, heads) in tokens_and_heads.items():
     shape = *rows, tokens, heads, config.head_dim
     inputs[name] = jnp.zeros(shape, config.compute_dtype)
   return inputs

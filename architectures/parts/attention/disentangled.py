@@ -59,10 +59,11 @@ class Distances(nn.Module):
 
 def rows(distance: jax.Array, config: ModelConfig) -> jax.Array:
   """Maps the distance between a query and a key to a row of the learned table
-  of distances (DeBERTa-v2's log buckets).
+  of distances (DeBERTa-v2's log buckets: He et al. 2021, arXiv 2111.09543).
 
   A distance d has the row S + bucket(d). Near distances have a bucket each. Far
-  ones share buckets that widen with the logarithm of the distance:
+  ones share buckets that widen with the logarithm of the distance, with the
+  sign of d:
 
     bucket(d) = d                                           |d| <= half = S / 2
     bucket(d) = +-(half + ceil((half - 1) log(|d| / half)
@@ -77,15 +78,17 @@ def rows(distance: jax.Array, config: ModelConfig) -> jax.Array:
     Row numbers from 0 to 2 S - 1, int32, of the shape of `distance`.
   """
   distance_config = config.part(DisentangledConfig)
-  S, max_distance = distance_config.buckets, distance_config.max_distance
+  S = distance_config.buckets
+  max_distance = distance_config.max_distance
   half = S // 2
 
   # The bucket of each size |d| from 0 to max_distance. NumPy computes it in
   # float64, so that a size on a bucket's border has the same one on any device.
+  # The share of the way from `half` to max_distance - 1 is one of logarithms.
   sizes = np.arange(max_distance + 1)
-  logs = (np.log(np.maximum(sizes, half) / half)
-          / np.log((max_distance - 1) / half))
-  far_buckets = np.ceil(logs * (half - 1)) + half
+  logs = np.log(np.maximum(sizes, half) / half)
+  share_of_way = logs / np.log((max_distance - 1) / half)
+  far_buckets = np.ceil(share_of_way * (half - 1)) + half
   bucket_of_size = np.where(sizes <= half, sizes, far_buckets).astype(np.int32)
 
   # All larger sizes share the last bucket. S is the row of distance 0.

@@ -79,17 +79,20 @@ class AttentionConfig:
 
   def conditions_of_reading(self, config: Sizes) -> dict[str, ReadIf]:
     """Returns the fields of this group that have no effect as the config
-    stands. A field that a user sets without effect is refused by this list.
+    stands, because another field switches them off. A user who sets such a
+    field is refused by this list, and told what would make it count.
 
     Args:
-      config: the config of the model, which is not read.
+      config: the config of the model, which is not read: each of these
+        conditions is on another field of this group.
 
     Returns:
-      {field without effect: the other field that switches it off, and the
-      condition under which it would be read}.
+      A dict by the names of the fields without effect. A value names the field
+      that switches this one off, and what that would have to be, as in
+      {'cca_taps': ReadIf('cca', 'is set')}.
     """
     del config
-    conditions = {}
+    conditions: dict[str, ReadIf] = {}
     if not self.attention_log_scale:
       conditions['attention_log_from'] = ReadIf('attention_log_scale', 'is set')
     if not self.cca:
@@ -98,6 +101,8 @@ class AttentionConfig:
     if not self.qk_norm:
       for name in ('qk_norm_over', 'qk_norm_scale'):
         conditions[name] = ReadIf('qk_norm', 'is set')
+    # A layer that reads the keys and values of an earlier one makes none, so
+    # nothing that changes its own keys and values is read.
     if self.kv_sharing:
       for name in ('value_residual', 'value_embedding', 'value_norm',
                    'keys_as_values', 'key_offset', 'forget_gate',

@@ -118,17 +118,26 @@ def _find_earlier_blocks(q_block_BL1: jax.Array, k_block_B1M: jax.Array,
   (BD3-LM: Arriola et al. 2025, arXiv 2503.09573, section 3.2), bool [B, L, M].
 
   A token sees its own block and those before it. In training a row has two
-  copies of its tokens. Those of its first half are noised: they see the noised
-  tokens of their own block, and the clean ones of earlier blocks. Clean tokens
-  see clean ones alone.
+  copies of its tokens: the first M / 2 tokens are noised, and the last M / 2
+  the same without noise (clean). So that a block is denoised given what stands
+  before it, as in generating,
+
+    a noised token sees the noised tokens of its own block, and the clean ones
+                        of earlier blocks
+    a clean token sees  the clean tokens of its own block and of earlier ones
+
+  The suffixes name axes: B batch, L queries, M keys.
 
   Args:
     q_block_BL1: the number of each query's block.
     k_block_B1M: the number of each key's block.
-    has_clean_copy: whether there are two copies, of M / 2 tokens each.
+    has_clean_copy: whether there are two copies. Then there are as many queries
+      as keys.
   """
   if not has_clean_copy:
     return k_block_B1M <= q_block_BL1
+
+  # Which queries and which keys belong to the noised first half.
   M = k_block_B1M.shape[2]
   is_noised_M = jnp.arange(M) < M // 2
   q_noised_1L1 = is_noised_M[None, :, None]
@@ -193,13 +202,16 @@ def _count_keys_of_queries(kind: LayerKind, config: ModelConfig,
   Returns:
     The number of keys of each query, int [L].
   """
-  rule, num_keys = RULES[kind.attention], keys.size
-  # In a causal layer a query sees the keys up to itself, or to the end of its
-  # block.
+  # Each query sees the keys from `first` to before `stop`. In a causal layer
+  # these end with the query itself, or with its block where text is denoised
+  # block by block.
+  rule = RULES[kind.attention]
+  num_keys = keys.size
   stop = np.full_like(queries, num_keys)
   if kind.causal:
     block = config.diffusion_block or 1
     stop = np.minimum((queries // block + 1) * block, num_keys)
+
   # In chunked attention a query sees the keys of its chunk.
   if rule.chunk:
     chunk = rule.chunk(config)
@@ -208,7 +220,9 @@ def _count_keys_of_queries(kind: LayerKind, config: ModelConfig,
 
   # Else it sees the keys that are less than `reach` positions away: those
   # before it and, if the layer is not causal, those after it.
-  reach = rule.window(config) if rule.window else num_keys
+  reach = num_keys
+  if rule.window:
+    reach = rule.window(config)
   first = np.maximum(queries - reach + 1, 0)
   num_seen = np.minimum(stop, queries + reach) - first
 
@@ -609,19 +623,21 @@ def _sum_over_rows(x_BJRLM: jax.Array) -> jax.Array:
 def _weigh_values(settings: _ScoreSettings, queries: slice, keys: slice,
                   key: Optional[jax.Array], p_BJRLM: jax.Array,
                   v_BJMK: jax.Array) -> jax.Array:
-  """Sums the values of a block of keys by attention's weights, after dropout of
-  weights.
+  """Sums the values of a block of keys by attention's weights p, after dropout
+  of weights, for a block of queries l:
+
+    o_l = sum over the keys m of the block of dropout(p)_lm v_m
 
   The suffixes name axes: B batch, J heads of keys, R heads of queries for each
   head of keys, L queries, M keys, K features of a head.
 
   Args:
-    settings: the share of weights that dropout sets to 0.
+    settings: has `dropout`, the share of weights that are set to 0.
     queries: which of all queries are in the block.
     keys: which of all keys are in the block.
     key: the random key of dropout; None: nothing is dropped.
-    p_BJRLM: the weights of the block.
-    v_BJMK: all values, of the block and of others.
+    p_BJRLM: the weights p of these queries and keys.
+    v_BJMK: the values v of all keys, of which those of the block are taken.
 
   Returns:
     The weighted sums, float32 [B, J, R, L, K].
@@ -1288,10 +1304,11 @@ def _apply_splash_to_rows(
     v_BJMK: jax.Array, sink_H: Optional[jax.Array]) -> jax.Array:
   """Applies a splash kernel, which takes one row of a batch, to each row.
 
-  The gradient, defined below, is the kernel's own behind an optimisation
-  barrier, which saves memory. The kernel writes the sum of each query's scores
-  128 times, [B, H, L, 128] in float32, and its gradient reads one of the
-  copies. Without the barrier, XLA would keep all 128 until the gradient.
+  This is jax.vmap of the kernel over rows. It has a gradient of its own,
+  defined below, which is the kernel's behind an optimisation barrier: that
+  saves memory. The kernel writes the sum of each query's scores 128 times, as
+  [B, H, L, 128] in float32, and its gradient reads one of the copies. Without
+  the barrier, XLA would keep all 128 until the gradient.
 
   The suffixes name axes: B batch, H heads of queries, L queries, J heads of
   keys, M keys, K features of a head.

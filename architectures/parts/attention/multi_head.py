@@ -13,6 +13,7 @@ earlier layer, as they were turned and mixed there (cross-layer attention:
 Brandon et al. 2024, arXiv 2405.12981; which layer: kinds.source).
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any, Optional
 
@@ -94,8 +95,9 @@ class Attention(nn.Module):
                      q_BLHK: jax.Array, k_BMJK: jax.Array,
                      k_positions_BM: jax.Array, ctx: Context
                      ) -> kernels.VisibleKeys:
-    """Adds to a mask the bias on attention's scores that this layer makes of
-    its own parameters, as some position encodings have one.
+    """Sets the bias on attention's scores that this layer makes of its own
+    parameters, where its position encoding has one, such as DeBERTa's vectors
+    of distances.
 
     The suffixes name axes: B batch, L queries, D d_model, M keys, H heads of
     queries, J heads of keys, K features of a head.
@@ -115,11 +117,11 @@ class Attention(nn.Module):
     make_bias = positions.position_of(self.config).layer_bias
     if not make_bias:
       return visible
+    bias_BHLM = make_bias(self, x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
     # The mask is marked too, so that no fused kernel is chosen: these cannot
     # add a bias.
-    bias_BHLM = make_bias(self, x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
-    return visible._replace(mask=visible.mask.replace(has_bias=True),
-                            bias_BHLM=bias_BHLM)
+    marked_mask = visible.mask.replace(has_bias=True)
+    return visible._replace(mask=marked_mask, bias_BHLM=bias_BHLM)
 
   def weigh_values(self, q_BLHK: jax.Array, k_BMJK: jax.Array,
                    v_BMJK: jax.Array, visible: kernels.VisibleKeys,
@@ -455,9 +457,22 @@ class SelfAttention(Attention):
   def mix_queries_and_keys(
       self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
       ) -> tuple[MixedHeads, Optional[Cache]]:
-    """Returns the queries and keys of compressed convolutional attention
-    (convolved.py), before their positions, and the cache; None in place of the
-    queries and keys without model.cca."""
+    """Makes the queries and keys of compressed convolutional attention, which
+    mixes the two with each other (convolved.py), before their positions.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads of queries, J
+    heads of keys, K features of a head.
+
+    Args:
+      x_BLD: the layer's input.
+      ctx: the context of the layer.
+      cache: the layer's cache; None: there is none.
+
+    Returns:
+      Queries, [B, L, H, K], and keys, [B, L, J, K], as a pair; None without
+      model.cca, where each is made by itself. And the cache, with the last
+      inputs of the convolutions.
+    """
     if not self.config.part(AttentionConfig).cca:
       return None, cache
     q_BLHK, cache = self.project_and_convolve('query', x_BLD, ctx=ctx,
@@ -471,13 +486,25 @@ class SelfAttention(Attention):
   def make_queries(self, x_BLD: jax.Array, mixed: MixedHeads, ctx: Context,
                    cache: Optional[Cache]
                    ) -> tuple[jax.Array, Optional[Cache]]:
-    """Returns the tokens' queries, [B, L, H, K], and the cache. `mixed` is what
-    `mix_queries_and_keys` returns."""
-    if mixed is not None:
-      q_BLHK, _ = mixed
-    else:
+    """Makes the queries of the tokens, and applies all steps that change them,
+    such as a norm and the rotation by position.
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      mixed: queries and keys that are made already, by `mix_queries_and_keys`;
+        None: the queries are a product of the input.
+      ctx: the context of the layer.
+      cache: the layer's cache; None: there is none.
+
+    Returns:
+      The queries, [batch, length, heads H, features K], and the cache, with the
+      last inputs of a convolution.
+    """
+    if mixed is None:
       q_BLHK, cache = self.project_and_convolve('query', x_BLD, ctx=ctx,
                                                 cache=cache)
+    else:
+      q_BLHK, _ = mixed
     for apply_step in steps.QUERY_STEPS:
       q_BLHK = apply_step(self, 'query', q_BLHK, ctx)
     return q_BLHK, cache
@@ -494,25 +521,27 @@ class SelfAttention(Attention):
 
     Args:
       x_BLD: the layer's input.
-      mixed: what `mix_queries_and_keys` returns.
+      mixed: queries and keys that are made already, by `mix_queries_and_keys`;
+        None: the keys are a product of the input.
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
 
     Returns:
       A tuple of three:
-        keys and values, [B, L, J, K] each;
+        keys and values, [B, L, J, K] each, and the sums of forget gates;
         the values of the model's first layer, which the next layer mixes into
           its own; None without model.value_residual;
         the cache, with the last inputs of the convolutions.
     """
-    # With keys_as_values the values start as the keys. The steps of the keys
-    # come last, so that the values do not go through them.
     fields = self.config.part(AttentionConfig)
-    if mixed is not None:
-      _, k_BLJK = mixed
-    else:
+    if mixed is None:
       k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx=ctx,
                                                 cache=cache)
+    else:
+      _, k_BLJK = mixed
+
+    # With keys_as_values the values start as the keys. The steps of the keys
+    # come last, so that the values do not go through them.
     v_BLJK = k_BLJK
     if not fields.keys_as_values:
       v_BLJK, cache = self.project_and_convolve('value', x_BLD, ctx=ctx,
@@ -529,11 +558,15 @@ class SelfAttention(Attention):
         self, x_BLD, v_BLJK, first=ctx.shared.first_values)
     v_BLJK = steps.add_value_embedding(self, x_BLD, v_BLJK, ctx=ctx)
 
+    # The keys' own steps, and what lowers the weights of earlier keys.
     for apply_step in steps.KEY_STEPS:
       k_BLJK = apply_step(self, 'key', k_BLJK, ctx)
     k_BLJK, cache = steps.offset_keys(self.config, k_BLJK, ctx=ctx, cache=cache)
-    c_BLHU, cache = steps.sum_forget_gates(self, x_BLD, ctx=ctx, cache=cache)
-    return KeysAndValues(k_BLJK, v_BLJK, c_BLHU), first, cache
+    forget_BLHU, cache = steps.sum_forget_gates(
+        self, x_BLD, ctx=ctx, cache=cache)
+    keys = KeysAndValues(
+        key_BMJK=k_BLJK, value_BMJK=v_BLJK, forget_BMHU=forget_BLHU)
+    return keys, first, cache
 
   def project_and_convolve(
       self, name: str, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
@@ -568,16 +601,23 @@ class SelfAttention(Attention):
 def take_slots_of_tokens(keys: KeysAndValues, config: ModelConfig, ctx: Context
                          ) -> KeysAndValues:
   """Returns the keys and values of the given tokens among those of all slots of
-  a cache: the slot of a token is its position.
+  a cache. The slot of a token is its position.
+
+  They are needed where a layer shares the keys and values of an earlier one: it
+  has those of all slots alone, and two of its steps read each token's own.
 
   Args:
-    keys: the keys and values of all slots, [B, M, ...]. They are returned as
-      they are where no step of the layer reads those of the tokens themselves.
+    keys: the keys and values of all M slots, [batch, M, ...].
     config: the config of the layer.
-    ctx: the context of the layer, with the positions of the tokens.
+    ctx: the context of the layer, with the positions of the L tokens.
+
+  Returns:
+    The keys and values of the tokens, [batch, L, ...]; `keys` as they are where
+    the layer has neither of these steps.
   """
   fields = config.part(AttentionConfig)
-  if fields.attention_exclusive == 'none' and not fields.forget_gate:
+  removes_own_value = fields.attention_exclusive != 'none'
+  if not removes_own_value and not fields.forget_gate:
     return keys
   index_BL11 = ctx.positions_BL[..., None, None]
   return jax.tree.map(
@@ -762,6 +802,63 @@ def visible_keys_of_memory(ctx: Context) -> kernels.VisibleKeys:
   return kernels.VisibleKeys(kernels.Mask(q_ids_BL, k_ids_BM), seen_BLM)
 
 
+def _empty_inputs_of_heads(config: ModelConfig, rows: Sequence[int]
+                           ) -> dict[str, jax.Array]:
+  """Returns what a cache keeps for convolutions of queries, keys and values
+  (model.attention_conv) before the first token: zeros, by the names of the
+  three. Each is [..., B, W - 1, heads, head_dim] for a convolution over W
+  tokens.
+
+  Args:
+    config: the config of the layer.
+    rows: the rows of the batch, (..., B).
+  """
+  # A layer that shares the keys and values of an earlier one has only queries.
+  fields = config.part(AttentionConfig)
+  heads_of = {'query': config.num_heads}
+  if not fields.kv_sharing:
+    heads_of['key'] = config.num_kv_heads
+    heads_of['value'] = config.num_kv_heads
+
+  inputs = {}
+  for name, heads in heads_of.items():
+    last_inputs = *rows, fields.attention_conv - 1, heads, config.head_dim
+    inputs[name] = jnp.zeros(last_inputs, config.compute_dtype)
+  return inputs
+
+
+def _empty_inputs_of_own_keys(config: ModelConfig, rows: Sequence[int]
+                              ) -> dict[str, jax.Array]:
+  """Returns what a cache keeps of the last tokens for steps that change a
+  layer's own keys and values (steps.py), before the first token: zeros, by the
+  names of these steps. A step that the layer lacks has no entry.
+
+  Args:
+    config: the config of the layer.
+    rows: the rows of the batch, (..., B).
+  """
+  fields = config.part(AttentionConfig)
+  inputs = {}
+  # A convolution over W tokens needs the last W - 1.
+  if fields.dynamic_conv:
+    last_inputs = (*rows, fields.dynamic_conv - 1, config.num_kv_heads,
+                   config.head_dim)
+    for name in ('key', 'value'):
+      inputs[steps.DYNAMIC_CONV.format(name)] = jnp.zeros(
+          last_inputs, config.compute_dtype)
+  # Keys that are offset keep those features of the last one that no position
+  # encoding rotates.
+  if fields.key_offset:
+    num_features = config.head_dim - positions.rotary_dim(config)
+    inputs[steps.KEY_OFFSET] = jnp.zeros(
+        (*rows, 1, config.num_kv_heads, num_features), config.compute_dtype)
+  # The sum of forget gates goes on from that of the last token.
+  if fields.forget_gate:
+    inputs[steps.FORGET_GATE] = jnp.zeros(
+        (*rows, 1, config.num_heads, 1), jnp.float32)
+  return inputs
+
+
 class MultiHead(mixer.Mixer):
   """The entry of attention in the table of mixers."""
   module = SelfAttention
@@ -783,47 +880,31 @@ class MultiHead(mixer.Mixer):
       A cache of zeros, with keys and values, the keys of an indexer, and the
       last inputs of convolutions. What the layer does not have is None.
     """
-    key_BMJK = value_BMJK = None
+    # The keys and values of all tokens, and the sums of their forget gates. A
+    # layer that shares those of an earlier layer has none of its own.
     fields = config.part(AttentionConfig)
-    # The keys and values. A layer that shares those of an earlier layer has
-    # only queries.
-    heads_of_convolution = {'query': config.num_heads}
-    if not fields.kv_sharing:
-      heads_of_convolution['key'] = config.num_kv_heads
-      heads_of_convolution['value'] = config.num_kv_heads
+    has_own_keys = not fields.kv_sharing
+    key_BMJK = value_BMJK = forget_BMHU = None
+    if has_own_keys:
       slots = *shape, config.num_kv_heads, config.head_dim
       key_BMJK = jnp.zeros(slots, config.compute_dtype)
       value_BMJK = jnp.zeros(slots, config.compute_dtype)
-    # A convolution over W tokens needs the last W - 1, however long the row is.
+      if fields.forget_gate:
+        forget_BMHU = jnp.zeros((*shape, config.num_heads, 1), jnp.float32)
+
+    # The last inputs of convolutions, however long the row is.
+    *rows, _ = shape
     inputs = indexer.empty_block_inputs(config, shape)
     if fields.attention_conv:
-      for name, heads in heads_of_convolution.items():
-        last_inputs = (
-            *shape[:-1], fields.attention_conv - 1, heads, config.head_dim)
-        inputs[name] = jnp.zeros(last_inputs, config.compute_dtype)
+      inputs |= _empty_inputs_of_heads(config, rows)
     if fields.cca:
-      inputs |= convolved.empty_inputs(config, shape[:-1])
+      inputs |= convolved.empty_inputs(config, tuple(rows))
     if config.position == 'path':
-      last_vectors = (*shape[:-1], config.part(PathConfig).conv - 1,
+      last_vectors = (*rows, config.part(PathConfig).conv - 1,
                       config.num_kv_heads, config.head_dim)
       inputs[path.CONV] = jnp.zeros(last_vectors, config.compute_dtype)
-    if fields.dynamic_conv and not fields.kv_sharing:
-      last_inputs = (*shape[:-1], fields.dynamic_conv - 1, config.num_kv_heads,
-                     config.head_dim)
-      for name in ('key', 'value'):
-        inputs[steps.DYNAMIC_CONV.format(name)] = jnp.zeros(
-            last_inputs, config.compute_dtype)
-    # Keys that are offset keep the features of the last one.
-    if fields.key_offset and not fields.kv_sharing:
-      last_features = (*shape[:-1], 1, config.num_kv_heads,
-                       config.head_dim - positions.rotary_dim(config))
-      inputs[steps.KEY_OFFSET] = jnp.zeros(last_features, config.compute_dtype)
-    # The sums of forget gates of all tokens, and of the last one by itself.
-    forget_BMHU = None
-    if fields.forget_gate and not fields.kv_sharing:
-      forget_BMHU = jnp.zeros((*shape, config.num_heads, 1), jnp.float32)
-      inputs[steps.FORGET_GATE] = jnp.zeros(
-          (*shape[:-1], 1, config.num_heads, 1), jnp.float32)
+    if has_own_keys:
+      inputs |= _empty_inputs_of_own_keys(config, rows)
     return Cache(key_BMJK=key_BMJK, value_BMJK=value_BMJK,
                  index_BMJK=indexer.empty_key_cache(config, shape),
                  forget_BMHU=forget_BMHU, inputs=inputs)
@@ -842,13 +923,27 @@ class MultiHead(mixer.Mixer):
     return ('tensor', 'num_heads'), ('tensor', 'num_kv_heads')
 
   def check(self, config: ModelConfig, stack: str) -> None:
-    """Raises RequestError where heads are to be pairs and cannot be, where the
-    results of pairs are to be without their own values, where keys are to be
-    offset and have no features for it, and where queries and keys are to be
-    mixed and cannot be."""
+    """Checks that the steps which change queries, keys, values and the results
+    of heads can be taken, and go together.
+
+    Args:
+      config: the config of the layer.
+      stack: the kind of stack. It is not read: attention is alike in all.
+
+    Raises:
+      RequestError: if heads are to be subtracted in pairs
+        (attention_difference) and there is no whole number of pairs, or muP,
+        which has no rule for this; if a pair's result is to lose its part along
+        the token's own value, since a pair has two values; if keys are to be
+        offset (key_offset) and have no features that positions rotate beside
+        others, which are offset, that they do not; or if queries and keys
+        cannot be mixed (`check_mixed_heads`).
+    """
     fields = config.part(AttentionConfig)
     if fields.cca:
       check_mixed_heads(config)
+
+    # The second half of the heads is subtracted from the first.
     has_odd_heads = config.num_kv_heads % 2 != 0
     difference = fields.attention_difference
     if difference and (has_odd_heads or config.parametrization == 'mup'):
@@ -862,6 +957,8 @@ class MultiHead(mixer.Mixer):
           f'model.attention_difference {difference}: the values of pairs of '
           "heads are not those of a head; set attention_exclusive='none', or "
           'attention_difference=0')
+
+    # Without rope no feature is rotated, and with a fraction of 1 all are.
     if fields.key_offset:
       rope = config.find_part(positions.RopeConfig)
       if rope is None or rope.proportional or rope.fraction == 1.0:
@@ -872,20 +969,25 @@ class MultiHead(mixer.Mixer):
 
 
 def check_mixed_heads(config: ModelConfig) -> None:
-  """Checks that queries and keys can be mixed with each other (model.cca).
+  """Checks that queries and keys can be mixed with each other, as compressed
+  convolutional attention does (model.cca).
 
   Args:
     config: the config of the layer.
 
   Raises:
-    RequestError: if the layer has no keys or values of its own, normalises them
-      a second time, or has a single feature that cannot be halved; and for muP.
+    RequestError: if the layer has no keys or values of its own that could be
+      mixed and delayed (kv_sharing, keys_as_values); if it would normalise
+      queries and keys a second time (qk_norm); if the features of its values
+      cannot be halved; and for muP, which has no rule for these convolutions.
   """
+  # This attention makes queries, keys and values in a way of its own.
   fields = config.part(AttentionConfig)
   for name in ('kv_sharing', 'keys_as_values', 'qk_norm'):
     require(not getattr(fields, name), f'model.cca is set, which makes and '
             f'normalises queries, keys and values of its own, and model.{name} '
             'is True: set one of them to False')
+  # The second half of the values' features is that of the token before.
   require(config.num_kv_heads * config.head_dim % 2 == 0,
           'model.cca is set, which delays half of the features of values: '
           f'model.num_kv_heads {config.num_kv_heads} times model.head_dim '
@@ -935,8 +1037,10 @@ def _gate_features(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
 
 def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
                 axis: str, deterministic: bool) -> jax.Array:
-  """Multiplies the results of attention's heads by gates sigmoid(W_g x), one
-  for each head.
+  """Multiplies the result o of each head of attention by a gate, one number
+  for each head (Qiu et al. 2025, arXiv 2505.06708, headwise):
+
+    o' = o sigmoid(W_g x / widening + bias)
 
   A wider model need not have more heads. So under muP W_g x is treated as
   logits are: it is divided by `widening`, the ratio of the model's width to
@@ -955,12 +1059,15 @@ def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
   Returns:
     The gated results, [B, L, H, K].
   """
-  H, axes = o_BLHK.shape[2], (axis, 'heads')
-  z_BLH = layers.dense(
-      module, GATE, 'BLD,DH->BLH', x_BLD, shape=(x_BLD.shape[-1], H), axes=axes,
-      output=True, with_bias=False, deterministic=deterministic)
-  z_BLH = z_BLH / module.config.widening
-  return o_BLHK * _gate_of_logits(module, z_BLH, axes)[..., None]
+  D, H = x_BLD.shape[-1], o_BLHK.shape[2]
+  axes = axis, 'heads'
+  product_BLH = layers.dense(
+      module, GATE, 'BLD,DH->BLH', x_BLD, shape=(D, H), axes=axes, output=True,
+      with_bias=False, deterministic=deterministic)
+  # The bias is added after the division, which must not divide it.
+  logits_BLH = product_BLH / module.config.widening
+  gate_BLH = _gate_of_logits(module, logits_BLH, axes)
+  return o_BLHK * gate_BLH[..., None]
 
 
 def _gate_of_logits(module: Any, z: jax.Array, axes: tuple[str, ...]

@@ -32,6 +32,9 @@ from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
 
 VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
+# A number beside a squared length, so that the gradient of a vector of zeros is
+# finite.
+LEAST_SQUARED_LENGTH = 1e-24
 # The names of what a cache keeps of the last token: the features of its key
 # that are offset, and the sum of its forget gates; and of the last tokens.
 DYNAMIC_CONV = '{}_dynamic_conv'
@@ -89,39 +92,54 @@ def convolve_by_token(module: Any, name: str, x_BLJK: jax.Array,
     y_l = (x_l + sum over i < W of (w_i + u_li) * x_(l - W + 1 + i)) / c
     u_l = W_u input_l,   c = sqrt(2 W + 1),   W = model.dynamic_conv
 
-  w, 0 at first, is a filter of each feature, and u_l one of each head. A wider
-  model may have as many heads, so in muP u are logits, as a router's.
+  w, 0 at first, is a filter of each feature, and u_l one of each head. c keeps
+  the size of x, as y is a sum of 2 W + 1 products. A wider model may have as
+  many heads: so muP treats u as logits and divides it by `widening`, the ratio
+  of the model's width to that of its base model, which is 1 without muP.
+
+  The suffixes name axes: B batch, L length, D d_model, J heads of keys, K
+  features of a head, W tokens of the convolution, the token itself last.
 
   Args:
     module: the layer's attention, in which w and W_u are declared.
     name: 'key' or 'value', what x is.
-    x_BLJK: keys or values, [batch, length, heads J, features K].
-    input_BLD: the layer's input, [batch, length, d_model].
+    x_BLJK: keys or values.
+    input_BLD: the layer's input.
     ctx: the context of the layer, with the documents.
     cache: the layer's cache; None: there is none.
 
   Returns:
-    y, of the shape of x, and the cache with the last W - 1 inputs.
+    y, [B, L, J, K], and the cache with the last W - 1 inputs. With a
+    model.dynamic_conv of 0, x and the cache are returned as they are.
   """
   config: ModelConfig = module.config
   W = config.part(AttentionConfig).dynamic_conv
   if not W:
     return x_BLJK, cache
-  name = DYNAMIC_CONV.format(name)
+
+  # The filters w that all tokens share, and u that each token makes.
+  name_of_filters = DYNAMIC_CONV.format(name)
   J, K = x_BLJK.shape[2:]
-  w_WJK = declare(module, f'{name}_static', init=nn.initializers.zeros,
-                  shape=(W, J, K), role=Role((None, 'kv_heads', 'head')))
-  token_w_BLJW = layers.dense(
-      module, name, 'BLD,DJW->BLJW', input_BLD, shape=(config.d_model, J, W),
-      axes=('embed', 'kv_heads', None), output=True, with_bias=False,
-      deterministic=ctx.deterministic) / config.widening
-  previous = None if cache is None else cache.inputs[name]
-  y_BLJK, last_BWJK = features.convolve_by_filters_of_tokens(
-      x_BLJK, w_WJK, token_w_BLJW, before_BWHK=previous,
-      segment_ids_BL=ctx.segment_ids_BL, valid_BL=ctx.valid_BL)
-  y_BLJK = (x_BLJK.astype(jnp.float32) + y_BLJK) * (2 * W + 1) ** -0.5
+  w_WJK = declare(module, f'{name_of_filters}_static',
+                  init=nn.initializers.zeros, shape=(W, J, K),
+                  role=Role((None, 'kv_heads', 'head')))
+  logits_BLJW = layers.dense(
+      module, name_of_filters, 'BLD,DJW->BLJW', input_BLD,
+      shape=(config.d_model, J, W), axes=('embed', 'kv_heads', None),
+      output=True, with_bias=False, deterministic=ctx.deterministic)
+  token_w_BLJW = logits_BLJW / config.widening
+
+  # The convolution, which begins with the last inputs of an earlier call.
+  previous_BWJK = None
   if cache is not None:
-    cache = cache.replace(inputs=cache.inputs | {name: last_BWJK})
+    previous_BWJK = cache.inputs[name_of_filters]
+  convolved_BLJK, last_BWJK = features.convolve_by_filters_of_tokens(
+      x_BLJK, w_WJK, token_w_BLJW, before_BWHK=previous_BWJK,
+      segment_ids_BL=ctx.segment_ids_BL, valid_BL=ctx.valid_BL)
+  sum_BLJK = x_BLJK.astype(jnp.float32) + convolved_BLJK
+  y_BLJK = sum_BLJK * (2 * W + 1) ** -0.5
+  if cache is not None:
+    cache = cache.replace(inputs=cache.inputs | {name_of_filters: last_BWJK})
   return y_BLJK.astype(x_BLJK.dtype), cache
 
 
@@ -251,31 +269,37 @@ def scale_queries_by_position(module: Any, name: str, x_BLHK: jax.Array,
 
 def scale_queries_by_learned_log(module: Any, name: str, x_BLHK: jax.Array,
                                  ctx: Context) -> jax.Array:
-  """Returns queries times a learned factor of each head that grows with the
-  logarithm of their position (scalable softmax: Nakanishi 2025, arXiv
-  2501.19399, equation 3 and section 2.3; as in Mistral Large 4):
+  """Multiplies queries by a learned factor of each head h that grows with the
+  logarithm of their position, so that attention's weights do not flatten as the
+  number of keys grows (scalable softmax: Nakanishi 2025, arXiv 2501.19399,
+  equation 3 and section 2.3; as in Mistral Large 4):
 
     q'_h = q_h (a_h log(1 + position) + b_h),   a_h = 0 and b_h = 1 at first
 
+  The suffixes name axes: B batch, L length, H heads, K features of a head.
+
   Args:
     module: the layer's attention, in which a and b are declared.
-    name: 'query', which is not read.
-    x_BLHK: queries, [batch, length, heads, features].
+    name: 'query'. It is not read: all such steps have the same arguments.
+    x_BLHK: queries.
     ctx: the context of the layer, with the positions.
+
+  Returns:
+    q', [B, L, H, K]; the queries as they are without model.learned_log_scale.
   """
   del name
   if not module.config.part(AttentionConfig).learned_log_scale:
     return x_BLHK
-  shape, role = x_BLHK.shape[2:3], Role(('heads',))
+  H = x_BLHK.shape[2]
   slope_H = declare(module, 'log_scale', init=nn.initializers.zeros,
-                    shape=shape, role=role)
+                    shape=(H,), role=Role(('heads',)))
   offset_H = declare(module, 'log_scale_bias', init=nn.initializers.ones,
-                     shape=shape, role=role)
+                     shape=(H,), role=Role(('heads',)))
   log_BL = jnp.log1p(ctx.positions_BL.astype(jnp.float32))
   factor_BLH = (slope_H[None, None] * log_BL[..., None]
                 + offset_H[None, None])
-  x32_BLHK = x_BLHK.astype(jnp.float32) * factor_BLH[..., None]
-  return x32_BLHK.astype(x_BLHK.dtype)
+  scaled_BLHK = x_BLHK.astype(jnp.float32) * factor_BLH[..., None]
+  return scaled_BLHK.astype(x_BLHK.dtype)
 
 
 def normalise_values(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
@@ -291,57 +315,67 @@ def normalise_values(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
 
 def offset_keys(config: ModelConfig, k_BLJK: jax.Array, ctx: Context,
                 cache: Optional[Cache]) -> tuple[jax.Array, Optional[Cache]]:
-  """Returns keys of which the features that no position encoding rotates are
-  those of the token before (partial key offset: modded-nanogpt). So one layer
-  can find what followed an earlier occurrence of a token:
+  """Replaces those features of each key that no position encoding rotates by
+  the ones of the token before (partial key offset: modded-nanogpt):
 
     k'_l = (rotated features of k_l, other features of k_(l-1))
 
-  The first token of a document keeps its own. Without model.key_offset the keys
-  are returned as they are.
+  So a query that looks for a token finds the key of the token that followed it,
+  and one layer can copy what came after an earlier occurrence. The first token
+  of a document keeps its own features.
+
+  The suffixes name axes: B batch, L length, J heads of keys, K features of a
+  key, U features that are not rotated.
 
   Args:
     config: the config of the layer.
-    k_BLJK: keys after all steps, [batch, length, heads of keys J, features K].
+    k_BLJK: keys after all steps.
     ctx: the context of the layer, with positions and documents.
     cache: the layer's cache, which keeps these features of the last token;
       None: there is none.
 
   Returns:
-    The keys, and the cache.
+    k', [B, L, J, K], and the cache. Without model.key_offset both are returned
+    as they are.
   """
   if not config.part(AttentionConfig).key_offset:
     return k_BLJK, cache
-  rotated_BLJK, features_BLJU = jnp.split(
-      k_BLJK, [positions.rotary_dim(config)], axis=-1)
 
+  # The rotated features stand first.
+  num_rotated = positions.rotary_dim(config)
+  rotated_BLJK, own_BLJU = jnp.split(k_BLJK, [num_rotated], axis=-1)
   shifted_BLJU, cache = take_token_before(
-      KEY_OFFSET, features_BLJU, first_BLJK=features_BLJU, ctx=ctx, cache=cache)
+      KEY_OFFSET, own_BLJU, first_BLJK=own_BLJU, ctx=ctx, cache=cache)
   return jnp.concatenate([rotated_BLJK, shifted_BLJU], -1), cache
 
 
 def take_token_before(name: str, x_BLJK: jax.Array, first_BLJK: jax.Array,
                       ctx: Context, cache: Optional[Cache]
                       ) -> tuple[jax.Array, Optional[Cache]]:
-  """Returns for each token the x of the token before it in its document.
+  """Returns for each token l the vectors x_(l-1) of the token before it in its
+  document, and those of `first_BLJK` for the first token of a document.
+
+  The suffixes name axes: B batch, L length, J heads, K features of a head, M =
+  L + 1 tokens.
 
   Args:
     name: the name under which the cache keeps x of the last token.
-    x_BLJK: the x of each token, [batch, length, heads, features].
-    first_BLJK: what the first token of a document has instead, of this shape or
-      of one that broadcasts to it.
+    x_BLJK: the x of each token.
+    first_BLJK: what the first token of a document gets instead, of this shape
+      or of one that broadcasts to it.
     ctx: the context of the layer, with positions and documents.
     cache: the layer's cache; None: there is none.
 
   Returns:
-    The x of the tokens before, [B, L, J, K], and the cache.
+    The x of the tokens before, [B, L, J, K], and the cache, which keeps x of
+    the last token for the next call; None without a cache.
   """
   # The last token of an earlier call stands in front of those of this one.
   previous_B1JK = jnp.zeros_like(x_BLJK[:, :1])
   if cache is not None:
     previous_B1JK = cache.inputs[name].astype(x_BLJK.dtype)
   all_BMJK = jnp.concatenate([previous_B1JK, x_BLJK], 1)
-  shifted_BLJK = all_BMJK[:, :-1]
+  before_BLJK = all_BMJK[:, :-1]
   if cache is not None:
     last_B1JK = features.last_inputs(
         all_BMJK, count=1, length=x_BLJK.shape[1], valid_BL=ctx.valid_BL)
@@ -351,9 +385,8 @@ def take_token_before(name: str, x_BLJK: jax.Array, first_BLJK: jax.Array,
   is_first_BL = ctx.positions_BL == 0
   if ctx.segment_ids_BL is not None:
     is_first_BL = is_first_BL | features.begins_document(ctx.segment_ids_BL)
-  shifted_BLJK = jnp.where(is_first_BL[..., None, None], first_BLJK,
-                           shifted_BLJK)
-  return shifted_BLJK, cache
+  result_BLJK = jnp.where(is_first_BL[..., None, None], first_BLJK, before_BLJK)
+  return result_BLJK, cache
 
 
 # Forgetting attention (FoX: Lin et al. 2025, arXiv 2503.02130, equations 4 and
@@ -370,23 +403,35 @@ def take_token_before(name: str, x_BLJK: jax.Array, first_BLJK: jax.Array,
 def sum_forget_gates(module: Any, x_BLD: jax.Array, ctx: Context,
                      cache: Optional[Cache]
                      ) -> tuple[Optional[jax.Array], Optional[Cache]]:
-  """Returns the sums c of the logarithms of the forget gates in the equations
-  above, or None without model.forget_gate.
+  """Computes how far the tokens up to each token l have lowered the weights of
+  those before them, as the sum of the logarithms of their forget gates f
+  (forgetting attention, FoX: Lin et al. 2025, arXiv 2503.02130, equation 4):
+
+    f_l = sigmoid(W_f x_l + b_f),   c_l = sum over i <= l of log f_i
+
+  The sum goes over the whole row. Attention reads differences c_l - c_m alone,
+  so that documents before drop out of it.
+
+  The suffixes name axes: B batch, L length, D d_model, H heads, U = 1, M = L +
+  1 tokens.
 
   Args:
     module: the layer's attention, in which W_f and b_f are declared.
-    x_BLD: the layer's input, [batch, length, d_model].
+    x_BLD: the layer's input.
     ctx: the context of the layer, which says what is padding.
     cache: the layer's cache, which has c of the last token; None: there is
       none.
 
   Returns:
-    c, [B, L, H, 1] in float32, and the cache.
+    c, [B, L, H, 1] in float32, and the cache with c of the last token; (None,
+    the cache as it is) without model.forget_gate.
   """
   config: ModelConfig = module.config
   if not config.part(AttentionConfig).forget_gate:
     return None, cache
-  # A wider model may have as many heads: in muP these are logits.
+
+  # The gates. A wider model may have as many heads, so muP treats the products
+  # as logits: it divides them by `widening`, but not the bias.
   D, H = x_BLD.shape[-1], config.num_heads
   weight_DH = layers.weight(module, FORGET_GATE, shape=(D, H),
                             axes=('embed', 'heads'), output=True)
@@ -394,15 +439,16 @@ def sum_forget_gates(module: Any, x_BLD: jax.Array, ctx: Context,
                        axes=('heads',))
   z_BLH = layers.einsum('BLD,DH->BLH', x_BLD, weight_DH, dtype=x_BLD.dtype,
                         out_dtype=jnp.float32, axes=('embed', 'heads'))
-  z_BLH = z_BLH / config.widening + bias_H[None, None]
-  c_BLHU = jnp.cumsum(jax.nn.log_sigmoid(z_BLH), axis=1)[..., None]
+  logits_BLH = z_BLH / config.widening + bias_H[None, None]
+  log_f_BLH = jax.nn.log_sigmoid(logits_BLH)
+  c_BLHU = jnp.cumsum(log_f_BLH, axis=1)[..., None]
   if cache is None:
     return c_BLHU, None
 
   # The sum goes on from that of the last token of an earlier call.
-  last_B1HU = cache.inputs[FORGET_GATE]
-  c_BLHU += last_B1HU
-  all_BMHU = jnp.concatenate([last_B1HU, c_BLHU], 1)
+  previous_B1HU = cache.inputs[FORGET_GATE]
+  c_BLHU += previous_B1HU
+  all_BMHU = jnp.concatenate([previous_B1HU, c_BLHU], 1)
   last_B1HU = features.last_inputs(all_BMHU, count=1, length=x_BLD.shape[1],
                                    valid_BL=ctx.valid_BL)
   cache = cache.replace(inputs=cache.inputs | {FORGET_GATE: last_B1HU})
@@ -412,14 +458,22 @@ def sum_forget_gates(module: Any, x_BLD: jax.Array, ctx: Context,
 def add_forget_bias(visible: kernels.VisibleKeys,
                     q_sums_BLHU: Optional[jax.Array],
                     k_sums_BMHU: Optional[jax.Array]) -> kernels.VisibleKeys:
-  """Returns `visible` with the bias c_l - c_m of the equations above added to
-  what is added to the scores; `visible` itself without forget gates.
+  """Adds to the scores of attention, for query l and key m, how far the tokens
+  after m up to l have lowered the weight of m (forgetting attention, FoX):
+
+    bias_lm = c_l - c_m = sum over m < i <= l of log f_i
+
+  where f_i is the forget gate of token i (`sum_forget_gates`).
+
+  The suffixes name axes: B batch, L queries, M keys, H heads, U = 1.
 
   Args:
-    visible: which keys the queries see.
-    q_sums_BLHU: c of the queries' tokens, [B, L, H, 1]; None: there are no such
-      gates.
-    k_sums_BMHU: c of the keys' tokens, [B, M, H, 1].
+    visible: which keys the queries see, and what is added to their scores.
+    q_sums_BLHU: c of the queries' tokens; None: there are no such gates.
+    k_sums_BMHU: c of the keys' tokens.
+
+  Returns:
+    `visible` with the bias; `visible` as it is without forget gates.
   """
   if q_sums_BLHU is None:
     return visible
@@ -430,13 +484,15 @@ def add_forget_bias(visible: kernels.VisibleKeys,
 
 def add_bias_to_scores(visible: kernels.VisibleKeys, bias_BHLM: jax.Array
                        ) -> kernels.VisibleKeys:
-  """Returns `visible` with a bias, [batch, heads, queries, keys], added to what
-  is added to the scores."""
+  """Returns `visible` with a further bias, [batch, heads, queries, keys], on
+  the scores; it is added to the bias that `visible` has, if it has one."""
+  sum_BHLM = bias_BHLM
   if visible.bias_BHLM is not None:
-    bias_BHLM += visible.bias_BHLM
-  # The mask has a mark of the bias: fused kernels cannot add one.
-  return visible._replace(mask=visible.mask.replace(has_bias=True),
-                          bias_BHLM=bias_BHLM)
+    sum_BHLM = bias_BHLM + visible.bias_BHLM
+  # The mask is marked, so that no fused kernel is chosen: these cannot add a
+  # bias.
+  marked_mask = visible.mask.replace(has_bias=True)
+  return visible._replace(mask=marked_mask, bias_BHLM=sum_BHLM)
 
 
 # Values of the first layer, and values from a table of tokens, are mixed into
@@ -656,20 +712,27 @@ def subtract_head_pairs(module: Any, o_BLHU: jax.Array) -> jax.Array:
 
 def remove_own_value(module: Any, o_BLHK: jax.Array, v_BLJK: jax.Array
                      ) -> jax.Array:
-  """Returns the results of the heads without their part along the value of the
+  """Removes from the result o of each head its part along the value v of the
   token itself (exclusive self-attention, XSA: arXiv 2603.09078):
 
     o' = o - s (o . v) v / |v|^2
 
-  With model.attention_exclusive 'all', s is 1; with 'learned' it is tanh(alpha)
-  of a number alpha of each head, 0 at first (as in NeoMME); with 'none' o is
+  What a token holds reaches the output by the residual stream anyway, so that
+  attention need only bring what other tokens hold. With
+  model.attention_exclusive 'all', s is 1; with 'learned' it is tanh(alpha) of a
+  number alpha of each head, 0 at first (as in NeoMME); with 'none' o is
   returned as it is.
+
+  The suffixes name axes: B batch, L length, H heads, J heads of values, R = H /
+  J heads that share one head of values, K features of a head.
 
   Args:
     module: the layer's attention, in which alpha is declared.
-    o_BLHK: the results of the heads, [batch, length, heads H, features K].
-    v_BLJK: the values of the same tokens, [batch, length, heads of values J,
-      features K]. R = H / J heads of queries share one.
+    o_BLHK: the results of the heads.
+    v_BLJK: the values of the same tokens.
+
+  Returns:
+    o', [B, L, H, K].
   """
   fields = module.config.part(AttentionConfig)
   if fields.attention_exclusive == 'none':
@@ -678,7 +741,8 @@ def remove_own_value(module: Any, o_BLHK: jax.Array, v_BLJK: jax.Array
   # Values of length 1. The bound keeps the gradient of a value of zeros finite.
   v32_BLJK = v_BLJK.astype(jnp.float32)
   squares_BLJ1 = jnp.square(v32_BLJK).sum(-1, keepdims=True)
-  unit_BLJK = v32_BLJK * jax.lax.rsqrt(jnp.maximum(squares_BLJ1, 1e-24))
+  squares_BLJ1 = jnp.maximum(squares_BLJ1, LEAST_SQUARED_LENGTH)
+  unit_BLJK = v32_BLJK * jax.lax.rsqrt(squares_BLJ1)
 
   # The part of each head's result along them.
   B, L, H, K = o_BLHK.shape
@@ -695,16 +759,22 @@ def remove_own_value(module: Any, o_BLHK: jax.Array, v_BLJK: jax.Array
 
 
 def normalise_results(module: Any, o_BLHK: jax.Array) -> jax.Array:
-  """Returns the results of the heads, each divided by its root mean square with
-  model.context_norm (Muse Spark), or unchanged.
+  """Divides the result o of each head by its root mean square (Muse Spark):
+
+    o' = o / sqrt(mean over the features of o^2 + epsilon)
 
   Args:
     module: the layer's attention.
     o_BLHK: the results of the heads, [batch, length, heads, features].
+
+  Returns:
+    o', of the shape of o; o itself without model.context_norm.
   """
-  if not module.config.part(AttentionConfig).context_norm:
+  config: ModelConfig = module.config
+  if not config.part(AttentionConfig).context_norm:
     return o_BLHK
-  return layers.PlainRMSNorm(module.config, 'head', name='context_norm')(o_BLHK)
+  norm = layers.PlainRMSNorm(config, 'head', name='context_norm')
+  return norm(o_BLHK)
 
 
 # The order matters: a norm would undo the factors of later steps, and the clip
