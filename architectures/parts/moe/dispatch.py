@@ -69,6 +69,9 @@ from common.errors import RequestError
 
 # How many slots for each assignment `auto` accepts, see `choose_dispatch`.
 MOST_SLOTS_PER_ASSIGNMENT = 2
+# 2^32 over the golden ratio. Times small whole numbers, it gives numbers that
+# are spread over all 32 bits (Fibonacci hashing: Knuth, volume 3, 6.4).
+SPREADING_FACTOR = 0x9e3779b9
 
 
 # On one device.
@@ -106,11 +109,16 @@ class ExpertDropout:
 
   def mask(self, id_P: jax.Array, num_units: int) -> jax.Array:
     """Returns the factors by which dropout multiplies the hidden units of the
-    experts' networks: 0 with probability `rate`, else 1 / (1 - rate).
+    experts' networks: 0 with probability `rate`, else 1 / (1 - rate), so that
+    their mean is 1.
 
     The random bits are a hash of (seed, assignment, unit), where an assignment
-    is a pair of a token and its expert. So the mask is the same however rows
-    are sorted and whichever device computes them.
+    is a pair of a token and its expert:
+
+      bits_pf = hash(hash(id_p xor seed) + unit_f SPREADING_FACTOR)
+
+    So the mask is the same however rows are sorted and whichever device
+    computes them, as it would not be if bits were drawn in the rows' order.
 
     The suffixes name axes: P rows, F hidden units.
 
@@ -121,14 +129,15 @@ class ExpertDropout:
     Returns:
       The factors, float32 [P, F].
     """
-    # The constant, 2^32 over the golden ratio, spreads the numbers of units
-    # over all bits.
+    # Hash each row, and then each unit of it.
     unit_F = (jnp.arange(num_units) + self.first_unit).astype(jnp.uint32)
     row_hash_P = hash_uint32(id_P.astype(jnp.uint32) ^ self.seed)
     bits_PF = hash_uint32(
-        row_hash_P[:, None] + unit_F[None] * jnp.uint32(0x9e3779b9))
+        row_hash_P[:, None] + unit_F[None] * jnp.uint32(SPREADING_FACTOR))
+
     # A share `rate` of all 32-bit numbers is dropped: those below the bound.
-    keep_PF = bits_PF >= jnp.uint32(int(self.rate * 2 ** 32))
+    bound = int(self.rate * 2 ** 32)
+    keep_PF = bits_PF >= jnp.uint32(bound)
     return keep_PF / (1 - self.rate)
 
 
@@ -201,8 +210,9 @@ def _scatter_sum_to_tokens(x_AD: jax.Array, token_A: jax.Array, tokens: int
 def gather_tokens(x_TD: jax.Array, token_P: jax.Array, row_A: jax.Array,
                   choices: int) -> jax.Array:
   """Copies tokens to the rows that experts compute, y_p = x[token_p]. The
-  gradient, defined below, is a gather too, which is faster than the scatter
-  that JAX would derive.
+  gradient, defined below, adds up the rows of each token. It gathers them by
+  the inverse map `row_A`, which is faster than the scatter that JAX would
+  derive.
 
   The suffixes name axes: T tokens, D d_model, P rows, A assignments. An
   assignment is a pair of a token and an expert that it goes to.
@@ -350,8 +360,8 @@ combine_results.defvjp(_combine_results_forward, _combine_results_backward)
 
 
 def invert_row_of_assignment(row_A: jax.Array, num_rows: int) -> jax.Array:
-  """Inverts the map from assignments (pairs of a token and an expert) to the
-  rows that compute them.
+  """Inverts the map from assignments a (pairs of a token and an expert) to the
+  rows that compute them: assignment_p = a where row_a = p.
 
   The suffixes name axes: A assignments, P rows.
 
@@ -361,8 +371,11 @@ def invert_row_of_assignment(row_A: jax.Array, num_rows: int) -> jax.Array:
     num_rows: P, how many rows there are.
 
   Returns:
-    The assignment of each row, int32 [P]; A for a row that has none.
+    The assignment of each row, int32 [P]; A, which is no assignment, for a row
+    that has none.
   """
+  # Each assignment writes its number into its row. One without a row writes
+  # past the end, and is dropped.
   A = row_A.shape[0]
   no_assignment_P = jnp.full(num_rows, A, jnp.int32)
   assignment_A = jnp.arange(A, dtype=jnp.int32)
@@ -373,8 +386,9 @@ def invert_row_of_assignment(row_A: jax.Array, num_rows: int) -> jax.Array:
 def assign_padded_rows(expert_A: jax.Array, experts: int, slots: int
                        ) -> jax.Array:
   """Gives each assignment (a pair of a token and its expert) a row, where each
-  of E experts has C rows: those of expert e begin at row e C, in the order of
-  its assignments.
+  of E experts has C rows, in the order of its assignments:
+
+    row_a = e C + (how many assignments before a have the expert e of a)
 
   Args:
     expert_A: the expert of each of A assignments. E stands for a void
@@ -387,8 +401,11 @@ def assign_padded_rows(expert_A: jax.Array, experts: int, slots: int
     The row of each assignment, int32 [A]; E C, which is past the end, for a
     void one.
   """
-  row_A = expert_A * slots + rank_among_equal_keys(expert_A, experts + 1)
-  return jnp.where(expert_A < experts, row_A, experts * slots)
+  # There are E + 1 numbers of experts, with that of void assignments.
+  first_row_A = expert_A * slots
+  row_A = first_row_A + rank_among_equal_keys(expert_A, experts + 1)
+  past_the_end = experts * slots
+  return jnp.where(expert_A < experts, row_A, past_the_end)
 
 
 def assign_sorted_rows(expert_A: jax.Array, experts: int
@@ -511,7 +528,8 @@ class LocalExperts:
   def compute_grouped(self, rows_PD: jax.Array, count_E: jax.Array,
                       id_P: jax.Array, gate_P: jax.Array) -> jax.Array:
     """Applies the experts of this device to rows that are sorted by expert, and
-    multiplies each result by its gate.
+    multiplies each result by its gate: y_p = gate_p FFN_e(row_p), where e is
+    the expert whose rows p is among.
 
     The suffixes name axes: P rows, D d_model, E experts, F hidden units.
 
@@ -1055,23 +1073,34 @@ class SpreadExperts:
     Returns:
       The results, [E, C, D].
     """
-    n, (E, C, D) = self.devices, rows_ECD.shape
-
-    def send_to_experts(x_EC: jax.Array) -> jax.Array:
-      """Returns the rows of all devices for this device's E / n experts,
-      [E / n, n * C, ...]."""
-      # Before the exchange the axis n is the device to send to; after it, the
-      # device that sent.
-      x_nEC = x_EC.reshape(n, E // n, C, *x_EC.shape[2:])
-      x_EnC = self._exchange(x_nEC).swapaxes(0, 1)
-      return x_EnC.reshape(E // n, n * C, *x_EC.shape[2:])
-
+    # The ids travel as the rows do, if there is dropout to read them.
     if self.local.dropout is not None:
-      id_EC = send_to_experts(id_EC)
-    y_ECD = self.local.compute_padded(send_to_experts(rows_ECD), id_EC)
-    # The way back undoes these steps in reverse order.
+      id_EC = self._send_to_experts(id_EC)
+    y_ECD = self.local.compute_padded(self._send_to_experts(rows_ECD), id_EC)
+
+    # The way back undoes the steps of `_send_to_experts` in reverse order.
+    n = self.devices
+    E, C, D = rows_ECD.shape
     y_nECD = y_ECD.reshape(E // n, n, C, D).swapaxes(0, 1)
     return self._exchange(y_nECD).reshape(E, C, D)
+
+  def _send_to_experts(self, x_EC: jax.Array) -> jax.Array:
+    """Exchanges rows between the n devices, so that each gets those of its own
+    E / n experts.
+
+    Args:
+      x_EC: this device's rows for all E experts, C for each, [E, C, ...].
+
+    Returns:
+      The rows of all devices for this device's experts, [E / n, n * C, ...].
+    """
+    n = self.devices
+    E, C, *shape_of_row = x_EC.shape
+    # Before the exchange the axis n is the device to send to; after it, the
+    # device that sent.
+    x_nEC = x_EC.reshape(n, E // n, C, *shape_of_row)
+    x_EnC = self._exchange(x_nEC).swapaxes(0, 1)
+    return x_EnC.reshape(E // n, n * C, *shape_of_row)
 
   def assign_rows(self, expert_A: jax.Array
                   ) -> tuple[jax.Array, int, jax.Array]:
@@ -1278,14 +1307,16 @@ def _exchange_full_rows(axis: str, x: jax.Array, send_n: jax.Array,
   Returns:
     The parts that arrive, [n, rows, ...], in the order of their senders.
   """
-  n, rows_of_part = x.shape[:2]
-  rows = x.reshape(n * rows_of_part, *x.shape[2:])
+  n, rows_of_part, *shape_of_row = x.shape
+  rows = x.reshape(n * rows_of_part, *shape_of_row)
   # In this device's array, the rows for device d begin at read_from_n[d]. In
   # the array of any receiver, they belong where part i begins if this is device
   # i. So the receiver has its parts in the order of the devices.
   read_from_n = jnp.arange(n, dtype=jnp.int32) * rows_of_part
-  write_to_n = jnp.full(
-      n, jax.lax.axis_index(axis) * rows_of_part, jnp.int32)
+  place_at_receiver = jax.lax.axis_index(axis) * rows_of_part
+  write_to_n = jnp.full(n, place_at_receiver, jnp.int32)
+
+  # Rows past the counts keep the zeros of `output`.
   received = jax.lax.ragged_all_to_all(
       operand=rows, output=jnp.zeros_like(rows), input_offsets=read_from_n,
       send_sizes=send_n.astype(jnp.int32), output_offsets=write_to_n,

@@ -36,6 +36,7 @@ to O outputs.
 """
 
 import functools
+import math
 from typing import Any, Callable, NamedTuple, Optional
 
 import jax
@@ -52,6 +53,8 @@ from common.errors import RequestError
 BLOCK_SIZES_OVER_EVEN_LOAD = (
     1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2, 2)
 MOST_ROWS_OF_A_BLOCK = 1024  # so that it stays in a CPU's cache
+# What all sizes of blocks are multiples of.
+UNIT_OF_BLOCK_SIZES = 16
 GROUPED_KERNELS = ('auto', 'xla', 'megablox')
 # The rows of a tile of megablox, in order of choice. A tile that two experts
 # share is computed for both, so an expert should fill two: fewer rows a tile
@@ -170,20 +173,24 @@ def _grouped_ffn_forward(
 
 def _grouped_ffn_backward(settings: GroupedSettings, saved: tuple,
                           dy_PD: jax.Array) -> tuple:
-  """Computes the gradients of `grouped_ffn`. The head of this file has the
+  """Computes the gradients of `grouped_ffn`, y = g FFN_e(x) for each row x,
+  with its gate g and expert e. From the gradient dy of the results follow dx,
+  dg and the gradients of the experts' weights. The head of this file has the
   equations.
 
   The suffixes name axes: P rows, D features of a row.
 
   Args:
     settings: how the products are computed.
-    saved: what the forward pass kept: its arguments, and the inputs of the
-      activation or None.
+    saved: what the forward pass kept: the rows, the counts, the gates, the
+      weights, the dropout mask, and the inputs of the activation, or None if
+      they are computed again.
     dy_PD: the gradient of the result.
 
   Returns:
-    A gradient for each argument in their order: the rows, the counts (None),
-    the gates, the weights, and the dropout mask (None).
+    A gradient for each array that `grouped_ffn` was given, in their order: the
+    rows, the counts (None), the gates, the weights, and the dropout mask
+    (None).
   """
   # CPU goes through blocks of rows, and other platforms compute all rows at
   # once, like in the forward pass.
@@ -537,8 +544,8 @@ def block_sizes(num_rows: int, even_rows: int) -> tuple[int, ...]:
   each expert are computed block by block. The sizes are fixed when the program
   is compiled; how many blocks of each size there are depends on the data.
 
-  Sizes are multiples of 16. Only `num_rows`, which no size exceeds, need not be
-  one.
+  The sizes are fixed ratios of `even_rows`, rounded up to multiples of 16. Only
+  `num_rows`, which no size exceeds, need not be one.
 
   Args:
     num_rows: how many rows there are in all.
@@ -548,13 +555,12 @@ def block_sizes(num_rows: int, even_rows: int) -> tuple[int, ...]:
     The sizes in ascending order.
   """
   # Bound the largest size, that of the last ratio, by MOST_ROWS_OF_A_BLOCK.
-  even_rows = min(
-      even_rows, MOST_ROWS_OF_A_BLOCK / BLOCK_SIZES_OVER_EVEN_LOAD[-1])
+  largest_ratio = BLOCK_SIZES_OVER_EVEN_LOAD[-1]
+  bounded_rows = min(even_rows, MOST_ROWS_OF_A_BLOCK / largest_ratio)
   sizes = set()
   for ratio in BLOCK_SIZES_OVER_EVEN_LOAD:
-    # The two minus signs make // round up.
-    multiple_of_16 = -int(-even_rows * ratio // 16) * 16
-    sizes.add(min(num_rows, multiple_of_16))
+    num_units = math.ceil(bounded_rows * ratio / UNIT_OF_BLOCK_SIZES)
+    sizes.add(min(num_rows, num_units * UNIT_OF_BLOCK_SIZES))
   return tuple(sorted(sizes))
 
 
@@ -614,14 +620,18 @@ def _fold_over_blocks_of_one_size(
 
     carry = update(carry, size, expert, start, first, stop)
 
-  The block has the rows from `start` to `start + size`. Of these, only the rows
-  `first` to `stop` are the block's own, which `update` may write.
+  A block belongs to one expert. It covers the rows from `start` to before
+  start + size, but only those from `first` to before `stop` are its own, which
+  `update` may write. The others belong to other blocks:
+
+    start <= first < stop <= start + size
 
   Args:
-    size: how many rows a block has.
+    size: how many rows a block has, its own and others.
     num_rows: how many rows there are in all.
-    blocks_E: how many blocks of this size each of E experts has.
-    first_E: the row at which the first of them begins, for each expert.
+    blocks_E: how many blocks of this size each of E experts has. They follow
+      one another in its rows.
+    first_E: the first own row of the first of them, for each expert.
     stop_E: the row after the last row of each expert.
     update: the function that is called.
     carry: the carry of the first call.
@@ -629,16 +639,19 @@ def _fold_over_blocks_of_one_size(
   Returns:
     The result of the last call.
   """
-  # The blocks are numbered expert by expert. Those of expert e end before the
-  # number ends_E[e].
+  # The blocks of all experts are numbered from 0, expert by expert. Those of
+  # expert e have the numbers ends_E[e] - blocks_E[e] to before ends_E[e].
   ends_E = jnp.cumsum(blocks_E)
 
   def update_by_block(j: jax.Array, carry: Any) -> Any:
-    """Calls `update` for block j, and returns the carry after it."""
-    # The block belongs to the first expert whose blocks end after j.
+    """Calls `update` for the block with the number j, and returns the carry
+    after it."""
+    # The block belongs to the first expert whose blocks end after j. It is the
+    # block `index_of_block` of this expert, counted from 0.
     expert = jnp.searchsorted(ends_E, j, side='right').astype(jnp.int32)
     first_of_expert = first_E[expert]
     index_of_block = j - ends_E[expert] + blocks_E[expert]
+    # Its own rows: `size` rows, or those that the expert has left.
     first = first_of_expert + index_of_block * size
     stop = jnp.minimum(first + size, stop_E[expert])
     # A block that would end past the last row begins earlier. The rows before
@@ -867,7 +880,11 @@ def _backward_by_blocks(
 
 def choose_grouped_kernel(moe: MoEConfig) -> str:
   """Chooses the kernel that multiplies each row by the matrix of its expert:
-  'megablox' (Pallas, for TPU) or 'xla'.
+  'megablox' or 'xla'.
+
+  megablox is a Pallas kernel for TPU, whose work follows the rows that each
+  expert has. xla is the compiler's own product, which is at times that of every
+  expert with every row, but runs anywhere.
 
   Args:
     moe: the config of the mixture of experts. Its grouped_kernel names one, or
@@ -914,8 +931,9 @@ def grouped_product_of_kernel(name: str, even_rows: int) -> Callable:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def megablox_product(even_rows: int, interpret: bool, x_PI: jax.Array,
                      m_EIO: jax.Array, count_E: jax.Array) -> jax.Array:
-  """Multiplies each row by the matrix of its expert, by Pallas' kernel megablox
-  for TPU (MegaBlocks: Gale et al. 2022). The gradient is defined below.
+  """Multiplies each row by the matrix of its expert, y_p = x_p m_e for each row
+  p of expert e, by Pallas' kernel megablox for TPU (MegaBlocks: Gale et al.
+  2022). The gradient is defined below.
 
   The suffixes name axes: P rows, I input features, O output features, E
   experts.
@@ -967,6 +985,8 @@ def _megablox_backward(even_rows: int, interpret: bool, saved: tuple,
   Returns:
     dx [P, I], dm [E, I, O], and None for the counts.
   """
+  # Each row by the transposed matrix of its expert, and then, for each expert,
+  # the sum over its rows.
   x_PI, m_EIO, count_E = saved
   dx_PI = _multiply_rows_by_experts(
       even_rows, dy_PO, m_EIO=m_EIO, count_E=count_E, interpret=interpret,

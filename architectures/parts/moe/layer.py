@@ -210,7 +210,15 @@ class MoE(nn.Module):
 
   def _logits(self, x_TD: jax.Array, ctx: Context
               ) -> tuple[Optional[jax.Array], Optional[jax.Array]]:
-    """Computes the router's logits, one for each token and expert.
+    """Computes the router's logits, one for each token and expert:
+
+      logits = x W / widening + bias + noise
+
+    `widening` is muP's factor, the ratio of the model's width to that of its
+    base model, which is 1 without muP. It divides the product alone, and
+    neither the bias nor the noise. x is the token with jitter, or what an MLP
+    makes of it (with moe.router_dim). The parts that the config does not ask
+    for are left out.
 
     The suffixes name axes: T tokens, D d_model, E experts, U features of the
     router's state.
@@ -228,35 +236,41 @@ class MoE(nn.Module):
     if not routing.router_of(moe).has_logits:
       return None, None
 
-    # The router's input with jitter. Without jitter, or outside of training,
-    # the key is None.
+    # The router's input, times a jitter in training (Switch, section 2.4).
     x_TD = x_TD.astype(jnp.float32)
-    key = self._noise_key(moe.jitter, ctx)
-    if key is not None:  # Switch, section 2.4: multiplicative jitter
+    jitter_key = self._noise_key(moe.jitter, ctx)
+    if jitter_key is not None:
       jitter_TD = jax.random.uniform(
-          key, x_TD.shape, dtype=jnp.float32, minval=1 - moe.jitter,
+          jitter_key, x_TD.shape, dtype=jnp.float32, minval=1 - moe.jitter,
           maxval=1 + moe.jitter)
       x_TD = x_TD * jitter_TD
 
-    # The product, of the input or of what an MLP makes of it. The order of what
-    # follows matters: muP divides the product alone, and not the bias or the
-    # noise.
-    state_TU, axis = None, 'embed'
+    # The input of the product: the token, or what an MLP makes of the router's
+    # state, whose features are not split over devices.
+    state_TU = None
+    input_TD = x_TD
+    axis_of_input: Optional[str] = 'embed'
     if moe.router_dim:
       state_TU = self._router_state(x_TD, ctx)
-      x_TD, axis = self._router_mlp(state_TU), None
+      input_TD = self._router_mlp(state_TU)
+      axis_of_input = None
+
+    # The product with a vector of each expert. gpt-oss has a bias as well.
     router_DE = layers.weight(
-        self, 'router', shape=(x_TD.shape[1], moe.all_experts),
-        axes=(axis, None), output=True)
-    logits_TE = _multiply_in_float32(x_TD, router_DE)
-    logits_TE = logits_TE / self.config.widening  # muP's output multiplier
-    if moe.logit_bias:  # gpt-oss; muP's multiplier is not the bias's
+        self, 'router', shape=(input_TD.shape[1], moe.all_experts),
+        axes=(axis_of_input, None), output=True)
+    logits_TE = _multiply_in_float32(input_TD, router_DE)
+    logits_TE = logits_TE / self.config.widening
+    if moe.logit_bias:
       bias_E = layers.bias(
           self, 'logit_bias', shape=(moe.all_experts,), axes=(None,))
       logits_TE = layers.add_bias(logits_TE, bias_E)
-    key = self._noise_key(moe.logit_noise, ctx)
-    if key is not None:
-      logits_TE += moe.logit_noise * jax.random.normal(key, logits_TE.shape)
+
+    # Noise on the logits, in training.
+    noise_key = self._noise_key(moe.logit_noise, ctx)
+    if noise_key is not None:
+      noise_TE = jax.random.normal(noise_key, logits_TE.shape)
+      logits_TE += moe.logit_noise * noise_TE
     return logits_TE, state_TU
 
   def _router_state(self, x_TD: jax.Array, ctx: Context) -> jax.Array:
@@ -268,13 +282,17 @@ class MoE(nn.Module):
     and 0 if there is none; s is a learned factor of each feature, 1 at first.
     With moe.router_memory=False, r_n = W x + b.
 
+    The suffixes name axes: T tokens, D d_model, U features of the state
+    (moe.router_dim).
+
     Args:
-      x_TD: the router's input x, float32 [tokens, d_model].
+      x_TD: the router's input x, in float32.
       ctx: the context of the layer, with r_(n-1), [batch, length, U].
 
     Returns:
-      r_n, float32 [tokens, U].
+      r_n, float32 [T, U].
     """
+    # The part that this layer makes of the token.
     moe = self.config.part(MoEConfig)
     down_DU = layers.weight(
         self, 'router_down', shape=(x_TD.shape[1], moe.router_dim),
@@ -285,6 +303,9 @@ class MoE(nn.Module):
     state_TU = layers.add_bias(state_TU, bias_U)
     if not moe.router_memory:
       return state_TU
+
+    # The part that the last router has left. The factor is declared in a first
+    # layer too, which reads none, so that all layers have the same parameters.
     factor_U = declare(self, 'router_factor', init=nn.initializers.ones,
                        shape=(moe.router_dim,), role=Role((None,)))
     if ctx.shared.router_BLU is None:
@@ -296,14 +317,15 @@ class MoE(nn.Module):
     """Computes what a router with a state r makes of it, for the product with
     the experts' vectors (Zaya, in transformers):
 
-      gelu(W_2 gelu(W_1 rms(r) + b_1) + b_2)
+      y = gelu(W_2 gelu(W_1 rms(r) + b_1) + b_2),   rms(r): RMSNorm with a scale
 
     Args:
-      state_TU: r, float32 [tokens, U].
+      state_TU: r, float32 [T tokens, U features].
 
     Returns:
-      The result, of the shape of r.
+      y, float32 [T, U].
     """
+    # The norm, and two layers of the same size.
     size = state_TU.shape[1]
     scale_U = declare(self, 'router_norm', init=nn.initializers.ones,
                       shape=(size,), role=Role((None,)))
@@ -359,21 +381,27 @@ class MoE(nn.Module):
     return jax.lax.stop_gradient(table_VX)[tokens_T].astype(jnp.int32)
 
   def _bias(self) -> Optional[jax.Array]:
-    """Returns DeepSeek-V3's bias, [E], which no gradient moves, but
-    `move_biases` does; None where the router has none."""
+    """Declares the bias by which a router chooses experts, but does not weigh
+    them (DeepSeek-V3's balance without a loss). No gradient moves it, but
+    `move_biases` does.
+
+    Returns:
+      The bias, float32 [E experts]; None where the router has none.
+    """
     moe = self.config.part(MoEConfig)
     if not routing.router_of(moe).has_bias:
       return None
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
-             ) -> jax.Array:
-      """Returns zeros, and another number for experts that are skips."""
+    def initial_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
+                     ) -> jax.Array:
+      """Returns zeros. The last experts, those without a network, begin with
+      another number if they are skips."""
       bias_E = nn.initializers.zeros(key, shape, dtype)
       if not moe.zero_experts_skip:
         return bias_E
       return bias_E.at[moe.num_experts:].set(FIRST_BIAS_OF_SKIPS)
 
-    return declare(self, BIAS, init=init, shape=(moe.all_experts,),
+    return declare(self, BIAS, init=initial_bias, shape=(moe.all_experts,),
                    role=Role((None,)), dtype=jnp.float32)
 
   def _dropout(self, ctx: Context) -> Optional[ExpertDropout]:
@@ -429,12 +457,19 @@ class MoE(nn.Module):
 
 def zero_router_state(config: ModelConfig, x_BLD: jax.Array
                       ) -> Optional[jax.Array]:
-  """Returns the state that the first router of a stack is given, zeros [B, L,
-  U]; None for a model whose routers have none.
+  """Returns the state that the first router of a stack is given in place of one
+  from a router before it: zeros. So all layers have inputs of the same
+  structure, as a scan over layers needs.
+
+  The suffixes name axes: B batch, L length, D d_model, U features of the state
+  (moe.router_dim).
 
   Args:
     config: the config of a model with experts.
     x_BLD: the input of the first layer, which gives B and L.
+
+  Returns:
+    Zeros, float32 [B, L, U]; None for a model whose routers have no state.
   """
   moe = config.part(MoEConfig)
   if not moe.router_dim:
@@ -484,9 +519,10 @@ def choices(routed: routing.Routing, kept_A: jax.Array
 def move_biases(config: ModelConfig, params: dict[str, Any],
                 loads: Mapping[str, jax.Array], applied: jax.typing.ArrayLike
                 ) -> dict[str, Any]:
-  """Moves the biases of the routers against the load of their experts, so that
-  an expert with too many tokens is chosen less often (DeepSeek-V3's balance
-  without a loss).
+  """Moves the biases of the routers against the load of their experts
+  (DeepSeek-V3's balance without a loss; Wang et al. 2024, arXiv 2408.15664):
+  the bias of an expert with more tokens than the mean falls by moe.bias_rate,
+  so that it is chosen less often, and that of one with fewer rises.
 
   The training step calls it after the optimiser. The optimiser leaves these
   biases alone, as their gradient is zero.
@@ -503,11 +539,11 @@ def move_biases(config: ModelConfig, params: dict[str, Any],
   """
   def move_if_router_bias(path: tuple, x: jax.Array) -> jax.Array:
     """Returns a parameter, moved if it is the bias of a router."""
-    path = jax.tree_util.keystr(path, simple=True, separator='/')
-    if path not in loads:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if name not in loads:
       return x
     rate = config.part(MoEConfig).bias_rate
-    return routing.move_bias_against_load(x, loads[path], applied * rate)
+    return routing.move_bias_against_load(x, loads[name], applied * rate)
 
   return jax.tree_util.tree_map_with_path(move_if_router_bias, params)
 

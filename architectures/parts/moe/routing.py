@@ -289,9 +289,12 @@ def _indices_of_best_experts(scores_TE: jax.Array, choices: int) -> jax.Array:
 
 def expert_capacity(factor: float, tokens: int, choices: int, experts: int
                     ) -> int:
-  """Returns the capacity of an expert: how many tokens of a routing group it
-  takes at most, ceil(factor S X / E) (Switch Transformer, equation 3, for X
-  choices of a token).
+  """Returns the capacity of an expert, how many tokens of a routing group it
+  takes at most (Switch Transformer, equation 3, for X choices of a token):
+
+    capacity = max(1, ceil(factor S X / E))
+
+  S X / E is the load of each expert if all have the same.
 
   Args:
     factor: the capacity factor, how much room an expert has relative to an even
@@ -302,8 +305,9 @@ def expert_capacity(factor: float, tokens: int, choices: int, experts: int
   """
   # The factor is read as it is written: 1.1 is 11/10, and not the binary number
   # a hair above it, which could round the capacity up by one.
-  exact = fractions.Fraction(str(factor))
-  return max(1, math.ceil(exact * tokens * choices / experts))
+  exact_factor = fractions.Fraction(str(factor))
+  even_load = fractions.Fraction(tokens * choices, experts)
+  return max(1, math.ceil(exact_factor * even_load))
 
 
 def rank_among_equal_keys(key_A: jax.Array, keys: int) -> jax.Array:
@@ -418,8 +422,9 @@ def _hide_all_but_best_groups(moe: MoEConfig, scores_TE: jax.Array, *,
 
 
 def _rank_groups(score_TG: jax.Array) -> jax.Array:
-  """Ranks groups of experts by their scores, for each token. The best has rank
-  0. Of equal scores the first is better.
+  """Ranks groups of experts by their scores, for each token: the rank of a
+  group is how many other groups are better. So the best has rank 0. Of equal
+  scores the first is better.
 
   All pairs of groups are compared, because XLA would gather the operand of a
   sort on every device of a mesh.
@@ -430,12 +435,13 @@ def _rank_groups(score_TG: jax.Array) -> jax.Array:
   Returns:
     The ranks, int [T, G].
   """
-  # A group's rank is how many other groups are better. In [T, G, G], the last
-  # axis is that of the other groups.
+  # In [T, G, G], the last axis is that of the other groups.
   index_G = jnp.arange(score_TG.shape[1])
-  own, other = score_TG[:, :, None], score_TG[:, None]
+  own_TG1 = score_TG[:, :, None]
+  other_T1G = score_TG[:, None]
   is_earlier_1GG = (index_G[None] < index_G[:, None])[None]
-  is_better_TGG = (other > own) | ((other == own) & is_earlier_1GG)
+  is_better_TGG = (other_T1G > own_TG1) | (
+      (other_T1G == own_TG1) & is_earlier_1GG)
   return is_better_TGG.sum(-1)
 
 
@@ -532,7 +538,11 @@ def route_gshard(moe: MoEConfig, x: RouterInputs) -> Routing:
 def route_by_scores(score: Callable[[jax.Array], jax.Array], moe: MoEConfig,
                     x: RouterInputs) -> Routing:
   """Routes each token to the experts that are best by score + bias, and weighs
-  them by their scores alone (DeepSeek-V3, 2024, equations 12 to 16).
+  them by their scores alone (DeepSeek-V3, 2024, equations 12 to 16):
+
+    s = score(logits),   chosen = the moe.top_k experts with the best s + bias
+    gate = s of a chosen expert, or with moe.normalize_gates that over the sum
+           of s of the chosen ones
 
   The suffixes name axes: T tokens, E experts, X choices of a token.
 
@@ -545,9 +555,9 @@ def route_by_scores(score: Callable[[jax.Array], jax.Array], moe: MoEConfig,
   Returns:
     The assignments of tokens to experts, and their gates.
   """
-  # The bias changes which experts are chosen, to balance their load. It is
-  # moved by hand (`move_bias_against_load`), so it must have no gradient, and
-  # it must not enter the gates.
+  # Choose by s + bias. The bias balances the load of the experts. It is moved
+  # by hand (`move_bias_against_load`), so it must have no gradient, and it must
+  # not enter the gates.
   scores_TE = score(x.logits_TE)
   ranked_TE = scores_TE
   if x.bias_E is not None:
@@ -578,8 +588,10 @@ def _weigh_by_scores(moe: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
 
 def _weigh_chosen(moe: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
                   scores_TE: jax.Array, probs_TE: jax.Array) -> Routing:
-  """Routes tokens to the experts that they chose. The gates are the scores of
-  these experts or, with normalize_gates, the scores divided by their sum.
+  """Routes tokens to the experts that they chose. The gate g of a chosen expert
+  i follows from the scores s of the chosen ones:
+
+    g_i = s_i,   or with moe.normalize_gates   g_i = s_i / (sum of chosen s_j)
 
   The suffixes name axes: T tokens, X choices of a token, E experts.
 
