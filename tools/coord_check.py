@@ -1,14 +1,16 @@
-"""Checks how activations grow with width: in muP they should stay flat.
+"""Checks how activations grow with width or depth: in muP they stay flat.
 
   python -m tools.coord_check
   python -m tools.coord_check --systems=gpt --optimizer=sgd
+  python -m tools.coord_check --systems=gpt --depths=2,4,8,16 --widths=64
   python -m tools.coord_check --systems=llama --mixers=deltanet --widen=heads
 
 Each system is trained for a few steps on one batch, the bytes of a text, at
 each width with the same learning rate. It prints the mean |x| of each block's
 output and of the logits, and its slope over width on logarithmic axes: 0 is
 flat, 1 grows as the width does. The base of muP is the least width, where
-the two forms are one (Yang et al. 2022, appendix D.1).
+the two forms are one (Yang et al. 2022, appendix D.1). With --depths it trains
+models of one width and several depths, of which the least is the base.
 """
 
 from collections.abc import Sequence
@@ -62,6 +64,8 @@ def define_flags() -> None:
                      'Decoders; default: all that muP has rules for.')
   flags.DEFINE_list('widths', ['64', '128', '256', '512'],
                     'Values of model.d_model, the base first.')
+  flags.DEFINE_list('depths', [], 'Values of model.num_layers, the base first; '
+                    'then --widths is one number.')
   cli.define_choices('mixers', blocks.MIXERS, 'Values of model.mixer: each '
                      'system is measured with each of them in all its layers; '
                      'default: with the mixers that it has.')
@@ -88,10 +92,10 @@ def main() -> int:
   # Check the flags.
   cli.parse(__doc__)
   args = flags.FLAGS
-  widths = sorted({int(width) for width in args.widths if width.isdecimal()})
-  if len(widths) != len(args.widths) or len(widths) < 2:
-    raise RequestError(f'--widths is {",".join(args.widths)}: give two numbers '
-                       'or more, each once')
+  depths = []
+  if args.depths:
+    depths = read_sizes('--depths', args.depths)
+  widths = read_sizes('--widths', args.widths, is_one=bool(depths))
   lr = LEARNING_RATE_OF_OPTIMIZER[args.optimizer]
   if args.lr is not None:
     check_number('--lr', args.lr, (('>', 0),))
@@ -109,6 +113,8 @@ def main() -> int:
       widest = config_at_width(
           system, parametrization='mup', width=widths[-1], base=widths[0],
           setting=setting)
+      if depths:
+        widest.model.mup_base_depth = depths[0]
       try:
         architectures.resolve(widest.model)
       except RequestError as error:
@@ -122,13 +128,36 @@ def main() -> int:
   rows = []
   for system, setting in measured:
     for parametrization in ('standard', 'mup'):
-      row = measure_growth_over_widths(
+      row = measure_growth(
           system, parametrization=parametrization, widths=widths,
-          setting=setting, seeds=args.seeds)
+          depths=depths or [NUM_LAYERS], setting=setting, seeds=args.seeds)
       print(format_figures(row), flush=True)
       rows.append(row)
   storage.write_json(json_file, rows)
   return 0
+
+
+def read_sizes(flag: str, texts: Sequence[str], is_one: bool = False
+               ) -> list[int]:
+  """Returns the numbers of a flag in their order by size.
+
+  Args:
+    flag: the name of the flag, for the message.
+    texts: its values.
+    is_one: whether there must be one number rather than several.
+
+  Raises:
+    RequestError: for another number of them, and for what is no number.
+  """
+  sizes = sorted({int(text) for text in texts if text.isdecimal()})
+  wanted = 'two numbers or more, each once'
+  is_right = len(sizes) >= 2
+  if is_one:
+    wanted = 'one number, beside several of --depths'
+    is_right = len(sizes) == 1
+  if not is_right or len(sizes) != len(texts):
+    raise RequestError(f'{flag} is {",".join(texts)}: give {wanted}')
+  return sizes
 
 
 class TrainingSetting(NamedTuple):
@@ -158,11 +187,11 @@ class TrainingSetting(NamedTuple):
 
 
 def config_at_width(system: str, parametrization: str, width: int, base: int,
-                    setting: TrainingSetting) -> ml_collections.ConfigDict:
+                    setting: TrainingSetting, depth: int = NUM_LAYERS,
+                    base_depth: int = 0) -> ml_collections.ConfigDict:
   """Returns the config of a system's smallest size (tiny), widened to a width.
 
-  It has NUM_LAYERS layers, or more if the system's pattern of layers needs
-  them.
+  It has more layers than `depth` if the system's pattern of layers needs them.
 
   Args:
     system: the name of a file of configs/.
@@ -170,6 +199,8 @@ def config_at_width(system: str, parametrization: str, width: int, base: int,
     width: model.d_model.
     base: the width at which both parametrizations are the same.
     setting: how the system is trained, and how it grows with the width.
+    depth: the number of layers.
+    base_depth: model.mup_base_depth.
   """
   config = importlib.import_module(f'configs.{system}').get_config('tiny')
   model = config.model
@@ -186,11 +217,12 @@ def config_at_width(system: str, parametrization: str, width: int, base: int,
 
   # Widen the model and its feed-forward networks. The vocabulary is all bytes.
   model.update(
-      num_layers=kinds.fewest_layers(model, NUM_LAYERS), vocab_size=256,
+      num_layers=kinds.fewest_layers(model, depth), vocab_size=256,
       max_len=LENGTH, parametrization=parametrization, d_model=width,
       d_ff=round(model.d_ff * factor_of_width),
       mixer=setting.mixer or model.mixer,
-      mup_base_width=base if is_mup else 0)
+      mup_base_width=base if is_mup else 0,
+      mup_base_depth=base_depth if is_mup else 0)
   model.moe.d_ff = round(model.moe.d_ff * factor_of_width)
   if setting.widen == 'heads':
     model.update(head_dim=head_dim,
@@ -209,45 +241,62 @@ def config_at_width(system: str, parametrization: str, width: int, base: int,
   return config
 
 
-def measure_growth_over_widths(system: str, parametrization: str,
-                               widths: Sequence[int],
-                               setting: TrainingSetting, seeds: int) -> dict:
-  """Trains a system at each width, and measures how its outputs grow with the
-  width.
+def measure_growth(system: str, parametrization: str, widths: Sequence[int],
+                   depths: Sequence[int], setting: TrainingSetting, seeds: int
+                   ) -> dict:
+  """Trains a system at each width, or each depth, and measures how its outputs
+  grow with it.
 
   Args:
     system: the name of a file of configs/.
     parametrization: standard or mup.
     widths: the widths, the base first.
+    depths: the numbers of layers, the base first. There is one width, or one
+      depth.
     setting: how the system is trained, and how it grows.
     seeds: the number of initialisations that are averaged.
 
   Returns:
     A row for JSON with the fields of the setting, the names of the outputs
-    (each block's and the logits), their mean |x| (`sizes`, for each width
-    [steps + 1, outputs]), and for each output the slope of its mean |x| over
-    the width, on logarithmic axes.
+    (each block's and the logits; over several depths, the last block's), their
+    mean |x| (`sizes`, for each model [steps + 1, outputs]), and for each output
+    the slope of its mean |x| over the width or depth, on logarithmic axes.
   """
-  # Measure the outputs at each width.
+  # The models. The base of the depth is set only where depths are compared.
+  is_over_depths = len(depths) > 1
+  grown = widths
+  base_depth = 0
+  if is_over_depths:
+    grown = depths
+    base_depth = depths[0]
+  models = []
+  for width in widths:
+    for depth in depths:
+      models.append((width, depth))
+
+  # Measure the outputs of each.
   sizes = []
-  title = f'{system}, {parametrization}: widths'
-  for width in progress.show_items(widths, title):
+  title = f'{system}, {parametrization}: models'
+  for width, depth in progress.show_items(models, title):
     config = config_at_width(
         system, parametrization=parametrization, width=width, base=widths[0],
-        setting=setting)
-    sizes_of_width = mean_sizes_of_outputs(
+        setting=setting, depth=depth, base_depth=base_depth)
+    sizes_of_model = mean_sizes_of_outputs(
         config, steps=setting.steps, seeds=seeds)
-    sizes.append(np.asarray(sizes_of_width, np.float64))
+    sizes.append(np.asarray(sizes_of_model, np.float64))
+  outputs = [f'block {i}' for i in range(sizes[0].shape[-1] - 1)] + ['logits']
+  if is_over_depths:
+    sizes = [size[:, -2:] for size in sizes]
+    outputs = ['last block', 'logits']
 
-  # Fit a line to the sizes [widths, outputs] after the last step, as functions
-  # of the width. In polyfit's result, the slope comes before the intercept.
+  # Fit a line to the sizes [models, outputs] after the last step, as functions
+  # of the width or depth. In polyfit's result, the slope comes before the
+  # intercept.
   log_sizes = np.log2([size[-1] for size in sizes])
-  slopes = np.polyfit(np.log2(widths), log_sizes, 1)[0]
-  num_blocks = len(log_sizes[0]) - 1
-  outputs = [f'block {i}' for i in range(num_blocks)] + ['logits']
+  slopes = np.polyfit(np.log2(grown), log_sizes, 1)[0]
   return setting._asdict() | dict(
       system=setting.name(system), parametrization=parametrization,
-      widths=list(widths), outputs=outputs,
+      widths=list(widths), depths=list(depths), outputs=outputs,
       sizes=[size.tolist() for size in sizes], slopes=slopes.tolist())
 
 
@@ -310,16 +359,19 @@ def describe_slope(slope: float) -> str:
 
 def format_figures(row: dict) -> str:
   """Returns the figures of a system as a table for a terminal: for each output
-  its mean |x| at every width, and the slope over the width.
+  its mean |x| at every width or depth, and the slope over these.
 
   Args:
-    row: the figures, as `measure_growth_over_widths` returns them.
+    row: the figures, as `measure_growth` returns them.
   """
   # The columns: 10 characters for a name, 9 for a number.
-  widths = ''.join(f'{width:>9}' for width in row['widths'])
+  grown, title = row['widths'], 'width'
+  if len(row['depths']) > 1:
+    grown, title = row['depths'], 'depth'
+  columns = ''.join(f'{size:>9}' for size in grown)
   lines = [f'{row["system"]}, {row["parametrization"]}: mean |x| after '
            f'{row["steps"]} steps of {row["optimizer"]} at lr {row["lr"]:g}',
-           f'  {"width":10}{widths}    slope']
+           f'  {title:10}{columns}    slope']
   for i, name in enumerate(row['outputs']):
     sizes = ''.join(f'{size[-1][i]:9.3g}' for size in row['sizes'])
     slope = row['slopes'][i]

@@ -111,10 +111,12 @@ def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
   rate_multipliers = mup.learning_rate_factors(
       module.config, optimizer=optim.name, roles=roles,
       is_hyperball=optim.hyperball)
+  gradient_factors = mup.gradient_factors(
+      module.config, optimizer=optim.name, roles=roles)
   rate_shares = parameter_shares(module, optim)
   return optimizers.make_optimizer(
       optim, steps=steps, roles=roles, rate_multipliers=rate_multipliers,
-      rate_shares=rate_shares)
+      rate_shares=rate_shares, gradient_factors=gradient_factors)
 
 
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):

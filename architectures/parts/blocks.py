@@ -189,7 +189,7 @@ def read_residual(config: ModelConfig, name: str, x: LayerInput
 def add_to_residual(config: ModelConfig, x: LayerInput, y_BLD: jax.Array,
                     weights: Optional[StreamWeights]) -> LayerInput:
   """Returns the residual stream, or streams, after one branch (attention or the
-  feed-forward network): x + residual_scale y for one stream.
+  feed-forward network): x + branch_scale y for one stream.
 
   Args:
     config: the model.
@@ -204,8 +204,8 @@ def add_to_residual(config: ModelConfig, x: LayerInput, y_BLD: jax.Array,
   if isinstance(x, Streams):
     return streams.add_to_streams(config, x, y_BLD, weights=weights)
   # A scale of 1 is left out, so that it costs no operation.
-  if config.residual_scale != 1:
-    y_BLD = layers.multiply_exactly(y_BLD, config.residual_scale)
+  if config.branch_scale != 1:
+    y_BLD = layers.multiply_exactly(y_BLD, config.branch_scale)
   return x + y_BLD
 
 

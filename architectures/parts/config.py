@@ -307,6 +307,10 @@ class ModelConfig:
   mup_base_head_dim: int = field(
       0, 'The head_dim of the base; derived: it has as many heads.',
       resume=FUNCTION, about=SIZE, of_layers=True)
+  mup_base_depth: int = field(
+      0, 'The num_layers of the base: what a branch adds, and the epsilon of '
+      'Adam, follow the number of layers from there (docs/mup.md). 0: they do '
+      'not.', most=MOST_LAYERS, resume=FUNCTION, about=SIZE)
   init: str = field('scaled_normal', 'The distribution of the first weights.',
                     resume=AT_START, about=RUN)
   init_stddev: float = field(
@@ -391,7 +395,7 @@ class ModelConfig:
     if not self.attention_bias:
       conditions['attention_out_bias'] = ReadIf('attention_bias', 'is set')
     if self.parametrization != 'mup':
-      for name in ('mup_base_width', 'mup_base_head_dim'):
+      for name in ('mup_base_width', 'mup_base_head_dim', 'mup_base_depth'):
         conditions[name] = ReadIf('parametrization', 'is mup')
     if self.init != 'fan_in':
       conditions['init_scale'] = ReadIf('init', 'is fan_in')
@@ -428,6 +432,23 @@ class ModelConfig:
   def head_widening(self) -> float:
     """How many times as large as in muP's base a head is."""
     return self.head_dim / self.base_head_dim
+
+  @property
+  def base_depth(self) -> int:
+    """The number of layers of muP's base; without one, the model's own."""
+    return self.mup_base_depth or self.num_layers
+
+  @property
+  def deepening(self) -> float:
+    """How many times as many layers as muP's base the model has."""
+    return self.num_layers / self.base_depth
+
+  @property
+  def branch_scale(self) -> float:
+    """The factor of what a branch adds to a plain residual sum: that of the
+    base, divided by the depth over the base's (Dey et al. 2025, arXiv
+    2505.01618, table 1 with alpha = 1)."""
+    return self.residual_scale / self.deepening
 
   @property
   def score_scale(self) -> float:

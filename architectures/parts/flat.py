@@ -761,9 +761,11 @@ def _derive_fields_of_model(fields: Mapping[str, Any],
 
   # The base of muP.
   derived['mup_base_width'] = derived['mup_base_head_dim'] = 0
+  derived['mup_base_depth'] = 0
   if fields['parametrization'] == 'mup':
     derived['mup_base_width'] = base_width
     derived['mup_base_head_dim'] = base_head_dim
+    derived['mup_base_depth'] = fields['mup_base_depth']
 
   # The kinds of layer.
   overrides_by_kind = {}

@@ -76,7 +76,8 @@ def _initializer(config: ModelConfig, role: Role, residual: bool,
   Under muP, the variance of a hidden weight falls as 1 / fan_in relative to the
   base model, and that of an output weight is the base model's (Yang et al.
   2022, table 8). `widening` is the ratio of the model's width to the base
-  model's, and 1 without muP.
+  model's, and 1 without muP. No variance depends on the depth where muP has a
+  base of it, of which N is the depth (Dey et al. 2025, table 1).
 
   Args:
     config: the model.
@@ -99,7 +100,7 @@ def _initializer(config: ModelConfig, role: Role, residual: bool,
   stddev = config.init_stddev
   if config.init == 'scaled_normal' and residual:
     loops = config.find_part(LoopsConfig)
-    depth = config.num_layers if loops is None else loops.depth
+    depth = config.base_depth if loops is None else loops.depth
     stddev /= (2 * depth) ** 0.5
   # Inputs without a logical axis, such as those of a small rank, do not become
   # more in a wider model.

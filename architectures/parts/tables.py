@@ -310,6 +310,7 @@ def _check_layers(config: ModelConfig, stack: str) -> None:
         'model.layer_scale is True, which multiplies one stream, and '
         f"model.residual {config.residual!r} has others: set it to 'plain'")
   _check_block(config, stack)
+  _check_base_depth(config)
   if config.num_heads % config.num_kv_heads:
     raise RequestError(
         f'model.num_kv_heads is {config.num_kv_heads}, which does not divide '
@@ -335,6 +336,8 @@ def _check_block(config: ModelConfig, stack: str) -> None:
     needs.append(('STREAMS', f'model.residual {config.residual!r}'))
   if config.residual_scale != 1:
     needs.append(('STREAMS', f'model.residual_scale {config.residual_scale}'))
+  if config.mup_base_depth:
+    needs.append(('STREAMS', f'model.mup_base_depth {config.mup_base_depth}'))
   if config.ffn == NO_FFN:
     needs.append(('WITHOUT_FFN', f'model.ffn {NO_FFN!r}'))
   if stack == 'encoder-decoder':
@@ -346,6 +349,31 @@ def _check_block(config: ModelConfig, stack: str) -> None:
       raise RequestError(
           f'model.block is {config.block!r}, which has no equation for '
           f'{field}: choose it from {", ".join(choices)}')
+
+
+# Parts whose effect adds up over the layers otherwise than that of branches of
+# one residual stream: the field, and its value without the part.
+_FIELDS_WITHOUT_RULES_OF_DEPTH = (
+    ('residual', 'plain'), ('loop', 'none'), ('layer_scale', False),
+    ('skips', False), ('mtp_depth', 0))
+
+
+def _check_base_depth(config: ModelConfig) -> None:
+  """Checks that muP has rules over depth (model.mup_base_depth) for all parts.
+
+  Args:
+    config: the config of the whole model.
+
+  Raises:
+    RequestError: for a part that has none.
+  """
+  if not config.mup_base_depth:
+    return
+  for field, value in _FIELDS_WITHOUT_RULES_OF_DEPTH:
+    require(getattr(config, field) == value,
+            f'model.{field} is {getattr(config, field)!r}, for which model.'
+            f'mup_base_depth has no rule: leave {field} at {value!r}, or '
+            'mup_base_depth at 0')
 
 
 def _check_value_residual(config: ModelConfig) -> None:

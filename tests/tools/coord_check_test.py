@@ -20,8 +20,8 @@ WIDTHS = [32, 128]
     if models.mixers_of(system) == {'attention'}])
 def rows(request):
   setting = coord_check.TrainingSetting('adamw', 2e-3, 8)
-  return {name: coord_check.measure_growth_over_widths(
-      request.param, name, WIDTHS, setting, 6)
+  return {name: coord_check.measure_growth(
+      request.param, name, WIDTHS, [coord_check.NUM_LAYERS], setting, 6)
           for name in ('standard', 'mup')}
 
 
@@ -47,6 +47,20 @@ def test_flat_in_mup_and_growing_in_the_standard_form(rows):
                              rows['standard']['sizes'][0], rtol=1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize('optimizer, lr, hyperball, widths, depths', [
+    ('muon', 3e-3, False, [64, 128, 256], [2]),
+    ('adamw', 0.01, True, [32, 128], [2]), ('muon', 0.01, True, [32, 128], [2]),
+    ('adamw', 1e-3, False, [32], [2, 4, 8]),
+    ('sgd', 0.03, False, [32], [2, 4, 8])])
+def test_optimizers_are_flat_over_width_and_depth(
+    optimizer, lr, hyperball, widths, depths):
+  setting = coord_check.TrainingSetting(optimizer, lr, 6, hyperball=hyperball)
+  row = coord_check.measure_growth('gpt', 'mup', widths, depths, setting, 4)
+  steepest = np.abs(row['slopes']).max()
+  assert steepest <= coord_check.MAX_FLAT_SLOPE, row['slopes']
+
+
 def test_the_outputs_of_all_blocks_and_no_other_are_measured():
   config = coord_check.config_at_width(
       'gpt', 'standard', 32, 32, coord_check.TrainingSetting('adamw', 1e-3, 1))
@@ -68,6 +82,8 @@ def test_the_outputs_of_all_blocks_and_no_other_are_measured():
 
 @pytest.mark.parametrize('flag, word', [
     ('--widths=16,a', '--widths is 16,a: give two numbers or more, each'),
+    ('--depths=2', '--depths is 2: give two numbers or more, each once'),
+    ('--depths=2,4', '256,512: give one number, beside several of --depths'),
     ('--systems=gpt,deepseek_v2', "'latent', for whose ranks"),
 ])
 def test_a_wrong_request_is_one_sentence(flag, word):

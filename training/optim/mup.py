@@ -37,6 +37,15 @@ of the matrix, which grows as sqrt(m). Its spectral norm grows as sqrt(m) where
 the rank does not grow, and the rate is * 1 / sqrt(n). That of Muon's is by
 sqrt(min(n, m)) less, and the rate is * 1 in a model whose widths all grow.
 
+Over depth (model.mup_base_depth), it is CompleteP (Dey et al. 2025, arXiv
+2505.01618, table 1 with alpha = 1). With l = num_layers / mup_base_depth, what
+a branch adds to the residual stream is divided by l, so that a layer's steps
+change the sum as much as 1 of l layers of the base. Then no rate and no initial
+variance depends on l, but for SGD: the gradient of a parameter of the layers is
+divided by l, and its rate is * l. Adam's epsilon is divided as the gradients
+are, by r everywhere and by l in the layers. Here the gradients are multiplied
+instead, which is the same to Adam.
+
 The rates follow from what a parameter declares: its Role, in
 architectures/parts/sharding.py. Initial variances and multipliers are
 architectures/parts/layers.py, skeletons.py and moe/layer.py.
@@ -48,6 +57,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from architectures.parts import paths
 from architectures.parts.config import ModelConfig
 from architectures.parts.sharding import Role
 from common.errors import check_choice
@@ -184,3 +194,33 @@ def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any,
     return factor(inputs=inputs, outputs=outputs, divisor=divisor)
 
   return jax.tree.map(factor_of_parameter, roles)
+
+
+def gradient_factors(config: ModelConfig, optimizer: str, roles: Any):
+  """Returns what the gradient of each parameter is multiplied by before the
+  optimiser sees it, so that it is as large as at the base, and the epsilon of
+  Adam has the same effect (Dey et al. 2025, arXiv 2505.01618, table 1).
+
+  Args:
+    config: the model's config.
+    optimizer: the name of the optimiser, optim.name.
+    roles: the Role of each parameter, as a tree.
+
+  Returns:
+    A factor for each parameter; None for a model without a base of its depth.
+  """
+  if not config.mup_base_depth:
+    return None
+  # The rates of SGD already hold how gradients fall with the width.
+  of_width = config.widening
+  if optimizer == 'sgd':
+    of_width = 1.0
+
+  def factor_of_parameter(key: tuple, role: Role) -> float:
+    """Returns the factor of the gradient of one parameter."""
+    del role
+    if paths.Stacks.is_in_stack(paths.path_to_string(key)):
+      return of_width * config.deepening
+    return of_width
+
+  return jax.tree_util.tree_map_with_path(factor_of_parameter, roles)

@@ -319,8 +319,8 @@ def _check_fields(selector: str, table: Mapping[str, Entry], optim: Optim,
 
 
 def make_optimizer(optim: Optim, steps: int, roles: Any,
-                   rate_multipliers: Any = None, rate_shares: Any = None
-                   ) -> Transformation:
+                   rate_multipliers: Any = None, rate_shares: Any = None,
+                   gradient_factors: Any = None) -> Transformation:
   """Builds the optimiser of a run: clipping, the direction, weight decay and
   the learning rate.
 
@@ -337,6 +337,8 @@ def make_optimizer(optim: Optim, steps: int, roles: Any,
       weight decay left as it is (training/optim/mup.py); None: 1.
     rate_shares: what its learning rate is multiplied by, its weight decay
       included (training/optim/shares.py); None: 1.
+    gradient_factors: what its clipped gradient is multiplied by
+      (training/optim/mup.py); None: 1.
   """
   def keep_trained(tree: Any) -> Any:
     if tree is None:
@@ -350,6 +352,7 @@ def make_optimizer(optim: Optim, steps: int, roles: Any,
   direction = OPTIMIZERS[optim.name].make(optim, roles)
   if optim.hyperball:
     direction = optax.chain(direction, hyperball.normalize_steps(roles))
+  direction = _multiply_gradients(direction, keep_trained(gradient_factors))
   add_decay = _add_weight_decay(optim.weight_decay, _decay_mask(optim, roles),
                                 is_cautious=optim.cautious_decay)
   scale_by_rate = optax.scale_by_learning_rate(learning_rate(optim, steps))
@@ -410,6 +413,24 @@ def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:
     updates, state = tx.update(grads, state, params)
     multiplied = jax.tree.map(lambda u, factor: u * factor, updates, factors)
     return multiplied, state
+
+  return Transformation(tx.init, update)
+
+
+def _multiply_gradients(tx: Transformation, factors: Any) -> Transformation:
+  """Returns an optimiser that is given the gradients, each multiplied by a
+  factor, and has the same state.
+
+  Args:
+    tx: the optimiser.
+    factors: the factor of each parameter, as a tree; None: all are 1.
+  """
+  if factors is None:
+    return tx
+
+  def update(grads: Any, state: Any, params: Any = None):
+    multiplied = jax.tree.map(lambda g, factor: g * factor, grads, factors)
+    return tx.update(multiplied, state, params)
 
   return Transformation(tx.init, update)
 

@@ -11,7 +11,7 @@ import pytest
 
 import architectures
 from tests.helpers import models
-from training import preflight
+from training import preflight, runs
 from architectures.parts import paths, sharding
 from training.runs import abstract_params, parameter_roles
 from training.optim import mup, optimizers
@@ -190,6 +190,66 @@ def test_a_step_has_the_spectral_norm_of_the_condition(
   grown = [4 if axis else 1 for axis in axes]
   narrow, wide = norm_of_step(1, 1, 1.0), norm_of_step(*grown, factor)
   assert wide / narrow == pytest.approx((grown[1] / grown[0]) ** 0.5, rel=0.1)
+
+
+def deepened(**changes):
+  """A model twice as wide and with three times as many layers as its base."""
+  return scaled('gpt', 2 * BASE, num_layers=6, mup_base_depth=2, **changes)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'sgd'])
+def test_a_step_has_the_epsilon_and_the_rate_of_the_depth(name):
+  """CompleteP, arXiv 2505.01618, table 1: Adam's epsilon is divided by width
+  and, in the layers, by depth; its rates do not know the depth. SGD's rates
+  make up for gradients that fall with the depth."""
+  module = deepened()
+  optim = base.base().optim
+  eps, lr, gradient = 1e-2, 0.1, 3e-3
+  optim.update(name=name, lr=lr, warmup_steps=0, schedule='constant',
+               weight_decay=0.0, clip_norm=0.0)
+  if name == 'adamw':
+    optim.eps = eps
+  else:
+    optim.momentum = 0.0
+  tx = runs.build_optimizer(module, optim, 1)
+  shapes = sharding.parameter_shapes(module)
+  params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+  grads = jax.tree.map(lambda x: gradient * x, params)
+  steps, _ = tx.update(grads, tx.init(params), params)
+  rates = paths.flatten_by_path(mup.learning_rate_factors(
+      module.config, name, parameter_roles(module)))
+  for path, step in paths.flatten_by_path(steps).items():
+    depth = 3 if path.startswith('decoder/layers/') else 1
+    want = gradient * depth
+    if name == 'adamw':
+      want = gradient / (gradient + eps / 2 / depth)
+    np.testing.assert_allclose(step, -lr * rates[path] * want, rtol=1e-4,
+                               err_msg=path)
+
+
+def test_branches_are_divided_by_the_depth_and_not_born_smaller():
+  deep, shallow = deepened(), scaled('gpt', 2 * BASE, num_layers=2)
+  born = [jax.jit(module.init)(jax.random.key(0), models.random_tokens())
+          for module in (deep, shallow)]
+  deviations = [float(np.std(paths.flatten_by_path(nn.meta.unbox(x['params']))[
+      'decoder/layers/block_0/ffn/down'])) for x in born]
+  assert deviations[0] == pytest.approx(deviations[1], rel=0.1)
+  # Layers that add a third each are layers of a model with that factor.
+  plain = scaled('gpt', 2 * BASE, num_layers=6, residual_scale=1 / 3)
+  params = nn.meta.unbox(born[0])
+  logits = [jax.jit(module.apply)(params, models.random_tokens()).logits
+            for module in (deep, plain)]
+  np.testing.assert_allclose(*logits, rtol=1e-6)
+
+
+@pytest.mark.parametrize('changes, word', [
+    (dict(layer_scale=True), 'layer_scale is True, for which model.mup_base'),
+    (dict(mtp_depth=1), 'mtp_depth is 1, for which model.mup_base_depth has'),
+    (dict(block='post_norm'), 'no equation for model.mup_base_depth 2'),
+    (dict(skips=True), 'skips is True, for which model.mup_base_depth')])
+def test_what_has_no_rule_over_depth_is_refused(changes, word):
+  with pytest.raises(ValueError, match=word):
+    deepened(**changes)
 
 
 def test_an_optimizer_without_rules_is_refused(monkeypatch):
