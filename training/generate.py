@@ -50,6 +50,13 @@ from common.fields import check_number
 UNROLLED_LAYERS = 48
 
 
+# By how sure the model is, places are ranked. A probability lies between these
+# numbers, those of tokens that are known already and of places outside of what
+# is to be written.
+SURENESS_OF_KNOWN_TOKENS = 2.0
+SURENESS_OF_OTHER_PLACES = -1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How the next token is drawn.
@@ -805,8 +812,8 @@ def generate_by_unmasking(
 
   def unmask_step(step: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Replaces some masks of each row by tokens. It is one step of writing text
-    by masked diffusion: after step s of S, (s + 1) / S of the `new` tokens of a
-    row are known.
+    by masked diffusion: after step s of S, N (s + 1) / S of the N tokens of a
+    row that are to be written are known.
 
     is_new_BL says which of the L places of B rows are to be written, and
     is_token_BL which are no padding.
@@ -818,14 +825,19 @@ def generate_by_unmasking(
     Returns:
       The tokens after the step, [B, L].
     """
+    # Predict all tokens of the rows; padding belongs to no segment.
     output: Any = module.apply({'params': params}, tokens_BL,
                                segment_ids_BL=is_token_BL,
                                lengths_B=ends_B1[:, 0])
+    logits_BLV = output.logits
 
+    # Fill in the surest ones.
+    key_of_step = jax.random.fold_in(key, step)
+    num_known = new * (step + 1) // steps
     return unmask_surest(
-        tokens_BL, logits_BLV=output.logits, is_new_BL=is_new_BL,
-        key=jax.random.fold_in(key, step), mask=mask, temperature=temperature,
-        num_known=new * (step + 1) // steps)
+        tokens_BL, logits_BLV=logits_BLV, is_new_BL=is_new_BL,
+        key=key_of_step, mask=mask, temperature=temperature,
+        num_known=num_known)
 
   tokens_BL = jax.lax.fori_loop(0, steps, unmask_step, tokens_BL)
   return _take_new_tokens(tokens_BL, lengths_B, new)
@@ -835,38 +847,87 @@ def unmask_surest(tokens_BL: jax.Array, *, logits_BLV: jax.Array,
                   is_new_BL: jax.Array, key: jax.Array, mask: int,
                   temperature: float, num_known: jax.Array) -> jax.Array:
   """Draws a token for each mask, and keeps those of which the model is surest
-  (low-confidence remasking), so that `num_known` new tokens are known.
+  (low-confidence remasking: LLaDA, arXiv 2502.09992, algorithm 5).
+
+  `num_known` counts the tokens that were known before, too. They stay as they
+  are, so each call fills in as many masks as are missing from that number.
+
+  The suffixes name axes: B batch, L length, V vocabulary.
 
   Args:
-    tokens_BL: the tokens, [batch, length], with masks for those to be written.
+    tokens_BL: the tokens, with masks for those to be written.
     logits_BLV: the logits of the tokens.
-    is_new_BL: which places are to be written.
+    is_new_BL: which places are to be written, masks and known tokens.
     key: the random key of the draws.
     mask: the id of a mask, which is never drawn.
     temperature: the temperature of the draws; 0: the likeliest token.
-    num_known: how many of the new tokens of a row are known afterwards, [] or
-      [batch, 1].
+    num_known: how many of the places to be written of a row are known
+      afterwards; one number for all rows, or [B, 1].
+
+  Returns:
+    The tokens, [B, L], with fewer masks.
   """
   # Draw a token for every mask: the largest of logits with Gumbel noise is a
   # draw from their softmax. The mask itself is never drawn.
   is_masked_BL = is_new_BL & (tokens_BL == mask)
-  logits_BLV = logits_BLV.at[..., mask].set(-jnp.inf)
-  noisy_logits_BLV = logits_BLV
+  possible_logits_BLV = logits_BLV.at[..., mask].set(-jnp.inf)
+  noisy_logits_BLV = possible_logits_BLV
   if temperature:
-    noise_BLV = jax.random.gumbel(key, logits_BLV.shape)
-    noisy_logits_BLV = logits_BLV / temperature + noise_BLV
+    noise_BLV = jax.random.gumbel(key, possible_logits_BLV.shape)
+    noisy_logits_BLV = possible_logits_BLV / temperature + noise_BLV
   filled_BL = noisy_logits_BLV.argmax(-1).astype(tokens_BL.dtype)
 
   # Keep the tokens with the largest probabilities, and mask the others again.
-  # To count them, tokens that are known already rank above all probabilities
-  # (2), and the prompt and the padding below (-1).
-  probs_BLV = jax.nn.softmax(logits_BLV, -1)
+  # Tokens that are known already rank above all of them, so that they count,
+  # and the prompt and the padding below, so that they do not.
+  probs_BLV = jax.nn.softmax(possible_logits_BLV, -1)
   prob_of_filled_BL1 = jnp.take_along_axis(probs_BLV, filled_BL[..., None], -1)
-  sureness_of_others_BL = jnp.where(is_new_BL, 2.0, -1.0)
+  sureness_of_others_BL = jnp.where(
+      is_new_BL, SURENESS_OF_KNOWN_TOKENS, SURENESS_OF_OTHER_PLACES)
   sureness_BL = jnp.where(is_masked_BL, prob_of_filled_BL1[..., 0],
                           sureness_of_others_BL)
   stays_BL = is_among_largest(sureness_BL, num_known)
   return jnp.where(is_masked_BL & stays_BL, filled_BL, tokens_BL)
+
+
+class UnmaskingState(NamedTuple):
+  """The state that goes from step to step of unmasking one block of each row.
+
+  Attributes:
+    tokens_BS: the tokens of the block, with masks for unknown ones.
+    estimate_BSD: the mean embedding of the tokens that the step before
+      predicted, for self-conditioning; None: the model has none.
+    cache: the cache of the model.
+  """
+  tokens_BS: jax.Array
+  estimate_BSD: jax.Array | None
+  cache: Any
+
+
+class PlacesOfBlock(NamedTuple):
+  """The places of one block of each row, B rows of S places.
+
+  Attributes:
+    positions_1S: their positions.
+    is_new_BS: which of them are to be written.
+    num_new_B1: how many of a row are.
+    key: the random key of the block.
+  """
+  positions_1S: jax.Array
+  is_new_BS: jax.Array
+  num_new_B1: jax.Array
+  key: jax.Array
+
+
+class WrittenText(NamedTuple):
+  """The text that block diffusion has written so far.
+
+  Attributes:
+    tokens_BM: the tokens of the rows, with masks where nothing is written yet.
+    cache: the cache of the model, with the clean tokens.
+  """
+  tokens_BM: jax.Array
+  cache: Any
 
 
 def generate_by_blocks(
@@ -909,61 +970,116 @@ def generate_by_blocks(
   output: Any = apply(tokens_BM[:, :read_length],
                       cache=architectures.init_cache(config, B, M))
 
-  def write_block(block: jax.Array, carry: tuple[jax.Array, Any]
-                  ) -> tuple[jax.Array, Any]:
+  # Write block after block, from the first one that has a mask in any row.
+  writer = BlockWriter(
+      module=module, params=params, is_new_BM=is_new_BM, key=key, steps=steps,
+      mask=mask, temperature=temperature)
+  first_block = lengths_B.min() // S
+  written = jax.lax.fori_loop(
+      first_block, num_blocks, writer.write_block,
+      WrittenText(tokens_BM, output.cache))
+  return _take_new_tokens(written.tokens_BM, lengths_B, new)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockWriter:
+  """Writes text by block diffusion, one block of each row after another. The
+  suffixes name axes: B rows, M tokens of a row, S tokens of a block.
+
+  Attributes:
+    module: the model.
+    params: its parameters.
+    is_new_BM: which places of each row are to be written.
+    key: the random key of all draws.
+    steps: the number of steps in which a block is unmasked.
+    mask: the id that stands for a masked token.
+    temperature: the temperature of the draws; 0: the likeliest token.
+  """
+  module: nn.Module
+  params: Any
+  is_new_BM: jax.Array
+  key: jax.Array
+  steps: int
+  mask: int
+  temperature: float
+
+  def write_block(self, block: jax.Array, text: WrittenText) -> WrittenText:
     """Writes one block of each row, from the cache of those before it.
 
     Args:
       block: the number of the block.
-      carry: the tokens, [B, M], and the cache.
+      text: the text before.
 
     Returns:
-      The tokens with the block, and the cache with its clean tokens.
+      The text with the block, and the cache with its clean tokens.
     """
-    tokens_BM, cache = carry
+    # The places of the block: which are to be written, and how many of a row.
+    config: Any = self.module.config  # type: ignore[attr-defined]
+    S, B = config.diffusion_block, len(text.tokens_BM)
     start = block * S
     positions_1S = start + jnp.arange(S)[None]
-    is_new_BS = jax.lax.dynamic_slice_in_dim(is_new_BM, start, S, axis=1)
+    is_new_BS = jax.lax.dynamic_slice_in_dim(self.is_new_BM, start, S, axis=1)
     num_new_B1 = is_new_BS.sum(1, keepdims=True)
-    block_key = jax.random.fold_in(key, block)
+    places = PlacesOfBlock(
+        positions_1S=positions_1S, is_new_BS=is_new_BS, num_new_B1=num_new_B1,
+        key=jax.random.fold_in(self.key, block))
 
-    def unmask_step(step: jax.Array, carry: Any) -> Any:
-      """Replaces some masks of the block by tokens; `estimate` is what the step
-      before predicted of all of them, for self-conditioning."""
-      tokens_BS, estimate_BSD, cache = carry
-      output: Any = apply(tokens_BS, positions_BL=positions_1S, cache=cache,
-                          estimate_BLD=estimate_BSD)
-      tokens_BS = unmask_surest(
-          tokens_BS, logits_BLV=output.logits, is_new_BL=is_new_BS,
-          key=jax.random.fold_in(block_key, step), mask=mask,
-          temperature=temperature, num_known=num_new_B1 * (step + 1) // steps)
-      if config.self_conditioning:
-        estimate_BSD = embed_predictions(config, params, output)
-      return tokens_BS, estimate_BSD, output.cache
-
-    tokens_BS = jax.lax.dynamic_slice_in_dim(tokens_BM, start, S, axis=1)
-    estimate_BSD = None
+    # Unmask the block step by step. Nothing is predicted of it at first.
+    masked_BS = jax.lax.dynamic_slice_in_dim(text.tokens_BM, start, S, axis=1)
+    unknown_BSD = None
     if config.self_conditioning:
-      estimate_BSD = jnp.zeros((B, S, config.d_model), config.compute_dtype)
-    tokens_BS, _, cache = jax.lax.fori_loop(
-        0, steps, unmask_step, (tokens_BS, estimate_BSD, cache))
+      unknown_BSD = jnp.zeros((B, S, config.d_model), config.compute_dtype)
+    state = jax.lax.fori_loop(
+        0, self.steps, functools.partial(self._unmask_step, places=places),
+        UnmaskingState(masked_BS, unknown_BSD, text.cache))
 
     # The clean tokens take the places of the masked ones in the cache.
-    output: Any = apply(tokens_BS, positions_BL=positions_1S, cache=cache)
+    output = self._apply(state.tokens_BS, positions_BL=positions_1S,
+                         cache=state.cache)
     tokens_BM = jax.lax.dynamic_update_slice_in_dim(
-        tokens_BM, tokens_BS, start, axis=1)
-    return tokens_BM, output.cache
+        text.tokens_BM, state.tokens_BS, start, axis=1)
+    return WrittenText(tokens_BM, output.cache)
 
-  first_block = lengths_B.min() // S
-  tokens_BM, _ = jax.lax.fori_loop(
-      first_block, num_blocks, write_block, (tokens_BM, output.cache))
-  return _take_new_tokens(tokens_BM, lengths_B, new)
+  def _unmask_step(self, step: jax.Array, state: UnmaskingState,
+                   places: PlacesOfBlock) -> UnmaskingState:
+    """Replaces some masks of a block by tokens: after step s of S steps,
+    (s + 1) / S of the new tokens of the block are known.
+
+    Args:
+      step: s, from 0 on.
+      state: the state after the step before.
+      places: the places of the block.
+    """
+    output = self._apply(
+        state.tokens_BS, positions_BL=places.positions_1S, cache=state.cache,
+        estimate_BLD=state.estimate_BSD)
+    logits_BSV = output.logits
+    tokens_BS = unmask_surest(
+        state.tokens_BS, logits_BLV=logits_BSV, is_new_BL=places.is_new_BS,
+        key=jax.random.fold_in(places.key, step), mask=self.mask,
+        temperature=self.temperature,
+        num_known=places.num_new_B1 * (step + 1) // self.steps)
+    config: Any = self.module.config  # type: ignore[attr-defined]
+    estimate_BSD = None
+    if config.self_conditioning:
+      estimate_BSD = embed_predictions(config, self.params, output)
+    return UnmaskingState(tokens_BS, estimate_BSD, output.cache)
+
+  def _apply(self, tokens_BS: jax.Array, **inputs: Any) -> Any:
+    """Runs the model on the tokens of a block, with further inputs by name."""
+    return self.module.apply({'params': self.params}, tokens_BS, **inputs)
 
 
 def _take_new_tokens(tokens_BL: jax.Array, lengths_B: jax.Array, new: int
                      ) -> jax.Array:
-  """Returns the `new` tokens after the prompt of each row, [B, new]."""
-  # The new tokens of a row begin where its own prompt ends.
+  """Returns the `new` tokens after the prompt of each row, [B, new].
+
+  Args:
+    tokens_BL: the tokens of B rows, each with its prompt in front.
+    lengths_B: the number of tokens of each prompt, which is where the new ones
+      of the row begin.
+    new: the number of tokens to take of each row.
+  """
   def take_from(row: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(row, start, new)
 

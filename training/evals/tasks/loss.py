@@ -22,6 +22,7 @@ the same kind, and by other draws.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -408,6 +409,103 @@ def standard_error_of_bound(nats: float, tokens: float, squares: float,
   return math.sqrt(residuals * rows / (rows - 1)) / tokens
 
 
+class _BlocksOfRows(NamedTuple):
+  """The blocks of the rows of a batch, each of which is masked by itself. The
+  suffixes name axes: B rows, N blocks of a row, S places of a block.
+
+  Attributes:
+    is_token_BNS: which places hold a token; the others are padding.
+    n_BN: n, the number of tokens of each block.
+    start_BN: where the masked share of each block begins, from 0 to 1.
+    key_B: the random key of each row.
+  """
+  is_token_BNS: jax.Array
+  n_BN: jax.Array
+  start_BN: jax.Array
+  key_B: jax.Array
+
+
+def _draw_bound(k: jax.Array, batch: Any, blocks: _BlocksOfRows, num_draws: int,
+                mask_id: int,
+                token_losses: Callable[[Any], objectives.losses.TokenLosses]
+                ) -> jax.Array:
+  """Estimates the bound on the loss of each row by masking its blocks once at
+  random (LLaDA, arXiv 2502.09992, equation 6). Of the n tokens of a block, l
+  are masked, and
+
+    estimate = sum over blocks  n / l  sum over masked i  of  -log p(x_i)
+
+  Args:
+    k: the number of the draw.
+    batch: the arrays of the batch, B rows of L tokens.
+    blocks: the blocks of the rows.
+    num_draws: the number of all draws.
+    mask_id: the id of the mask token.
+    token_losses: a function that computes the loss of each token of a batch.
+
+  Returns:
+    The estimates in nats, [B].
+  """
+  # Choose l. Over the draws, it is spread evenly over 1 to n from a random
+  # start of each block, which makes the mean vary less.
+  n_BN = blocks.n_BN
+  share_BN = (blocks.start_BN + k / num_draws) % 1.0
+  l_BN = jnp.minimum(1 + (share_BN * n_BN).astype(jnp.int32), n_BN)
+
+  # Mask the l tokens.
+  B, N, S = blocks.is_token_BNS.shape
+  L = batch['targets'].shape[1]
+  noise_BNS = _draw_uniform(blocks.key_B, k, (N, S))
+  is_masked_BNS = _mask_at_random(blocks.is_token_BNS, noise_BNS=noise_BNS,
+                                  count_BN=l_BN)
+  is_masked_BL = is_masked_BNS.reshape(B, N * S)[:, :L]
+  tokens_BL = jnp.where(is_masked_BL, mask_id, batch['targets'])
+
+  # Compute their losses, with the factor n / l of their block.
+  nats_BL = token_losses(batch | dict(tokens=tokens_BL)).loss
+  factor_BN = n_BN / jnp.maximum(l_BN, 1)
+  factor_BL = jnp.repeat(factor_BN, S, axis=1)[:, :L]
+  return jnp.where(is_masked_BL, factor_BL * nats_BL, 0).sum(1)
+
+
+def _draw_uniform(key_B: jax.Array, k: Any, shape: tuple[int, ...]
+                  ) -> jax.Array:
+  """Returns draw k of each row, [B, *shape], uniform from 0 to 1.
+
+  Args:
+    key_B: the random key of each row.
+    k: the number of the draw.
+    shape: the shape of a row's numbers.
+  """
+  def draw_for_row(key: jax.Array) -> jax.Array:
+    return jax.random.uniform(jax.random.fold_in(key, k), shape)
+
+  return jax.vmap(draw_for_row)(key_B)
+
+
+def _mask_at_random(is_token_BNS: jax.Array, noise_BNS: jax.Array,
+                    count_BN: jax.Array) -> jax.Array:
+  """Chooses so many tokens of each block at random: those with the largest
+  random numbers.
+
+  The suffixes name axes: B rows, N blocks of a row, S places of a block.
+
+  Args:
+    is_token_BNS: which places hold a token; the others are padding.
+    noise_BNS: random numbers from 0 to 1.
+    count_BN: how many tokens of each block are chosen.
+
+  Returns:
+    Whether each place is chosen, [B, N, S].
+  """
+  B, N, S = is_token_BNS.shape
+  # Padding comes after all tokens, as -1 is below their numbers.
+  rank_BNS = jnp.where(is_token_BNS, noise_BNS, -1.0)
+  is_largest = generate.is_among_largest(
+      rank_BNS.reshape(B * N, S), count_BN.reshape(B * N, 1))
+  return is_token_BNS & is_largest.reshape(B, N, S)
+
+
 def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
                         ) -> Callable:
   """Returns sum_bound(params, batch, batch_number), which returns the sums of
@@ -436,12 +534,6 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
     row_B = batch_number * len(n_B) + jnp.arange(len(n_B))
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), row_B)
 
-    def draw_uniform(k: Any, *shape: int) -> jax.Array:
-      """Returns draw k of each row, [B, *shape], from 0 to 1."""
-      def draw_for_row(key: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(key, k), shape)
-      return jax.vmap(draw_for_row)(key_B)
-
     # The rows in blocks, [B, blocks N, tokens of a block S], of which each is
     # masked by itself: a block is the whole row but in block diffusion.
     B, L = is_token_BL.shape
@@ -452,42 +544,17 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
     n_BN = is_token_BNS.sum(2)
     # One more draw than those of the bound: where the masked shares of a block
     # begin.
-    start_BN = draw_uniform(num_draws, N)
+    start_BN = _draw_uniform(key_B, num_draws, (N,))
+    blocks = _BlocksOfRows(is_token_BNS=is_token_BNS, n_BN=n_BN,
+                           start_BN=start_BN, key_B=key_B)
+    token_losses = functools.partial(objective.token_losses, module, params)
 
     def draw_bound(_: None, k: jax.Array) -> tuple[None, jax.Array]:
-      """Estimates the bound on the loss of each row by masking its blocks once
-      at random. It is one step of a jax.lax.scan over the draws, without a
-      carry.
-
-      The blocks have n_BN tokens, which is_token_BNS tells from padding.
-
-      Args:
-        k: the number of the draw.
-
-      Returns:
-        None, and the estimates for the B rows in nats, [B].
-      """
-      # Choose how many of the n tokens of each block are masked, l. Over the
-      # draws, l is spread evenly over 1 to n from a random start of each block
-      # (start_BN), which makes the mean vary less.
-      share_BN = (start_BN + k / num_draws) % 1.0
-      l_BN = jnp.minimum(1 + (share_BN * n_BN).astype(jnp.int32), n_BN)
-      # Mask the l tokens with the largest random numbers. Those of padding are
-      # below all others.
-      noise_BNS = jnp.where(is_token_BNS, draw_uniform(k, N, S), -1.0)
-      is_largest = generate.is_among_largest(
-          noise_BNS.reshape(B * N, S), l_BN.reshape(B * N, 1))
-      is_masked_BNS = is_token_BNS & is_largest.reshape(B, N, S)
-      is_masked_BL = is_masked_BNS.reshape(B, N * S)[:, :L]
-      tokens_BL = jnp.where(is_masked_BL, mask_id, batch['targets'])
-
-      # The estimate is n / l times the losses of the masked tokens (equation
-      # 6).
-      nats_BL = objective.token_losses(
-          module, params, batch | dict(tokens=tokens_BL)).loss
-      factor_BN = n_BN / jnp.maximum(l_BN, 1)
-      factor_BL = jnp.repeat(factor_BN, S, axis=1)[:, :L]
-      return None, jnp.where(is_masked_BL, factor_BL * nats_BL, 0).sum(1)
+      """Returns no carry of the scan over the draws, and draw k of the bound of
+      each row."""
+      bound_B = _draw_bound(k, batch=batch, blocks=blocks, num_draws=num_draws,
+                            mask_id=mask_id, token_losses=token_losses)
+      return None, bound_B
 
     _, draws_KB = jax.lax.scan(draw_bound, None, jnp.arange(num_draws))
     x_B = draws_KB.mean(0)
