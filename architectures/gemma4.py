@@ -30,7 +30,7 @@ from architectures.parts.skeletons import Decoder
 from common.errors import require, shorten
 
 SLIDING, FULL = layer_types.SLIDING_ATTENTION, layer_types.FULL_ATTENTION
-# What transformers takes where a config.json lacks the field: the width of the
+# transformers' defaults, where a config.json lacks the field: the width of the
 # tables by the token, their rows (the published vocabulary), and the size of
 # the heads of layers that attend to all keys.
 DEFAULT_SIZE_OF_TABLES = 256
@@ -351,10 +351,18 @@ class HF(gemma2.HF):
         rope_parameters=rope_fields.write_rope_of_layer_kinds(config))
 
   def check(self, config: ModelConfig) -> None:
-    """Accepts all heads, where Gemma 2 refuses some. Raises RequestError for
-    tables whose rows are not those of the tokens or whose gate has another
-    activation than the networks, and for layers that read the keys of others in
-    a model without tables."""
+    """Checks that transformers can run a model as a Gemma 4. Unlike Gemma 2's,
+    this check accepts all heads.
+
+    Args:
+      config: the model.
+
+    Raises:
+      RequestError: for tables whose rows are not those of the tokens, or whose
+        gate has another activation than the networks, as transformers has one
+        activation for both; and for layers that read the keys of others in a
+        model without tables.
+    """
     if config.memory == 'per_layer':
       require(config.vocab_size % ROWS_ARE_MULTIPLE_OF == 0,
               f'model.vocab_size is {config.vocab_size}: with model.memory '
@@ -369,11 +377,21 @@ class HF(gemma2.HF):
             "others (kv_sharing) without model.memory 'per_layer'")
 
   def ignored_in(self, config: ModelConfig) -> tuple[str, ...]:
-    """Returns patterns of the names of tensors that hold no weights: published
-    files have some of keys and values for layers that read those of others."""
-    patterns = tuple(self.ignored)
+    """Returns the tensors of a weight file that are passed over.
+
+    Published files hold projections and norms of keys and values for all
+    layers. A layer that reads the keys and values of another one does not use
+    its own.
+
+    Args:
+      config: the model.
+
+    Returns:
+      Regular expressions of the names of these tensors.
+    """
+    patterns = list(self.ignored)
     for n, layer in enumerate(config.layers(config.num_layers)):
       if layer.shares_keys:
-        patterns += (rf'model\.layers\.{n}\.self_attn\.(k|v)_(proj|norm)'
-                     r'\.weight',)
-    return patterns
+        patterns.append(
+            rf'model\.layers\.{n}\.self_attn\.(k|v)_(proj|norm)\.weight')
+    return tuple(patterns)

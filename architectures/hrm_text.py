@@ -34,22 +34,30 @@ class HRMText(Decoder):
 
 
 def _read_gradient_passes(cycles: list[int], loops: dict[str, int]) -> int:
-  """Returns loops.gradient_passes of L_bp_cycles, the number of runs of the
-  lower stack in each pass that have a gradient.
+  """Translates L_bp_cycles, the number of runs of the lower stack in each pass
+  that have a gradient, to our loops.gradient_passes.
+
+  Ours is a single number, that of the last pass, and 0 where all runs have a
+  gradient. In each other pass one run has, so no other list can be translated.
 
   Args:
-    cycles: L_bp_cycles; passes that it lacks come first, with 1 each.
-    loops: the other fields of the loop.
+    cycles: L_bp_cycles, a number for each of the last passes. Passes before
+      these have 1 each.
+    loops: the other fields of the loop, `passes` and `low_cycles`, the runs of
+      the lower stack in a pass.
 
   Raises:
     RequestError: for numbers that our field cannot say.
   """
+  # The number of each pass, in order; no more runs have a gradient than there
+  # are.
   passes, low_cycles = loops['passes'], loops['low_cycles']
   padded = [1] * (passes - len(cycles)) + list(cycles)
   counts = [min(count, low_cycles) for count in padded[:passes]]
   if counts == [low_cycles] * passes:
     return 0
-  if counts[:-1] != [1] * (passes - 1) or counts[-1] < 1:
+  have_earlier_passes_one = counts[:-1] == [1] * (passes - 1)
+  if not have_earlier_passes_one or counts[-1] < 1:
     raise RequestError(
         f'L_bp_cycles is {cycles}, with {passes} H_cycles: only the last pass '
         'may have a gradient of more than one run of the lower stack')
@@ -96,7 +104,9 @@ class HF(llama.Family):
       RequestError: for numbers of layers that contradict each other, and for
         runs with a gradient that our field cannot say.
     """
-    # Written folders have the layers of a stack and those of all its runs.
+    # num_hidden_layers is the number of layers of one stack, or that of all
+    # runs of both stacks, as transformers writes it: then it also writes
+    # num_layers_per_stack.
     loops = dict(passes=fields['loops.passes'],
                  low_cycles=fields['loops.low_cycles'])
     num_runs = loops['passes'] * (loops['low_cycles'] + 1)
@@ -106,8 +116,12 @@ class HF(llama.Family):
     require(is_total or num_layers == layers_of_stack,
             f'num_hidden_layers is {num_layers}, and num_layers_per_stack '
             f'{layers_of_stack} in {num_runs} runs: they contradict each other')
+    # Embeddings have the deviation 1 at first, unless the file gives a scale.
     stddev = reader('initializer_range', 0.02)
     embed_scale = reader('embedding_scale', 1 / stddev)
+
+    # How many runs have a gradient. transformers' default is two in the last
+    # pass.
     cycles = [2]
     if reader.has('L_bp_cycles'):
       cycles = reader.read_list('L_bp_cycles')

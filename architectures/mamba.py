@@ -10,6 +10,8 @@ numbers, where Mamba-2 has heads. As there, a model has twice as many layers as
 a transformer of its width.
 """
 
+import math
+
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.recurrent.mamba import MambaConfig
@@ -83,8 +85,9 @@ class HF(hf.HuggingFace):
       Further fields of config.model, by name. Groups, such as rope, are dicts.
       They replace fields of the same name in `fields`.
     """
-    rank = -(-fields['d_model'] // 16)  # what 'auto' is
-    return dict(mamba=dict(rank=reader('time_step_rank', rank)))
+    # transformers' default, 'auto', is d_model / 16, rounded up.
+    default_rank = math.ceil(fields['d_model'] / 16)
+    return dict(mamba=dict(rank=reader('time_step_rank', default_rank)))
 
   def write(self, config: ModelConfig) -> dict:
     """Translates our config of a model to fields of a Hugging Face config.json.

@@ -170,7 +170,15 @@ class HF(hf.HuggingFace):
 
   def rows_of_layer(self, layer: ModelConfig) -> tuple[hf.Row, ...]:
     """Returns table rows that name the Hugging Face tensor of each parameter of
-    a layer's Mamba-2, or of its attention."""
+    a layer's Mamba-2, or of its attention.
+
+    Args:
+      layer: our config of the layer.
+
+    Returns:
+      Rows of four strings: the path and the axes of our parameter, and the name
+      and the axes of its tensor (parts/hf/tensor_map.py explains the axes).
+    """
     if layer.mixer == 'mamba2':
       return hf.prefix_rows('attention', 'mixer', *mamba2.MIXER_ROWS)
     return hf.prefix_rows(

@@ -65,6 +65,8 @@ class HF(hf.HuggingFace):
       Further fields of config.model, by name. Groups, such as rope, are dicts.
       They replace fields of the same name in `fields`.
     """
+    # Embeddings of another width than the layers (OPT-350M) are not known here.
     if not reader.is_null('word_embed_proj_dim'):
       reader.require_values(word_embed_proj_dim=fields['d_model'])
+    # Two rows of the table stand before that of position 0, as in fairseq.
     return dict(learned=dict(offset=2))

@@ -114,10 +114,10 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
     if most is None and below is None:
       most = LARGEST_INT
 
-  # Pair each given bound with its sign. The order of the bounds must be that of
-  # the signs in _COMPARISON_OF_SIGN: >=, >, <= and <.
+  # Pair each given bound with its sign.
+  bound_of_sign = {'>=': least, '>': above, '<=': most, '<': below}
   bounds = []
-  for sign, bound in zip(_COMPARISON_OF_SIGN, (least, above, most, below)):
+  for sign, bound in bound_of_sign.items():
     if bound is not None:
       bounds.append((sign, bound))
   rule = Rule(doc=doc, choices=choices, bounds=tuple(bounds), resume=resume,

@@ -27,9 +27,14 @@ def _layers_that_share_keys(num_own: int, num_shared: int, d_ff: int,
     num_shared: how many have not.
     d_ff: the hidden units of the networks of these.
     period: how many layers there are for each that sees all keys.
+
+  Returns:
+    The fields of config.model, by name.
   """
+  # In each period the last layer sees all keys, and the others have a window.
   own = ['local'] * (period - 1) + ['global']
   shared = [name + gemma4.SHARED for name in own]
+  # A kind that reads the keys of another one has all else of its own kind.
   sharing = dict(kv_sharing=True, d_ff=d_ff)
   local_layer = dict(window=512, rope=LOCAL_ROPE)
   global_layer = dict(window=0, head_dim=512)

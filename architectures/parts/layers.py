@@ -976,8 +976,8 @@ def leaky_relu2(x: jax.Array) -> jax.Array:
   return jnp.square(jax.nn.leaky_relu(x, negative_slope=0.5))
 
 
-# The share of x itself in xielu, and the least distance from 0 at which it
-# takes e^x, as in transformers.
+# The share beta of x itself in xielu; and the least distance from 0 of the x
+# whose e^x it takes, as in transformers.
 SLOPE_OF_XIELU = 0.5
 LEAST_DISTANCE_OF_XIELU = 1e-6
 
@@ -997,9 +997,14 @@ def xielu(x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array) -> jax.Array:
   Returns:
     The result, of the shape of x.
   """
+  # The factors of both curves, which are above 0.
   a = jax.nn.softplus(alpha_p)
   b = SLOPE_OF_XIELU + jax.nn.softplus(alpha_n)
-  below = jnp.expm1(jnp.minimum(x, -LEAST_DISTANCE_OF_XIELU)) - x
+
+  # Both curves are computed for all x, and the right one is chosen. For x > 0
+  # the bound keeps e^x, which is not used there, from an overflow.
+  exponent = jnp.minimum(x, -LEAST_DISTANCE_OF_XIELU)
+  below = jnp.expm1(exponent) - x
   curve = jnp.where(x > 0, a * jnp.square(x), b * below)
   return curve + SLOPE_OF_XIELU * x
 

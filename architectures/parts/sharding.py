@@ -190,8 +190,10 @@ def constrain_stream(x: jax.Array, *axes: str | None) -> jax.Array:
   Returns:
     x with this constraint.
   """
-  length = 'stream' if count_shards('stream', x.shape[1]) > 1 else 'length'
-  return constrain(x, 'batch', length, *axes)
+  axis_of_length = 'length'
+  if count_shards('stream', x.shape[1]) > 1:
+    axis_of_length = 'stream'
+  return constrain(x, 'batch', axis_of_length, *axes)
 
 
 def traced_platform() -> str:
@@ -684,11 +686,11 @@ def _multiply_on_device(multiply: Callable, axes: MeshAxesByAxis, name: str,
   """Gathers a weight from all devices and multiplies the tokens of this device
   by it. It is called inside of shard_map.
 
-  The gradient, defined below, computes the weight's gradient and scatters it
-  over the devices before it computes the gradient of x. So a device holds the
-  whole gradient of one weight at a time, and the memory of x can be freed
-  before its gradient, which is as large, is made. XLA's own scheduler would
-  scatter at the end of the layer, when there is nothing left to compute
+  The gradient (`_multiply_on_device_bwd`) computes that of the weight and
+  scatters it over the devices before it computes the gradient of x. So a device
+  holds the whole gradient of one weight at a time, and the memory of x can be
+  freed before its gradient, which is as large, is made. XLA's own scheduler
+  would scatter at the end of the layer, when there is nothing left to compute
   meanwhile.
 
   Args:

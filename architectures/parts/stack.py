@@ -56,7 +56,8 @@ class PassedOn:
   skips: Optional[streams.Skips] = None
 
 
-# What layers draw random numbers for, which each run of a layer does by itself.
+# The names of the random keys from which layers draw. Each run of a layer draws
+# other numbers.
 NAMES_OF_DRAWS = ('dropout', 'router')
 
 
@@ -85,7 +86,7 @@ class ScanCarry(NamedTuple):
 
 
 class SharedByPasses(NamedTuple):
-  """What all passes over layers that loop are given alike.
+  """The arguments that all passes over layers that loop have in common.
 
   Attributes:
     params: the parameters of the stack.
@@ -101,8 +102,8 @@ class SharedByPasses(NamedTuple):
 
 
 class GivenToPass(NamedTuple):
-  """What one pass alone is given. A scan over the passes takes it from arrays
-  with an axis of passes in front.
+  """The arguments that one pass alone is given. A scan over the passes takes
+  them from arrays with an axis of passes in front.
 
   Attributes:
     n: the number of the pass, from 0 on.
@@ -455,7 +456,7 @@ class Stack(nn.Module):
     shared = SharedByPasses(params=self.variables['params'],
                             inputs=carry.layers.x, ctx=ctx, lent=lent)
 
-    # What each pass alone is given, with an axis of passes in front.
+    # The arrays of which each pass is given its own row.
     rngs = {name: jax.random.split(self.make_rng(name), num_passes)
             for name in NAMES_OF_DRAWS if self.has_rng(name)}
     rows_by_pass = jax.tree.map(

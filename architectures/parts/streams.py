@@ -1048,21 +1048,27 @@ class Skips:
 
 
 def begin_skips(module: Any, x_BLD: jax.Array, num_layers: int) -> Skips:
-  """Returns the Skips that the first layer is given, whose slots are 0, and
-  declares their numbers, 1 at first, in the module of the stack.
+  """Makes the Skips that the first layer is given, whose slots are 0, and
+  declares their learned numbers, 1 at first, in the module of the stack.
+
+  The suffixes name axes: B batch, L length, D d_model, U slots.
 
   Args:
     module: the module of the stack.
-    x_BLD: the embedding of the tokens, [batch, length, d_model].
+    x_BLD: the embedding of the tokens.
     num_layers: how many layers the stack has.
+
+  Returns:
+    The Skips, with a slot for each layer of the first half, and one that
+    belongs to no layer. Its number is 0.
   """
   half = num_layers // 2
-  weight_U = _declare_in_float32(
+  weight_of_half = _declare_in_float32(
       module, 'skip_streams', nn.initializers.ones, half)
+  weight_U = jnp.pad(weight_of_half, (0, 1))
   B, L, D = x_BLD.shape
   kept_BLUD = jnp.zeros((B, L, half + 1, D), x_BLD.dtype)
-  return Skips(kept_BLUD=pin_streams(kept_BLUD),
-               weight_U=jnp.pad(weight_U, (0, 1)),
+  return Skips(kept_BLUD=pin_streams(kept_BLUD), weight_U=weight_U,
                layer=jnp.zeros((), jnp.int32), num_layers=num_layers)
 
 

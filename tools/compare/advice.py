@@ -5,6 +5,7 @@ over the sizes, since the confirmation tests these.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+import functools
 import math
 from typing import NamedTuple
 
@@ -246,27 +247,9 @@ def measure_gains(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
   if len(noise_runs.complete_seeds) < MIN_PAIRS:
     return []
 
-  def means_over_sizes(figure: Callable[[Outcome], float]) -> list[np.ndarray]:
-    """Averages a figure of runs over the sizes of the model.
-
-    Args:
-      figure: a function that reads the figure from the outcome of a run.
-
-    Returns:
-      The means, [seeds], of the base and of the base again with other initial
-      parameters.
-    """
-    means_of_variants = []
-    for variant in noise_runs.variants:
-      means = []
-      for seed in noise_runs.complete_seeds:
-        values_at_sizes = [figure(noise_runs.outcomes[variant, size, seed])
-                           for size in plan.sizes]
-        means.append(np.mean(values_at_sizes))
-      means_of_variants.append(np.array(means))
-    return means_of_variants
-
   # The gain by pairing.
+  means_over_sizes = functools.partial(
+      _means_over_sizes, noise_runs, plan.sizes)
   base, again = means_over_sizes(lambda run: run.values[plan.primary.name])
   if np.ptp(np.subtract(base, again)) == 0:
     return []
@@ -288,6 +271,31 @@ def measure_gains(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
         name='the mean loss over the last quarter of a run (averaged '
         'parameters, optim.ema, do no worse)', before=last, after=late))
   return factors
+
+
+def _means_over_sizes(noise_runs: _NoiseRuns, sizes: Sequence[str],
+                      figure: Callable[[Outcome], float]) -> list[np.ndarray]:
+  """Averages a figure of the runs of the noise phase over the sizes of the
+  model, for each seed of which all runs are there.
+
+  Args:
+    noise_runs: the runs.
+    sizes: the sizes of the study's plan.
+    figure: a function that reads the figure from the outcome of a run.
+
+  Returns:
+    The means, [seeds], of the base and of the base again with other initial
+    parameters.
+  """
+  means_of_variants = []
+  for variant in noise_runs.variants:
+    means = []
+    for seed in noise_runs.complete_seeds:
+      values_at_sizes = [figure(noise_runs.outcomes[variant, size, seed])
+                         for size in sizes]
+      means.append(np.mean(values_at_sizes))
+    means_of_variants.append(np.array(means))
+  return means_of_variants
 
 
 def _progress_of_evaluations(run: Outcome) -> np.ndarray:

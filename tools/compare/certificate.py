@@ -432,15 +432,18 @@ def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
     phase: the name of the phase, such as 'confirm'.
     sweeps: the folders of the phase, as far as they are there.
   """
+  # The runs of the phase on text, and its sizes, the smallest first.
   plan = frozen.plan
-  of_phase = [run for run in outcomes
-              if (run.phase, run.workload) == (phase, plans.TEXT)]
-  sizes = [size for size in plan.sizes
-           if any(run.size == size for run in of_phase)]
+  runs_of_phase = [run for run in outcomes
+                   if run.phase == phase and run.workload == plans.TEXT]
+  sizes_of_phase = {run.size for run in runs_of_phase}
+  sizes = [size for size in plan.sizes if size in sizes_of_phase]
+
+  # Certify each variant that has runs at the largest size of the phase.
   base_config = run_config.flatten(frozen.base_config)
   certificates = {}
   for variant in (plan.base, *plan.variants):
-    runs_of_variant = [run for run in of_phase if run.variant == variant]
+    runs_of_variant = [run for run in runs_of_phase if run.variant == variant]
     at_largest = [run for run in runs_of_variant if run.size == sizes[-1]]
     if not at_largest:
       continue

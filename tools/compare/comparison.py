@@ -691,6 +691,30 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
       differences=differences)
 
 
+def _run_of_csv(log: foreign.ForeignRun, base_config: Mapping[str, Any]
+                ) -> curves.Run:
+  """Returns a run that was trained elsewhere in the form of a run of a sweep.
+
+  Args:
+    log: the run, as its rows of the CSV give it.
+    base_config: the config of the sweep's base, by dotted name. The run is
+      taken to have it, but for its seed.
+  """
+  # The rows are those of metrics.jsonl, which has None for what is not finite.
+  # Without a column of steps, a loss is the final one.
+  rows = []
+  for step, loss in log.curves['loss'].items():
+    finite_loss = None
+    if math.isfinite(loss):
+      finite_loss = loss
+    rows.append({'split': 'eval', 'step': step or base_config['train.steps'],
+                 'loss': finite_loss})
+  return curves.Run(
+      seed=log.seed, state=layout.DONE, error='',
+      config={**base_config, 'seed': log.seed}, rows=tuple(rows),
+      evaluations={})
+
+
 def add_variants_of_csv(sweep: curves.Sweep, file: str) -> curves.Sweep:
   """Returns a sweep with further variants from a CSV, which were trained
   elsewhere on the batches of the same seeds; their costs are not known.
@@ -705,6 +729,8 @@ def add_variants_of_csv(sweep: curves.Sweep, file: str) -> curves.Sweep:
     RequestError: for a run without seed or loss, or a variant whose name a
       point of the sweep has.
   """
+  # Collect the runs of each variant, and what the CSV says they were given.
+  names_of_sweep = {point.name for point in sweep.points}
   runs_of_variant: dict[str, dict[int, curves.Run]] = {}
   cells_of_variant: dict[str, dict[str, str]] = {}
   for log in foreign.read_source(pathlib.Path(file), 'csv'):
@@ -713,21 +739,10 @@ def add_variants_of_csv(sweep: curves.Sweep, file: str) -> curves.Sweep:
     require(is_run, f'{file}: {log.path} has no seed or no loss, or has them '
             'twice: write columns variant, seed, loss and perhaps step')
     variant = log.path.removesuffix(f'/seed-{log.seed}')
-    require(all(variant != point.name for point in sweep.points), f'{file}: '
-            f'the sweep has a variant of the name {variant!r}, too: call it '
-            'otherwise')
-
-    # The rows of metrics.jsonl, which has None for what is not finite. Without
-    # a column of steps, a loss is the final one.
-    rows = []
-    for step, loss in log.curves['loss'].items():
-      rows.append({'split': 'eval',
-                   'step': step or sweep.base_config['train.steps'],
-                   'loss': loss if math.isfinite(loss) else None})
-    runs_of_variant.setdefault(variant, {})[log.seed] = curves.Run(
-        seed=log.seed, state=layout.DONE, error='',
-        config={**sweep.base_config, 'seed': log.seed}, rows=tuple(rows),
-        evaluations={})
+    require(variant not in names_of_sweep, f'{file}: the sweep has a variant '
+            f'of the name {variant!r}, too: call it otherwise')
+    run = _run_of_csv(log, sweep.base_config)
+    runs_of_variant.setdefault(variant, {})[log.seed] = run
     given = log.given_until(max(log.curves['loss']))
     cells_of_variant[variant] = {
         name: str(value) for name, value in given.items()}

@@ -133,12 +133,17 @@ def css_line_classes(comparison: Comparison, variant: str, turn: int = 0
     turn: the number of this line among several lines of the variant, which get
       different dashes. 0 stands for its only or first line.
   """
+  # The base has a colour of its own, and its first line no dashes.
   plan = comparison.plan
   if variant == plan.base:
-    return f'ink d{turn % len(DASHES)}' if turn else 'ink'
+    if not turn:
+      return 'ink'
+    return f'ink d{turn % len(DASHES)}'
+
   # Variants after the last colour use the colours again, with other dashes.
   rounds_of_colours, colour = divmod(plan.variants.index(variant), len(COLOURS))
-  return f'c{colour} d{(turn or rounds_of_colours) % len(DASHES)}'
+  dashes = (turn or rounds_of_colours) % len(DASHES)
+  return f'c{colour} d{dashes}'
 
 
 def shorten_labels(names: Sequence[str], most: int = 22) -> dict[str, str]:

@@ -106,7 +106,9 @@ def latest_look(num_seeds: int) -> tuple[int, float]:
   # Count how often the seeds of the first look have doubled. Further seeds wait
   # for the next look.
   doublings = int(math.log2(num_seeds / SEEDS_OF_FIRST_LOOK))
-  return SEEDS_OF_FIRST_LOOK * 2 ** doublings, 0.5 ** (doublings + 1)
+  seeds_of_look = SEEDS_OF_FIRST_LOOK * 2 ** doublings
+  share_of_error_rate = 0.5 ** (doublings + 1)
+  return seeds_of_look, share_of_error_rate
 
 
 def alpha_share_of_question(num_before: int, together: int) -> float:

@@ -256,6 +256,11 @@ def _program_over_sequence(config: ModelConfig, length: int,
     options['prefix_B'] = jnp.ones(_fewest_rows(config), jnp.int32)
 
   def apply_to_row(module: Any, params: Any, tokens: Any):
+    """Applies the model to a batch of tokens, [rows, length]. What it returns
+    is what the program has to compute: the output, with the estimate of
+    self-conditioning where that is asked for."""
+    # Block diffusion reads the clean tokens, and perhaps an estimate, beside
+    # the noised ones. Their values are of no matter, since FLOPs are counted.
     inputs = dict(options)
     if denoises:
       inputs['clean_BL'] = tokens

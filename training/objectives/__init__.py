@@ -160,6 +160,12 @@ def exit_losses(output: Output, batch: Batch, config: Config
 
     sum over passes t  p_t loss_t  -  beta H(p),   H(p) = -sum of p_t log p_t
 
+  where a token leaves after pass t with probability p_t, and loss_t is its loss
+  by the state after that pass. The entropy H, times beta, keeps the gate from
+  choosing one pass for all tokens.
+
+  The suffixes name axes: T passes, B batch, L length, D d_model.
+
   Args:
     output: the output of the model; extra['exits'] has the hidden states after
       each pass, [T, B, L, D], and log p_t, [T, B, L].
@@ -167,14 +173,17 @@ def exit_losses(output: Output, batch: Batch, config: Config
     config: the config of the run, with beta = loops.exit_entropy.
 
   Returns:
-    `loss`, and `exit_pass`, the mean number of the pass after which a token
-    leaves.
+    `loss`, and `exit_pass`, the number of the pass after which a token leaves,
+    from 1 on: its mean over the passes by p_t, summed over the tokens with
+    weights, too.
   """
   assert output.head is not None
   states_TBLD, log_p_TBL = output.extra['exits']
   weights_BL = batch['weights'].astype(jnp.float32)
   p_TBL = jnp.exp(log_p_TBL)
-  # The gradient of a weight is its token's loss, which the gate learns by.
+
+  # The loss of each pass, in which a token counts by p_t. The gradient of such
+  # a weight is its token's loss, by which the gate learns.
   loss = jnp.zeros(())
   for states_BLD, p_BL in zip(states_TBLD, p_TBL):
     loss_of_pass, _ = losses.cross_entropy(
@@ -182,8 +191,12 @@ def exit_losses(output: Output, batch: Batch, config: Config
         weights_BL=weights_BL * p_BL, z_loss=config.train.z_loss,
         label_smoothing=config.train.label_smoothing)
     loss += loss_of_pass
+
+  # The entropy.
   entropy_BL = -(p_TBL * log_p_TBL).sum(0)
   loss -= config.model.loops.exit_entropy * (weights_BL * entropy_BL).sum()
+
+  # The figure for people, of which there is no gradient.
   number_T = 1.0 + jnp.arange(len(p_TBL))
   pass_BL = jnp.einsum('TBL,T->BL', p_TBL, number_T)
   exit_pass = jax.lax.stop_gradient((weights_BL * pass_BL).sum())

@@ -2,7 +2,7 @@
 which have a recurrence in place of attention."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -119,6 +119,23 @@ def read_sliding_window(reader: hf.Reader) -> int:
   return reader('sliding_window', 4096)
 
 
+class Division(NamedTuple):
+  """A way to divide layers into a prefix, repeats of a pattern, and a suffix.
+  The better one of two compares as less: min() compares the number of names
+  first, then the suffix, and then the prefix.
+
+  Attributes:
+    num_names: how many layers the prefix, the pattern and the suffix name.
+    suffix: the length of the suffix.
+    prefix: the length of the prefix.
+    period: the length of the pattern.
+  """
+  num_names: int
+  suffix: int
+  prefix: int
+  period: int
+
+
 def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
   """Finds the shortest repeating pattern in the order of a model's layers.
 
@@ -144,12 +161,10 @@ def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
   last_of_kind = [np.flatnonzero(kind_of_layer == kind)[-1]
                   for kind in range(len(kinds))]
 
-  # Try each length of the pattern, with all lengths of the prefix at once. A
-  # division is (number of names, length of suffix, of prefix, of pattern), so
-  # that min() compares the number of names first.
-  best = (num_layers + 1, 0, 0, 0)
+  # Try each length of the pattern, with all lengths of the prefix at once.
+  best = Division(num_names=num_layers + 1, suffix=0, prefix=0, period=0)
   for period in range(1, num_layers + 1):
-    if period > best[0]:
+    if period > best.num_names:
       break  # a longer pattern alone names more layers than the best division
     prefix_lengths = np.arange(num_layers - period + 1)
     # The pattern repeats as often as it fits; what follows is the suffix.
@@ -171,12 +186,14 @@ def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
     rank = num_names * (num_layers + 1) + suffix_lengths
     prefix = int(np.where(is_allowed, rank, rank.max() + 1).argmin())
     suffix = int(suffix_lengths[prefix])
-    best = min(best, (prefix + period + suffix, suffix, prefix, period))
+    division = Division(num_names=prefix + period + suffix, suffix=suffix,
+                        prefix=prefix, period=period)
+    best = min(best, division)
 
-  _, suffix, prefix, period = best
-  return dict(prefix=','.join(names[:prefix]),
-              pattern=','.join(names[prefix:prefix + period]),
-              suffix=','.join(names[num_layers - suffix:]))
+  end_of_pattern = best.prefix + best.period
+  return dict(prefix=','.join(names[:best.prefix]),
+              pattern=','.join(names[best.prefix:end_of_pattern]),
+              suffix=','.join(names[num_layers - best.suffix:]))
 
 
 def _indices_of_next_true(flags: np.ndarray) -> np.ndarray:
