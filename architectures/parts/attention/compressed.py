@@ -786,7 +786,7 @@ def rotate_last_features(
   if not rotate:
     return x_BLHK
 
-  # As many features are rotated as in a head of attention. They are rotated in
+  # A head of attention says how many features are rotated. They are rotated in
   # pairs: of neighbours (interleaved), or of one feature of each half.
   num_rotated = positions.rotary_dim(config)
   rope = config.part(RopeConfig)

@@ -1326,8 +1326,9 @@ def _apply_splash_to_rows(
   Returns:
     The results, [B, H, L, K].
   """
-  return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(
-      q_BHLK, k_BJMK, v_BJMK, ids, sink_H)
+  # All rows have the same sinks.
+  apply_to_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+  return apply_to_rows(q_BHLK, k_BJMK, v_BJMK, ids, sink_H)
 
 
 def _apply_splash_forward(kernel: Any, ids: Any, *arrays: Optional[jax.Array]):

@@ -15,7 +15,7 @@ Brandon et al. 2024, arXiv 2405.12981; which layer: kinds.source).
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -39,8 +39,13 @@ from architectures.parts.context import Report
 from common.errors import RequestError, require
 
 GATE = 'output_gate'  # the name of the gate's weight, and of its product
-# Queries and keys that are mixed with each other; None: they are not.
-MixedHeads = Optional[tuple[jax.Array, jax.Array]]
+
+
+class MixedHeads(NamedTuple):
+  """Queries and keys that are mixed with each other, before their positions
+  (compressed convolutional attention, convolved.py)."""
+  q_BLHK: jax.Array
+  k_BLJK: jax.Array
 
 
 class Attention(nn.Module):
@@ -456,7 +461,7 @@ class SelfAttention(Attention):
 
   def mix_queries_and_keys(
       self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
-      ) -> tuple[MixedHeads, Optional[Cache]]:
+      ) -> tuple[Optional[MixedHeads], Optional[Cache]]:
     """Makes the queries and keys of compressed convolutional attention, which
     mixes the two with each other (convolved.py), before their positions.
 
@@ -469,9 +474,8 @@ class SelfAttention(Attention):
       cache: the layer's cache; None: there is none.
 
     Returns:
-      Queries, [B, L, H, K], and keys, [B, L, J, K], as a pair; None without
-      model.cca, where each is made by itself. And the cache, with the last
-      inputs of the convolutions.
+      The queries and keys; None without model.cca, where each is made by
+      itself. And the cache, with the last inputs of the convolutions.
     """
     if not self.config.part(AttentionConfig).cca:
       return None, cache
@@ -481,10 +485,10 @@ class SelfAttention(Attention):
                                               cache=cache)
     q_BLHK, k_BLJK, cache = convolved.mix_queries_and_keys(
         self, q_BLHK, k_BLJK=k_BLJK, ctx=ctx, cache=cache)
-    return (q_BLHK, k_BLJK), cache
+    return MixedHeads(q_BLHK=q_BLHK, k_BLJK=k_BLJK), cache
 
-  def make_queries(self, x_BLD: jax.Array, mixed: MixedHeads, ctx: Context,
-                   cache: Optional[Cache]
+  def make_queries(self, x_BLD: jax.Array, mixed: Optional[MixedHeads],
+                   ctx: Context, cache: Optional[Cache]
                    ) -> tuple[jax.Array, Optional[Cache]]:
     """Makes the queries of the tokens, and applies all steps that change them,
     such as a norm and the rotation by position.
@@ -504,13 +508,13 @@ class SelfAttention(Attention):
       q_BLHK, cache = self.project_and_convolve('query', x_BLD, ctx=ctx,
                                                 cache=cache)
     else:
-      q_BLHK, _ = mixed
+      q_BLHK = mixed.q_BLHK
     for apply_step in steps.QUERY_STEPS:
       q_BLHK = apply_step(self, 'query', q_BLHK, ctx)
     return q_BLHK, cache
 
   def make_keys_and_values(
-      self, x_BLD: jax.Array, mixed: MixedHeads, ctx: Context,
+      self, x_BLD: jax.Array, mixed: Optional[MixedHeads], ctx: Context,
       cache: Optional[Cache]
       ) -> tuple[KeysAndValues, Optional[FirstLayerValues], Optional[Cache]]:
     """Makes the keys and values of the tokens, and applies all steps that
@@ -538,7 +542,7 @@ class SelfAttention(Attention):
       k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx=ctx,
                                                 cache=cache)
     else:
-      _, k_BLJK = mixed
+      k_BLJK = mixed.k_BLJK
 
     # With keys_as_values the values start as the keys. The steps of the keys
     # come last, so that the values do not go through them.

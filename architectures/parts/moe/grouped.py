@@ -53,7 +53,7 @@ from common.errors import RequestError
 BLOCK_SIZES_OVER_EVEN_LOAD = (
     1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2, 2)
 MOST_ROWS_OF_A_BLOCK = 1024  # so that it stays in a CPU's cache
-# What all sizes of blocks are multiples of.
+# All sizes of blocks are multiples of this number of rows.
 UNIT_OF_BLOCK_SIZES = 16
 GROUPED_KERNELS = ('auto', 'xla', 'megablox')
 # The rows of a tile of megablox, in order of choice. A tile that two experts
