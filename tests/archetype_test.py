@@ -150,6 +150,12 @@ REFUSALS = {
                                          mask=[[1, 0], [0, 1]]),
                              'mask has a 0 before a 1: '),
     'no text': (lambda m: _bytes(m).generate('\ud800'), 'the prompt is not'),
+    'no prompt': (lambda m: _bytes(m).generate([]), 'prompts is empty: pass'),
+    'a stop of nothing': (lambda m: _bytes(m).generate('A', stop=['x', '']),
+                          'stop is .*every text begins'),
+    'no tokenizer': (
+        lambda m: dataclasses.replace(m, tokenizer=None).generate('A'),
+        'came without a tokenizer: load it with'),
     'encoder': (lambda m: _bytes(_model('bert')).generate('A'),
                 'writes no text'),
     'no model': (lambda m: archetype.load('no/such/folder'), 'no/such/folder'),

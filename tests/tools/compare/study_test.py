@@ -191,6 +191,38 @@ REFUSED = {
         "routing/entropy' of text, which variant 'base' cannot have"),
     'one document held out': (dict(base='c.data.holdout_every = 8'),
                               'none for eval with eval.part=second'),
+    'a search that keeps all': (dict(constants="TUNING['keep'] = 1.0"),
+                                'TUNING is .*keep is a share between 0 and 1'),
+    'a search of no rung': (dict(constants="TUNING['rungs'] = 0"),
+                            'TUNING is .*rungs from 1 to 10'),
+    'a search that extends by a part': (dict(constants=(
+        "TUNING['extend'] = 0.5")), 'TUNING is .*extend from 0 to 10'),
+    'values that fall': (dict(constants=(
+        "TUNING['fields'] = {'optim.lr': (2., 1., 3.)}")),
+                         'TUNING of optim.lr is .*above 0, rising'),
+    'values from 0': (dict(constants=(
+        "TUNING['fields'] = {'optim.lr': (0., 1., 3.)}")), 'above 0, rising'),
+    'one value': (dict(constants="TUNING['fields'] = {'optim.lr': (1.,)}"),
+                  'write two values or more'),
+    'a size of two words': (dict(constants="SIZES['a b'] = {}"),
+                            "SIZES has 'a b': "),
+    'no text': (dict(constants="WORKLOADS = {'copy': {}}"),
+                "WORKLOADS begins with 'copy': begin it with 'text'"),
+    'parameters of another run': (dict(base="c.init_from = 'x'"),
+                                  "init_from is 'x': a run of a study begins"),
+    'nothing held out': (dict(base='c.data.holdout_every = 0'),
+                         'holdout_every is 0: a study needs text that is held'),
+    'two measures of a name': (dict(constants=(
+        "MEASURES = ({'figure': 'loss', 'name': 'a'}, "
+        "{'figure': 'accuracy', 'name': 'a'})")),
+                               "two measures are called 'a'"),
+    'a measure that is a word': (dict(constants="MEASURES = ('loss',)"),
+                                 "the measure 'loss' has no figure"),
+    'a chance of text': (dict(constants=(
+        "MEASURES = ({'figure': 'loss', 'chance': 'x'},)")),
+                         "has 'x' as chance: write a number"),
+    'a figure that is a number': (dict(constants="MEASURES = ({'figure': 3},)"),
+                                  'has 3 as figure: write a text'),
     'patience': (dict(base="c.eval.update(patience=3, best='loss')"),
                  'eval.patience is 3'),
     'no evaluation': (dict(base='c.eval.every_steps = 0'),

@@ -3,6 +3,7 @@ merged, and is written and read in PEFT's format. PEFT itself is compared by
 `make verify` (tests/parity/lora.py)."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -187,6 +188,41 @@ def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
     save_file(tensors, tmp_path / peft.WEIGHTS)
   with pytest.raises(RequestError, match=words):
     peft.read_adapters(weights.without_adapters(module.config), tmp_path)
+
+
+@pytest.mark.parametrize('system, fields, words', [
+    ('llama', {}, 'no low-rank adapters: its model.lora.rank is 0'),
+    ('gpt', dict(head='sequence', num_labels=2, lora=LORA),
+     "model.head is 'sequence': the adapters alone would leave out the head")])
+def test_a_model_without_adapters_of_its_own_writes_none(
+    system, fields, words, tmp_path):
+  config = architectures.resolve(models.small_config(system, **fields))
+  with pytest.raises(RequestError, match=words):
+    peft.write_adapters(config, {}, tmp_path / 'folder', 'base')
+  assert not (tmp_path / 'folder').exists()
+
+
+def test_each_adapter_is_there_and_there_is_no_other(tmp_path):
+  module, params = models.make_model('llama', lora=LORA)
+  peft.write_adapters(module.config, params, tmp_path, 'base')
+  plain = weights.without_adapters(module.config)
+  file = tmp_path / peft.WEIGHTS
+  tensors = load_file(file)
+  first = min(tensors)
+
+  missing = {name: x for name, x in tensors.items() if name != first}
+  save_file(missing, file)
+  with pytest.raises(RequestError, match=f'has no {re.escape(first)}, though'):
+    peft.read_adapters(plain, tmp_path)
+  save_file(tensors | {'other.lora_A.weight': tensors[first]}, file)
+  with pytest.raises(RequestError, match='has other.lora_A.weight, which is'):
+    peft.read_adapters(plain, tmp_path)
+  save_file({'other.lora_A.weight': tensors[first]}, file)
+  with pytest.raises(RequestError, match="no product of model.arch 'llama'"):
+    peft.read_adapters(plain, tmp_path)
+  (tmp_path / peft.CONFIG).unlink()
+  with pytest.raises(RequestError, match='is missing: it says what the adapt'):
+    peft.read_adapters(plain, tmp_path)
 
 
 def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path):

@@ -10,7 +10,7 @@ import architectures
 from common.errors import RequestError
 from tests.helpers import models
 from tests.parity import recording
-from training.hf import config as hf_config
+from training.hf import config as hf_config, files as hf_files, upcycling
 
 
 @functools.cache
@@ -154,3 +154,46 @@ def test_a_model_that_transformers_does_not_have_is_not_written(
   with pytest.raises(RequestError) as refusal:
     hf_config.config_json_of_model(architectures.resolve(model))
   assert words in str(refusal.value), str(refusal.value)
+
+
+# The files of a folder, and what is asked of its weights.
+
+INDEX = 'model.safetensors.index.json'
+
+
+@pytest.mark.parametrize('files, asked, words', [
+    ({'model.txt': ''}, 'model.txt', 'is neither .safetensors nor .bin'),
+    ({}, '', 'has no weights: looked for model.safetensors, pytorch_model.bin'),
+    ({INDEX: '{}'}, '', "is damaged: it has no 'weight_map'"),
+    ({INDEX: '{"weight_map": {"a": "../b"}}'}, '',
+     "names the file '../b': it must lie in that folder"),
+    ({INDEX: '{"weight_map": {"a": 3}}'}, '', 'names the file 3: it must lie'),
+    ({INDEX: '{"weight_map": {"a": "b.safetensors"}}'}, '',
+     'b.safetensors is missing, though the index names it'),
+    ({'model.safetensors': 'x'}, '', 'is no whole safetensors file')])
+def test_files_that_hold_no_weights_are_refused(files, asked, words, tmp_path):
+  for name, text in files.items():
+    (tmp_path / name).write_text(text)
+  with pytest.raises(RequestError) as refusal:
+    list(hf_files.Files(tmp_path / asked))
+  assert words in str(refusal.value), str(refusal.value)
+
+
+@pytest.mark.parametrize('system, fields, moe, words', [
+    ('mixtral', {}, {}, 'model.ffn is moe: this model has experts already'),
+    ('gpt', dict(ffn='none'), {}, "model.ffn is 'none' of some layers"),
+    ('gpt', {}, dict(every=0), 'every is 0: it must be > 0')])
+def test_a_model_that_cannot_get_experts_is_refused(
+    system, fields, moe, words):
+  model = models.small_config(system, **fields)
+  with pytest.raises(RequestError) as refusal:
+    upcycling.upcycle_config(model, moe)
+  assert words in str(refusal.value), str(refusal.value)
+
+
+def test_as_many_labels_are_written_as_the_model_has():
+  model = architectures.resolve(
+      models.small_config('bert', head='sequence', num_labels=2))
+  with pytest.raises(RequestError, match='3 labels are of another model than o'
+                     'ne of model.num_labels 2'):
+    hf_config.config_json_of_model(model, ('a', 'b', 'c'))
