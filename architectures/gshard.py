@@ -159,11 +159,16 @@ class HF(hf.HuggingFace):
     policy = hf.find_hf_word(ROUTER_OF_SECOND_EXPERT_POLICY, value=moe.router,
                              field='moe.router')
     interval = layer_types.interval_of_expert_layers(config)
-    fraction = 2 * moe.eval_capacity_factor / moe.num_experts
+    # There a capacity is a share of a row's tokens. Ours is a multiple of an
+    # even load, which is a share of 2 / num_experts, since each token has two
+    # experts. Our factor of 0, without a limit, is a share of 1.
+    fraction = min(1.0, 2 * moe.eval_capacity_factor / moe.num_experts)
+    if not fraction:
+      fraction = 1.0
     config_json = transformer.write_stacks(config) | dict(
         encoder_sparse_step=interval, decoder_sparse_step=interval,
         second_expert_policy='all', normalize_router_prob_before_dropping=True,
-        moe_eval_capacity_token_fraction=min(1.0, fraction) or 1.0,
+        moe_eval_capacity_token_fraction=fraction,
         moe_token_dropout=0.0, pad_token_id=1)
     if moe.router != 'topk':
       config_json[POLICY_IN_TRAINING] = policy

@@ -132,8 +132,10 @@ def layer_of_mixer(run_config: ml_collections.ConfigDict) -> Contender:
   mixer = blocks.mixer_of_layers(config)
   module = mixer.module(config, config.layer_kinds(1)[0])
   length = run_config.data.length
-  # The last argument is the layer's cache, of which training has none.
-  compiled, inputs = compile_gradient(module, config, 1, length, None)
+  # Training has no cache, which is the last argument of the layer.
+  rows = 1
+  no_cache = None
+  compiled, inputs = compile_gradient(module, config, rows, length, no_cache)
   return Contender(
       run=lambda: jax.block_until_ready(compiled(*inputs)), repeats=1,
       nbytes=compiled.memory_analysis().temp_size_in_bytes)

@@ -712,6 +712,7 @@ def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
       rows of a batch, or the length of a row.
   """
   devices.check_mesh(model, shape)
+
   # Each device gets the same number of rows of each micro-batch. Batches have
   # several sizes where they grow (data.batch_ramp).
   num_shards = shape['data'] * shape['fsdp'] * shape['expert']

@@ -368,11 +368,12 @@ class RunGroup(Program):
     Returns:
       The function of all runs; all that it returns has a leading axis of runs.
     """
-    # is_leaf, as None is an entry here, and jax takes it for an empty tree.
+    # None is an entry of in_axes. Without is_leaf, jax takes it for an empty
+    # tree, and leaves it out.
     specs = jax.tree.map(_partition_spec, in_axes,
                          is_leaf=lambda axis: axis is None)
-    # check_vma would check which values vary over the devices. Runs exchange
-    # nothing, so all do.
+    # check_vma would check which values are the same on all devices. None is,
+    # since the runs of one device exchange nothing with those of another.
     return jax.shard_map(jax.vmap(function, in_axes), mesh=self._mesh,
                          in_specs=specs, out_specs=_SPLIT_OVER_RUNS,
                          check_vma=False)

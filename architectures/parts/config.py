@@ -111,7 +111,10 @@ class Section(NamedTuple):
   @property
   def runs(self) -> int:
     """The number of periods that a token goes through."""
-    return self.passes * (self.periods_of_pass or self.periods)
+    periods_of_pass = self.periods
+    if self.periods_of_pass:
+      periods_of_pass = self.periods_of_pass
+    return self.passes * periods_of_pass
 
   @property
   def layers(self) -> tuple[LayerKind, ...]:

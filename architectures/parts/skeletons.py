@@ -278,6 +278,9 @@ class AddEstimate(nn.Module):
     if estimate_BMD is None:
       estimate_BMD = jnp.zeros_like(x_BLD)
     M = estimate_BMD.shape[1]
+
+    # The network is a dense one. In a model with experts it is of the kind that
+    # each expert is.
     kind = config.ffn
     if kind == 'moe':
       kind = config.part(MoEConfig).ffn

@@ -105,7 +105,7 @@ def _factor_of_relative_muon(inputs: float, outputs: float, divisor: float
 
 
 class Rule(NamedTuple):
-  """What muP multiplies the learning rates of an optimiser by.
+  """The factors by which muP multiplies the learning rates of an optimiser.
 
   Attributes:
     hidden: the function of hidden matrices.
@@ -180,7 +180,10 @@ def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any,
   factor_of_hidden = rule.hyperball if is_hyperball else rule.hidden
 
   def factor_of_parameter(role: Role) -> float:
-    """Returns what the learning rate of one parameter is multiplied by."""
+    """Returns the factor by which the learning rate of a parameter with this
+    role is multiplied."""
+    # The parameter is wider than the base's by these factors along its inputs
+    # and its outputs.
     axes = role.split(len(role.axes))
     inputs = math.prod(widening[role.axes[i]] for i in axes.inputs)
     outputs = math.prod(widening[role.axes[i]] for i in axes.outputs)

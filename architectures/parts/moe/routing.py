@@ -701,8 +701,10 @@ def route_expert_choice(moe: MoEConfig, x: RouterInputs) -> Routing:
   factor = moe.eval_capacity_factor
   if x.train:
     factor = moe.capacity_factor
-  C = min(S, expert_capacity(
-      factor or 1.0, tokens=S, choices=moe.top_k, experts=E))
+  if not factor:
+    factor = 1.0
+  capacity = expert_capacity(factor, tokens=S, choices=moe.top_k, experts=E)
+  C = min(S, capacity)
 
   # The best tokens of each expert, in the order of their probabilities.
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
@@ -986,9 +988,19 @@ def has_whole_gates(moe: MoEConfig) -> bool:
 
 def mean_active_experts(moe: MoEConfig) -> float:
   """Returns how many of the routed experts a token goes through, in the mean.
+
+  Args:
+    moe: the config of the mixture of experts.
   """
-  if router_of(moe).experts_choose:  # as many as the experts take
-    return min(moe.top_k * (moe.capacity_factor or 1.0), moe.num_experts)
+  # Experts that choose take as many tokens as their capacity allows. A capacity
+  # factor of 0 stands for an even load, as in `route_expert_choice`.
+  if router_of(moe).experts_choose:
+    capacity_factor = 1.0
+    if moe.capacity_factor:
+      capacity_factor = moe.capacity_factor
+    return min(moe.top_k * capacity_factor, moe.num_experts)
+  # A token chooses top_k of all experts, of which the zero experts are none of
+  # the routed ones.
   return moe.top_k * moe.num_experts / moe.all_experts
 
 
@@ -1133,8 +1145,9 @@ def mean_over_sequences(
   mean_probs_BE = probs_BLE.sum(1) / jnp.maximum(count_B, 1)[:, None]
   # The loss of each sequence, and the mean over those that have tokens.
   loss_B = jax.vmap(loss)(expert_BA, mean_probs_BE)
-  total = (loss_B * (count_B > 0)).sum()
-  return total / jnp.maximum((count_B > 0).sum(), 1)
+  has_tokens_B = count_B > 0
+  total = jnp.where(has_tokens_B, loss_B, 0.0).sum()
+  return total / jnp.maximum(has_tokens_B.sum(), 1)
 
 
 def entropy(p: jax.Array) -> jax.Array:
