@@ -406,8 +406,7 @@ def _reread_outgrown_rows(
     t: the number of new tokens so far.
   """
   # M is the number of places of a text: those of the prompt and of new tokens.
-  B, T = new_BT.shape
-  M = prompts_BL.shape[1] + T
+  M = prompts_BL.shape[1] + new_BT.shape[1]
   is_unrolled = _is_unrolled(module)
   lengths = [n for n in lengths_to_reread_at(module) if n < M - 1]
   if not lengths:
@@ -415,39 +414,52 @@ def _reread_outgrown_rows(
   is_outgrown_B = jnp.isin(lengths_B + t, jnp.array(lengths) + 1)
 
   def reread() -> Any:
-    """Returns the cache after some of the B rows (is_outgrown_B) were read
-    again from the start.
-
-    A row consists of its prompt, lengths_B of the L tokens in prompts_BL, and
-    of t new tokens, the first ones of the T in new_BT.
-    """
-    # Write the new tokens of each row behind its prompt, over the padding, and
-    # let the model read the rows into an empty cache. The mask hides the last
+    """Returns the cache after the rows of is_outgrown_B were read again from
+    the start. The others keep their cache."""
+    # Let the model read the texts into an empty cache. The mask hides the last
     # token, which the caller lets the model read.
-    texts_BM = jnp.pad(prompts_BL, ((0, 0), (0, T)))
-    rows_B1 = jnp.arange(B)[:, None]
-    positions_BT = lengths_B[:, None] + jnp.arange(T)[None]
-    texts_BM = texts_BM.at[rows_B1, positions_BT].set(new_BT)
+    texts_BM = _texts_with_new_tokens(prompts_BL, lengths_B, new_BT)
     empty_cache = jax.tree.map(jnp.zeros_like, cache)
     output: Any = module.apply(
         {'params': params}, texts_BM, cache=empty_cache,
         valid_BL=_token_mask(texts_BM, lengths_B + t - 1),
         lengths_B=lengths_B + t, prefix_B=prefix_B, one_by_one=is_unrolled)
 
-    # The other rows keep their cache. If the layers are scanned, an axis of
-    # layers comes before that of the rows.
+    # Choose row by row. If the layers are scanned, an axis of layers comes
+    # before that of the rows.
     is_outgrown = is_outgrown_B
     if not is_unrolled:
       is_outgrown = is_outgrown[None]
-
-    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-      # Broadcast the choice along all later axes of the array.
-      later_axes = range(is_outgrown.ndim, new.ndim)
-      return jnp.where(jnp.expand_dims(is_outgrown, later_axes), new, old)
-
-    return jax.tree.map(choose, output.cache, cache)
+    return jax.tree.map(
+        functools.partial(_where, is_outgrown), output.cache, cache)
 
   return jax.lax.cond(is_outgrown_B.any(), reread, lambda: cache)
+
+
+def _texts_with_new_tokens(prompts_BL: jax.Array, lengths_B: jax.Array,
+                           new_BT: jax.Array) -> jax.Array:
+  """Writes the new tokens of each row behind its prompt, over the padding.
+
+  Args:
+    prompts_BL: the prompts' tokens, padded on the right.
+    lengths_B: the number of tokens of each prompt.
+    new_BT: the new tokens, with room for T.
+
+  Returns:
+    The texts, [B, L + T].
+  """
+  B, T = new_BT.shape
+  texts_BM = jnp.pad(prompts_BL, ((0, 0), (0, T)))
+  rows_B1 = jnp.arange(B)[:, None]
+  positions_BT = lengths_B[:, None] + jnp.arange(T)[None]
+  return texts_BM.at[rows_B1, positions_BT].set(new_BT)
+
+
+def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+  """Returns `new` where a condition on the first axes of both arrays holds, and
+  `old` elsewhere. It is the same along all later axes."""
+  later_axes = range(condition.ndim, new.ndim)
+  return jnp.where(jnp.expand_dims(condition, later_axes), new, old)
 
 
 def as_stop_tokens(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:

@@ -62,6 +62,32 @@ class _LossSettings(NamedTuple):
   positions: int
 
 
+class _GradientsOfHead(NamedTuple):
+  """The gradients of the head's parameters, each with an axis of the shards of
+  the tokens in front; None for each that is not needed.
+
+  Attributes:
+    kernel: that of the kernel, transposed but on one CPU
+      (`_transpose_for_gradient`).
+    bias: that of the bias.
+  """
+  kernel: Any
+  bias: Any
+
+
+class _NeededGradients(NamedTuple):
+  """The gradients that are asked for; those of frozen parameters are not.
+
+  Attributes:
+    hidden: whether the gradient of the hidden states is.
+    kernel: whether that of the head's kernel is.
+    bias: whether that of the head's bias is; False: there is no bias.
+  """
+  hidden: bool
+  kernel: bool
+  bias: bool
+
+
 def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
                   weights_BL: jax.Array, *, z_loss: float = 0.0,
                   label_smoothing: float = 0.0, chunk: int = 0
@@ -204,6 +230,8 @@ def _sum_losses_forward(settings: _LossSettings, *args):
   needs_hidden, needs_head, _, needs_weights = jax.tree.map(
       lambda x: x.perturbed, args)
   needs_bias = head.bias_V is not None and needs_head.bias_V
+  needed = _NeededGradients(hidden=needs_hidden, kernel=needs_head.kernel_DV,
+                            bias=needs_bias)
 
   # Every chunk multiplies by the kernel, and by its transpose for the gradient
   # of the hidden states.
@@ -213,57 +241,17 @@ def _sum_losses_forward(settings: _LossSettings, *args):
     # Both products read the kernel along its rows: one copy for all chunks.
     kernel_VD = jax.lax.optimization_barrier(kernel_VD)
 
-  def add_gradients_of_chunk(d_head: Any, chunk: tuple[jax.Array, ...]):
-    """Computes the losses of one chunk of tokens, and the gradients of their
-    sum. It is one step of the scan over the chunks.
-
-    Args:
-      d_head: the sums over the chunks so far of the gradients of the head's
-        kernel W and of its bias; None for each that is not needed.
-      chunk: hidden states x, targets and weights, [Q, B, P, ...]: Q shards of
-        the tokens, B rows of a shard, P positions of each row. V is the
-        vocabulary.
-
-    Returns:
-      The sums of the head's gradients, with those of this chunk added; and the
-      losses of the tokens with the gradient of their hidden states.
-    """
-    # Compute the logits, their losses, and the gradient d of the products x W.
-    # finish_logits adds the bias and whatever follows it, such as a soft cap.
-    # pull_back is its derivative, which leads from the logits back to x W.
-    x_QBPD, targets_QBP, weights_QBP = chunk
-    products_QBPV = _project_to_vocabulary(x_QBPD, kernel_DV)
-    logits_QBPV, pull_back = jax.vjp(head.finish_logits, products_QBPV)
-    losses = _losses_of_logits(settings, logits_QBPV=logits_QBPV,
-                               targets_QBP=targets_QBP)
-    d_logits_QBPV = _gradient_of_logits(settings, logits_QBPV=logits_QBPV,
-                                        targets_QBP=targets_QBP,
-                                        weights_QBP=weights_QBP,
-                                        log_z_QBP=losses.log_z)
-    [d_QBPV] = pull_back(d_logits_QBPV)
-
-    # Compute from d the gradients of the head and of the hidden states, while
-    # the logits exist. The bias comes first: it is summed in float32, before d
-    # is rounded to the dtype of the products.
-    d_kernel, d_bias = d_head
-    if needs_bias:
-      d_bias += d_QBPV.sum((1, 2))
-    d_QBPV = d_QBPV.astype(x_QBPD.dtype)
-    if needs_head.kernel_DV:
-      d_kernel += _gradient_of_kernel(x_QBPD, d_QBPV)
-    dx_QBPD = None
-    if needs_hidden:
-      dx_QBPD = layers.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD,
-                              dtype=x_QBPD.dtype)
-    return (d_kernel, d_bias), (losses, dx_QBPD)
-
   # Scan over the chunks. The gradients of the head are the state of the scan:
   # each chunk adds its own to them, in float32, for each shard by itself.
   transposed_kernel = _transpose_for_gradient(head.kernel_DV)
-  zeros = (_zero_gradients(settings, is_needed=needs_head.kernel_DV,
-                           x=transposed_kernel),
-           _zero_gradients(settings, is_needed=needs_bias, x=head.bias_V))
+  zeros = _GradientsOfHead(
+      kernel=_zero_gradients(settings, is_needed=needs_head.kernel_DV,
+                             x=transposed_kernel),
+      bias=_zero_gradients(settings, is_needed=needs_bias, x=head.bias_V))
   chunks = _split_into_chunks(settings, (hidden_BLD, targets_BL, weights_BL))
+  add_gradients_of_chunk = functools.partial(
+      _add_gradients_of_chunk, settings=settings, head=head,
+      kernel_DV=kernel_DV, kernel_VD=kernel_VD, needed=needed)
   (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(
       add_gradients_of_chunk, zeros, chunks)
 
@@ -281,6 +269,61 @@ def _sum_losses_forward(settings: _LossSettings, *args):
   d_weights = tokens.loss if needs_weights else None
   gradients = d_hidden, d_head, None, d_weights
   return ((weights_BL * tokens.loss).sum(), tokens), gradients
+
+
+def _add_gradients_of_chunk(
+    d_head: _GradientsOfHead, chunk: tuple[jax.Array, ...],
+    settings: _LossSettings, head: Head, kernel_DV: jax.Array,
+    kernel_VD: jax.Array, needed: _NeededGradients):
+  """Computes the losses of one chunk of tokens, and the gradients of their sum.
+  It is one step of the scan over the chunks in `_sum_losses_forward`, which has
+  the equations.
+
+  The suffixes name axes: Q shards of the tokens, B rows of a shard, P positions
+  of each row, D features, V vocabulary.
+
+  Args:
+    d_head: the sums over the chunks so far of the gradients of the head.
+    chunk: hidden states x, targets and weights, [Q, B, P, ...].
+    settings: the coefficients of the loss.
+    head: the output projection, whose finish_logits adds the bias to the
+      products x W, and whatever follows it, such as a soft cap.
+    kernel_DV: the kernel W of the head, whole on each device.
+    kernel_VD: its transpose.
+    needed: which gradients are asked for.
+
+  Returns:
+    The sums of the head's gradients, with those of this chunk added; and the
+    losses of the tokens with the gradient of their hidden states.
+  """
+  # Compute the logits, their losses, and the gradient d of the products x W.
+  # pull_back is the derivative of finish_logits, which leads from the logits
+  # back to x W.
+  x_QBPD, targets_QBP, weights_QBP = chunk
+  products_QBPV = _project_to_vocabulary(x_QBPD, kernel_DV)
+  logits_QBPV, pull_back = jax.vjp(head.finish_logits, products_QBPV)
+  losses = _losses_of_logits(settings, logits_QBPV=logits_QBPV,
+                             targets_QBP=targets_QBP)
+  d_logits_QBPV = _gradient_of_logits(settings, logits_QBPV=logits_QBPV,
+                                      targets_QBP=targets_QBP,
+                                      weights_QBP=weights_QBP,
+                                      log_z_QBP=losses.log_z)
+  [d_QBPV] = pull_back(d_logits_QBPV)
+
+  # Compute from d the gradients of the head and of the hidden states, while the
+  # logits exist. The bias comes first: it is summed in float32, before d is
+  # rounded to the dtype of the products.
+  d_kernel, d_bias = d_head
+  if needed.bias:
+    d_bias += d_QBPV.sum((1, 2))
+  rounded_d_QBPV = d_QBPV.astype(x_QBPD.dtype)
+  if needed.kernel:
+    d_kernel += _gradient_of_kernel(x_QBPD, rounded_d_QBPV)
+  dx_QBPD = None
+  if needed.hidden:
+    dx_QBPD = layers.einsum('QBPV,VD->QBPD', rounded_d_QBPV, kernel_VD,
+                            dtype=x_QBPD.dtype)
+  return _GradientsOfHead(d_kernel, d_bias), (losses, dx_QBPD)
 
 
 def _sum_losses_backward(settings: _LossSettings, gradients: Any,
