@@ -19,7 +19,7 @@ met by keys and values that are made of the latents again.
 """
 
 import dataclasses
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -42,6 +42,17 @@ from common.errors import require
 UP_AXES = 'latent', 'heads', 'head'
 
 
+class _QueryInput(NamedTuple):
+  """What the queries of a layer are made of: a small vector of each token, the
+  latent n(W_dq x) with latent.q_rank, else the layer's input x itself.
+
+  The suffixes name axes: B batch, L length, U features.
+  """
+  normed_BLU: jax.Array
+  raw_BLU: jax.Array  # W_dq x, before the norm; x where there is no latent
+  axis: str  # the logical axis of U, by which weights are split over devices
+
+
 class LatentAttention(Attention):
   """Attention whose keys and values are made of a small vector a token:
   (x_BLD, context, cache) -> (y_BLD, cache, report)."""
@@ -51,18 +62,25 @@ class LatentAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
-    # The queries are made of a small vector or of the input, and an indexer
-    # reads the same (index is None where the layer has no indexer). Only
-    # queries and the gate read the small vector before its norm too.
+    # The queries are made of a small vector or of the input. With q_raw, they
+    # and the gate of the heads read the small vector before its norm too.
     config = self.config
-    query_input_BLU, raw_BLU, axis = self._make_query_input(x_BLD, ctx)
-    wide_BLU, gate_input, gate_axis = query_input_BLU, x_BLD, 'embed'
+    query_input = self._make_query_input(x_BLD, ctx)
+    wide_BLU = query_input.normed_BLU
+    gate_input_BLU = x_BLD
+    gate_axis = 'embed'
     if config.part(LatentConfig).q_raw:
-      wide_BLU = jnp.concatenate([query_input_BLU, raw_BLU], -1)
-      gate_input, gate_axis = wide_BLU, axis
-    q_BLHK = self._make_queries(wide_BLU, axis, ctx)
+      wide_BLU = jnp.concatenate(
+          [query_input.normed_BLU, query_input.raw_BLU], -1)
+      gate_input_BLU = wide_BLU
+      gate_axis = query_input.axis
+    q_BLHK = self._make_queries(wide_BLU, query_input.axis, ctx)
+
+    # An indexer reads the small vector after its norm. The index is None where
+    # the layer has no indexer.
     index, cache = self.apply_indexer(
-        x_BLD, query_input_BLU=query_input_BLU, axis=axis, ctx=ctx, cache=cache)
+        x_BLD, query_input_BLU=query_input.normed_BLU, axis=query_input.axis,
+        ctx=ctx, cache=cache)
 
     # The latents with their rotated keys, [batch, M tokens, 1, U]: those of the
     # given tokens, or all slots of the cache, whose positions are 0, 1, 2, ...
@@ -101,7 +119,7 @@ class LatentAttention(Attention):
                                   k_positions_BM=k_positions_BM),
         x_BLD, q_BLHK, slot_BM1U, k_positions_BM=k_positions_BM, ctx=ctx)
     o_BLHK, report = attend(q_BLHK, slot_BM1U, up_UHK, visible, ctx, scored)
-    y_BLD = self.project_output(gate_input, o_BLHK, ctx, axis=gate_axis)
+    y_BLD = self.project_output(gate_input_BLU, o_BLHK, ctx, axis=gate_axis)
     return y_BLD, cache, report
 
   @property
@@ -111,15 +129,15 @@ class LatentAttention(Attention):
         self.config).score_factor(self.config)
 
   def _make_query_input(self, x_BLD: jax.Array, ctx: Context
-                        ) -> tuple[jax.Array, jax.Array, str]:
-    """Returns the input of the queries' product, [B, L, U], the same before
-    its norm, and its logical axis: a latent n(W_dq x) with latent.q_rank, else
-    x itself."""
+                        ) -> _QueryInput:
+    """Returns what the queries are made of: a latent n(W_dq x) with
+    latent.q_rank, else x itself."""
     q_rank = self.config.part(LatentConfig).q_rank
     if not q_rank:
-      return x_BLD, x_BLD, 'embed'
+      return _QueryInput(normed_BLU=x_BLD, raw_BLU=x_BLD, axis='embed')
     down_BLU = self._project_down('query', x_BLD, size=q_rank, ctx=ctx)
-    return self._normalise_latent('query', down_BLU), down_BLU, 'latent'
+    normed_BLU = self._normalise_latent('query', down_BLU)
+    return _QueryInput(normed_BLU=normed_BLU, raw_BLU=down_BLU, axis='latent')
 
   def _make_queries(self, query_input_BLU: jax.Array, axis: str, ctx: Context
                     ) -> jax.Array:
