@@ -422,8 +422,7 @@ def _check_loop(config: ModelConfig, stack: str) -> None:
     raise RequestError(
         f'{setting}model.loops.boundary is {loops.boundary!r} and '
         f'model.residual {config.residual!r}: several streams are handed on as '
-        'they '
-        "are, by loop 'plain' and boundary 'none'")
+        "they are, by loop 'plain' and boundary 'none'")
   last_kind = config.layer_kinds(config.num_layers)[-1]
   last_layer = config.layer_config(last_kind.name)
   if has_norm and not BLOCKS[last_layer.block].FINAL_NORM:
@@ -432,45 +431,90 @@ def _check_loop(config: ModelConfig, stack: str) -> None:
         f'model.block {last_layer.block!r} there is no final norm: set it to '
         "'none'")
 
-  # A token leaves with what would be the model's result.
+  if loops.exit_gate:
+    _check_exit_gate(config, stack, setting)
+  if config.loop == 'turns':
+    _check_turns(config, setting)
+  _check_gradient_passes(config, setting)
+  require(config.keep_gathered == 'none', f'{setting}model.keep_gathered '
+          f'{config.keep_gathered!r}: each pass would keep weights that all '
+          'passes share; set it to none')
+
+
+def _check_exit_gate(config: ModelConfig, stack: str, setting: str) -> None:
+  """Checks a model whose tokens may leave after a pass (loops.exit_gate).
+
+  Args:
+    config: the config of the whole model, whose layers loop.
+    stack: what its architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
+    setting: the words that the sentence of an error begins with.
+
+  Raises:
+    RequestError: for a model that predicts no tokens, and for one in which the
+      state after a pass is not what the model's result would be.
+  """
   predicts_tokens = stack == 'decoder' and config.head == 'lm'
-  require(predicts_tokens or not loops.exit_gate, f'{setting}'
+  require(predicts_tokens, f'{setting}'
           'model.loops.exit_gate is True, whose loss is that of tokens after '
           f'each pass: model.arch is {config.arch!r} and model.head '
           f'{config.head!r}; choose a decoder and the head lm')
   can_exit = (config.loop != 'turns' and not config.suffix
               and not config.mtp_depth and config.residual == 'plain')
-  require(can_exit or not loops.exit_gate, f'{setting}model.loops.exit_gate '
+  require(can_exit, f'{setting}model.loops.exit_gate '
           'is True: a token leaves after a pass, so that turns, model.suffix '
           f'{config.suffix!r}, model.mtp_depth {config.mtp_depth} and '
           f'model.residual {config.residual!r} have no meaning with it; leave '
           'them out')
-  # Two halves of the layers that take turns.
-  if config.loop == 'turns':
-    num_periods = max(section.periods for section in
-                      config.sections(config.num_layers))
-    require(loops.low_cycles > 0, f'{setting}model.loops.low_cycles is 0: set '
-            'it to how many times the lower half of the layers is run')
-    require(num_periods % 2 == 0, f'{setting}and {num_periods} periods of '
-            'layers loop: choose an even number, which have two halves')
-    require(loops.gradient_passes <= loops.low_cycles,
-            f'{setting}model.loops.gradient_passes is {loops.gradient_passes}: '
-            f'choose from 1 to the {loops.low_cycles} of '
-            'model.loops.low_cycles, or 0 for all')
-  # The passes that have a gradient.
+
+
+def _check_turns(config: ModelConfig, setting: str) -> None:
+  """Checks a model whose layers are two halves that take turns (loop 'turns').
+
+  Args:
+    config: the config of the whole model.
+    setting: the words that the sentence of an error begins with.
+
+  Raises:
+    RequestError: for a lower half that never runs, layers without two halves,
+      and more passes with a gradient than the lower half has.
+  """
+  loops = config.part(LoopsConfig)
+  num_periods = max(section.periods for section in
+                    config.sections(config.num_layers))
+  require(loops.low_cycles > 0, f'{setting}model.loops.low_cycles is 0: set '
+          'it to how many times the lower half of the layers is run')
+  require(num_periods % 2 == 0, f'{setting}and {num_periods} periods of '
+          'layers loop: choose an even number, which have two halves')
+  require(loops.gradient_passes <= loops.low_cycles,
+          f'{setting}model.loops.gradient_passes is {loops.gradient_passes}: '
+          f'choose from 1 to the {loops.low_cycles} of '
+          'model.loops.low_cycles, or 0 for all')
+
+
+def _check_gradient_passes(config: ModelConfig, setting: str) -> None:
+  """Checks how many of the last passes have a gradient (loops.gradient_passes).
+
+  Args:
+    config: the config of the whole model, whose layers loop.
+    setting: the words that the sentence of an error begins with.
+
+  Raises:
+    RequestError: for more passes than there are, and for fewer where the passes
+      do not read the first input again, so that the embeddings and all layers
+      before the loop would have no gradient.
+  """
+  loops = config.part(LoopsConfig)
   gradient_passes = loops.gradient_passes
   if gradient_passes > loops.passes and not loops.low_cycles:
     raise RequestError(
         f'{setting}model.loops.gradient_passes is {gradient_passes}: choose '
         f'from 1 to the {loops.passes} of model.loops.passes, or 0 for all')
+  reads_first_input = config.loop != 'plain'
   if not reads_first_input and gradient_passes not in (0, loops.passes):
     raise RequestError(
         f'{setting}model.loops.gradient_passes is {gradient_passes}: the last '
         'passes read nothing but the state, so what comes before them would '
         'have no gradient; set it to 0, or choose add, concat or gate')
-  require(config.keep_gathered == 'none', f'{setting}model.keep_gathered '
-          f'{config.keep_gathered!r}: each pass would keep weights that all '
-          'passes share; set it to none')
 
 
 def _check_diffusion(config: ModelConfig) -> None:
