@@ -43,7 +43,7 @@ UP_AXES = 'latent', 'heads', 'head'
 
 
 class _QueryInput(NamedTuple):
-  """What the queries of a layer are made of: a small vector of each token, the
+  """The input that the queries of a layer are made of: a small vector a token,
   latent n(W_dq x) with latent.q_rank, else the layer's input x itself.
 
   The suffixes name axes: B batch, L length, U features.
