@@ -43,8 +43,8 @@ UP_AXES = 'latent', 'heads', 'head'
 
 
 class _QueryInput(NamedTuple):
-  """The input that the queries of a layer are made of: a small vector a token,
-  latent n(W_dq x) with latent.q_rank, else the layer's input x itself.
+  """The input that the queries of a layer are made of: with latent.q_rank a
+  small vector of each token, the latent n(W_dq x), else the layer's input x.
 
   The suffixes name axes: B batch, L length, U features.
   """
