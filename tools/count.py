@@ -16,13 +16,16 @@ its published parameter count and the difference.
 """
 
 from collections.abc import Iterable, Iterator
+from concurrent import futures
 import importlib
 import json
+import multiprocessing
 
 from absl import flags
 
 from common.errors import RequestError
 import configs
+from tools.compare import cost
 from training import cli, preflight, runs
 from training.costs import systems, totals
 
@@ -45,13 +48,13 @@ def main() -> None:
     raise RequestError('pass --config FILE.py:SIZE, or --all, which counts '
                        'every size of every system as it is, alone')
 
-  # Every size of every system.
+  # Every size of every system. Each row is printed as soon as it is counted.
   if args.all:
+    rows = count_all_sizes()
     if args.json:
-      print(json.dumps(list(count_all_sizes()), indent=2))
+      print(json.dumps(list(rows), indent=2))
     else:
-      # Each row is printed as soon as it is counted.
-      for line in _table_of_sizes(count_all_sizes()):
+      for line in _table_of_sizes(rows):
         print(line, flush=True)
     return
 
@@ -67,10 +70,33 @@ def main() -> None:
     print(_format_figures(figures, systems.describe_differences(model)))
 
 
-def count_all_sizes() -> Iterator[dict]:
-  """Counts every published model size in configs/, and yields a row for each.
+def list_all_sizes() -> list[tuple[str, str]]:
+  """Returns the file in configs/, such as 'llama', and the name of every
+  published model size."""
+  sizes = []
+  for path in sorted(configs.FOLDER.glob('*.py')):
+    module = importlib.import_module(f'configs.{path.stem}')
+    sizes += [(path.stem, size) for size in getattr(module, 'SIZES', {})]
+  return sizes
 
-  Yields:
+
+def count_all_sizes() -> Iterator[dict]:
+  """Counts every published model size in configs/, with a process on each core,
+  and yields the row of each (count_size) in order."""
+  with futures.ProcessPoolExecutor(
+      mp_context=multiprocessing.get_context('spawn'),
+      initializer=cost.keep_off_accelerators) as processes:
+    yield from processes.map(count_size, *zip(*list_all_sizes()))
+
+
+def count_size(file: str, size: str) -> dict:
+  """Counts a published model size.
+
+  Args:
+    file: the file in configs/, without its ending.
+    size: the name of the size in this file.
+
+  Returns:
     A row for JSON:
     size: 'FILE:SIZE', with a mark if its figures are rumoured.
     parameters: the parameters that the publication counts.
@@ -80,33 +106,31 @@ def count_all_sizes() -> Iterator[dict]:
       is none.
     training_flops_per_token: the FLOPs of both passes for a token.
   """
-  for path in sorted(configs.FOLDER.glob('*.py')):
-    module = importlib.import_module(f'configs.{path.stem}')
-    # The file of a system gives in UNCOUNTED, by size, the number of parameters
-    # that the published figure leaves out. They are subtracted here, so that
-    # the same parameters are compared.
-    uncounted = getattr(module, 'UNCOUNTED', {})
-    for size, fields in getattr(module, 'SIZES', {}).items():
-      figures = totals.count_briefly(module.get_config(size))
-      name = f'{path.stem}:{size}'
-      if figures['rumoured']:
-        name += ' (rumoured)'
-      left_out = uncounted.get(size, 0)
-      counted = figures['parameters'] - left_out
+  # The file of a system gives in UNCOUNTED, by size, the number of parameters
+  # that the published figure leaves out. They are subtracted here, so that the
+  # same parameters are compared.
+  module = importlib.import_module(f'configs.{file}')
+  uncounted = getattr(module, 'UNCOUNTED', {})
+  figures = totals.count_briefly(module.get_config(size))
+  name = f'{file}:{size}'
+  if figures['rumoured']:
+    name += ' (rumoured)'
+  left_out = uncounted.get(size, 0)
+  counted = figures['parameters'] - left_out
 
-      # Not every publication states its number of parameters.
-      published = fields.get('parameters')
-      difference = None
-      if published:
-        difference = counted / published - 1
-      yield {
-          'size': name,
-          'parameters': counted,
-          'active_parameters': figures['active_parameters'] - left_out,
-          'published': published,
-          'difference': difference,
-          'training_flops_per_token': figures['training_flops_per_token'],
-      }
+  # Not every publication states its number of parameters.
+  published = module.SIZES[size].get('parameters')
+  difference = None
+  if published:
+    difference = counted / published - 1
+  return {
+      'size': name,
+      'parameters': counted,
+      'active_parameters': figures['active_parameters'] - left_out,
+      'published': published,
+      'difference': difference,
+      'training_flops_per_token': figures['training_flops_per_token'],
+  }
 
 
 def _format_figure(name: str, value: float, note: str = '') -> str:

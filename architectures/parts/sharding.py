@@ -29,6 +29,10 @@ AxisRules = Sequence[tuple[str, tuple[str, ...]]]
 # The scope of a constraint's operation, which names its logical axes.
 SCOPE_OF_CONSTRAINT = 'axes'
 
+# The random stream of a module whose parameters' shapes alone are wanted: their
+# initial values are not drawn, and nothing counts how often they would be.
+SHAPES_ALONE = 'shapes'
+
 # The names that an axis of an array may have. 'stream' is the length of what
 # goes from layer to layer, and 'length' that of what a layer computes of it.
 # 'tokens' are batch and length in one axis, 'joined' heads and their features,
@@ -365,6 +369,8 @@ def declare(module: nn.Module, name: str, init: Callable,
 
   def make_box(key: jax.Array, shape: tuple[int, ...]) -> Declared:
     """Draws the initial value, and boxes it with the role."""
+    if module.has_rng(SHAPES_ALONE):
+      return Declared(jnp.zeros(shape, dtype), axes, role=role)
     # The draw is in float32: JAX's normal numbers in bfloat16 have only 128
     # values, whose mean is not 0.
     value = init(key, shape, jnp.float32).astype(dtype)
@@ -381,7 +387,9 @@ def abstract_params(module: nn.Module):
   """Returns the shapes of a model's parameters, each in its box; nothing is
   computed."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  return jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
+  key = jax.random.key(0)
+  keys = {'params': key, SHAPES_ALONE: key}
+  return jax.eval_shape(module.init, keys, tokens)['params']
 
 
 def parameter_shapes(module: nn.Module) -> Any:

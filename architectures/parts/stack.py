@@ -385,9 +385,11 @@ class Stack(nn.Module):
     # time. This must stay on where layers draw random numbers: the second trace
     # counts as draws too, so without it the same seed would draw other numbers.
     draws_numbers = any(map(self.has_rng, ('params', 'dropout', 'router')))
+    draws_numbers = draws_numbers and not self.has_rng(sharding.SHAPES_ALONE)
     scanned = nn.scan(
         Scanned, variable_axes={'params': 0},
-        split_rngs={'params': True, 'dropout': True, 'router': True},
+        split_rngs={'params': True, 'dropout': True, 'router': True,
+                    sharding.SHAPES_ALONE: False},
         in_axes=(0, nn.broadcast, nn.broadcast), length=section.periods,
         unroll=1 if config.scan_layers else section.periods,
         check_constancy_invariants=draws_numbers,

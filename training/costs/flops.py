@@ -69,7 +69,7 @@ def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
     `weights`: the FLOPs of all products with weights.
   """
   config = dataclasses.replace(architectures.resolve(model), mtp_depth=0)
-  config = _config_for_counting(config, max(length, decoder_length))
+  config = config_for_counting(config, max(length, decoder_length))
   parts = _forward_flops_by_part(
       config, length=length, decoder_length=decoder_length, prefix=prompt,
       prompt=prompt)
@@ -103,7 +103,7 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
     The FLOPs of `attention` and of `weights`, as `forward_flops` returns them.
   """
   config = architectures.resolve(model)
-  config = _config_for_counting(config, max(length, decoder_length))
+  config = config_for_counting(config, max(length, decoder_length))
   denoises = config.diffusion_block > 0
   count_forward = functools.partial(
       _forward_flops_by_part, config, length=length,
@@ -173,12 +173,13 @@ def decode_flops(model: ModelConfig, keys: int, memory_length: int = 0
     The FLOPs of `attention` and of `weights`, as `forward_flops` returns them.
   """
   config = architectures.resolve(model)
-  config = _config_for_counting(config, max(keys, memory_length))
+  config = config_for_counting(config, max(keys, memory_length))
   return dict(_decoding_flops_by_part(config, keys, memory_length))
 
 
-def _config_for_counting(config: ModelConfig, reach: int) -> ModelConfig:
-  """Returns a config of the same model whose program does no avoidable work.
+def config_for_counting(config: ModelConfig, reach: int) -> ModelConfig:
+  """Returns a config of the same model, with the same parameters, whose program
+  does no avoidable work.
 
   Experts have exactly as many slots as tokens come if all experts get equally
   many, no layer is recomputed (remat), and attention is written out as plain
@@ -195,10 +196,11 @@ def _config_for_counting(config: ModelConfig, reach: int) -> ModelConfig:
   if moe is not None and routing.router_of(moe).experts_choose:
     factor = routing.mean_active_experts(moe) / moe.top_k
 
-  # Layers in a scan are traced once, and counted as often as they run.
+  # Layers in a scan are traced once, and counted as often as they run. In
+  # float32, a product has one form for all platforms.
   plain = dataclasses.replace(
       config, attention_kernel='xla', remat='none', scan_layers=True,
-      max_len=max(config.max_len, reach))
+      dtype='float32', max_len=max(config.max_len, reach))
   return plain.with_part(
       MoEConfig, dispatch='sorted', grouped_kernel='auto', group_size=0,
       capacity_factor=factor, eval_capacity_factor=factor)
@@ -286,7 +288,7 @@ def _forward_flops_by_part(config: ModelConfig, length: int,
   (ATTENTION or WEIGHTS) and its FLOPs.
 
   Args:
-    config: the config of the model, as `_config_for_counting` returns it.
+    config: the config of the model, as `config_for_counting` returns it.
     length: the number of tokens of a row; for an encoder-decoder, of a source.
     decoder_length: the number of tokens of a target; 0: there is none.
     num_unread: the number of positions that the head does not read.
@@ -387,7 +389,7 @@ def _decoding_flops_by_part(config: ModelConfig, keys: int, memory_length: int
   part (ATTENTION or WEIGHTS) and its FLOPs.
 
   Args:
-    config: the config of the model, as `_config_for_counting` returns it.
+    config: the config of the model, as `config_for_counting` returns it.
     keys: the number of tokens that the new token attends to, itself included.
     memory_length: the number of tokens of the encoder; 0: there is no encoder.
   """

@@ -177,7 +177,9 @@ def count_briefly(config: Config) -> dict:
   """
   model = resolve_model_without_tokenizer(config)
   sides = _row_lengths(config, model, length=config.data.length)
-  total, active = count_parameters(model)
+  # The model is built as its FLOPs are counted, so that it is traced once.
+  total, active = count_parameters(
+      flops.config_for_counting(model, max(sides)))
   return {
       'rumoured': model.arch.startswith('gpt4'),
       'parameters': total,
