@@ -133,3 +133,17 @@ def test_tables_are_told_apart_from_what_multiplies():
       runs.parameter_shares(module, optim(table_rate=5.0)))
   assert {path: x for path, x in shares.items() if x != 1} == {
       'decoder/layers/block_0/memory/table': 5}
+
+
+@pytest.mark.parametrize('memory', [
+    name for name in lookup.MEMORIES if name != lookup.NAME_OF_NO_MEMORY])
+def test_a_memory_reads_the_tokens_before_a_step(memory):
+  """Word by word with a cache, each memory gives what it gives a whole row."""
+  module, params = models.make_model(
+      'llama', num_layers=1, memory=memory, ngrams=dict(rows=40, size=4),
+      per_layer=dict(size=4))
+  tokens_BL = models.random_tokens(length=8)
+  whole = jax.jit(lambda params: models.logits(module, params, tokens_BL))(
+      params)
+  stepped = models.decode_with_cache(module, params, tokens_BL, first=3)
+  models.assert_trees_close(whole, stepped, 1e-4)
