@@ -5,8 +5,9 @@
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
 #   make test PYTHON=python3.12 VENV=.venv312
+# Unless PYTHON says otherwise it is the newest of python3.13 to python3.11.
 
-PYTHON ?= python3
+PYTHON ?= $(shell sh requirements/newest.sh)
 VENV ?= .venv
 WORKDIR ?= runs/tiny
 # An extra of setup.cfg, which gets a stamp of its own.
@@ -106,7 +107,8 @@ $(VENV)/.docs: setup.cfg $(locks) | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.made:
-	@sh requirements/venv.sh $(PYTHON) $(VENV) '$(MAKECMDGOALS)'
+	@python=$(PYTHON); echo "Making $(VENV) with $$python"; \
+	  sh requirements/venv.sh $$python $(VENV) '$(MAKECMDGOALS)'
 	@touch $@
 
 # A Python that was asked for by name must be the one that $(VENV) was made of.

@@ -114,6 +114,22 @@ def _make_venv(python, directory, **environment):
       text=True)
 
 
+def test_the_newest_python_that_has_venv_is_taken(tmp_path):
+  def newest(**code_of_python):
+    for name, code in code_of_python.items():
+      file = tmp_path / name.replace('_', '.')
+      file.write_text(f'#!/bin/sh\nexit {code}\n')
+      file.chmod(0o755)
+    return subprocess.run(
+        ['/bin/sh', ROOT / 'requirements/newest.sh'],
+        env={'PATH': str(tmp_path)}, capture_output=True, text=True).stdout
+
+  assert newest() == 'python3\n'
+  assert newest(python3_13=1, python3_11=0) == 'python3.11\n'
+  assert newest(python3_12=0) == 'python3.12\n'
+  assert newest(python3_13=0) == 'python3.13\n'
+
+
 def test_no_python_is_a_sentence(tmp_path):
   result = _make_venv('no-such-python', tmp_path / 'venv')
   assert result.returncode == 2
