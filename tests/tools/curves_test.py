@@ -1,5 +1,6 @@
 """The curves of plain runs: their table, pictures and page."""
 
+import pathlib
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from common.errors import RequestError
 from tests.helpers import sweep_folder
 from tools import curves
+from training.workdir import metrics
 
 STARTS = {'png': b'\x89PNG', 'svg': b'<?xml', 'pdf': b'%PDF',
           'html': b'<!doctype html>'}
@@ -66,3 +68,11 @@ def test_what_was_evaluated_is_drawn_as_it_is(folders):
 def test_a_moving_average_passes_over_what_is_not_finite():
   np.testing.assert_allclose(curves.smooth_curve([4, 2, np.nan, 8], 0.5), [
       4, (2 + 4 / 2) / 1.5, np.nan, (8 + 2 / 2 + 4 / 4) / 1.75])
+
+
+def test_the_first_row_of_a_log_is_drawn_too(folders):
+  rows = metrics.read_metrics(pathlib.Path(folders[1]) / metrics.METRICS_FILE)
+  curve_of_figure = curves._curves_of_run(folders[1], 0.0)
+  for split in ('train', 'eval'):
+    steps = [row['step'] for row in rows if row['split'] == split]
+    assert curve_of_figure[f'{split}/loss']['step'] == steps

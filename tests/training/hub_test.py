@@ -121,3 +121,17 @@ def test_the_card_of_a_run_of_a_sweep(tmp_path):
   (out / 'README.md').write_text('edited')
   card.write_model_card(run, config, out, sweep_folder.STEPS, 50_000)
   assert (out / 'README.md').read_text() == 'edited'
+
+
+@pytest.mark.parametrize('weights', [True, False])
+def test_weights_are_downloaded_only_where_they_are_asked_for(
+    weights, monkeypatch):
+  asked = []
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download',
+                      lambda name, **words: asked.append((name, words)))
+  hub.download_if_on_hub(NAME + '@b', weights=weights)
+  (name, words), = asked
+  assert (name, words['revision']) == ('org/tiny', 'b')
+  patterns = words['allow_patterns']
+  assert {*hub.TEXT_FILE_PATTERNS} <= {*patterns}
+  assert ({*hub.WEIGHT_FILE_PATTERNS} <= {*patterns}) == weights

@@ -341,3 +341,14 @@ def test_a_file_of_json_that_has_no_end_is_not_read(what, tmp_path):
     with pytest.raises(RequestError, match='config.json (is|has)'):
       read()
   assert not storage.has_config(tmp_path)
+
+
+@pytest.mark.parametrize('text, words', [
+    ('', 'it is damaged, and is no JSON'), ('{"a": 1', 'is no JSON'),
+    ('[' * 10**5, 'is no JSON'), ('[1]', 'it is damaged: it is'),
+    ('{}', "it is damaged: its 'a' is"), ('{"a": "1"}', "its 'a' is '1'")])
+def test_what_is_no_object_of_these_fields_is_refused(text, words):
+  assert storage.parse_json_object('{"a": 1}', 'it', dict(a=int)) == {'a': 1}
+  with pytest.raises(RequestError) as refusal:
+    storage.parse_json_object(text, 'it', dict(a=int))
+  assert words in str(refusal.value), str(refusal.value)
