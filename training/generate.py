@@ -327,7 +327,42 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
     prompts_BL, lengths_B, prefix_B, source_inputs = _repeat_rows(
         (prompts_BL, lengths_B, prefix_B, source_inputs), copies, 0)
 
-  def advance(cache: Any, new_BT: jax.Array, t: jax.Array):
+  advance = TokenReader(
+      module=module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
+      prefix_B=prefix_B, source_argument=source_argument,
+      source_inputs=source_inputs, positions_name=positions_name,
+      is_unrolled=is_unrolled)
+  return logits_BV, cache, advance
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenReader:
+  """Lets a model read the new tokens after some prompts, one at a time.
+
+  Attributes:
+    module: the model.
+    params: its parameters; with is_unrolled, those of unstack_layers.
+    prompts_BL: the prompts' tokens, padded on the right, of B rows.
+    lengths_B: the number of tokens of each prompt.
+    prefix_B: how many tokens of each prompt see each other; None: none.
+    source_argument: (None,) for an encoder-decoder, whose source has been
+      encoded already; else ().
+    source_inputs: the model's further inputs in each step, by name.
+    positions_name: the name of the model's input that has the positions.
+    is_unrolled: whether the layers run one by one.
+  """
+  module: nn.Module
+  params: Any
+  prompts_BL: jax.Array
+  lengths_B: jax.Array
+  prefix_B: Optional[jax.Array]
+  source_argument: tuple[None, ...]
+  source_inputs: dict[str, jax.Array]
+  positions_name: str
+  is_unrolled: bool
+
+  def __call__(self, cache: Any, new_BT: jax.Array, t: jax.Array
+               ) -> tuple[jax.Array, Any]:
     """Lets the model read new token t - 1, and returns the logits of token t.
 
     Args:
@@ -341,21 +376,21 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
     """
     # Some position encodings change once a text exceeds a certain length. Rows
     # that have exceeded it are read again from the start.
-    cache = _reread_outgrown_rows(module, params=params, cache=cache,
-                                  prompts_BL=prompts_BL,
-                                  lengths_B=lengths_B, prefix_B=prefix_B,
-                                  new_BT=new_BT, t=t)
+    fitting_cache = _reread_outgrown_rows(
+        self.module, params=self.params, cache=cache,
+        prompts_BL=self.prompts_BL, lengths_B=self.lengths_B,
+        prefix_B=self.prefix_B, new_BT=new_BT, t=t)
 
     # Read the token. Its position is counted from the start of the prompt. An
     # encoder-decoder is also given its source, which was encoded once.
     token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, axis=1)
-    positions_B1 = (lengths_B + t - 1)[:, None]
-    output = apply({'params': params}, *source_argument, token_B1, cache=cache,
-                   one_by_one=is_unrolled, **{positions_name: positions_B1},
-                   **source_inputs)
+    positions_B1 = (self.lengths_B + t - 1)[:, None]
+    apply: Callable[..., Any] = self.module.apply
+    output = apply(
+        {'params': self.params}, *self.source_argument, token_B1,
+        cache=fitting_cache, one_by_one=self.is_unrolled,
+        **{self.positions_name: positions_B1}, **self.source_inputs)
     return output.head.logits(output.hidden)[:, 0], output.cache
-
-  return logits_BV, cache, advance
 
 
 def _token_mask(tokens_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
