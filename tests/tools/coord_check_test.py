@@ -52,6 +52,7 @@ def test_flat_in_mup_and_growing_in_the_standard_form(rows):
     ('muon', 3e-3, False, [64, 128, 256], [2]),
     ('adamw', 0.01, True, [32, 128], [2]), ('muon', 0.01, True, [32, 128], [2]),
     ('adamw', 1e-3, False, [32], [2, 4, 8]),
+    ('muon', 3e-3, False, [32], [2, 4, 8]),
     ('sgd', 0.03, False, [32], [2, 4, 8])])
 def test_optimizers_are_flat_over_width_and_depth(
     optimizer, lr, hyperball, widths, depths):
