@@ -64,6 +64,29 @@ def _read_gradient_passes(cycles: list[int], loops: dict[str, int]) -> int:
   return counts[-1]
 
 
+def _read_layers_of_stack(reader: hf.Reader, num_runs: int) -> int:
+  """Returns the number of layers that each of the two stacks has.
+
+  num_hidden_layers is this number. A file that transformers has written has it
+  as num_layers_per_stack, and num_hidden_layers is then multiplied by the
+  number of runs of a stack.
+
+  Args:
+    reader: the fields of the config.json.
+    num_runs: how many times a stack runs, of both stacks and all passes.
+
+  Raises:
+    RequestError: for two numbers of which neither holds.
+  """
+  num_layers = reader('num_hidden_layers', 16)
+  layers_of_stack = reader('num_layers_per_stack', num_layers)
+  is_of_all_runs = num_layers == layers_of_stack * num_runs
+  require(is_of_all_runs or num_layers == layers_of_stack,
+          f'num_hidden_layers is {num_layers}, and num_layers_per_stack '
+          f'{layers_of_stack} in {num_runs} runs: they contradict each other')
+  return layers_of_stack
+
+
 class HF(llama.Family):
   model_type = 'hrm_text'
   architecture = 'HrmTextForCausalLM'
@@ -104,18 +127,13 @@ class HF(llama.Family):
       RequestError: for numbers of layers that contradict each other, and for
         runs with a gradient that our field cannot say.
     """
-    # num_hidden_layers is the number of layers of one stack, or that of all
-    # runs of both stacks, as transformers writes it: then it also writes
-    # num_layers_per_stack.
+    # The layers of both stacks. In a pass the lower stack runs low_cycles
+    # times, and then the upper one runs once.
     loops = dict(passes=fields['loops.passes'],
                  low_cycles=fields['loops.low_cycles'])
     num_runs = loops['passes'] * (loops['low_cycles'] + 1)
-    num_layers = reader('num_hidden_layers', 16)
-    layers_of_stack = reader('num_layers_per_stack', num_layers)
-    is_total = num_layers == layers_of_stack * num_runs
-    require(is_total or num_layers == layers_of_stack,
-            f'num_hidden_layers is {num_layers}, and num_layers_per_stack '
-            f'{layers_of_stack} in {num_runs} runs: they contradict each other')
+    layers_of_stack = _read_layers_of_stack(reader, num_runs)
+
     # Embeddings have the deviation 1 at first, unless the file gives a scale.
     stddev = reader('initializer_range', 0.02)
     embed_scale = reader('embedding_scale', 1 / stddev)
@@ -128,9 +146,13 @@ class HF(llama.Family):
       require(cycles, 'config.json has an L_bp_cycles that is no list, or an '
               'empty one: it must have a number for the last pass or more')
     loops['gradient_passes'] = _read_gradient_passes(cycles, loops)
-    return super().read(reader, fields) | dict(
+    loops['boundary'] = 'norm'
+
+    # These replace what a LLaMA's config.json says of the same fields.
+    fields_of_llama = super().read(reader, fields)
+    return fields_of_llama | dict(
         num_layers=2 * layers_of_stack, num_kv_heads=fields['num_heads'],
-        embed_scale=embed_scale, loops=loops | dict(boundary='norm'))
+        embed_scale=embed_scale, loops=loops)
 
   def write(self, config: ModelConfig) -> dict:
     """Translates our config of a model to fields of a Hugging Face config.json.

@@ -838,22 +838,26 @@ class PeriodsOneByOne:
     return self._run_range(range(self.num_periods), carry)
 
   def run_turn(self, n: int, turn: passes.Turn, carry: ScanCarry) -> ScanCarry:
-    """Runs the half of the periods whose turn it is.
+    """Runs one half of the periods, where two stacks of layers take turns
+    (model.loop=turns): the lower stack is the first half of the periods, the
+    higher stack the second.
 
     Args:
-      n: the number of the turn, which is not read: each run takes the next
-        caches.
-      turn: which half it runs.
-      carry: the input of the half, and what else goes from layer to layer. Its
+      n: the number of the turn. A loop that scans finds its caches by it; here
+        each run takes the next ones, so that it is not read.
+      turn: which of the stacks it runs.
+      carry: the input of the stack, and what else goes from layer to layer. Its
         slots are None, as each period has a cache of its own here.
 
     Returns:
-      The carry after the half.
+      The carry after the stack.
     """
     del n
     half = self.num_periods // 2
-    start = half if turn.is_high else 0
-    carry_after = self._run_range(range(start, start + half), carry.layers)
+    numbers = range(half)
+    if turn.is_high:
+      numbers = range(half, self.num_periods)
+    carry_after = self._run_range(numbers, carry.layers)
     return ScanCarry(carry_after, carry.slots)
 
   def _run_range(self, numbers: range, carry: Carry) -> Carry:

@@ -941,17 +941,28 @@ class Balanced(LearnedSum):
   fields = ('streams.temperature',)
 
   def factors(self, module: Any, size: int) -> SumFactors:
+    """Declares the numbers w, and returns the factors g of the branch F(x) and
+    sqrt(1 - g^2) of the stream x. Nothing is added to either.
+
+    Args:
+      module: the layer, which gets the parameter `gate` [D].
+      size: the number D of features.
+    """
+    # g, from the learned numbers w.
     config: ModelConfig = module.config
     w_D = declare(module, 'gate', shape=(size,), role=Role(('embed',)),
                   init=nn.initializers.normal(config.init_stddev))
-    z_D = w_D.astype(jnp.float32) / config.part(StreamsConfig).temperature
-    branch_D = jax.nn.sigmoid(z_D)  # g
-    # 1 - g^2 = (1 - g) (1 + g), without the loss of digits where g is near 1.
-    square_D = jax.nn.sigmoid(-z_D) * (1 + branch_D)
+    logit_D = w_D.astype(jnp.float32) / config.part(StreamsConfig).temperature
+    g_D = jax.nn.sigmoid(logit_D)
+
+    # 1 - g^2 is computed as (1 - g) (1 + g), where 1 - sigmoid(z) is
+    # sigmoid(-z), so that no digits are lost where g is near 1.
+    square_D = jax.nn.sigmoid(-logit_D) * (1 + g_D)
     stream_D = jnp.sqrt(jnp.maximum(square_D, SMALLEST_SQUARE_OF_FACTOR))
-    none_D = jnp.zeros_like(branch_D)
-    return SumFactors(stream_D=stream_D, branch_D=branch_D,
-                      stream_shift_D=none_D, branch_shift_D=none_D)
+
+    no_shift_D = jnp.zeros_like(g_D)
+    return SumFactors(stream_D=stream_D, branch_D=g_D,
+                      stream_shift_D=no_shift_D, branch_shift_D=no_shift_D)
 
 
 class Affine(LearnedSum):
@@ -961,6 +972,13 @@ class Affine(LearnedSum):
   """
 
   def factors(self, module: Any, size: int) -> SumFactors:
+    """Declares and returns s (stream_scale), s' (branch_scale), b (stream_bias)
+    and b' (branch_bias), each of `size` features. The sum is x + F(x) at first.
+
+    Args:
+      module: the layer, which gets the parameters.
+      size: the number of features.
+    """
     def declare_features(name: str, init: Callable) -> jax.Array:
       return declare(module, name, init=init, shape=(size,),
                      role=Role(('embed',))).astype(jnp.float32)

@@ -182,15 +182,19 @@ class HuggingFace:
     return tuple(rows)
 
   def rows_of_layer(self, layer: ModelConfig) -> Sequence[Row]:
-    """Returns the rows of a layer, whose names begin within it, of a decoder
-    whose kinds of layer differ in more than which parameters they have.
+    """Returns the rows that name the tensors of one layer of a decoder.
+
+    A system replaces this method where its kinds of layer have different
+    tensors for parameters of one name. Where the kinds differ only in which
+    parameters they have, the rows of all layers stand in `names`.
 
     Args:
-      layer: the config of its kind of layer.
+      layer: the config of the layer's kind.
 
     Returns:
       Rows of four strings: the path and the axes of our parameter, and the name
-      and the axes of its tensor.
+      and the axes of its tensor. Paths and names are without their beginnings,
+      which say the layer: `rows_of_model` adds these.
     """
     return ()
 
