@@ -63,7 +63,7 @@ def test_a_base_becomes_every_system_of_its_kind(base, arch):
 
 @pytest.mark.parametrize('arch, size, words', [
     ('t5', 'tiny', "model.arch 't5' stacks an encoder-decoder and 'gpt', that "
-     'of the base, a decoder, .* choose from bloom, '),
+     'of the base, a decoder, .* choose from axk2, bloom, '),
     ('lama', 'tiny', "unknown model.arch 'lama': choose"),
     ('llama', '8b', "unknown size of llama '8b': choose"),
     ('smollm3', 'tiny', "model.arch 'smollm3' cannot have the sizes of the "
