@@ -320,13 +320,15 @@ def test_the_experts_panel_is_over_the_steps_since_the_last_report(
 
 def test_live_figures_are_of_the_parameters_themselves(train, monkeypatch):
   seen = []
-  monkeypatch.setattr(held_out, 'sum_held_out', lambda *_, params, **__: (
-      seen.append(params) or [{'nll': [float(len(seen))]}]))
+  monkeypatch.setattr(
+      held_out, 'sum_held_out', lambda *_, params, batches, **__: (
+          seen.append((params, batches)) or [{'nll': [float(len(seen))]}]))
   monkeypatch.setattr(held_out, 'average_figures', lambda sums, _: {
       'loss': sums[0]['nll']})
-  _, (member,), _ = train({}, eval__every_steps=STEPS, eval__live=True)
+  _, (member,), _ = train({}, eval__every_steps=STEPS, eval__live=True,
+                          eval__batches=7)
   row, = _rows(member, 'eval')
-  assert seen == ['average', 'live']
+  assert seen == [('average', 7), ('live', 7)]
   assert (row['loss'], row['live/loss']) == (1, 2)
 
 

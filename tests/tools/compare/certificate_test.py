@@ -359,8 +359,18 @@ def test_a_sweep_and_a_csv_name_each_unfair_pair(
 def test_a_study_names_what_is_not_alike(tmp_path, capsys, monkeypatch):
   tree = results_lib.NOTHING | study_folder.write(tmp_path)
   frozen = plans.load_frozen_plan(tmp_path)
+  # A field that was solved for is no part of the question, but one that the
+  # variant sets is.
+  for name, matched in (('rope', ['model.d_ff']), ('alibi', [])):
+    point = frozen.point(name, frozen.plan.sizes[-1], plans.TEXT)
+    point['changes']['model.d_ff'] = 99
+    point['matched'] = matched
   fair = comparison.compare_study(tmp_path, frozen, tree)
   assert not fair.differences['rope'].named
+  assert fair.differences['rope'].asked == ('model.position',)
+  assert {*fair.differences['alibi'].asked} == {'model.position', 'model.d_ff'}
+  assert (fair.certificates['rope']['model']['model.d_ff']
+          == fair.certificates[frozen.plan.base]['model']['model.d_ff'] != 99)
   # More recipes for one, and at the largest size more FLOPs for another.
   for row in tree['tuned']:
     if row['variant'] == 'rope':

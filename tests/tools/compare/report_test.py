@@ -252,6 +252,32 @@ def test_each_change_over_all_settings_of_the_others(tmp_path, change):
   assert parallel['minus base'].text == '-0.2000'  # all alike
 
 
+def test_a_cost_is_beside_that_of_the_base_at_the_same_size():
+  """The sizes have other costs, and so has another workload."""
+  frozen = study_folder.frozen(study_folder.plan(('rope',)))
+  factors = {'small': 1.5, 'medium': 0.75, 'large': 1.0}
+  for frozen_point in frozen.points:
+    for cost in ('params', 'flops_per_token'):
+      if frozen_point['workload'] != plans.TEXT:
+        frozen_point[cost] *= 7
+      if frozen_point['variant'] == 'rope':
+        frozen_point[cost] *= factors[frozen_point['size']]
+  compared = comparison.Comparison(
+      workdir='', frozen=frozen, results=results_lib.NOTHING, outcomes=[],
+      curves={}, excluded=[], about=[], warnings=[], certificates={},
+      differences={})
+  rows = {(row['variant'].text, row['size'].text): row
+          for row in tables.cost_table(compared).rows}
+  assert {key: row['parameters'].text for key, row in rows.items()} == {
+      (BASE, 'small'): '41.23k', (BASE, 'medium'): '163.5k',
+      (BASE, 'large'): '652.3k', ('rope', 'small'): '61.85k (+50.0%)',
+      ('rope', 'medium'): '122.6k (-25.0%)', ('rope', 'large'): '652.3k'}
+  assert rows['rope', 'medium']['FLOPs a token'].text.endswith(' (-25.0%)')
+  other = frozen.point('rope', 'small', 'mqar')
+  assert tables._beside_base(compared, other, 'params').text == (
+      '433k (+50.0%)')
+
+
 def test_sensitivity_to_the_learning_rate(tmp_path):
   sweep_folder.write(tmp_path, [
       point('base', shift=SHIFT), point('half', {'optim.lr': 5e-4}, factor=2.0),

@@ -111,6 +111,12 @@ def test_a_run_says_how_many_records_have_each_label(tmp_path):
   words = _loader(f'conll:{tmp_path}/a.conll', 'token_classification')
   assert records.describe_labels(words.views) == [
       'labels: 2, in training B-x 2, O 2']
+  # Rows of text, and rows without labels, stand before and behind those.
+  windows = [object()]
+  others = [windows, records.Rows()]
+  assert records.describe_labels(others) == []
+  assert records.describe_labels([*others, *words.views, *others]) == [
+      'labels: 2, in training B-x 2, O 2']
 
 
 @pytest.mark.parametrize('name, text, fields, message', [

@@ -154,6 +154,44 @@ def test_pairs_equal_those_of_the_package_tokenizers(length, tmp_path):
                   for pair in PAIRS]
 
 
+@pytest.mark.parametrize('arch, between', [('bert', 1), ('roberta', 2)])
+@pytest.mark.parametrize('objective', ['classification', 'question_answering'])
+def test_all_separators_count_where_a_pair_is_cut(arch, between, objective,
+                                                  tmp_path):
+  """Two texts fill a row to its last token. In a row that is one token shorter
+  one of them is cut, or a paragraph takes two rows."""
+  texts = 'a' * 5, 'b' * 9
+  if objective == 'classification':
+    (tmp_path / 'a.tsv').write_text(''.join(
+        '\t'.join((*texts, label)) + '\n' for label in 'xy'))
+    source = f'labelled:{tmp_path}/a.tsv'
+    num_rows = 2
+  else:
+    question = dict(id='0', question=texts[0], is_impossible=True, answers=[])
+    paragraph = dict(context=texts[1], qas=[question])
+    (tmp_path / 'a.json').write_text(json.dumps(
+        dict(data=[dict(paragraphs=[paragraph])])))
+    source = f'squad:{tmp_path}/a.json'
+    num_rows = 1
+  full = sum(map(len, texts)) + 2 + between
+  sizes = {}
+  for length in (full, full - 1):
+    c = objectives.fill_in_labels(
+        files.make_run_config(source, objective, length, arch, stride=1))
+    record = objectives.find_objective(c)
+    view = record.view(files.read_corpus(c))
+    sizes[length] = [record.length(item) for item in view.items]
+    for item, size in zip(view.items, sizes[length]):
+      row = files.make_batch_row(record, item, None, c, BYTES)
+      assert (row['segment_ids'] != 0).sum() == size
+      assert (row['tokens'] == SEP).sum() == 1 + between
+  assert sizes[full] == [full] * num_rows
+  if objective == 'classification':
+    assert sizes[full - 1] == [full - 1] * num_rows
+  else:
+    assert sizes[full - 1] == [full - 1, full - 7]
+
+
 def _asked(tmp_path, objective, arch='bert', length=64):
   source = (f'conll:{files.write_conll(tmp_path / "a.conll")}'
             if objective == 'token_classification' else

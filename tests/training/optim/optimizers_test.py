@@ -329,6 +329,8 @@ def test_state_lies_where_the_parameters_lie(name):
     (dict(schedule='constant'), (0.2, 1.0, 2.0, 2.0, 2.0, 2.0)),
     (dict(schedule='linear', final_fraction=0.5),
      (0.2, 1.0, 2.0, 1.5, 1.0, 1.0)),
+    (dict(schedule='linear', final_fraction=0.5, decay_steps=55),
+     (0.2, 1.0, 2.0, 1.0, 1.0, 1.0)),
     (dict(schedule='cosine', final_fraction=0.1),
      (0.2, 1.0, 2.0, 1.1, 0.2, 0.2)),
     (dict(schedule='cosine', final_fraction=0.1, decay_steps=55),
