@@ -33,35 +33,72 @@ class HRMText(Decoder):
                                boundary='norm'))
 
 
-def _read_gradient_passes(cycles: list[int], loops: dict[str, int]) -> int:
-  """Translates L_bp_cycles, the number of runs of the lower stack in each pass
-  that have a gradient, to our loops.gradient_passes.
+def _read_gradient_passes(cycles: list[int], passes: int, low_cycles: int
+                          ) -> int:
+  """Translates L_bp_cycles of a config.json to our loops.gradient_passes.
 
-  Ours is a single number, that of the last pass, and 0 where all runs have a
-  gradient. In each other pass one run has, so no other list can be translated.
+  Each pass runs the lower stack of layers `low_cycles` times, and of these runs
+  only the last few have a gradient. Both fields say how many:
+
+    L_bp_cycles is a list with this number for each of the last passes. In a
+      pass before these it is 1.
+    loops.gradient_passes is this number in the last pass alone. In every other
+      pass it is 1. The value 0 says that all runs of all passes have a
+      gradient.
 
   Args:
-    cycles: L_bp_cycles, a number for each of the last passes. Passes before
-      these have 1 each.
-    loops: the other fields of the loop, `passes` and `low_cycles`, the runs of
-      the lower stack in a pass.
+    cycles: L_bp_cycles, which has one number or more.
+    passes: the number of passes.
+    low_cycles: how many times the lower stack runs in each pass.
+
+  Returns:
+    loops.gradient_passes.
 
   Raises:
-    RequestError: for numbers that our field cannot say.
+    RequestError: for a list that our single number cannot say.
   """
-  # The number of each pass, in order; no more runs have a gradient than there
-  # are.
-  passes, low_cycles = loops['passes'], loops['low_cycles']
-  padded = [1] * (passes - len(cycles)) + list(cycles)
-  counts = [min(count, low_cycles) for count in padded[:passes]]
-  if counts == [low_cycles] * passes:
+  # The number of runs with a gradient in each pass, in order. It cannot be more
+  # than there are runs.
+  num_missing = passes - len(cycles)
+  numbers = [1] * num_missing + list(cycles)
+  numbers = [min(number, low_cycles) for number in numbers[:passes]]
+
+  # All runs have a gradient.
+  if numbers == [low_cycles] * passes:
     return 0
-  have_earlier_passes_one = counts[:-1] == [1] * (passes - 1)
-  if not have_earlier_passes_one or counts[-1] < 1:
+
+  # One run has a gradient in each pass before the last.
+  *earlier, last = numbers
+  if earlier != [1] * (passes - 1) or last < 1:
     raise RequestError(
         f'L_bp_cycles is {cycles}, with {passes} H_cycles: only the last pass '
         'may have a gradient of more than one run of the lower stack')
-  return counts[-1]
+  return last
+
+
+def _read_loops(reader: hf.Reader, fields: dict) -> dict:
+  """Returns the group `loops` of config.model: how the two stacks of layers
+  take turns, and which of their runs have a gradient.
+
+  Args:
+    reader: the fields of the config.json.
+    fields: the fields of config.model that have been looked up, by dotted name.
+
+  Raises:
+    RequestError: for an L_bp_cycles that is no list of numbers, or that our
+      field cannot say.
+  """
+  cycles = [2]  # the default of transformers: two runs in the last pass
+  if reader.has('L_bp_cycles'):
+    cycles = reader.read_list('L_bp_cycles')
+    require(cycles, 'config.json has an L_bp_cycles that is no list, or an '
+            'empty one: it must have a number for the last pass or more')
+  passes = fields['loops.passes']
+  low_cycles = fields['loops.low_cycles']
+  gradient_passes = _read_gradient_passes(
+      cycles, passes=passes, low_cycles=low_cycles)
+  return dict(passes=passes, low_cycles=low_cycles,
+              gradient_passes=gradient_passes, boundary='norm')
 
 
 def _read_layers_of_stack(reader: hf.Reader, num_runs: int) -> int:
@@ -127,32 +164,24 @@ class HF(llama.Family):
       RequestError: for numbers of layers that contradict each other, and for
         runs with a gradient that our field cannot say.
     """
-    # The layers of both stacks. In a pass the lower stack runs low_cycles
-    # times, and then the upper one runs once.
-    loops = dict(passes=fields['loops.passes'],
-                 low_cycles=fields['loops.low_cycles'])
-    num_runs = loops['passes'] * (loops['low_cycles'] + 1)
+    translated = super().read(reader, fields)
+    translated['loops'] = _read_loops(reader, fields)
+
+    # Our layers are those of both stacks. A pass runs the lower stack
+    # low_cycles times and then the upper one once.
+    runs_of_pass = fields['loops.low_cycles'] + 1
+    num_runs = fields['loops.passes'] * runs_of_pass
     layers_of_stack = _read_layers_of_stack(reader, num_runs)
+    translated['num_layers'] = 2 * layers_of_stack
 
-    # Embeddings have the deviation 1 at first, unless the file gives a scale.
+    # Each query head has keys and values of its own.
+    translated['num_kv_heads'] = fields['num_heads']
+
+    # Embeddings are drawn with the deviation initializer_range. They are scaled
+    # to the deviation 1, unless the file gives another scale.
     stddev = reader('initializer_range', 0.02)
-    embed_scale = reader('embedding_scale', 1 / stddev)
-
-    # How many runs have a gradient. transformers' default is two in the last
-    # pass.
-    cycles = [2]
-    if reader.has('L_bp_cycles'):
-      cycles = reader.read_list('L_bp_cycles')
-      require(cycles, 'config.json has an L_bp_cycles that is no list, or an '
-              'empty one: it must have a number for the last pass or more')
-    loops['gradient_passes'] = _read_gradient_passes(cycles, loops)
-    loops['boundary'] = 'norm'
-
-    # These replace what a LLaMA's config.json says of the same fields.
-    fields_of_llama = super().read(reader, fields)
-    return fields_of_llama | dict(
-        num_layers=2 * layers_of_stack, num_kv_heads=fields['num_heads'],
-        embed_scale=embed_scale, loops=loops)
+    translated['embed_scale'] = reader('embedding_scale', 1 / stddev)
+    return translated
 
   def write(self, config: ModelConfig) -> dict:
     """Translates our config of a model to fields of a Hugging Face config.json.
@@ -166,15 +195,17 @@ class HF(llama.Family):
       {name of the field in config.json: its value}.
     """
     loops = config.part(LoopsConfig)
-    layers_of_stack = config.num_layers // 2
+    # How many of the lower stack's runs have a gradient, in each of the last
+    # passes (see `_read_gradient_passes`).
     cycles = [loops.gradient_passes]
     if not loops.gradient_passes:
       cycles = [loops.low_cycles] * loops.passes
+    # transformers counts a layer once for each time that it runs.
+    layers_of_pass = loops.count_rows_of_pass(config.num_layers)
     return dict(
         rope_parameters=rope_fields.write_rope(config),
-        num_layers_per_stack=layers_of_stack,
-        num_hidden_layers=loops.count_rows_of_pass(config.num_layers)
-        * loops.passes,
+        num_layers_per_stack=config.num_layers // 2,
+        num_hidden_layers=layers_of_pass * loops.passes,
         L_bp_cycles=cycles, embedding_scale=config.embed_scale)
 
   def constants(self, config: ModelConfig) -> dict:

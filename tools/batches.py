@@ -13,6 +13,7 @@ name:
   about.json      vocab_size, steps, and the run's config
 """
 
+from collections.abc import Mapping
 import io
 import json
 import pathlib
@@ -80,7 +81,7 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
   # Batches are stacked to one array, which needs equal shapes.
   for name, stream in streams.items():
     batches = list(stream)
-    shapes = [{key: x.shape for key, x in batch.items()} for batch in batches]
+    shapes = [_shapes_of_arrays(batch) for batch in batches]
     if not batches or any(one != shapes[0] for one in shapes):
       raise RequestError(f'{workdir}: batches differ in shape: take a run with '
                          'data.length_buckets=1 and no batch_ramp')
@@ -96,6 +97,12 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
            'config': run_config.flatten(config)}
   storage.write_file(storage.checked_path(folder / 'about.json'),
                      json.dumps(about, indent=2) + '\n')
+
+
+def _shapes_of_arrays(batch: Mapping[str, np.ndarray]
+                      ) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of each array of a batch, by its name."""
+  return {name: array.shape for name, array in batch.items()}
 
 
 if __name__ == '__main__':

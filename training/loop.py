@@ -8,6 +8,7 @@ evaluate, save, stop and profile.
 from collections.abc import Sequence
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -180,16 +181,10 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
       each_hook.check(loop)
 
     # 3. ... and compiles, waits for the other processes, and starts the clock.
-    cpu.release_free_memory()
-    is_primary = devices.is_primary_process()
-    with loop.meter.compiling(), progress.show_compilation(is_primary):
-      loop.train_step.compile(state, batch)
-      for each_hook in loop.hooks:
-        each_hook.compile(loop)
-    cpu.release_free_memory()
+    _compile_step_and_hooks(loop, batch)
     devices.wait_for_all_processes('compiled')
-    loop.bar = progress.make_run_progress(loop.steps, first_step=start,
-                                          primary=is_primary)
+    loop.bar = progress.make_run_progress(
+        loop.steps, first_step=start, primary=devices.is_primary_process())
     loop.meter.begin(start)
     for each_hook in loop.hooks:
       each_hook.begin(loop)
@@ -222,3 +217,23 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
     for writer in writers:
       writer.close()
   return loop.n
+
+
+def _compile_step_and_hooks(loop: hook.Loop, batch: Any) -> None:
+  """Compiles the training step and what the hooks need, such as the evaluation,
+  and shows that it takes a while.
+
+  Compiling needs much memory of the host for a short time, so what earlier work
+  has freed is given back to the system before it, and its own after it.
+
+  Args:
+    loop: the loop, before its first step.
+    batch: the first batch, for its shapes.
+  """
+  cpu.release_free_memory()
+  is_primary = devices.is_primary_process()
+  with loop.meter.compiling(), progress.show_compilation(is_primary):
+    loop.train_step.compile(loop.state, batch)
+    for each_hook in loop.hooks:
+      each_hook.compile(loop)
+  cpu.release_free_memory()

@@ -440,20 +440,40 @@ def fields_that_are_unread(config: ModelConfig,
   unread: dict[str, UnreadField] = {}
   if tree is not None:
     unread |= _unneeded_sources_of_sizes(config, tree)
-  # The model's own fields.
-  read = fields_that_are_read(config)
-  conditions: dict[str, declared.ReadIf] = {}
-  for layer in config.distinct_layers:
-    conditions |= _conditions_of_reading(layer)
-  for name in FIELDS:
-    if name not in read:
-      unread[name] = _explain_unread_field(name, conditions) or UnreadField(
-          where='a kind of model.kinds does not set it', others=('kinds',))
-  # The fields of the kinds of layer.
+  unread |= _unread_fields_of_model(config)
   for kind_name in config.kinds:
     unread_of_kind = _unread_fields_of_layer_kind(config, kind_name)
     for name, reason in unread_of_kind.items():
       unread[f'kinds.{kind_name}.{name}'] = reason
+  return unread
+
+
+def _unread_fields_of_model(config: ModelConfig) -> dict[str, UnreadField]:
+  """Returns the fields of a model, without those of its kinds of layer, that
+  neither a layer nor the model beside its layers reads.
+
+  Args:
+    config: the model.
+
+  Returns:
+    {dotted name of the field: when it would be read, and the fields that decide
+    on that}.
+  """
+  # The fields that another one switches off, in some of the layers.
+  switched_off: dict[str, declared.ReadIf] = {}
+  for layer in config.distinct_layers:
+    switched_off |= _conditions_of_reading(layer)
+
+  # A field that no other one decides on is unread because all kinds of layer
+  # have a value of their own.
+  overridden = UnreadField(
+      where='a kind of model.kinds does not set it', others=('kinds',))
+  unread = {}
+  read = fields_that_are_read(config)
+  for name in FIELDS:
+    if name not in read:
+      reason = _explain_unread_field(name, switched_off)
+      unread[name] = reason or overridden
   return unread
 
 

@@ -521,37 +521,43 @@ def _check_diffusion(config: ModelConfig) -> None:
   """Checks that the tokens of a block can see each other, in a model that
   denoises text block by block (model.diffusion_block).
 
-  A token of a block sees all others of it, the later ones too. So nothing may
-  predict these from it, and no layer may read a row from left to right only.
+  All tokens of a block are predicted at once, and each sees all others of its
+  block, the later ones too. So no part of the model may take for granted that a
+  token sees earlier ones alone:
+
+    a prediction of the tokens further ahead, which would be seen already;
+    a state or a convolution, which passes on earlier tokens only;
+    an indexer, which chooses the keys of a query from those before it.
 
   Args:
     config: the config of the whole model.
 
   Raises:
-    RequestError: for self-conditioning without such blocks; for a model that
-      predicts several tokens ahead; and for layers that read a row from left to
-      right, or whose keys an indexer chooses.
+    RequestError: for such a part, and for self-conditioning in a model without
+      diffusion_block, which has no predictions of a block to read.
   """
-  # Self-conditioning reads an estimate of a block's tokens.
   size = config.diffusion_block
   if not size:
     require(not config.self_conditioning, 'model.self_conditioning is True, '
             'but model.diffusion_block is 0: set it to the tokens of a block')
     return
 
-  setting = f'model.diffusion_block is {size}, '
+  setting = f'model.diffusion_block is {size}'
+  remedy = 'set model.diffusion_block to 0'
   if config.mtp_depth:
     raise RequestError(
-        f'{setting}whose tokens see later ones, which model.mtp_depth '
+        f'{setting}, whose tokens see later ones, which model.mtp_depth '
         f'{config.mtp_depth} predicts: set one of them to 0')
-  mixers = sorted({layer.mixer for layer in config.distinct_layers})
-  rules = sorted({layer.attention for layer in config.distinct_layers})
-  if 'indexed' in rules or blocks.has_layers_with_state(config):
+  if any(layer.attention == 'indexed' for layer in config.distinct_layers):
     raise RequestError(
-        f'{setting}and a layer reads a row from left to right, by a state, a '
-        f'convolution or an indexer (model.mixer is {", ".join(mixers)} and '
-        f'model.attention {", ".join(rules)}): choose attention or latent '
-        'without them, or set diffusion_block to 0')
+        f"{setting}, and model.attention 'indexed' chooses the keys of a query "
+        f'from those before it: choose another attention, or {remedy}')
+  if blocks.has_layers_with_state(config):
+    mixers = sorted({layer.mixer for layer in config.distinct_layers})
+    raise RequestError(
+        f'{setting}, and a layer reads a row from left to right, by a state or '
+        f'a convolution (model.mixer is {", ".join(mixers)}): choose attention '
+        f'or latent without them, or {remedy}')
 
 
 def products_of_model(config: ModelConfig) -> list[str]:

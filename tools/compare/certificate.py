@@ -421,9 +421,8 @@ def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
                   tuned: Sequence[Mapping[str, Any]], phase: str,
                   sweeps: Sequence[pathlib.Path]) -> dict[str, Certificate]:
   """Returns the certificate (the list of what was given) of the base and of
-  each variant that a phase of a study compared, by name; {} where the base has
-  not been trained in it. Costs are those at the largest size of the phase; code
-  and devices are those at all sizes.
+  each variant that a phase of a study compared, by name. Costs are those at the
+  largest size of the phase; code and devices are those at all sizes.
 
   Args:
     frozen: the plan of the study.
@@ -431,6 +430,10 @@ def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
     tuned: how variants were tuned, as rows of plans.Tuned.
     phase: the name of the phase, such as 'confirm'.
     sweeps: the folders of the phase, as far as they are there.
+
+  Returns:
+    The certificates of those that have runs at the largest size; {} where the
+    base has none.
   """
   # The runs of the phase on text, and its sizes, the smallest first.
   plan = frozen.plan
@@ -438,31 +441,59 @@ def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
                    if run.phase == phase and run.workload == plans.TEXT]
   sizes_of_phase = {run.size for run in runs_of_phase}
   sizes = [size for size in plan.sizes if size in sizes_of_phase]
+  if not sizes:
+    return {}
 
-  # Certify each variant that has runs at the largest size of the phase.
-  base_config = run_config.flatten(frozen.base_config)
   certificates = {}
   for variant in (plan.base, *plan.variants):
     runs_of_variant = [run for run in runs_of_phase if run.variant == variant]
-    at_largest = [run for run in runs_of_variant if run.size == sizes[-1]]
-    if not at_largest:
-      continue
-    # A field that was solved for is no difference; a tuned value is one.
-    point = frozen.point(variant, sizes[-1], plans.TEXT)
-    solved_or_tuned = {*point['matched'], *plan.tuning.fields}
-    changes = {name: value for name, value in point['changes'].items()
-               if name not in solved_or_tuned}
-    tuned_values = _tuned_values(plan, runs_of_variant)
-    certificates[variant] = certify_runs(
-        config=base_config | changes | tuned_values,
-        costs=point,
-        folders=_folders_of_variant(sweeps, variant),
-        seeds=[run.seed for run in at_largest],
-        tuning=_tuning_of_variant(plan, tuned, variant),
-        seconds=[run.seconds for run in at_largest])
+    certificate = _certify_variant(
+        frozen, variant, outcomes=runs_of_variant, size=sizes[-1], tuned=tuned,
+        sweeps=sweeps)
+    if certificate is not None:
+      certificates[variant] = certificate
   if plan.base not in certificates:
     return {}
   return certificates
+
+
+def _certify_variant(frozen: plans.FrozenPlan, variant: str,
+                     outcomes: Sequence[plans.Outcome], size: str,
+                     tuned: Sequence[Mapping[str, Any]],
+                     sweeps: Sequence[pathlib.Path]) -> Certificate | None:
+  """Returns the certificate of the runs of one variant in a phase of a study,
+  or None if it has no run at the given size.
+
+  Args:
+    frozen: the plan of the study.
+    variant: the name of the variant.
+    outcomes: the outcomes of its runs on text in the phase, at all sizes.
+    size: the size at which seeds, seconds and costs are listed.
+    tuned: how variants were tuned, as rows of plans.Tuned.
+    sweeps: the folders of the phase.
+  """
+  runs_of_size = [run for run in outcomes if run.size == size]
+  if not runs_of_size:
+    return None
+
+  # The config. A field that was solved for, to match a cost, counts as no
+  # difference. A tuned field has its value at each size.
+  plan = frozen.plan
+  point = frozen.point(variant, size, plans.TEXT)
+  solved_or_tuned = {*point['matched'], *plan.tuning.fields}
+  config = dict(run_config.flatten(frozen.base_config))
+  for name, value in point['changes'].items():
+    if name not in solved_or_tuned:
+      config[name] = value
+  config |= _tuned_values(plan, outcomes)
+
+  return certify_runs(
+      config=config,
+      costs=point,
+      folders=_folders_of_variant(sweeps, variant),
+      seeds=[run.seed for run in runs_of_size],
+      tuning=_tuning_of_variant(plan, tuned, variant),
+      seconds=[run.seconds for run in runs_of_size])
 
 
 def _folders_of_variant(sweeps: Sequence[pathlib.Path], variant: str
@@ -522,37 +553,52 @@ def _tuning_of_variant(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],
 
 def certify_cells(name: str, cells: Mapping[str, str], base: Certificate,
                   seeds: Iterable[int]) -> Certificate:
-  """Returns the certificate (the list of what was given) of runs that were
-  trained by other code, from the cells of a CSV or a log. A cell has a number,
-  words, or SAME for what the base has.
+  """Makes the certificate of runs that were trained by other code. A
+  certificate lists what runs were given, such as tokens and parameters, so that
+  a comparison can say in what two sides differ. Here the list comes from the
+  cells of a CSV or a log.
 
   Args:
-    name: the name of the variant or entry.
-    cells: the cells by column, of which those of QUANTITIES are read.
+    name: the name of the variant or entry, for messages.
+    cells: the cells by column. Those of the columns in QUANTITIES are read: a
+      cell has a number, words, or SAME, which stands for the value of the base.
+      An empty cell says nothing.
     base: the certificate of the base.
     seeds: the seeds of its runs, as far as they are known.
+
+  Returns:
+    The certificate: values by the names of QUANTITIES.
 
   Raises:
     RequestError: if the cell of a number has none.
   """
-  values: dict[str, Any] = {}
+  certificate: dict[str, Any] = {}
   for column, quantity in QUANTITIES.items():
+    # Which seeds there are is told by the runs themselves.
+    if column == 'seeds':
+      continue
     text = (cells.get(column) or '').strip()
-    if text == SAME and column in base:
-      values[column] = base[column]
-    elif text and text != SAME:
-      values[column] = text
-      if quantity.tolerance is not None:
-        values[column] = _parse_number(f'{column} of {name}', text)
-
-  # The seeds are those of the runs. The FLOPs of a run follow from those of a
-  # token.
-  values.pop('seeds', None)
+    if not text:
+      continue
+    is_number = quantity.tolerance is not None
+    if text == SAME:
+      # What the base does not know either stays unknown.
+      if column in base:
+        certificate[column] = base[column]
+    elif is_number:
+      certificate[column] = _parse_number(f'{column} of {name}', text)
+    else:
+      certificate[column] = text
   if seeds:
-    values['seeds'] = _describe_seeds(seeds)
-  if 'tokens' in values and 'flops_per_token' in values:
-    values.setdefault('flops', values['tokens'] * values['flops_per_token'])
-  return values
+    certificate['seeds'] = _describe_seeds(seeds)
+
+  # The FLOPs of a run follow from those of a token.
+  has_flops = 'flops' in certificate
+  knows_factors = {'tokens', 'flops_per_token'} <= certificate.keys()
+  if knows_factors and not has_flops:
+    certificate['flops'] = (
+        certificate['tokens'] * certificate['flops_per_token'])
+  return certificate
 
 
 def _parse_number(what: str, text: str) -> float:

@@ -177,7 +177,10 @@ class FamilyMember:
   @functools.cached_property
   def pairs(self) -> list[pairing.Pair]:
     """The pairs of all sizes and seeds, of runs that diverged too."""
-    return [pair for pairs in self.pairs_by_size for pair in pairs.values()]
+    all_pairs: list[pairing.Pair] = []
+    for pairs_of_size in self.pairs_by_size:
+      all_pairs += pairs_of_size.values()
+    return all_pairs
 
   def shifts(self, figure: Callable[[np.ndarray], np.ndarray]
              ) -> np.ndarray | None:

@@ -423,7 +423,9 @@ class PlainCsv:
     meanings = ('entry', 'run', 'seed', 'step')
     entry, run, seed, step = (
         _find_column(table.fieldnames, name) for name in meanings)
-    no_figures = {column for name in meanings for column in _COLUMN_NAMES[name]}
+    no_figures: set[str] = set()
+    for name in meanings:
+      no_figures.update(_COLUMN_NAMES[name])
 
     # Collect the rows of each run, and what the run was given, such as its
     # tokens or its code, which some columns tell in words.

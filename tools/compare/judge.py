@@ -399,12 +399,13 @@ def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
         changes[name] = [base_config.get(name), variant_config.get(name)]
 
   # Losses of different text cannot be compared.
-  configs = [config for pair in config_pairs for config in pair]
-  fields_of_text = []
-  for name in changes:
-    if any(certificate.is_of_held_out_text(name, config) for config in configs):
-      fields_of_text.append(name)
-  _refuse_other_text(fields_of_text)
+  fields_of_text = set()
+  for base_config, variant_config in config_pairs:
+    for config in (base_config, variant_config):
+      fields_of_text |= {
+          name for name in changes
+          if certificate.is_of_held_out_text(name, config)}
+  _refuse_other_text([name for name in changes if name in fields_of_text])
   return changes
 
 

@@ -355,7 +355,9 @@ def _join_what_was_given(runs: Sequence[foreign.ForeignRun], step: int
 def _last_common_step(curves: Sequence[foreign.Curve]) -> int:
   """Returns the last step that at least half of some runs have: neither a run
   that ended early nor one that was trained on decides it."""
-  num_runs = collections.Counter(step for curve in curves for step in curve)
+  num_runs: collections.Counter[int] = collections.Counter()
+  for curve in curves:
+    num_runs.update(curve.keys())
   return max(step for step, num in num_runs.items() if 2 * num >= len(curves))
 
 
@@ -677,16 +679,20 @@ def _find_first_step_below(sample: Sample, metric: str, args
     args: the arguments of the command.
   """
   curves = [run.curves[metric] for run in sample.runs]
-  shared_steps = sorted(set.intersection(*(set(curve) for curve in curves))
-                        ) if curves else []
+  shared_steps: list[int] = []
+  if curves:
+    steps_of_curves = [set(curve) for curve in curves]
+    shared_steps = sorted(set.intersection(*steps_of_curves))
   row: dict[str, Any] = {
       'entry': sample.name, 'runs': sample.group.num_runs,
       'looks': len(shared_steps), 'step': None, 'p': None, 'p_counted': None,
       'counted_step': None}
   if not shared_steps:
     return row
-  losses_RL = np.array([[curve[step] for step in shared_steps]
-                        for curve in curves])
+  losses_by_run = []
+  for curve in curves:
+    losses_by_run.append([curve[step] for step in shared_steps])
+  losses_RL = np.array(losses_by_run)
   looks = statistics.p_values_of_looks(losses_RL, args.target, args.sd)
   if looks is None:
     return row

@@ -10,7 +10,7 @@ and its miss stands in each interval and p of a study (decide.py).
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 import zlib
 
 import numpy as np
@@ -91,8 +91,8 @@ class TuningRuns:
     deviation = self.deviations.get((size, workload))
     if deviation is None or self._values(run) not in losses:
       return None
-    values, means, num_seeds = _losses_of_whole_runs(losses)
-    if self._values(run) not in values:
+    estimates = _losses_of_whole_runs(losses)
+    if self._values(run) not in estimates.candidates:
       return None
 
     # Draw the true losses. The seed follows from the point (the variant at a
@@ -100,10 +100,10 @@ class TuningRuns:
     # comparison.
     rng = np.random.default_rng(zlib.crc32('/'.join(point).encode()))
     scales = np.sqrt(deviation.df / rng.chisquare(deviation.df, NUM_DRAWS))
-    noise = rng.normal(size=(NUM_DRAWS, len(means)))
-    standard_error = deviation.sd / math.sqrt(num_seeds)
-    drawn = means + standard_error * scales[:, None] * noise
-    chosen = values.index(self._values(run))
+    noise = rng.normal(size=(NUM_DRAWS, len(estimates.candidates)))
+    standard_error = deviation.sd / math.sqrt(estimates.num_seeds)
+    drawn = estimates.means + standard_error * scales[:, None] * noise
+    chosen = estimates.candidates.index(self._values(run))
     return drawn[:, chosen] - drawn.min(1)
 
   def _values(self, run: plans.Outcome) -> Values:
@@ -169,49 +169,89 @@ def read_tuning_runs(plan: plans.Plan, outcomes: pairing.Outcomes
                     deviations=deviations)
 
 
-def _losses_of_whole_runs(losses: Mapping[Values, LossesBySteps]
-                          ) -> tuple[list[Values], np.ndarray, int]:
-  """Returns the mean loss that each candidate of tuning has after a whole run.
+class EstimatedLosses(NamedTuple):
+  """The losses that the candidates of tuning have, or would have, after a run
+  that is not shortened.
 
-  Tuning drops candidates after shorter runs. The loss of a dropped candidate is
-  estimated: it is that of the best candidate which went on, plus the difference
-  that the two had after the last runs that they have in common.
+  Attributes:
+    candidates: the candidates, each the values of the tuned fields; in
+      ascending order.
+    means: the loss of each candidate, the mean over the seeds, [candidates].
+    num_seeds: the number of seeds.
+  """
+  candidates: list[Values]
+  means: np.ndarray
+  num_seeds: int
+
+
+def _losses_of_whole_runs(losses: Mapping[Values, LossesBySteps]
+                          ) -> EstimatedLosses:
+  """Estimates the mean loss that each candidate of tuning has after a whole
+  run. A candidate is a choice of values of the tuned fields, such as a learning
+  rate.
+
+  Tuning by successive halving trains all candidates for a few steps, drops the
+  worse ones, and trains the others for more steps. A candidate that was trained
+  to the end has the mean loss of its seeds. One that was dropped is assumed to
+  keep its distance from the best candidate b that went on, as it was after the
+  most steps s that it was trained for:
+
+    loss(end) = loss_b(end) + mean over seeds of (loss(s) - loss_b(s))
+
+  A candidate is left out if no candidate that was trained to the end has a loss
+  after s steps.
 
   Args:
     losses: the losses of each candidate by the number of steps, seed by seed.
 
   Returns:
-    The values of the C candidates, their mean losses, [C], and the number of
-    seeds.
+    The estimates.
   """
   # The candidates that were trained to the end.
-  num_steps = max(steps for by_steps in losses.values() for steps in by_steps)
-  means = {values: float(np.mean(by_steps[num_steps]))
-           for values, by_steps in losses.items() if num_steps in by_steps}
+  all_steps: set[float] = set()
+  for by_steps in losses.values():
+    all_steps.update(by_steps)
+  whole_run = max(all_steps)
+  means: dict[Values, float] = {}
+  for candidate, by_steps in losses.items():
+    if whole_run in by_steps:
+      means[candidate] = float(np.mean(by_steps[whole_run]))
   best_first = sorted(means, key=means.__getitem__)
-  num_seeds = len(losses[best_first[0]][num_steps])
+  num_seeds = len(losses[best_first[0]][whole_run])
 
   # The candidates that were dropped before.
-  for values, by_steps in losses.items():
-    if num_steps in by_steps:
+  for candidate, by_steps in losses.items():
+    if whole_run in by_steps:
       continue
     last_steps = max(by_steps)
-    kept = [other for other in best_first if last_steps in losses[other]]
-    if kept:
-      gap = np.subtract(by_steps[last_steps], losses[kept[0]][last_steps])
-      means[values] = means[kept[0]] + float(np.mean(gap))
-  ordered = sorted(means)
-  return ordered, np.array([means[values] for values in ordered]), num_seeds
+    for best in best_first:
+      if last_steps in losses[best]:
+        distances = np.subtract(by_steps[last_steps], losses[best][last_steps])
+        means[candidate] = means[best] + float(np.mean(distances))
+        break
+
+  candidates = sorted(means)
+  means_of_candidates = np.array([means[one] for one in candidates])
+  return EstimatedLosses(candidates=candidates, means=means_of_candidates,
+                         num_seeds=num_seeds)
 
 
 def _table_of_whole_runs(losses: Mapping[Values, LossesBySteps]) -> np.ndarray:
-  """Returns the losses of the candidates of a point after whole runs,
-  [candidates, seeds]."""
+  """Returns the losses of the candidates that were trained to the end, without
+  those that tuning dropped after fewer steps, [candidates, seeds].
+
+  Args:
+    losses: the losses of each candidate by the number of steps, seed by seed.
+  """
   if not losses:
     return np.zeros((0, 0))
-  num_steps = max(steps for by_steps in losses.values() for steps in by_steps)
-  return np.array([losses[values][num_steps] for values in sorted(losses)
-                   if num_steps in losses[values]])
+  all_steps: set[float] = set()
+  for by_steps in losses.values():
+    all_steps.update(by_steps)
+  whole_run = max(all_steps)
+  rows = [losses[candidate][whole_run] for candidate in sorted(losses)
+          if whole_run in losses[candidate]]
+  return np.array(rows)
 
 
 def _differences_of_noise(plan: plans.Plan, runs: pairing.Runs, size: str,

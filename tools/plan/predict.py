@@ -326,9 +326,16 @@ def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
 
 def _share_of_experts_read(run: runs.Run, training: bool, accumulation: int
                            ) -> float:
-  """Returns the share of a device's experts whose weights a micro-batch reads,
-  if all experts get equally many tokens. With few tokens, some experts get none
-  and need not be read from memory.
+  """Returns the share of a device's experts whose weights a micro-batch reads
+  from memory, at the most.
+
+  A device with E experts in a layer gets r rows of activations for them, each
+  of which goes to one expert. So no more than r experts get any row, and the
+  others need not be read:
+
+    share = min(E, r) / E
+
+  All experts are taken to get equally many rows.
 
   Args:
     run: the run, on the topology's devices.
@@ -338,21 +345,28 @@ def _share_of_experts_read(run: runs.Run, training: bool, accumulation: int
   """
   if not run.model.has_experts:
     return 1.0
+  # The tokens of a micro-batch, on all devices.
   length = run.config.data.length
   if not training:
     length -= 1
-  tokens = run.config.data.batch_size * length // accumulation
-  shards = devices.num_shards('experts', run.mesh.shape, run.config.mesh.rules)
+  num_tokens = run.config.data.batch_size * length // accumulation
 
-  # The experts of a device, and the rows of activations that come to it. Each
-  # row needs one expert, so that r rows read at most r experts.
+  # The experts of one device, and the rows of activations that come to it.
+  shards = devices.num_shards('experts', run.mesh.shape, run.config.mesh.rules)
   num_experts = run.model.part(MoEConfig).num_experts // shards
-  return min(num_experts, rows_of_experts(run, tokens)) / num_experts
+  num_rows = rows_of_experts(run, num_tokens)
+  return min(num_experts, num_rows) / num_experts
 
 
 def rows_of_experts(run: runs.Run, tokens: float) -> int:
-  """Returns the number of rows that a device has for the experts of a layer, if
-  all experts get equally many tokens; 0 for a model without experts.
+  """Returns the number of rows of activations that one device has for the
+  experts of a layer. A token that goes to top_k experts has a row for each of
+  them:
+
+    rows = ceil(tokens * top_k / devices that share the tokens)
+
+  All experts are taken to get equally many tokens. A model without experts has
+  0 rows.
 
   Args:
     run: the run, on the topology's devices.
@@ -361,4 +375,5 @@ def rows_of_experts(run: runs.Run, tokens: float) -> int:
   if not run.model.has_experts:
     return 0
   shards = devices.num_shards('tokens', run.mesh.shape, run.config.mesh.rules)
-  return math.ceil(tokens * run.model.part(MoEConfig).top_k / shards)
+  rows_of_all_devices = tokens * run.model.part(MoEConfig).top_k
+  return math.ceil(rows_of_all_devices / shards)

@@ -237,20 +237,27 @@ def task_heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
                span: tuple[str, str] = ('', ''),
                only: Collection[str] = ('sequence', 'tokens', 'span')
                ) -> dict[str, TaskHead]:
-  """Returns the task heads, such as classifiers, that one architecture has in
-  the library transformers.
+  """Describes the task heads that the library transformers has for one
+  architecture. A task head is what a classifier has in place of the head that
+  predicts tokens: it scores a sequence, each token, or the span of an answer.
+
+  The class of a model with a task head is named by the architecture and the
+  task, such as LlamaForTokenClassification. The names of its tensors begin with
+  the name of the module of the head, such as score.weight.
 
   Args:
-    system: the name that transformers' classes of the architecture begin with,
-      such as 'Llama'.
+    system: the name of the architecture in the names of these classes, such as
+      'Llama'.
     sequence: the name of the module that scores a sequence.
     tokens: the name of the module that scores each token.
-    span: the `prefix` of the model that answers questions: what the names of
-      its tensors usually begin with, and what they begin with in that model.
-    only: the heads that the architecture has, by model.head.
+    span: two prefixes of tensors' names, for an architecture whose model that
+      finds the span of an answer has another prefix than its other models: the
+      usual one, such as 'model.', and the one in that model.
+    only: the tasks for which the architecture has a class.
 
   Returns:
-    A TaskHead, the class of transformers and its module's name, by model.head.
+    The TaskHead of each task in `only`, by the value of model.head: 'sequence',
+    'tokens' or 'span'.
   """
   all_heads = {
       'sequence': TaskHead(
@@ -261,7 +268,7 @@ def task_heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
           architecture=f'{system}ForQuestionAnswering', name='qa_outputs',
           prefix=span),
   }
-  return {name: head for name, head in all_heads.items() if name in only}
+  return {task: head for task, head in all_heads.items() if task in only}
 
 
 # The field of config.model that a field of config.json mostly is.

@@ -110,20 +110,34 @@ def run_recurrence(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
     return o_BLHU, state_BHKU
 
   # A row is computed in pieces of equal length.
-  places = places or default_places(K)
-  num_pieces = -(-L // places)
-  places = -(-L // num_pieces)
-  if has_decay_per_feature(x.log_decay_BLHK):
-    places = 1 << (places - 1).bit_length()
-  elif not x.has_delta_rule:
-    assert steps == 1, steps
-    with pieces.count_flops_without_padding(places, L):
-      return _run_additive(places, x, state_BHKU)
+  decays_by_feature = has_decay_per_feature(x.log_decay_BLHK)
+  places = _length_of_pieces(L, most=places or default_places(K),
+                             is_power_of_2=decays_by_feature)
   with pieces.count_flops_without_padding(places, L):
+    if not decays_by_feature and not x.has_delta_rule:
+      assert steps == 1, steps
+      return _run_additive(places, x, state_BHKU)
     o_BLHU, state_BHKU = _run_in_pieces(places, steps, x, state_BHKU)
   if steps > 1:
     o_BLHU = o_BLHU[:, steps - 1::steps]
   return o_BLHU, state_BHKU
+
+
+def _length_of_pieces(length: int, most: int, is_power_of_2: bool) -> int:
+  """Returns the length of the pieces in which a row is computed. They are as
+  few as can be and equally long, so that little is computed for padding.
+
+  Args:
+    length: the number of places of the row.
+    most: the most places that a piece may have.
+    is_power_of_2: whether the length is rounded up to a power of 2, as a
+      piece is halved again and again where each feature of a key has a decay.
+  """
+  num_pieces = -(-length // most)  # rounded up
+  places = -(-length // num_pieces)
+  if is_power_of_2:
+    places = 1 << (places - 1).bit_length()
+  return places
 
 
 def _spread_over_steps(step: int, steps: int, x_BL: jax.Array) -> jax.Array:

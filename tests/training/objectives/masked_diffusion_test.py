@@ -168,6 +168,7 @@ def test_blocks_of_one_token_are_a_text_from_left_to_right():
 @pytest.mark.parametrize('arch, model, message', [
     ('mamba', dict(diffusion_block=4), 'left to right.*mamba'),
     ('llama', dict(diffusion_block=4, forget_gate=True), 'left to right'),
+    ('llama', dict(diffusion_block=4, attention='indexed'), 'chooses the keys'),
     ('llama', dict(self_conditioning=True), 'diffusion_block is 0'),
     ('llama', dict(diffusion_block=4, mtp_depth=1), 'see later ones'),
     ('bert', dict(diffusion_block=4), 'no meaning with model.arch')])
