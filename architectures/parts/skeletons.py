@@ -153,6 +153,8 @@ class Decoder(nn.Module):
     extra = {}
     if 'exits' in aux:
       extra['exits'] = aux.pop('exits')
+    # The tokens further ahead, in training alone: a cache is for generating
+    # text, and a caller who looks at layers wants those of the model itself.
     shows_layers = ctx.keep_layers or ctx.keep_attention
     if config.mtp_depth and cache is None and not shows_layers:
       predict_further = Mtp(config, name='mtp')
@@ -388,14 +390,19 @@ def _make_context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
 
 def _append_clean_copy(ctx: Context, clean_BL: jax.Array) -> Context:
   """Returns the context of a row of noised tokens with the same tokens without
-  noise after them, at the same positions: [B, 2 L] (block diffusion).
+  noise after them, at the same positions: [B, 2 L] (block diffusion: Arriola et
+  al. 2025, arXiv 2503.09573, section 4). A noised block then sees the clean
+  blocks before it.
 
   Args:
-    ctx: the context of the noised tokens.
+    ctx: the context of the noised tokens, [B, L].
     clean_BL: the tokens without noise.
   """
   def twice(x_BL: Optional[jax.Array]) -> Optional[jax.Array]:
-    return None if x_BL is None else jnp.concatenate([x_BL, x_BL], 1)
+    """Returns x for the noised tokens and again for the clean ones."""
+    if x_BL is None:
+      return None
+    return jnp.concatenate([x_BL, x_BL], 1)
 
   assert ctx.tokens_BL is not None
   B, L = clean_BL.shape
@@ -448,36 +455,62 @@ class Mtp(nn.Module):
       layers. The last k places at depth k are to be ignored: no token follows
       them at that distance.
     """
+    inputs_of_head = []
+    reports: list[Report] = []
+    for depth in range(1, self.config.mtp_depth + 1):
+      # A module reads the result of the one before, so the depths form a chain.
+      x_BLD, reports_of_depth = self._run_depth(
+          depth, x_BLD, embedded_BLD=embedded_BLD, ctx=ctx)
+      inputs_of_head.append(x_BLD)
+      reports += reports_of_depth
+    return tuple(inputs_of_head), reports
+
+  def _run_depth(self, depth: int, x_BLD: jax.Array, embedded_BLD: jax.Array,
+                 ctx: Context) -> tuple[jax.Array, tuple[Report, ...]]:
+    """Runs the module of one depth k:
+
+      h'_i = M [n(e_(i+k)); n(h_i)],   h_i^k = layer(h'_1 ... h'_i)
+
+    Args:
+      depth: k, the distance of the token that is read, at least 1.
+      x_BLD: h, the input of the head at the depth before, [batch, length,
+        d_model].
+      embedded_BLD: e, the embedding of the tokens.
+      ctx: the context of the model's call.
+
+    Returns:
+      The input of the head at this depth, [B, L, D], and the Reports of the
+      layer.
+    """
     config = self.config
     kind = config.layer_kinds(config.num_layers)[-1]
-    inputs_of_head, reports = [], []
-    for depth in range(1, config.mtp_depth + 1):
-      # The layer is told of the later tokens, in the place of the first ones.
-      # Those that the roll wraps around are marked, and routed nowhere.
-      ctx_k = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
-                          routed_BL=_mark_tokens_with_successor(ctx, depth))
-      # Each place is joined with the embedding of the token `depth` places on.
-      # x_BLD is that of the depth before, so the depths form a chain.
-      ahead_BLD = jnp.roll(embedded_BLD, -depth, 1)
-      joined_BLD = project_concatenation(
-          self, f'join_{depth}',
-          first_BLD=norm(config, f'token_norm_{depth}')(ahead_BLD),
-          second_BLD=norm(config, f'hidden_norm_{depth}')(x_BLD))
-      # One more layer, as a stack of its own, with streams and distances that
-      # begin anew.
-      x = blocks.begin_residual(
-          config, blocks.pin_residual(joined_BLD), (kind,))
-      ctx_k = add_distances(
-          config, kind=kind, ctx=ctx_k, k_positions_BM=ctx.positions_BL,
-          name_suffix=f'_{depth}')
-      period = Period(config, (kind,), name=f'depth_{depth}')
-      carry, results = period(Carry(x, PassedOn()), None, ctx_k, {})
-      x_BLD = blocks.EndOfResidual(config, name=f'streams_{depth}')(carry.x)
-      if blocks.BLOCKS[config.layer_config(kind.name).block].FINAL_NORM:
-        x_BLD = norm(config, f'norm_{depth}')(x_BLD)
-      inputs_of_head.append(x_BLD)
-      reports += results.reports
-    return tuple(inputs_of_head), reports
+
+    # Join each place with the embedding of the token k places on.
+    ahead_BLD = jnp.roll(embedded_BLD, -depth, 1)
+    joined_BLD = project_concatenation(
+        self, f'join_{depth}',
+        first_BLD=norm(config, f'token_norm_{depth}')(ahead_BLD),
+        second_BLD=norm(config, f'hidden_norm_{depth}')(x_BLD))
+    x = blocks.begin_residual(
+        config, blocks.pin_residual(joined_BLD), (kind,))
+
+    # The layer is told of the later tokens, in the place of the first ones.
+    # Those that the roll wraps around are marked, and routed nowhere.
+    ctx_k = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
+                        routed_BL=_mark_tokens_with_successor(ctx, depth))
+    ctx_k = add_distances(
+        config, kind=kind, ctx=ctx_k, k_positions_BM=ctx.positions_BL,
+        name_suffix=f'_{depth}')
+
+    # Run the layer as a stack of its own: one period with one layer.
+    period = Period(config, (kind,), name=f'depth_{depth}')
+    carry, results = period(Carry(x, PassedOn()), None, ctx_k, {})
+    end_streams = blocks.EndOfResidual(config, name=f'streams_{depth}')
+    x_BLD = end_streams(carry.x)
+    wiring = blocks.BLOCKS[config.layer_config(kind.name).block]
+    if wiring.FINAL_NORM:
+      x_BLD = norm(config, f'norm_{depth}')(x_BLD)
+    return x_BLD, results.reports
 
 
 def _mark_tokens_with_successor(ctx: Context, depth: int) -> jax.Array:
@@ -509,8 +542,8 @@ def _mark_tokens_with_successor(ctx: Context, depth: int) -> jax.Array:
 
 
 # An encoder that tells replaced tokens (model.head 'replaced', heads.py).
-# what a generator has of its own in `embed` begins so
-# The names of what a generator has of its own in `embed` begin so.
+# The names of the parameters that its generator has of its own in `embed` begin
+# so.
 PREFIX_OF_GENERATOR = 'generator_'
 # The name of the encoder's own part of the table of tokens.
 NAME_OF_ADDED_TABLE = 'tokens_added'
@@ -653,7 +686,10 @@ class Encoder(nn.Module):
     Returns:
       The tokens, int32 [B, M].
     """
-    key = jax.random.key(0) if deterministic else self.make_rng('dropout')
+    if deterministic:
+      key = jax.random.key(0)
+    else:
+      key = self.make_rng('dropout')
     hidden_BMD, head = jax.lax.stop_gradient(
         (generated.hidden, generated.head))
 
@@ -781,18 +817,22 @@ class Encoder(nn.Module):
     """Returns the activation of a feed-forward network.
 
     Args:
-      network: a name of FFNS; '': the network of the layers.
+      network: a name of FFNS; '': the network of the layers, which in a mixture
+        is that of each expert.
     """
     config = self.config
     if not network:
-      network = config.part(
-          MoEConfig).ffn if config.ffn == 'moe' else config.ffn
+      network = config.ffn
+    if network == 'moe':
+      network = config.part(MoEConfig).ffn
     return FFNS[network].act
 
   def _pool_first_token(self, first_BD: jax.Array) -> jax.Array:
     """Returns act(x W + b), [B, D], of the first token x of each row: BERT's
     pooler (Devlin et al. 2019)."""
-    act = FFNS[self.POOLER_ACT].act if self.POOLER_ACT else jnp.tanh
+    act = jnp.tanh
+    if self.POOLER_ACT:
+      act = FFNS[self.POOLER_ACT].act
     return act(self._dense('pooler', first_BD, self.config.d_model))
 
   def _dense(self, name: str, x: jax.Array, size: int, output: bool = False,
@@ -1040,43 +1080,59 @@ def init_cache(config: ModelConfig, batch: int, length: int
 def unstack_layers(config: ModelConfig, params: Any, cache: Any
                    ) -> tuple[Any, list]:
   """Splits the parameters and the cache of a decoder, which are stacked over
-  layers, into arrays of each layer. A loop that generates text token by token
-  calls the model with these and `one_by_one=True`.
+  its layers, into arrays of single layers. A loop that generates text token by
+  token calls the model with these and `one_by_one=True`, which is faster than a
+  scan over the stacked arrays.
 
-  On CPU the weights are copied here, once. Otherwise XLA would slice them from
-  the stack at every turn of the loop. On other platforms it reads them where
-  they lie.
+  A decoder has up to three sections: a prefix, a pattern of layers that is
+  repeated, and a suffix. One repetition of the pattern is a period; a prefix or
+  a suffix has one period. The arrays of a section have an axis in front: the
+  parameters one of its periods, and the cache one of its runs, which are more
+  than the periods where layers are run several times (model.loop).
 
   Args:
     config: the config of the model.
-    params: the parameters of the model. The arrays of each section (the prefix,
-      the repeated pattern, the suffix) are stacked over its periods, which are
-      the repetitions of the pattern.
-    cache: the cache of the model, stacked in the same way.
+    params: the parameters of the model.
+    cache: the cache of the model: the stacked cache of each layer of the
+      prefix, of the pattern and of the suffix.
 
   Returns:
-    The parameters, with those of each period of the decoder apart; and a list
-    with the caches of the prefix, of each period, and of the suffix.
+    The parameters, in which each section is a dict of its periods by their
+    number as text; and a list with a tuple for each run of a period, in order,
+    which has the cache of each of its layers.
   """
-  decoder = params['decoder']
-  entries = iter(cache)
-  unstacked_sections, unstacked_cache = {}, []
+  decoder = dict(params['decoder'])
+  stacked_caches = iter(cache)
+  caches_of_runs: list[tuple[LayerCache, ...]] = []
   for section in config.sections(config.num_decoder_layers):
-    # Split the weights and the caches row by row, where a row is a period; the
-    # weights of several passes are the same. The section has a cache for each
-    # layer of its pattern, and takes as many from the iterator.
-    weights = decoder[section.name]
-    rows_of_weights = _unstack_rows(weights, section.periods)
-    entries_of_section = tuple(itertools.islice(entries, len(section.kinds)))
-    unstacked_cache += _unstack_rows(entries_of_section, section.runs)
-    weights_by_row = {str(i): row for i, row in enumerate(rows_of_weights)}
-    # The barrier keeps XLA from slicing the stacked weights inside the loop.
-    unstacked_sections[section.name] = jax.lax.platform_dependent(
-        weights_by_row, cpu=jax.lax.optimization_barrier, default=_identity)
+    weights_of_periods = _unstack_rows(
+        decoder[section.name], section.periods)
+    # The next caches are those of the layers of this section's pattern.
+    caches_of_pattern = tuple(
+        itertools.islice(stacked_caches, len(section.kinds)))
+    caches_of_runs += _unstack_rows(caches_of_pattern, section.runs)
+    decoder[section.name] = _name_and_copy_weights(weights_of_periods)
   if sharding.is_single_cpu():
-    unstacked_cache = jax.tree.map(
-        _reorder_if_cache, unstacked_cache, is_leaf=is_cache)
-  return params | {'decoder': decoder | unstacked_sections}, unstacked_cache
+    caches_of_runs = jax.tree.map(
+        _reorder_if_cache, caches_of_runs, is_leaf=is_cache)
+  return params | {'decoder': decoder}, caches_of_runs
+
+
+def _name_and_copy_weights(weights_of_periods: list) -> dict[str, Any]:
+  """Returns the weights of each period of layers, by its number as text.
+
+  On CPU they are copied here, once, by a barrier. Otherwise XLA would slice
+  them from the stacked arrays at every turn of a loop that reads them. On other
+  platforms it reads them where they lie.
+
+  Args:
+    weights_of_periods: the weights of each period, slices of stacked arrays.
+  """
+  weights_by_number = {}
+  for number, weights in enumerate(weights_of_periods):
+    weights_by_number[str(number)] = weights
+  return jax.lax.platform_dependent(
+      weights_by_number, cpu=jax.lax.optimization_barrier, default=_identity)
 
 
 def _unstack_rows(stacked: Any, num_rows: int) -> list:
@@ -1096,4 +1152,6 @@ def _identity(tree: Any) -> Any:
 def _reorder_if_cache(x: Any) -> Any:
   """Returns a cache of keys and values with its axes in the order in which
   single tokens are multiplied with them, and anything else as it is."""
-  return x.reorder_for_single_tokens() if is_cache(x) else x
+  if is_cache(x):
+    return x.reorder_for_single_tokens()
+  return x

@@ -55,6 +55,23 @@ class PassedOn:
   router_BLU: Optional[jax.Array] = None
   skips: Optional[streams.Skips] = None
 
+  def after_layer(self, x: LayerInput, report: Report) -> 'PassedOn':
+    """Returns these arrays with those that a layer has changed.
+
+    Args:
+      x: the residual stream after the layer.
+      report: the report of the layer, which has its first values and the state
+        of its router, where it computed any.
+    """
+    passed = self
+    if report.first_values is not None:
+      passed = passed.replace(first_values=report.first_values)
+    if report.router_BLU is not None:
+      passed = passed.replace(router_BLU=report.router_BLU)
+    if passed.skips is not None:
+      passed = passed.replace(skips=streams.write_skip(x, passed.skips))
+    return passed
+
 
 # The names of the random keys from which layers draw. Each run of a layer draws
 # other numbers.
@@ -83,6 +100,23 @@ class ScanCarry(NamedTuple):
   """
   layers: Carry
   slots: SlotsOfEntries
+
+  def with_x(self, x: LayerInput) -> 'ScanCarry':
+    """Returns the state with another residual stream."""
+    return self._replace(layers=self.layers._replace(x=x))
+
+
+class GivenToPeriod(NamedTuple):
+  """The arguments that one period of layers alone is given. A scan over the
+  periods takes them from arrays with an axis of periods in front.
+
+  Attributes:
+    row: the row of the slots that is the period's own; None: there is no cache.
+    other_cache: what the caches of its layers hold beside their slots; None:
+      there is no cache.
+  """
+  row: Optional[jax.Array]
+  other_cache: Any
 
 
 class SharedByPasses(NamedTuple):
@@ -123,16 +157,16 @@ class LayerResults:
   Attributes:
     caches: their entries of the cache; None: no cache went in.
     reports: their reports.
-    kept: with context.keep_layers, x after each of them.
+    kept: with context.keep_layers, x after each of them; () without it.
     lent: keys and values that later periods read, by how far before the end of
       the period their layer is: -1, ...
-    states: with loops.exit_gate, x after each pass; () of other sections.
+    states: with loops.exit_gate, x after each pass; None in other sections.
   """
   caches: Optional[tuple[LayerCache, ...]]
   reports: tuple[Report, ...]
   kept: tuple[Any, ...]
   lent: dict[int, KeysAndValues]
-  states: Any = ()
+  states: Any = None
 
 
 class Stack(nn.Module):
@@ -159,34 +193,28 @@ class Stack(nn.Module):
       layers report, by name: see skeletons.Output.aux.
     """
     config = self.config
-    # The input of the first layer, and what all layers read besides.
+    # The layers.
     ctx = self._complete_context(x_BLD, ctx, cache)
     kinds = self._layer_kinds()
-    x = begin_residual(config, x_BLD, kinds)
-    skips = router_BLU = None
-    if config.skips:
-      skips = streams.begin_skips(self, x_BLD, num_layers=len(kinds))
-    if config.has_experts:
-      router_BLU = zero_router_state(config, x_BLD)
-    passed = PassedOn(first_values=self._first_values(x_BLD),
-                      router_BLU=router_BLU, skips=skips)
-    # The layers.
-    carry = Carry(x, passed)
+    carry = self._begin_carry(x_BLD, kinds)
     if one_by_one:
       carry, sections = self._run_one_by_one(carry, cache, ctx)
     else:
       carry, sections = self._scan_sections(carry, cache, ctx)
-    x = carry.x
+
     # The streams end in one, which is normalised. If the length stayed over
     # `tensor`, as the vocabulary is, their product would gather the head.
+    x = carry.x
     end_streams = EndOfResidual(config, name='final_streams')
     final_norm = self._final_norm(kinds[-1])
     y_BLD = sharding.constrain(
         final_norm(end_streams(x)), 'batch', 'length', 'embed')
+
     # The reports of the layers.
     reports = [section.reports for section in sections]
-    aux = (gather_figures(reports)
-           | gather_attention_weights(reports))
+    aux = gather_figures(reports) | gather_attention_weights(reports)
+
+    # With an exit gate, each token takes the result of one of the passes.
     loops = config.find_part(LoopsConfig)
     if loops is not None and loops.exit_gate:
       states_TBLD = final_norm(self._states_of_passes(sections, x))
@@ -194,25 +222,59 @@ class Stack(nn.Module):
       y_BLD = passes.take_exits(config, states_TBLD, log_p_TBL)
       if not ctx.deterministic:
         aux = aux | {'exits': (states_TBLD, log_p_TBL)}
+
+    # The input of the first layer, and the result of each.
     if ctx.keep_layers:
       kept = []
       for section in sections:
         kept.append([end_streams(x) for x in section.kept])
       layers_NBLD = jnp.concatenate([x_BLD[None], stack_by_layer(kept)])
       aux = aux | {'layers': layers_NBLD, 'readouts': final_norm(layers_NBLD)}
+
+    # The cache. A scan returns a tuple of entries for each section.
     if cache is None:
       return y_BLD, None, aux
     caches = [section.caches for section in sections]
-    return y_BLD, caches if one_by_one else sum(caches, ()), aux
+    if one_by_one:
+      return y_BLD, caches, aux
+    return y_BLD, sum(caches, ()), aux
+
+  def _begin_carry(self, x_BLD: jax.Array, kinds: tuple[LayerKind, ...]
+                   ) -> Carry:
+    """Returns the state that the first layer is given: the residual stream, and
+    empty places for what the layers pass on to one another.
+
+    Args:
+      x_BLD: the embedding of the tokens, [batch, length, d_model].
+      kinds: the kind of each layer.
+    """
+    config = self.config
+    x = begin_residual(config, x_BLD, kinds)
+    skips = None
+    if config.skips:
+      skips = streams.begin_skips(self, x_BLD, num_layers=len(kinds))
+    router_BLU = None
+    if config.has_experts:
+      router_BLU = zero_router_state(config, x_BLD)
+    passed = PassedOn(first_values=self._first_values(x_BLD),
+                      router_BLU=router_BLU, skips=skips)
+    return Carry(x=x, passed=passed)
 
   def _states_of_passes(self, sections: list[LayerResults], x: LayerInput
                         ) -> jax.Array:
     """Returns the result of each pass over the layers that loop, [passes, B, L,
-    D]; x alone where parameters are declared, which runs one pass."""
+    D].
+
+    Args:
+      sections: the results of all sections. Those of the section that loops
+        have `states`, x after each pass.
+      x: the result of the last layer. Where parameters are declared, a single
+        pass is run, and this is its result.
+    """
     if self.is_initializing():
       return x[None]
     states = [section.states.reshape(-1, *x.shape) for section in sections
-              if not isinstance(section.states, tuple)]
+              if section.states is not None]
     return jnp.concatenate(states)
 
   def _layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -342,31 +404,36 @@ class Stack(nn.Module):
       The carry after the section, and the LayerResults, whose arrays have an
       axis of periods in front ([passes * periods] of layers that loop).
     """
-    slots, other_cache, period_N = None, None, None
+    slots, other_cache, row_N = None, None, None
     if cache is not None:
       slots, other_cache = split_off_slots(cache)
-      period_N = jnp.arange(section.periods)
+      row_N = jnp.arange(section.periods)
+    scan_carry = ScanCarry(layers=carry, slots=slots)
+
     # One scan over the periods, or one for each pass. A model whose parameters
     # are being declared runs a single pass, since all passes share them.
-    if self._is_looped(section) and not self.is_initializing():
+    is_looped = self._is_looped(section)
+    if is_looped and not self.is_initializing():
       run_loop = self._run_passes
       if self.config.loop == 'turns':
         run_loop = self._scan_turns
       scan_carry, results = run_loop(
-          section, carry=ScanCarry(carry, slots), other_cache=other_cache,
-          ctx=ctx, lent=lent)
+          section, carry=scan_carry, other_cache=other_cache, ctx=ctx,
+          lent=lent)
     else:
       periods = self._scanned_periods(section, name=section.name)
       scan_carry, results = periods(
-          ScanCarry(carry, slots), (period_N, other_cache), ctx, lent)
-    carry, slots = scan_carry
+          scan_carry, GivenToPeriod(row=row_N, other_cache=other_cache), ctx,
+          lent)
+
     # That single pass does not use the parameters that mix the input of a pass,
     # so these are declared here.
-    if self._is_looped(section) and self.is_initializing():
+    carry = scan_carry.layers
+    if is_looped and self.is_initializing():
       passes.Enter(self.config, name='loop')(carry.x, carry.x, 0)
-    if slots is None:
+    if cache is None:
       return carry, results
-    caches = put_slots_back(slots, results.caches)
+    caches = put_slots_back(scan_carry.slots, results.caches)
     return carry, results.replace(caches=caches)
 
   def _scanned_periods(self, section: Section, **module_options: Any
@@ -459,8 +526,7 @@ class Stack(nn.Module):
                             inputs=carry.layers.x, ctx=ctx, lent=lent)
 
     # The arrays of which each pass is given its own row.
-    rngs = {name: jax.random.split(self.make_rng(name), num_passes)
-            for name in NAMES_OF_DRAWS if self.has_rng(name)}
+    rngs = self._split_keys(num_passes)
     rows_by_pass = jax.tree.map(
         lambda x: x.reshape(num_passes, num_periods, *x.shape[1:]), other_cache)
     given = GivenToPass(n=jnp.arange(num_passes), other_cache=rows_by_pass,
@@ -482,11 +548,14 @@ class Stack(nn.Module):
         start=num_without_gradient, end=num_passes)
     results_of_scans.append(results)
 
-    # The results of all passes.
     results = jax.tree.map(_flatten_passes, *results_of_scans)
-    reports = [self._mean_loads(section, layer_report)
-               for layer_report in results.reports]
-    return carry, results.replace(reports=tuple(reports))
+    return carry, self._average_loads(section, results)
+
+  def _split_keys(self, num_parts: int) -> dict[str, jax.Array]:
+    """Returns a random key for each of several runs of the same layers, in an
+    array with that axis, by the name of what the key is for."""
+    return {name: jax.random.split(self.make_rng(name), num_parts)
+            for name in NAMES_OF_DRAWS if self.has_rng(name)}
 
   def _scan_passes(
       self,
@@ -508,67 +577,76 @@ class Stack(nn.Module):
       The carry after the last of them, and their results, with an axis of
       passes in front.
     """
-    given_to_these = jax.tree.map(
-        operator.itemgetter(slice(start, end)), given)
+    given_to_these = _rows(given, start, end)
     unroll = 1 if self.config.scan_layers else end - start
     return jax.lax.scan(run_pass, carry, given_to_these, unroll=unroll)
 
   def _passes_without_gradient(self, num_passes: int) -> int:
-    """Returns how many passes, from the first on, have no gradient."""
+    """Returns how many passes, from the first on, have no gradient: all but the
+    last loops.gradient_passes; none, if that is 0."""
     num_with_gradient = self.config.part(LoopsConfig).gradient_passes
-    if not num_with_gradient:
+    if num_with_gradient == 0:
       return 0
     return max(num_passes - num_with_gradient, 0)
 
   def _take_turns(
       self, carry: ScanCarry,
-      run_turn: Callable[[int, passes.Turn, ScanCarry], ScanCarry]
+      run_half: Callable[[int, passes.Turn, ScanCarry], ScanCarry]
       ) -> ScanCarry:
-    """Runs the two halves of the layers that loop in turns (passes.Turns). The
-    turns follow one another in the program, as they differ in their gradients.
+    """Runs the two halves of the layers that loop in turns (HRM: Wang et al.
+    2025, arXiv 2506.21734; passes.Turns). The states of the halves are z_L = 0
+    and z_H = x at first, and each turn is one of
+
+      z_L = norm_L(lower(z_L + z_H)),   z_H = norm_H(upper(z_H + z_L))
+
+    where there are norms if loops.boundary is 'norm'. The last turn is one of
+    the upper half.
+
+    The turns follow one another in the program, not in a scan, because some
+    have no gradient. Such a turn reads constants, and what it returns is a
+    constant: this is what `detach` does. A state itself keeps its gradient for
+    the later turns that read it.
 
     Args:
-      carry: the first z_H, what else goes from layer to layer, and the slots of
-        the cache.
-      run_turn: the function that runs the half whose turn it is, (number of the
-        turn, the Turn, carry) -> carry. The x of its carry is the input of the
-        half, and then its result.
+      carry: the input x of the layers that loop, what else goes from layer to
+        layer, and the slots of the cache.
+      run_half: the function that runs the layers of the half whose turn it is,
+        (number of the turn, the Turn, carry) -> carry. The x of its carry is
+        the input of the half, and then its result.
 
     Returns:
-      The carry, whose x is the last z_H, before the final norm.
+      The carry, whose x is the last z_H before its norm, as that is the final
+      norm of the stack.
     """
     config, params = self.config, self.variables['params']
-    (x, passed), slots = carry
-    z_low, z_high = jnp.zeros_like(x), x
+    z_high = carry.layers.x
+    z_low = jnp.zeros_like(z_high)
     turns = passes.list_turns(config.part(LoopsConfig))
     for n, turn in enumerate(turns):
-      # A turn without a gradient reads everything as a constant, and what it
-      # returns is a constant too.
       detach = _identity
       if not turn.has_gradient:
         detach = _stop_gradients
-      params_of_turn = detach(params)
 
       # Run the half on the sum of both states.
+      params_of_turn = detach(params)
       input_of_half = passes.input_of_pass(
           config, params=params_of_turn, state=detach(z_low),
           inputs=detach(z_high), n=n)
-      carry_of_half = Carry(input_of_half, detach(passed))
-      (z, passed), slots = run_turn(
-          n, turn, ScanCarry(carry_of_half, detach(slots)))
+      carry = run_half(n, turn, detach(carry.with_x(input_of_half)))
+      carry = detach(carry)
 
-      # Its result is the new state of the half. The last z_H goes through the
-      # final norm after the loop.
+      # Its result, after a norm, is the new state of the half.
       is_last = n == len(turns) - 1
-      if not is_last:
-        z = passes.normalise_between_passes(
-            config, params_of_turn, state=z, is_low=not turn.is_high)
-      z, passed, slots = detach(z), detach(passed), detach(slots)
+      if is_last:
+        break
+      new_state = detach(passes.normalise_between_passes(
+          config, params_of_turn, state=carry.layers.x,
+          is_low=not turn.is_high))
       if turn.is_high:
-        z_high = z
+        z_high = new_state
       else:
-        z_low = z
-    return ScanCarry(Carry(z_high, passed), slots)
+        z_low = new_state
+    return carry
 
   def _scan_turns(self, section: Section, carry: ScanCarry, other_cache: Any,
                   ctx: Context, lent: dict[int, KeysAndValues]
@@ -576,58 +654,79 @@ class Stack(nn.Module):
     """Runs a section whose two halves take turns, each turn as a scan over the
     periods of its half.
 
-    The arguments and results are those of `_run_passes`, but that the results
-    are [turns * periods of a half, ...].
-    """
-    size = section.periods // 2
-    num_turns = section.runs // size
-    rngs = {name: jax.random.split(self.make_rng(name), num_turns)
-            for name in NAMES_OF_DRAWS if self.has_rng(name)}
-    half = section._replace(periods=size)
-    halves = ScannedHalves(
-        periods=self._scanned_periods(half, parent=None), size=size,
-        params=self.variables['params'][section.name], other_cache=other_cache,
-        ctx=ctx, lent=lent, rngs=rngs)
-    carry = self._take_turns(carry, halves.run_turn)
-    results = jax.tree.map(
-        lambda *of_turns: jnp.concatenate(of_turns), *halves.results)
-    reports = [self._mean_loads(section, layer_report)
-               for layer_report in results.reports]
-    return carry, results.replace(reports=tuple(reports))
+    Args:
+      section: the section. The lower half of its periods is one stack of
+        layers, and the upper half the other.
+      carry: what goes from layer to layer, and the slots of the cache.
+      other_cache: what else its entries of the cache hold; None: no cache.
+      ctx: what the layers read besides their input.
+      lent: keys and values of layers of the sections before.
 
-  def _mean_loads(self, section: Section, layer_report: Report) -> Report:
-    """Averages the loads of a layer's experts over the passes, in a model that
-    runs its layers several times with the same weights.
+    Returns:
+      The carry, and the results of all turns with those of a turn side by side:
+      [turns * periods of a half, ...].
+    """
+    periods_of_half = section.periods // 2
+    num_turns = section.runs // periods_of_half
+    half = section._replace(periods=periods_of_half)
+    halves = ScannedHalves(
+        periods=self._scanned_periods(half, parent=None), size=periods_of_half,
+        params=self.variables['params'][section.name], other_cache=other_cache,
+        ctx=ctx, lent=lent, rngs=self._split_keys(num_turns))
+    carry = self._take_turns(carry, halves.run_half)
+    results = jax.tree.map(_concatenate, *halves.results)
+    return carry, self._average_loads(section, results)
+
+  def _average_loads(self, section: Section, results: LayerResults
+                     ) -> LayerResults:
+    """Averages the loads of experts over the passes, in a model that runs its
+    layers several times with the same weights.
 
     A load is the share of tokens that each expert got. The training step moves
     a bias of the router by it, and all passes share the bias.
 
     Args:
-      section: the section of the layer (the prefix, the repeated pattern or the
-        suffix).
-      layer_report: the layer's report. Its loads are [passes * periods,
-        experts], by the path of the bias inside the section.
+      section: the section of the layers (the prefix, the repeated pattern or
+        the suffix).
+      results: the results of all passes. The loads in their reports are
+        [passes * periods, experts], by the path of the bias inside the section.
 
     Returns:
-      The report with loads [periods, experts], by the whole path of the bias in
-      the model. The module that made the report did not know this path, because
-      it was not bound to the model.
+      The results with loads [periods, experts], by the whole path of the bias
+      in the model. The module that made the reports did not know this path,
+      because it was not bound to the model.
     """
     path_of_section = '/'.join((*self.path, section.name))
-    loads = {}
-    for path, load_NE in layer_report.loads.items():
-      loads[f'{path_of_section}/{path}'] = self._mean_of_runs(section, load_NE)
-    return layer_report.replace(loads=loads)
+    reports = []
+    for report in results.reports:
+      loads = {}
+      for path, load_NE in report.loads.items():
+        whole_path = f'{path_of_section}/{path}'
+        loads[whole_path] = self._mean_of_runs(section, load_NE)
+      reports.append(report.replace(loads=loads))
+    return results.replace(reports=tuple(reports))
 
   def _mean_of_runs(self, section: Section, x_NE: jax.Array) -> jax.Array:
-    """Returns the mean over the runs of each period, [periods, E], of an array
-    with a row for each run."""
+    """Returns the mean over the runs of each period of layers.
+
+    The suffixes name axes: N runs of periods, E experts.
+
+    Args:
+      section: the section of layers, whose periods are run several times.
+      x_NE: a row for each run of a period, in the order of the runs.
+
+    Returns:
+      A row for each period, [periods, E].
+    """
     loops = self.config.part(LoopsConfig)
     if not loops.low_cycles:
-      return x_NE.reshape(section.passes, section.periods, -1).mean(0)
-    # In a pass the lower half is run several times, and then the upper half.
+      by_pass = x_NE.reshape(section.passes, section.periods, -1)
+      return by_pass.mean(0)
+    # Two stacks take turns. In a pass the lower half of the periods is run
+    # low_cycles times, and then the upper half once.
     half = section.periods // 2
-    by_turn = x_NE.reshape(section.passes, loops.low_cycles + 1, half, -1)
+    turns_of_pass = loops.low_cycles + 1
+    by_turn = x_NE.reshape(section.passes, turns_of_pass, half, -1)
     low_mean = by_turn[:, :-1].mean((0, 1))
     high_mean = by_turn[:, -1].mean(0)
     return jnp.concatenate([low_mean, high_mean])
@@ -686,29 +785,48 @@ class Stack(nn.Module):
     Returns:
       The carry after the section, and the LayerResults of each run of a period.
     """
-    config, params = self.config, self.variables['params']
+    config = self.config
     lends = self._places_lent_by_section(section.name)
     period = Period(config, pattern=section.kinds, lends=lends, parent=None)
     runner = PeriodsOneByOne(
         period=period, num_periods=section.periods,
-        params=params[section.name], entries=entries, ctx=ctx, lent=lent)
+        params=self.variables['params'][section.name], entries=entries, ctx=ctx,
+        lent=lent)
     if not self._is_looped(section):
       carry = runner.run_all(carry)
     elif config.loop == 'turns':
-      scan_carry = self._take_turns(ScanCarry(carry, slots=None),
-                                    runner.run_turn)
-      carry = scan_carry.layers
+      scan_carry = ScanCarry(layers=carry, slots=None)
+      carry = self._take_turns(scan_carry, runner.run_half).layers
     else:
-      # A pass begins with a mixture of the last result and the first input.
-      inputs = carry.x
-      for n in range(section.passes):
-        input_of_pass = passes.input_of_pass(
-            config, params=params, state=carry.x, inputs=inputs, n=n)
-        carry = runner.run_all(Carry(input_of_pass, carry.passed))
-        if config.part(LoopsConfig).exit_gate:
-          last_results = runner.results[-1]
-          runner.results[-1] = last_results.replace(states=carry.x)
+      carry = self._run_passes_one_by_one(section.passes, carry, runner)
     return carry, runner.results
+
+  def _run_passes_one_by_one(self, num_passes: int, carry: Carry,
+                             runner: 'PeriodsOneByOne') -> Carry:
+    """Runs several passes over the periods of a section by a Python loop.
+
+    A pass begins with a mixture of the last result and the first input.
+
+    Args:
+      num_passes: the number of passes.
+      carry: what goes from layer to layer, before the first pass.
+      runner: what runs the periods and keeps their results. With an exit gate,
+        the last result of each pass gets x after the pass.
+
+    Returns:
+      The carry after the last pass.
+    """
+    config = self.config
+    first_input = carry.x
+    for n in range(num_passes):
+      input_of_pass = passes.input_of_pass(
+          config, params=self.variables['params'], state=carry.x,
+          inputs=first_input, n=n)
+      carry = runner.run_all(carry._replace(x=input_of_pass))
+      if config.part(LoopsConfig).exit_gate:
+        last_results = runner.results[-1]
+        runner.results[-1] = last_results.replace(states=carry.x)
+    return carry
 
 
 def _run_pass(carry: ScanCarry, given: GivenToPass, config: ModelConfig,
@@ -731,19 +849,18 @@ def _run_pass(carry: ScanCarry, given: GivenToPass, config: ModelConfig,
     The carry after the pass, and the LayerResults of its periods.
   """
   # Make the input of the pass of the last result and the first input.
-  (state, passed), slots = carry
-  x = passes.input_of_pass(config, params=shared.params, state=state,
+  x = passes.input_of_pass(config, params=shared.params, state=carry.layers.x,
                            inputs=shared.inputs, n=given.n)
 
   # The slots have a row for each period of each pass, pass after pass.
-  period_N = None
-  if slots is not None:
+  row_N = None
+  if carry.slots is not None:
     first_row = given.n * section.periods
-    period_N = first_row + jnp.arange(section.periods)
+    row_N = first_row + jnp.arange(section.periods)
+  given_to_periods = GivenToPeriod(row=row_N, other_cache=given.other_cache)
   carry, results = periods.apply(
-      {'params': shared.params[section.name]},
-      ScanCarry(Carry(x, passed), slots), (period_N, given.other_cache),
-      shared.ctx, shared.lent, rngs=given.rngs)
+      {'params': shared.params[section.name]}, carry.with_x(x),
+      given_to_periods, shared.ctx, shared.lent, rngs=given.rngs)
   if config.part(LoopsConfig).exit_gate:
     results = results.replace(states=carry.layers.x)
   return carry, results
@@ -751,8 +868,8 @@ def _run_pass(carry: ScanCarry, given: GivenToPass, config: ModelConfig,
 
 @dataclasses.dataclass
 class ScannedHalves:
-  """Runs the two halves of a section in turns, each turn as a scan over the
-  periods of its half, and keeps the results.
+  """The two halves of a section that take turns (passes.Turns), each run as a
+  scan over its periods of layers. The results of all turns are kept.
 
   Attributes:
     periods: the unbound module that runs the periods of one half.
@@ -775,49 +892,56 @@ class ScannedHalves:
   rngs: dict[str, jax.Array]
   results: list[LayerResults] = dataclasses.field(default_factory=list)
 
-  def run_turn(self, n: int, turn: passes.Turn, carry: ScanCarry) -> ScanCarry:
-    """Runs the half whose turn it is.
+  def run_half(self, n: int, turn: passes.Turn, carry: ScanCarry) -> ScanCarry:
+    """Runs the layers of the half whose turn it is, as a scan over the periods
+    (repetitions of the pattern of layers) of the half.
 
     Args:
-      n: the number of the turn.
-      turn: which half it runs, and whether it has a gradient.
+      n: the number of the turn, from 0 on. Each turn has rows of its own in the
+        cache, turn after turn.
+      turn: which half it runs, the lower or the upper one, and whether it has a
+        gradient.
       carry: the input of the half, what else goes from layer to layer, and the
-        slots of the cache.
+        slots (the cached keys and values) of all turns.
 
     Returns:
       The carry after the half.
     """
-    # The parameters of the half. Without a gradient, they are constants.
-    start = self.size if turn.is_high else 0
-    rows_of_half = operator.itemgetter(slice(start, start + self.size))
-    params_of_half = jax.tree.map(rows_of_half, self.params)
-    shared = params_of_half, self.ctx, self.lent
+    # The parameters of the half. Without a gradient, they are constants, as is
+    # everything else that the layers read.
+    params_of_half = _rows(self.params, start=0, stop=self.size)
+    if turn.is_high:
+      params_of_half = _rows(
+          self.params, start=self.size, stop=2 * self.size)
+    params, ctx, lent = params_of_half, self.ctx, self.lent
     if not turn.has_gradient:
-      shared = _stop_gradients(shared)
-    params, ctx, lent = shared
+      params = _stop_gradients(params)
+      ctx = _stop_gradients(ctx)
+      lent = _stop_gradients(lent)
 
-    # The rows of the cache are those of the turn.
-    first_row = n * self.size
-    end_row = first_row + self.size
-    other_rows = jax.tree.map(
-        operator.itemgetter(slice(first_row, end_row)), self.other_cache)
-    period_N = None
+    # The rows of the cache that are the turn's own, and its random keys.
+    start = n * self.size
+    stop = start + self.size
+    row_N = None
     if carry.slots is not None:
-      period_N = jnp.arange(first_row, end_row)
+      row_N = jnp.arange(start, stop)
+    given = GivenToPeriod(
+        row=row_N, other_cache=_rows(self.other_cache, start, stop))
     rngs_of_turn = {name: keys[n] for name, keys in self.rngs.items()}
+
     carry_after, results = self.periods.apply(
-        {'params': params}, carry, (period_N, other_rows), ctx, lent,
-        rngs=rngs_of_turn)
+        {'params': params}, carry, given, ctx, lent, rngs=rngs_of_turn)
     self.results.append(results)
     return carry_after
 
 
 @dataclasses.dataclass
 class PeriodsOneByOne:
-  """Runs the periods of a section by a Python loop, and keeps the results.
+  """The periods of a section, run by a Python loop. A period is one repetition
+  of the pattern of layers. The results of all runs are kept.
 
   Attributes:
-    period: the unbound module of one period, a repetition of the pattern.
+    period: the unbound module of one period.
     num_periods: the number of periods of the section.
     params: the parameters of the section, by the number of the period as text.
     entries: the caches of each run of a period, in the order of the runs.
@@ -835,37 +959,41 @@ class PeriodsOneByOne:
 
   def run_all(self, carry: Carry) -> Carry:
     """Runs all periods of the section once."""
-    return self._run_range(range(self.num_periods), carry)
+    return self._run_periods(range(self.num_periods), carry)
 
-  def run_turn(self, n: int, turn: passes.Turn, carry: ScanCarry) -> ScanCarry:
-    """Runs one half of the periods, where two stacks of layers take turns
-    (model.loop=turns): the lower stack is the first half of the periods, the
-    higher stack the second.
+  def run_half(self, n: int, turn: passes.Turn, carry: ScanCarry) -> ScanCarry:
+    """Runs the layers of the half whose turn it is, in a model whose layers are
+    two stacks that take turns (model.loop=turns). The lower half of the periods
+    is one stack, and the upper half is the other.
 
     Args:
-      n: the number of the turn. A loop that scans finds its caches by it; here
-        each run takes the next ones, so that it is not read.
-      turn: which of the stacks it runs.
-      carry: the input of the stack, and what else goes from layer to layer. Its
-        slots are None, as each period has a cache of its own here.
+      n: the number of the turn. It is not read here, since each run takes the
+        next caches; `ScannedHalves`, which stands in its place where layers are
+        scanned, finds its caches by it.
+      turn: which half it runs, the lower or the upper one.
+      carry: the input of the half, and what else goes from layer to layer. It
+        has no slots, which belong to a scan: each period has a cache of its own
+        here.
 
     Returns:
-      The carry after the stack.
+      The carry after the half.
     """
     del n
+    assert carry.slots is None
     half = self.num_periods // 2
     numbers = range(half)
     if turn.is_high:
       numbers = range(half, self.num_periods)
-    carry_after = self._run_range(numbers, carry.layers)
-    return ScanCarry(carry_after, carry.slots)
+    carry_after = self._run_periods(numbers, carry.layers)
+    return ScanCarry(layers=carry_after, slots=None)
 
-  def _run_range(self, numbers: range, carry: Carry) -> Carry:
-    """Runs the periods of these numbers, one after another."""
+  def _run_periods(self, numbers: range, carry: Carry) -> Carry:
+    """Runs the periods with these numbers, one after another. Each takes the
+    next caches, and its results are kept."""
     for number in numbers:
+      params_of_period = {'params': self.params[str(number)]}
       carry, results = self.period.apply(
-          {'params': self.params[str(number)]}, carry, next(self.entries),
-          self.ctx, self.lent)
+          params_of_period, carry, next(self.entries), self.ctx, self.lent)
       self.results.append(results)
     return carry
 
@@ -901,7 +1029,18 @@ def _stop_gradients(tree: Any) -> Any:
 def _flatten_passes(*of_scans: jax.Array) -> jax.Array:
   """Returns [passes * periods, ...] of the results of one or two scans over
   passes, each [some passes, periods, ...]."""
-  return jnp.concatenate(of_scans).reshape(-1, *of_scans[0].shape[2:])
+  by_pass = jnp.concatenate(of_scans)
+  return by_pass.reshape(-1, *by_pass.shape[2:])
+
+
+def _concatenate(*arrays: jax.Array) -> jax.Array:
+  """Returns arrays joined along their first axis, as a leaf of trees."""
+  return jnp.concatenate(arrays)
+
+
+def _rows(tree: Any, start: int, stop: int) -> Any:
+  """Returns the rows from `start` to before `stop` of all arrays of a tree."""
+  return jax.tree.map(operator.itemgetter(slice(start, stop)), tree)
 
 
 def add_distances(config: ModelConfig, kind: LayerKind, ctx: Context,
@@ -984,43 +1123,51 @@ class Period(nn.Module):
       periods read, by how far before the end of this period their layer is.
     """
     x, passed = carry
-    # This copy also takes the keys and values of layers of the period, whose
-    # places count from 0 and cannot meet those below 0.
+    # The keys and values that a layer may read, by the place of the layer that
+    # computed them: 0, 1, ... in the period, and below 0 before it.
     lent = dict(lent)
-    num_layers = len(self.pattern)
-    # The layers whose keys and values another one reads, here or later. A place
-    # below 0 is counted from the end of the period, so the number of layers is
-    # added to it.
-    lenders = {kind.source for kind in self.pattern}
-    lenders |= {num_layers + place for place in self.lends}
+    lenders = self._places_of_lenders()
     caches, reports, kept = [], [], []
     for i, kind in enumerate(self.pattern):
-      shared = SharedArrays(first_values=passed.first_values,
-                            router_BLU=passed.router_BLU,
-                            keys=lent.get(kind.source), lends=i in lenders)
-      entry = None if cache is None else cache[i]
+      # Run the layer, with what it reads of other layers.
+      shared = SharedArrays(
+          first_values=passed.first_values, router_BLU=passed.router_BLU,
+          keys=lent.get(kind.source), lends=i in lenders)
+      cache_of_layer = None
+      if cache is not None:
+        cache_of_layer = cache[i]
       if passed.skips is not None:
         x = streams.read_skip(x, passed.skips)
-      x, entry, layer_report = self._run_layer(
-          i, kind=kind, x=x, ctx=ctx.replace(shared=shared), cache=entry)
-      # Arrays that later layers read go with the carry, not into the report.
-      if layer_report.first_values is not None:
-        passed = passed.replace(first_values=layer_report.first_values)
-      if layer_report.router_BLU is not None:
-        passed = passed.replace(router_BLU=layer_report.router_BLU)
-      if passed.skips is not None:
-        passed = passed.replace(skips=streams.write_skip(x, passed.skips))
-      if layer_report.keys is not None:
-        lent[i] = layer_report.keys
-      caches.append(entry)
-      reports.append(layer_report.replace(
+      x, cache_of_layer, report = self._run_layer(
+          i, kind=kind, x=x, ctx=ctx.replace(shared=shared),
+          cache=cache_of_layer)
+
+      # Keep its results. Arrays that later layers read go with the carry or
+      # with `lent`, and are taken out of the report.
+      passed = passed.after_layer(x, report)
+      if report.keys is not None:
+        lent[i] = report.keys
+      caches.append(cache_of_layer)
+      reports.append(report.replace(
           first_values=None, router_BLU=None, keys=None))
-      kept.append(x if ctx.keep_layers else ())
+      if ctx.keep_layers:
+        kept.append(x)
+    num_layers = len(self.pattern)
     results = LayerResults(
         caches=None if cache is None else tuple(caches),
         reports=tuple(reports), kept=tuple(kept),
         lent={place: lent[num_layers + place] for place in self.lends})
-    return Carry(x, passed), results
+    return Carry(x=x, passed=passed), results
+
+  def _places_of_lenders(self) -> set[int | None]:
+    """Returns the places, 0, 1, ..., of the layers of this period whose keys
+    and values other layers read. Places of layers before it, which are below 0,
+    and None may be among them: no layer of the period has such a place."""
+    places = {kind.source for kind in self.pattern}
+    # The layers that later periods read are counted from the end of this one.
+    for place_from_end in self.lends:
+      places.add(len(self.pattern) + place_from_end)
+    return places
 
   def _run_layer(self, i: int, kind: LayerKind, x: LayerInput,
                  ctx: Context, cache: Optional[LayerCache]
@@ -1125,23 +1272,22 @@ class Scanned(Period):
   """A period as the body of a scan.
 
   The slots of all periods go from one to the next with the carry, and each
-  writes its own, those of place `n`, where they lie. If a scan were given the
+  writes its own, those of row `row`, where they lie. If a scan were given the
   slots period by period and returned them, XLA would copy all of them for each
   token.
   """
 
   def __call__(  # type: ignore[override]
-      self, carry: ScanCarry, xs: tuple[Optional[jax.Array], Any],
-      ctx: Context, lent: dict[int, KeysAndValues]
-      ) -> tuple[ScanCarry, LayerResults]:
+      self, carry: ScanCarry, given: GivenToPeriod, ctx: Context,
+      lent: dict[int, KeysAndValues]) -> tuple[ScanCarry, LayerResults]:
     """Runs one period, a repetition of the pattern of layers, as one turn of a
     scan.
 
     Args:
       carry: what goes from layer to layer (the residual stream), and the slots
         (the cached keys and values) of all periods, or None without a cache.
-      xs: what this turn alone is given: the number n of the period, which is
-        its row of the slots; and what else its caches hold.
+      given: what this period alone is given: which row of the slots is its own,
+        and what else its caches hold.
       ctx: what the layers read besides their input.
       lent: keys and values of earlier layers that layers of this period read,
         by how far before the section those layers are: -1, -2, ...
@@ -1150,15 +1296,14 @@ class Scanned(Period):
       The carry after the period, and the LayerResults. Their caches have no
       slots, as these are in the carry.
     """
-    n, other_cache = xs
     if carry.slots is None:
-      state, results = super().__call__(carry.layers, None, ctx, lent)
-      return ScanCarry(state, slots=None), results
-    # The layers get the slots of all periods, and write into row n only.
-    cache = put_slots_back(carry.slots, other_cache, layer=n)
-    state, results = super().__call__(carry.layers, cache, ctx, lent)
+      layers_carry, results = super().__call__(carry.layers, None, ctx, lent)
+      return ScanCarry(layers=layers_carry, slots=None), results
+    # The layers get the slots of all periods, and write into their row only.
+    cache = put_slots_back(carry.slots, given.other_cache, layer=given.row)
+    layers_carry, results = super().__call__(carry.layers, cache, ctx, lent)
     slots, cache_without_slots = split_off_slots(results.caches)
-    return (ScanCarry(state, slots),
+    return (ScanCarry(layers=layers_carry, slots=slots),
             results.replace(caches=cache_without_slots))
 
 
@@ -1191,7 +1336,7 @@ def gather_figures(sections: list[tuple[Report, ...]]) -> dict[str, dict]:
       experts: with context.keep_layers, the choices of the routers by name,
         [N, ...].
   """
-  reports = [report for section in sections for report in section]
+  reports = list(itertools.chain.from_iterable(sections))
   if not any(report.losses or report.health for report in reports):
     return {}
   # The sums of losses, and all loads.
@@ -1340,7 +1485,8 @@ def merge_reports_of_stacks(encoder: dict, decoder: dict) -> dict:
   if not encoder or not decoder:
     return encoder or decoder
   merged = dict(decoder)
-  # The states and the attention of every layer.
+  # The states and the attention of every layer, as tuples of arrays: a source
+  # and its target differ in length, so their layers cannot stand in one array.
   for name in ('layers', 'attention'):
     if name in decoder:
       merged[name] = *encoder[name], *decoder[name]
@@ -1348,10 +1494,10 @@ def merge_reports_of_stacks(encoder: dict, decoder: dict) -> dict:
   if 'losses' in decoder:
     merged = add_losses(merged, encoder['losses'], encoder['loads'])
     merged['health'] = jax.tree.map(
-        lambda *both: jnp.concatenate(both), encoder['health'],
-        decoder['health'])
+        _concatenate, encoder['health'], decoder['health'])
   if 'experts' in decoder:
-    merged['experts'] = {
-        name: (*encoder['experts'][name], *chosen_N)
-        for name, chosen_N in decoder['experts'].items()}
+    experts = {}
+    for name, chosen_N in decoder['experts'].items():
+      experts[name] = *encoder['experts'][name], *chosen_N
+    merged['experts'] = experts
   return merged

@@ -582,7 +582,7 @@ def certify_cells(name: str, cells: Mapping[str, str], base: Certificate,
       continue
     is_number = quantity.tolerance is not None
     if text == SAME:
-      # What the base does not know either stays unknown.
+      # A value that the base does not know either stays unknown.
       if column in base:
         certificate[column] = base[column]
     elif is_number:

@@ -110,11 +110,10 @@ def run_recurrence(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
     return o_BLHU, state_BHKU
 
   # A row is computed in pieces of equal length.
-  decays_by_feature = has_decay_per_feature(x.log_decay_BLHK)
-  places = _length_of_pieces(L, most=places or default_places(K),
-                             is_power_of_2=decays_by_feature)
+  places = _length_of_pieces(x, most=places)
+  is_additive = not x.has_delta_rule
   with pieces.count_flops_without_padding(places, L):
-    if not decays_by_feature and not x.has_delta_rule:
+    if is_additive and not has_decay_per_feature(x.log_decay_BLHK):
       assert steps == 1, steps
       return _run_additive(places, x, state_BHKU)
     o_BLHU, state_BHKU = _run_in_pieces(places, steps, x, state_BHKU)
@@ -123,19 +122,22 @@ def run_recurrence(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   return o_BLHU, state_BHKU
 
 
-def _length_of_pieces(length: int, most: int, is_power_of_2: bool) -> int:
+def _length_of_pieces(x: Inputs, most: Optional[int]) -> int:
   """Returns the length of the pieces in which a row is computed. They are as
-  few as can be and equally long, so that little is computed for padding.
+  few as can be and equally long, so that little is computed for padding. Where
+  each feature of a key has a decay, a piece is halved again and again, so its
+  length is rounded up to a power of 2.
 
   Args:
-    length: the number of places of the row.
-    most: the most places that a piece may have.
-    is_power_of_2: whether the length is rounded up to a power of 2, as a
-      piece is halved again and again where each feature of a key has a decay.
+    x: the inputs of the recurrence.
+    most: the most places that a piece may have; None: `default_places`.
   """
+  length = x.v_BLHU.shape[1]
+  if most is None:
+    most = default_places(x.k_BLJK.shape[-1])
   num_pieces = -(-length // most)  # rounded up
   places = -(-length // num_pieces)
-  if is_power_of_2:
+  if has_decay_per_feature(x.log_decay_BLHK):
     places = 1 << (places - 1).bit_length()
   return places
 
