@@ -4,8 +4,11 @@ import importlib
 import io
 import json
 import pathlib
+import posixpath
 import re
 import shlex
+import sys
+import types
 
 import pytest
 
@@ -144,6 +147,88 @@ def test_links_lead_somewhere(page):
   text = re.sub(r'^ *```.*?^ *```', '', page.read_text(), flags=re.M | re.S)
   for link in re.findall(r'\]\(([^)\s#]+)', text):
     assert re.match(r'[a-z]+:', link) or (page.parent / link).exists(), link
+
+
+@pytest.fixture(scope='module')
+def site():
+  """Returns the hooks that make the documentation site. They name MkDocs and
+  griffe, which the tests do without."""
+  stand_ins = {
+      'griffe': types.SimpleNamespace(Extension=object, Object=None,
+                                      Module=None),
+      'mkdocs.structure.files': types.SimpleNamespace(File=None)}
+  with pytest.MonkeyPatch.context() as patched:
+    for name in stand_ins:
+      patched.setitem(sys.modules, name, stand_ins[name])
+    patched.delitem(sys.modules, 'tools.docs', raising=False)
+    yield importlib.import_module('tools.docs')
+    patched.delitem(sys.modules, 'tools.docs')
+
+
+def _page_of_site(site, uri, text):
+  """Returns a page of the site as the site shows it, and its weight."""
+  page = types.SimpleNamespace(
+      file=types.SimpleNamespace(src_uri=uri), meta={})
+  shown = site.on_page_markdown(text, page=page, config=None, files=None)
+  return shown, page.meta['search']['boost']
+
+
+def test_links_of_the_site_lead_to_its_own_pages(site):
+  file_of_page = {page: ROOT / file
+                  for page, file in site.FILE_OF_PAGE.items()}
+  for file in ROOT.glob('docs/**/*.md'):
+    file_of_page[file.relative_to(ROOT / 'docs').as_posix()] = file
+  targets = set(file_of_page)
+  for file in ROOT.glob('docs/**/*.*'):
+    name = file.relative_to(ROOT / 'docs').as_posix()
+    targets.add(name.replace('.ipynb', '.md'))
+
+  num_links = 0
+  for uri, file in file_of_page.items():
+    shown, _ = _page_of_site(site, uri, file.read_text())
+    text = re.sub(r'^ *```.*?^ *```', '', shown, flags=re.M | re.S)
+    for link in re.findall(r'\]\(([^)\s#:]+)[)#]', text):
+      target = posixpath.normpath(
+          posixpath.join(posixpath.dirname(uri), link))
+      assert target in targets, (uri, link)
+      num_links += 1
+  assert num_links > 100
+
+
+@pytest.mark.parametrize('uri, text, shown', [
+    ('howto/resume.md', '[a](../pods.md#b)', '[a](../pods.md#b)'),
+    ('howto/resume.md', '[a](../../README.md)', '[a](../index.md)'),
+    ('index.md', '![a](docs/x/b.png) [c](train.py)', '![a](x/b.png) c'),
+    ('index.md', '[a](docs/b.ipynb)\n```\n[a](docs/b.md)\n```\n',
+     '[a](b.md)\n```\n[a](docs/b.md)\n```\n')])
+def test_a_link_is_one_of_the_site(site, uri, text, shown):
+  assert _page_of_site(site, uri, text)[0] == shown
+
+
+def test_pages_to_read_come_first_in_a_search(site):
+  uris = 'howto/resume.md', 'studies.md', 'reference/config.md'
+  weights = [_page_of_site(site, uri, '')[1] for uri in uris]
+  assert weights == [4, 1, .2]
+
+
+def test_pages_that_are_made_say_what_there_is(site):
+  fields = site.render_config_fields().splitlines()
+  rows = [line for line in fields if line.startswith('| `')]
+  assert len(rows) == len(base.FIELDS)
+  for row, (name, leaf) in zip(rows, base.FIELDS.items(), strict=True):
+    assert row.startswith(f'| `{name}` | `{leaf.default!r}` | '), row
+  config = types.SimpleNamespace(
+      site_name='N', site_description='D',
+      nav=[{'A': 'a.md'}, {'B': [{'C': 'b/c.md'}]}])
+  assert site.render_llms_txt(config) == (
+      '# N\n\n> D\n\n- [A](a.html)\n\n## B\n\n- [C](b/c.html)\n')
+  cells = [dict(cell_type='markdown', source=['# T\n', 'words']),
+           dict(cell_type='code', source=['f()'], outputs=[
+               dict(text=['out\n']),
+               dict(data={'text/plain': ['p'], 'text/html': ['<b>\n', '</b>']}),
+           ])]
+  assert site.render_notebook(json.dumps(dict(cells=cells))) == (
+      '# T\nwords\n\n```python\nf()\n```\n\n```text\nout\n```\n\n<b> </b>')
 
 
 @pytest.mark.long
