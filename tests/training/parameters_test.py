@@ -238,7 +238,8 @@ def test_it_is_the_average_where_one_is_kept(averaged):
 
 
 @pytest.mark.parametrize('text, steps', [
-    ('last:3', [20, 30, 40]), ('40,10', [10, 40])])
+    ('last:3', [20, 30, 40]), ('last:4', [10, 20, 30, 40]),
+    ('40,10', [10, 40])])
 def test_a_mean_is_that_of_numpy(plain, text, steps):
   taken = parameters.read_parameters(plain, asked(),
                                      checkpoints.parse_step(text))
@@ -253,6 +254,11 @@ def test_a_mean_is_that_of_numpy(plain, text, steps):
     np.testing.assert_allclose(np.float32(taken.state[name]),
                                np.float32(expected), rtol=2e-7, err_msg=name)
     assert taken.state[name].dtype == asked()[name].dtype
+
+
+def test_a_mean_of_more_than_there_are_is_refused(plain):
+  with pytest.raises(RequestError, match='last 5 .* has 4: 10, 20, 30, 40'):
+    parameters.read_parameters(plain, asked(), checkpoints.MeanOfSteps(last=5))
 
 
 def test_a_mean_is_of_averages_where_these_are_kept(averaged):

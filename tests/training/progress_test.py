@@ -118,8 +118,12 @@ def test_the_meter_by_hand():
       step_seconds=2.0, tokens_per_second=500.0, data_seconds=0.5, mfu=0.3,
       compile_seconds=30.0))
   clock.now += 8
-  with meter.compiling():
-    clock.now += 7
+  # A step of an evaluation is compiled within its pause.
+  with meter.paused():
+    clock.now += 10
+    with meter.compiling():
+      clock.now += 7
+    clock.now += 10
   meter.note_work(5, 3000, 2e9)
   assert meter.lap(6, meter.now()) == pytest.approx(dict(
       step_seconds=4.0, tokens_per_second=500.0, data_seconds=0.0, mfu=0.1,

@@ -157,6 +157,23 @@ def test_curves_stand_at_what_was_spent(sweep, tmp_path, written):
             ] == pytest.approx(curve[name])
 
 
+@pytest.mark.parametrize('kind', ['sweep', 'study'])
+def test_a_row_of_runs_has_the_fields_of_its_run(kind, request):
+  read = request.getfixturevalue(kind)
+  if kind == 'study':
+    read, _ = read
+  rows = iter(report._rows_of_runs(read))
+  for run in read.outcomes:
+    for measure, value in run.values.items():
+      row = next(rows)
+      assert row.pop('measure') == measure and row.pop('value') == value
+      assert json.loads(row.pop('changes')) == run.changes
+      assert row == {name: getattr(run, name) for name in row}
+  assert next(rows, None) is None
+  assert list(row) == ['phase', 'variant', 'size', 'workload', 'seed',
+                       'diverged', 'loss', 'flops', 'seconds', 'params']
+
+
 @pytest.mark.parametrize('begin', '=+-@\t')
 def test_no_text_of_a_sheet_is_a_formula(begin):
   text = page_lib.sheet([{'name': f'{begin}1+1', 'x': -1.0, 'rest': 'a=b'}])

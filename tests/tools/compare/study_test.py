@@ -490,6 +490,7 @@ def test_a_prediction_is_frozen_once_and_says_whether_it_was_blind(
   late = plans.record_prediction(tmp_path, plan, 'confirm', other)
   assert not late['blind'] and late['rows'] == other
   assert plans.load_frozen_plan(tmp_path).predictions == [first, late]
+  assert plans.record_prediction(tmp_path, plan, 'confirm', rows) == late
 
 
 def test_the_size_that_is_predicted_is_no_other_phases(folder):

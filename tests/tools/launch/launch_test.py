@@ -55,6 +55,26 @@ def test_local_starts_again_by_exit_code(tmp_path, codes, code, count):
   assert log.count('output of 1') == count
 
 
+@pytest.mark.parametrize('variable, flag, platform', [
+    ('', '', 'cpu'), ('', 'gpu', 'gpu'), ('', 'cpu', 'cpu'),
+    ('cpu', '', 'cpu'), ('cuda', '', 'gpu'), ('cuda', 'cpu', 'cpu'),
+    ('cpu', 'gpu', 'gpu')])
+def test_local_runs_on_the_platform_that_is_asked_for(
+    variable, flag, platform, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('JAX_PLATFORMS', variable)
+  monkeypatch.setattr(local.os.path, 'exists', lambda path: False)
+  words = ['--processes=2', '--devices=3', f'--platform={flag}']
+  job_of_two = make_job(tmp_path, '0', dry_run=True)
+  assert local.launch(job_of_two, args_of(local, *words)) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 2
+  for i, line in enumerate(lines):
+    assert f'JAX_PROCESS_ID={i} ' in line
+    assert ('JAX_PLATFORMS=cpu ' in line) == (platform == 'cpu')
+    ids = ','.join(str(3 * i + n) for n in range(3))
+    assert (f'JAX_LOCAL_DEVICE_IDS={ids} ' in line) == (platform == 'gpu')
+
+
 def test_local_ends_those_who_wait_for_one_that_failed(tmp_path, monkeypatch,
                                                        capfd):
   monkeypatch.setattr(local, 'PATIENCE_SECONDS', 0.5)

@@ -122,6 +122,7 @@ def test_a_run_says_how_many_records_have_each_label(tmp_path):
 @pytest.mark.parametrize('name, text, fields, message', [
     ('a.tsv', 'a\t1\nb\n', '', 'line 2, has 1 columns: name those'),
     ('a.tsv', 'a\t1\nb\t1\t2\n', '', 'line 2, has 3 columns: name those'),
+    ('a.tsv', 'a\tb\tc\t1\n', '', 'line 1, has 4 columns: name those'),
     ('a.tsv', 'a\t1\n \t0\n', '', "line 2, column 'text', is empty"),
     ('a.tsv', 'a\t1\nb\t2\n', ':text+label', "line 2, has no field 'text'"),
     ('a.csv', 'a,1\n"b,0\n', '', 'line 2, is broken CSV: unexpected end'),

@@ -86,6 +86,11 @@ def test_a_text_that_is_no_label_is_never_right():
   assert figures['accuracy'] == 0.5
   assert figures['labels'] == ['no', 'yes', labels.NO_LABEL]
   assert figures['f1'] == pytest.approx(2 * 1 / (1 + 3))
+  # What is printed has a row for each label, and none for what is no label.
+  rows = {line.split()[0]: line.split()[1:] for line in measured.lines
+          if line.strip()}
+  assert rows['macro'] == ['avg', '0.7500', '0.6667', '0.5833', '4']
+  assert not {'perhaps', labels.NO_LABEL} & set(rows)
   numbers = _of_texts([
       (text, target, text == target) for text, target in (
           ('9', '9'), ('10', '10'), ('10', '9'))]).figures
