@@ -161,6 +161,87 @@ class Sampling:
     return logits_BV
 
 
+class WritingState(NamedTuple):
+  """The state that goes from token to token while B texts are written.
+
+  Attributes:
+    t: the number of new tokens so far.
+    new_tokens_BT: the new tokens of each row, with room for T. Those from t on
+      are filled with the token that ends a text.
+    is_done_B: bool, which rows have ended.
+    cache: the cache of the model, which has read all new tokens but the last.
+    seen_BV: bool, which tokens of the vocabulary each row has already; None:
+      the draws do not depend on it.
+  """
+  t: jax.Array
+  new_tokens_BT: jax.Array
+  is_done_B: jax.Array
+  cache: Any
+  seen_BV: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenWriter:
+  """Writes texts token by token, one text in each row.
+
+  Attributes:
+    reader: the model with the prompts, which reads the new tokens.
+    sampling: the way to draw a token from logits.
+    key: the random key of all draws.
+    stop_tokens: the tokens that end a text; (): none does.
+    rows_B: the numbers of the rows, 0 to B - 1.
+  """
+  reader: 'TokenReader'
+  sampling: Sampling
+  key: jax.Array
+  stop_tokens: tuple[int, ...]
+  rows_B: jax.Array
+
+  def draw_token(self, logits_BV: jax.Array, t: jax.Array | int,
+                 seen_BV: jax.Array | None
+                 ) -> tuple[jax.Array, jax.Array | None]:
+    """Draws new token t of each row.
+
+    Args:
+      logits_BV: the logits of the token.
+      t: the index of the token. Each has a random key of its own.
+      seen_BV: bool, which tokens each row has already; None: the draws do not
+        depend on it.
+
+    Returns:
+      The token of each row, int32 [B]; and seen_BV with these tokens.
+    """
+    key_of_token = jax.random.fold_in(self.key, t)
+    token_B = self.sampling(logits_BV, key_of_token, seen_BV).astype(jnp.int32)
+    if seen_BV is not None:
+      seen_BV = seen_BV.at[self.rows_B, token_B].set(True)
+    return token_B, seen_BV
+
+  def ends_text(self, token_B: jax.Array) -> jax.Array:
+    """Returns whether each token is one that ends a text, bool [B]."""
+    return jnp.isin(token_B, jnp.array(self.stop_tokens, jnp.int32))
+
+  def is_unfinished(self, state: WritingState) -> jax.Array:
+    """Returns whether there is room for a token, and a row that goes on."""
+    has_room = state.t < state.new_tokens_BT.shape[1]
+    return has_room & ~jnp.all(state.is_done_B)
+
+  def add_token(self, state: WritingState) -> WritingState:
+    """Lets the model read the last token, and draws the next one of each row.
+    Rows that have ended are filled up with the first of the tokens that end a
+    text."""
+    t = state.t
+    logits_BV, cache = self.reader(state.cache, state.new_tokens_BT, t)
+    token_B, seen_BV = self.draw_token(logits_BV, t, state.seen_BV)
+    is_done_B = state.is_done_B
+    if self.stop_tokens:
+      token_B = jnp.where(is_done_B, self.stop_tokens[0], token_B)
+      is_done_B |= self.ends_text(token_B)
+    new_tokens_BT = state.new_tokens_BT.at[:, t].set(token_B)
+    return WritingState(t=t + 1, new_tokens_BT=new_tokens_BT,
+                        is_done_B=is_done_B, cache=cache, seen_BV=seen_BV)
+
+
 @functools.partial(jax.jit, static_argnames=(
     'module', 'max_new_tokens', 'sampling', 'stop_token'))
 def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
@@ -189,74 +270,53 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     ValueError: where learned positions do not reach L + T.
   """
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
-  B, L = prompts_BL.shape
+  B = len(prompts_BL)
   module = module.clone(config=without_capacity(module.config))
-  stop_tokens = as_stop_tokens(stop_token)
-  rows_B = jnp.arange(B)
 
   # Read the prompts.
-  logits_BV, cache, advance = read_prompts(
+  rows_B = jnp.arange(B)
+  logits_BV, cache, reader = read_prompts(
       module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
       room=max_new_tokens, **inputs)
   seen_BV = None
   if sampling.needs_seen_tokens:
-    V = module.config.vocab_size
-    is_prompt_BL = jnp.arange(L)[None] < lengths_B[:, None]
-    # Padding stands for token V, which does not exist and is dropped.
-    ids_BL = jnp.where(is_prompt_BL, prompts_BL, V)
-    seen_BV = jnp.zeros((B, V), bool)
-    seen_BV = seen_BV.at[rows_B[:, None], ids_BL].set(True, mode='drop')
+    seen_BV = _tokens_of_prompts(prompts_BL, lengths_B, rows_B=rows_B,
+                                 vocab_size=module.config.vocab_size)
 
-  def draw_token(logits_BV: jax.Array, t: jax.Array | int,
-                 seen_BV: jax.Array | None):
-    """Returns the new token t of each row, and the tokens seen by then."""
-    token_key = jax.random.fold_in(key, t)
-    token_B = sampling(logits_BV, token_key, seen_BV).astype(jnp.int32)
-    if seen_BV is not None:
-      seen_BV = seen_BV.at[rows_B, token_B].set(True)
-    return token_B, seen_BV
-
-  # The first token.
-  first_token_B, seen_BV = draw_token(logits_BV, 0, seen_BV)
+  # The first token, from what the prompts predict.
+  writer = TokenWriter(reader=reader, sampling=sampling, key=key,
+                       stop_tokens=as_stop_tokens(stop_token), rows_B=rows_B)
+  first_token_B, seen_BV = writer.draw_token(logits_BV, 0, seen_BV)
   new_tokens_BT = jnp.zeros((B, max_new_tokens), jnp.int32)
-  if stop_tokens:  # a row that ends early is filled up with the stop token
-    new_tokens_BT = new_tokens_BT.at[:, 1:].set(stop_tokens[0])
+  if writer.stop_tokens:  # a row that ends early is filled up with the first
+    new_tokens_BT = new_tokens_BT.at[:, 1:].set(writer.stop_tokens[0])
   new_tokens_BT = new_tokens_BT.at[:, 0].set(first_token_B)
-  is_done_B = jnp.isin(first_token_B, jnp.array(stop_tokens, jnp.int32))
+  is_done_B = writer.ends_text(first_token_B)
 
   # The others, until every row is done.
-  def is_unfinished(carry: Any):
-    t, _, is_done_B, *_ = carry
-    return (t < max_new_tokens) & ~jnp.all(is_done_B)
+  state = WritingState(
+      t=jnp.ones((), jnp.int32), new_tokens_BT=new_tokens_BT,
+      is_done_B=is_done_B, cache=cache, seen_BV=seen_BV)
+  state = jax.lax.while_loop(writer.is_unfinished, writer.add_token, state)
+  return state.new_tokens_BT
 
-  def add_token(carry: Any):
-    """Draws the new token t of each row. It is the body of a loop over t.
 
-    `advance` runs the model on token t - 1, and `draw_token` samples from the
-    logits. `stop_tokens` are the ids that end a text.
+def _tokens_of_prompts(prompts_BL: jax.Array, lengths_B: jax.Array,
+                       rows_B: jax.Array, vocab_size: int) -> jax.Array:
+  """Returns which tokens of the vocabulary stand in each prompt, bool [B, V].
 
-    Args:
-      carry: what one pass of the loop leaves to the next: t; the new tokens,
-        [B, T], for B rows; whether each row has ended, [B]; the cache; and
-        which tokens of the vocabulary V each row has had, [B, V], or None.
-
-    Returns:
-      The same five values, after token t.
-    """
-    t, new_tokens_BT, is_done_B, cache, seen_BV = carry
-    logits_BV, cache = advance(cache, new_tokens_BT, t)
-    token_B, seen_BV = draw_token(logits_BV, t, seen_BV)
-    # A row that has ended is filled with the first of the tokens that end it.
-    if stop_tokens:
-      token_B = jnp.where(is_done_B, stop_tokens[0], token_B)
-      is_done_B |= jnp.isin(token_B, jnp.array(stop_tokens, jnp.int32))
-    new_tokens_BT = new_tokens_BT.at[:, t].set(token_B)
-    return t + 1, new_tokens_BT, is_done_B, cache, seen_BV
-
-  t = jnp.ones((), jnp.int32)
-  _, new_tokens_BT, *_ = jax.lax.while_loop(
-      is_unfinished, add_token, (t, new_tokens_BT, is_done_B, cache, seen_BV))
-  return new_tokens_BT
+  Args:
+    prompts_BL: the prompts' tokens, padded on the right.
+    lengths_B: the number of tokens of each prompt.
+    rows_B: the numbers of the rows, 0 to B - 1.
+    vocab_size: V.
+  """
+  B, L = prompts_BL.shape
+  is_prompt_BL = jnp.arange(L)[None] < lengths_B[:, None]
+  # Padding stands for token V, which does not exist and is dropped.
+  ids_BL = jnp.where(is_prompt_BL, prompts_BL, vocab_size)
+  none_BV = jnp.zeros((B, vocab_size), bool)
+  return none_BV.at[rows_B[:, None], ids_BL].set(True, mode='drop')
 
 
 def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
@@ -264,9 +324,9 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
                  source_BM: Optional[jax.Array] = None,
                  source_lengths_B: Optional[jax.Array] = None,
                  prefix_B: Optional[jax.Array] = None, copies: int = 1
-                 ) -> tuple[jax.Array, Any, Callable]:
+                 ) -> tuple[jax.Array, Any, 'TokenReader']:
   """Reads the prompts into a new cache, and returns what is needed to continue
-  them: the logits of the first new token, and a function that goes on.
+  them: the logits of the first new token, and the reader of further ones.
 
   Args:
     module, params, prompts_BL, lengths_B: those of `generate`.
@@ -280,10 +340,9 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
       own.
 
   Returns:
-    Three things, of B rows (B times `copies` in the cache and in `advance`):
-    the logits of the first new token, [B, V]; the cache; and the function
-    advance(cache, new tokens [B, T], t) -> (logits, cache), which reads new
-    token t - 1 and gives the logits of token t, [B, V].
+    The logits of the first new token, [B, V]; the cache; and the TokenReader,
+    which lets the model read the new tokens. The cache and the reader have B
+    times `copies` rows.
   """
   apply: Callable[..., Any] = module.apply
   B, L = prompts_BL.shape
@@ -327,12 +386,12 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
     prompts_BL, lengths_B, prefix_B, source_inputs = _repeat_rows(
         (prompts_BL, lengths_B, prefix_B, source_inputs), copies, 0)
 
-  advance = TokenReader(
+  reader = TokenReader(
       module=module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
       prefix_B=prefix_B, source_argument=source_argument,
       source_inputs=source_inputs, positions_name=positions_name,
       is_unrolled=is_unrolled)
-  return logits_BV, cache, advance
+  return logits_BV, cache, reader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,23 +433,70 @@ class TokenReader:
     Returns:
       The logits [B, V], for the vocabulary V; and the cache.
     """
-    # Some position encodings change once a text exceeds a certain length. Rows
-    # that have exceeded it are read again from the start.
-    fitting_cache = _reread_outgrown_rows(
-        self.module, params=self.params, cache=cache,
-        prompts_BL=self.prompts_BL, lengths_B=self.lengths_B,
-        prefix_B=self.prefix_B, new_BT=new_BT, t=t)
-
-    # Read the token. Its position is counted from the start of the prompt. An
+    cache = self._reread_outgrown_rows(cache, new_BT, t)
+    # The position of the token is counted from the start of the prompt. An
     # encoder-decoder is also given its source, which was encoded once.
     token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, axis=1)
     positions_B1 = (self.lengths_B + t - 1)[:, None]
     apply: Callable[..., Any] = self.module.apply
     output = apply(
-        {'params': self.params}, *self.source_argument, token_B1,
-        cache=fitting_cache, one_by_one=self.is_unrolled,
-        **{self.positions_name: positions_B1}, **self.source_inputs)
+        {'params': self.params}, *self.source_argument, token_B1, cache=cache,
+        one_by_one=self.is_unrolled, **{self.positions_name: positions_B1},
+        **self.source_inputs)
     return output.head.logits(output.hidden)[:, 0], output.cache
+
+  def _reread_outgrown_rows(self, cache: Any, new_BT: jax.Array, t: jax.Array
+                            ) -> Any:
+    """Returns a cache whose rows fit the lengths of their texts.
+
+    Some position encodings (dynamic, longrope) turn the tokens of a text in
+    another way once it exceeds a certain length, one of `lengths_to_reread_at`.
+    A row that exceeds one with the last of its `t` new tokens is read again
+    from its start, because its earlier tokens were turned in the old way.
+
+    Args:
+      cache: the cache that holds the tokens before the last one.
+      new_BT: the new tokens, with room for T, of which the first t are written.
+      t: the number of new tokens so far.
+    """
+    # M is the number of places of a text: those of the prompt and of new
+    # tokens.
+    M = self.prompts_BL.shape[1] + new_BT.shape[1]
+    lengths = [n for n in lengths_to_reread_at(self.module) if n < M - 1]
+    if not lengths:
+      return cache
+    is_outgrown_B = jnp.isin(self.lengths_B + t, jnp.array(lengths) + 1)
+    reread = functools.partial(
+        self._reread, cache, new_BT=new_BT, t=t, is_outgrown_B=is_outgrown_B)
+    return jax.lax.cond(is_outgrown_B.any(), reread, lambda: cache)
+
+  def _reread(self, cache: Any, new_BT: jax.Array, t: jax.Array,
+              is_outgrown_B: jax.Array) -> Any:
+    """Returns the cache after some rows were read again from the start.
+
+    Args:
+      cache: the cache before, which the other rows keep.
+      new_BT: the new tokens, with room for T, of which the first t are written.
+      t: the number of new tokens so far.
+      is_outgrown_B: bool, the rows to read again.
+    """
+    # Let the model read the texts into an empty cache. The mask hides the last
+    # token, which the caller lets the model read.
+    texts_BM = _texts_with_new_tokens(self.prompts_BL, self.lengths_B, new_BT)
+    empty_cache = jax.tree.map(jnp.zeros_like, cache)
+    output: Any = self.module.apply(
+        {'params': self.params}, texts_BM, cache=empty_cache,
+        valid_BL=_token_mask(texts_BM, self.lengths_B + t - 1),
+        lengths_B=self.lengths_B + t, prefix_B=self.prefix_B,
+        one_by_one=self.is_unrolled)
+
+    # Choose row by row. If the layers are scanned, an axis of layers comes
+    # before that of the rows.
+    is_outgrown = is_outgrown_B
+    if not self.is_unrolled:
+      is_outgrown = is_outgrown[None]
+    return jax.tree.map(
+        functools.partial(_where, is_outgrown), output.cache, cache)
 
 
 def _token_mask(tokens_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
@@ -402,7 +508,8 @@ def _token_mask(tokens_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
 def _repeat_rows(tree: Any, copies: int, axis: int) -> Any:
   """Returns a tree of arrays in which each row, along `axis`, stands `copies`
   times in succession."""
-  return jax.tree.map(lambda x: jnp.repeat(x, copies, axis), tree)
+  repeat = functools.partial(jnp.repeat, repeats=copies, axis=axis)
+  return jax.tree.map(repeat, tree)
 
 
 def _is_unrolled(module: Any) -> bool:
@@ -414,7 +521,9 @@ def _is_unrolled(module: Any) -> bool:
 def _row_axis_of_cache(module: Any) -> int:
   """Returns the axis of a cache's arrays along which the rows of a batch lie:
   the first one, or the second where the caches of all layers are stacked."""
-  return 0 if _is_unrolled(module) else 1
+  if _is_unrolled(module):
+    return 0
+  return 1
 
 
 def lengths_to_reread_at(module: Any) -> tuple[int, ...]:
@@ -423,52 +532,6 @@ def lengths_to_reread_at(module: Any) -> tuple[int, ...]:
   if not module.REREADS:
     return ()
   return positions.lengths_that_change_rotation(module.config)
-
-
-def _reread_outgrown_rows(
-    module: nn.Module, params: Any, cache: Any, prompts_BL: jax.Array,
-    lengths_B: jax.Array, prefix_B: Optional[jax.Array], new_BT: jax.Array,
-    t: jax.Array) -> Any:
-  """Returns the cache with which the model reads the last of `t` new tokens. A
-  row that this token makes longer than one of `lengths_to_reread_at` is read
-  again up to the token, since the positions of its earlier tokens have changed.
-
-  Args:
-    module, params, prompts_BL, lengths_B, prefix_B: those of `generate`.
-    cache: the cache that holds the tokens before the last one.
-    new_BT: the new tokens, [B = rows, T = room for new tokens], of which the
-      first t are written.
-    t: the number of new tokens so far.
-  """
-  # M is the number of places of a text: those of the prompt and of new tokens.
-  M = prompts_BL.shape[1] + new_BT.shape[1]
-  is_unrolled = _is_unrolled(module)
-  lengths = [n for n in lengths_to_reread_at(module) if n < M - 1]
-  if not lengths:
-    return cache
-  is_outgrown_B = jnp.isin(lengths_B + t, jnp.array(lengths) + 1)
-
-  def reread() -> Any:
-    """Returns the cache after the rows of is_outgrown_B were read again from
-    the start. The others keep their cache."""
-    # Let the model read the texts into an empty cache. The mask hides the last
-    # token, which the caller lets the model read.
-    texts_BM = _texts_with_new_tokens(prompts_BL, lengths_B, new_BT)
-    empty_cache = jax.tree.map(jnp.zeros_like, cache)
-    output: Any = module.apply(
-        {'params': params}, texts_BM, cache=empty_cache,
-        valid_BL=_token_mask(texts_BM, lengths_B + t - 1),
-        lengths_B=lengths_B + t, prefix_B=prefix_B, one_by_one=is_unrolled)
-
-    # Choose row by row. If the layers are scanned, an axis of layers comes
-    # before that of the rows.
-    is_outgrown = is_outgrown_B
-    if not is_unrolled:
-      is_outgrown = is_outgrown[None]
-    return jax.tree.map(
-        functools.partial(_where, is_outgrown), output.cache, cache)
-
-  return jax.lax.cond(is_outgrown_B.any(), reread, lambda: cache)
 
 
 def _texts_with_new_tokens(prompts_BL: jax.Array, lengths_B: jax.Array,
@@ -597,6 +660,60 @@ class _SearchState(NamedTuple):
   is_open_B: jax.Array
 
 
+class _SearchStep(NamedTuple):
+  """The state that goes from token to token of a beam search.
+
+  Attributes:
+    t: the number of new tokens so far.
+    texts: the texts that have been found.
+    cache: the cache of the model, with a row for each running text.
+  """
+  t: jax.Array
+  texts: _SearchState
+  cache: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _BeamSearcher:
+  """Extends the K texts of each row of a beam search token by token.
+
+  Attributes:
+    reader: the model with the prompts, which reads the new tokens. It has K
+      rows for each row of the batch: beam k of row b is its row b * K + k.
+    beams: the options of the search.
+    stop_tokens: the tokens that end a text; (): none does.
+  """
+  reader: TokenReader
+  beams: Beams
+  stop_tokens: tuple[int, ...]
+
+  def is_unfinished(self, step: _SearchStep) -> jax.Array:
+    """Returns whether there is room for a token, and a row that may yet find a
+    better text."""
+    has_room = step.t < step.texts.running.tokens_BKT.shape[2]
+    return has_room & step.texts.is_open_B.any()
+
+  def add_token(self, step: _SearchStep) -> _SearchStep:
+    """Lets the model read the last token of each running text, and extends the
+    texts by the next one."""
+    # The logits of the token, for B * K texts in the rows of the model.
+    B, K, T = step.texts.running.tokens_BKT.shape
+    tokens = step.texts.running.tokens_BKT.reshape(B * K, T)
+    logits, cache = self.reader(step.cache, tokens, step.t)
+    logits_BKV = logits.reshape(B, K, -1)
+
+    # Choose the best texts. parent_BK says which text each of them extends, and
+    # so whose cache it needs.
+    texts, parent_BK = _extend_texts(
+        self.beams, stop_tokens=self.stop_tokens, state=step.texts,
+        logits_BKV=logits_BKV, t=step.t)
+    first_row_B1 = K * jnp.arange(B)[:, None]
+    parent_rows = (parent_BK + first_row_B1).reshape(-1)
+    cache = _reorder_cache(cache, parent_rows=parent_rows,
+                           axis=_row_axis_of_cache(self.reader.module))
+    return _SearchStep(t=step.t + 1, texts=texts, cache=cache)
+
+
 @functools.partial(jax.jit, static_argnames=(
     'module', 'max_new_tokens', 'beams', 'stop_token'))
 def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
@@ -631,52 +748,21 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   # Read the prompts, and choose the first tokens. Only the first beam counts
   # then, since the others would be equal to it.
-  logits_BV, cache, advance = read_prompts(
+  logits_BV, cache, reader = read_prompts(
       module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
       room=T, copies=K, **inputs)
   logits_BKV = jnp.repeat(logits_BV[:, None], K, axis=1)
-  state = _first_search_state(B=B, K=K, T=T, stop_tokens=stop_tokens)
-  state, _ = _extend_texts(beams, stop_tokens=stop_tokens, state=state,
+  texts = _first_search_state(B=B, K=K, T=T, stop_tokens=stop_tokens)
+  texts, _ = _extend_texts(beams, stop_tokens=stop_tokens, state=texts,
                            logits_BKV=logits_BKV, t=0)
 
-  def is_unfinished(carry: Any):
-    t, state, _ = carry
-    return (t < T) & state.is_open_B.any()
-
-  def add_token(carry: Any):
-    """Adds the new token t to each of the K texts of each of B rows. It is one
-    step of beam search.
-
-    `advance` runs the model on token t - 1. `beams` are the options of the
-    search. A text has room for T tokens.
-
-    Args:
-      carry: what one step leaves to the next: t, the texts with their
-        probabilities, and the cache.
-
-    Returns:
-      The same three values, after token t.
-    """
-    # Compute the logits of token t, with B * K rows, one for each text. V is
-    # the vocabulary.
-    t, state, cache = carry
-    tokens = state.running.tokens_BKT.reshape(B * K, T)
-    logits, cache = advance(cache, tokens, t)
-    logits_BKV = logits.reshape(B, K, -1)
-
-    # Choose the best texts. parent_BK says which text each of them extends, and
-    # so whose cache it needs. Beam k of row b is row b * K + k of the cache.
-    state, parent_BK = _extend_texts(
-        beams, stop_tokens=stop_tokens, state=state, logits_BKV=logits_BKV, t=t)
-    first_row_B1 = K * jnp.arange(B)[:, None]
-    parent_rows = (parent_BK + first_row_B1).reshape(-1)
-    cache = _reorder_cache(cache, parent_rows=parent_rows,
-                           axis=_row_axis_of_cache(module))
-    return t + 1, state, cache
-
-  t = jnp.ones((), jnp.int32)
-  _, state, _ = jax.lax.while_loop(is_unfinished, add_token, (t, state, cache))
-  return state.ended.tokens_BKT, state.ended.score_BK
+  # Choose the others, until no row can find a better text.
+  searcher = _BeamSearcher(reader=reader, beams=beams, stop_tokens=stop_tokens)
+  first_step = _SearchStep(t=jnp.ones((), jnp.int32), texts=texts, cache=cache)
+  last_step = jax.lax.while_loop(
+      searcher.is_unfinished, searcher.add_token, first_step)
+  ended = last_step.texts.ended
+  return ended.tokens_BKT, ended.score_BK
 
 
 def _first_search_state(B: int, K: int, T: int, stop_tokens: tuple[int, ...]
@@ -709,9 +795,6 @@ def _extend_texts(beams: Beams, stop_tokens: tuple[int, ...],
   """Extends the running texts of a beam search by token t, and keeps the K best
   that go on and the K best that have ended.
 
-  The axis C is that of the candidates: each row's likeliest extensions of a
-  running text by one token.
-
   Args:
     beams: the options of the search, with K, the number of texts that are
       followed in each row.
@@ -724,48 +807,20 @@ def _extend_texts(beams: Beams, stop_tokens: tuple[int, ...],
     The state of t + 1 tokens; and int [B, K], the running text of `state` that
     each new running text extends.
   """
-  B, K, V = logits_BKV.shape
-  T = state.running.tokens_BKT.shape[2]
-
-  # The candidates: the likeliest of all K * V extensions of a row, so many that
-  # at least K go on. At most one candidate of a running text ends for each stop
-  # token, so that K * (1 + number of stop tokens) are enough. An index of the
-  # flattened extensions is text * V + token.
-  log_p_BKV = jax.nn.log_softmax(logits_BKV, -1)
-  score_BKV = state.running.score_BK[..., None] + log_p_BKV
-  num_candidates = K * min(max(2, 1 + len(stop_tokens)), V)
-  score_BC, index_BC = jax.lax.top_k(
-      score_BKV.reshape(B, K * V), num_candidates)
-  parent_BC = index_BC // V
-  token_BC = index_BC % V
-  tokens_BCT = _select_texts(state.running.tokens_BKT, parent_BC)
-  tokens_BCT = tokens_BCT.at[:, :, t].set(token_BC)
-  ends_BC = jnp.broadcast_to(t + 1 == T, token_BC.shape)
-  if stop_tokens:
-    ends_BC |= jnp.isin(token_BC, jnp.array(stop_tokens, jnp.int32))
+  K = logits_BKV.shape[1]
+  candidates = _list_candidates(
+      state.running, logits_BKV=logits_BKV, t=t, stop_tokens=stop_tokens)
 
   # The K best of those that go on. Those that end rank below all of them.
-  running_score_BC = jnp.where(ends_BC, SCORE_OF_NO_TEXT + score_BC, score_BC)
+  running_score_BC = jnp.where(
+      candidates.ends_BC, SCORE_OF_NO_TEXT + candidates.score_BC,
+      candidates.score_BC)
   running_score_BK, chosen_BK = jax.lax.top_k(running_score_BC, K)
-  running = _ScoredTexts(tokens_BKT=_select_texts(tokens_BCT, chosen_BK),
-                         score_BK=running_score_BK)
+  running = _ScoredTexts(
+      tokens_BKT=_select_texts(candidates.tokens_BCT, chosen_BK),
+      score_BK=running_score_BK)
 
-  # A text that ends counts where it is one of the K best, and where its row
-  # is not done. (Those below SCORE_OF_NO_TEXT extend an entry that is no text.)
-  is_best_1C = jnp.arange(num_candidates)[None] < K
-  is_text_BC = ends_BC & is_best_1C & (score_BC > SCORE_OF_NO_TEXT / 2)
-  final_score_BC = jnp.where(
-      is_text_BC & state.is_open_B[:, None],
-      score_BC / beams.divisor(t + 1), SCORE_OF_NO_TEXT)
-
-  # The K best of these and of those that had ended before.
-  all_scores = jnp.concatenate([state.ended.score_BK, final_score_BC], axis=1)
-  all_tokens = jnp.concatenate([state.ended.tokens_BKT, tokens_BCT], axis=1)
-  all_is_text = jnp.concatenate([state.is_text_BK, is_text_BC], axis=1)
-  ended_score_BK, kept_BK = jax.lax.top_k(all_scores, K)
-  ended = _ScoredTexts(tokens_BKT=_select_texts(all_tokens, kept_BK),
-                       score_BK=ended_score_BK)
-  is_text_BK = jnp.take_along_axis(all_is_text, kept_BK, axis=1)
+  ended, is_text_BK = _keep_best_ended(state, candidates, beams=beams, t=t)
 
   # A row is done when its best running text, were it to end now, would not
   # beat the worst of K finished ones.
@@ -775,7 +830,93 @@ def _extend_texts(beams: Beams, stop_tokens: tuple[int, ...],
   is_open_B = state.is_open_B & (best_running_B > worst_ended_B)
   state = _SearchState(running=running, ended=ended, is_text_BK=is_text_BK,
                        is_open_B=is_open_B)
-  return state, jnp.take_along_axis(parent_BC, chosen_BK, axis=1)
+  parent_BK = jnp.take_along_axis(candidates.parent_BC, chosen_BK, axis=1)
+  return state, parent_BK
+
+
+class _Candidates(NamedTuple):
+  """The C likeliest texts that extend the running texts of each row by one
+  token, the likeliest first.
+
+  Attributes:
+    tokens_BCT: their new tokens.
+    score_BC: their log-probabilities.
+    parent_BC: the running text that each of them extends.
+    ends_BC: bool, which of them end with that token.
+  """
+  tokens_BCT: jax.Array
+  score_BC: jax.Array
+  parent_BC: jax.Array
+  ends_BC: jax.Array
+
+
+def _list_candidates(running: _ScoredTexts, logits_BKV: jax.Array,
+                     t: jax.Array | int, stop_tokens: tuple[int, ...]
+                     ) -> _Candidates:
+  """Returns the likeliest of all extensions of the running texts by token t, so
+  many that at least K of each row go on.
+
+  Args:
+    running: the K running texts of each row.
+    logits_BKV: the logits of token t after each of them.
+    t: the index of the token.
+    stop_tokens: the tokens that end a text. A text that has no more room ends,
+      too.
+  """
+  B, K, V = logits_BKV.shape
+  T = running.tokens_BKT.shape[2]
+  log_p_BKV = jax.nn.log_softmax(logits_BKV, -1)
+  score_BKV = running.score_BK[..., None] + log_p_BKV
+
+  # At most one candidate of a running text ends for each stop token, so that
+  # K * (1 + number of stop tokens) are enough. An index of the flattened
+  # extensions is text * V + token.
+  num_candidates = K * min(max(2, 1 + len(stop_tokens)), V)
+  score_BC, index_BC = jax.lax.top_k(
+      score_BKV.reshape(B, K * V), num_candidates)
+  parent_BC = index_BC // V
+  token_BC = index_BC % V
+  tokens_BCT = _select_texts(running.tokens_BKT, parent_BC)
+  tokens_BCT = tokens_BCT.at[:, :, t].set(token_BC)
+  ends_BC = jnp.broadcast_to(t + 1 == T, token_BC.shape)
+  if stop_tokens:
+    ends_BC |= jnp.isin(token_BC, jnp.array(stop_tokens, jnp.int32))
+  return _Candidates(tokens_BCT=tokens_BCT, score_BC=score_BC,
+                     parent_BC=parent_BC, ends_BC=ends_BC)
+
+
+def _keep_best_ended(state: _SearchState, candidates: _Candidates,
+                     beams: Beams, t: jax.Array | int
+                     ) -> tuple[_ScoredTexts, jax.Array]:
+  """Returns the K best of the texts that have ended, now or before; and bool
+  [B, K], which of them are texts, as there may be fewer than K.
+
+  Args:
+    state: the texts before, of which `ended` and `is_open_B` are read.
+    candidates: the texts that are one token longer.
+    beams: the options of the search, of which the length penalty is read.
+    t: the index of their last token.
+  """
+  # A text that ends counts where it is one of the K best, and where its row
+  # is not done. (Those below SCORE_OF_NO_TEXT extend an entry that is no text.)
+  K = state.ended.score_BK.shape[1]
+  num_candidates = candidates.score_BC.shape[1]
+  is_best_1C = jnp.arange(num_candidates)[None] < K
+  is_text_BC = candidates.ends_BC & is_best_1C & (
+      candidates.score_BC > SCORE_OF_NO_TEXT / 2)
+  final_score_BC = jnp.where(
+      is_text_BC & state.is_open_B[:, None],
+      candidates.score_BC / beams.divisor(t + 1), SCORE_OF_NO_TEXT)
+
+  # The K best of these and of those that had ended before.
+  all_scores = jnp.concatenate([state.ended.score_BK, final_score_BC], axis=1)
+  all_tokens = jnp.concatenate(
+      [state.ended.tokens_BKT, candidates.tokens_BCT], axis=1)
+  all_is_text = jnp.concatenate([state.is_text_BK, is_text_BC], axis=1)
+  score_BK, kept_BK = jax.lax.top_k(all_scores, K)
+  ended = _ScoredTexts(tokens_BKT=_select_texts(all_tokens, kept_BK),
+                       score_BK=score_BK)
+  return ended, jnp.take_along_axis(all_is_text, kept_BK, axis=1)
 
 
 def _select_texts(tokens_BCT: jax.Array, chosen_BK: jax.Array) -> jax.Array:
@@ -857,59 +998,92 @@ def generate_by_unmasking(
   padded_prompts_BL = jnp.pad(prompts_BL, ((0, 0), (0, new)))
   tokens_BL = jnp.where(is_new_BL, mask, padded_prompts_BL)
 
-  def unmask_step(step: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-    """Replaces some masks of each row by tokens. It is one step of writing text
-    by masked diffusion: after step s of S, N (s + 1) / S of the N tokens of a
-    row that are to be written are known.
+  # Fill the masks in step by step.
+  writer = RowWriter(
+      module=module, params=params, is_new_BL=is_new_BL,
+      is_token_BL=is_token_BL, ends_B1=ends_B1, key=key, new=new, steps=steps,
+      mask=mask, temperature=temperature)
+  tokens_BL = jax.lax.fori_loop(0, steps, writer.unmask_step, tokens_BL)
+  return _take_new_tokens(tokens_BL, lengths_B, new)
 
-    is_new_BL says which of the L places of B rows are to be written, and
-    is_token_BL which are no padding.
+
+@dataclasses.dataclass(frozen=True)
+class RowWriter:
+  """Writes text by masked diffusion, all tokens of a row at once.
+
+  Attributes:
+    module: the model.
+    params: its parameters.
+    is_new_BL: bool, which places of each row are to be written.
+    is_token_BL: int, 1 on the prompt and the places to be written, and 0 on the
+      padding after them.
+    ends_B1: how many places of each row are no padding.
+    key: the random key of all draws.
+    new: N, the number of tokens to write in each row.
+    steps: S, the number of steps.
+    mask: the id that stands for a masked token.
+    temperature: the temperature of the draws; 0: the likeliest token.
+  """
+  module: nn.Module
+  params: Any
+  is_new_BL: jax.Array
+  is_token_BL: jax.Array
+  ends_B1: jax.Array
+  key: jax.Array
+  new: int
+  steps: int
+  mask: int
+  temperature: float
+
+  def unmask_step(self, step: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """Replaces some masks of each row by tokens. After step s of S, from 0 on,
+    floor(N (s + 1) / S) of the N tokens to be written are known.
 
     Args:
-      step: s, from 0 on.
+      step: s.
       tokens_BL: the tokens before the step, with masks for unknown ones.
 
     Returns:
       The tokens after the step, [B, L].
     """
     # Predict all tokens of the rows; padding belongs to no segment.
-    output: Any = module.apply({'params': params}, tokens_BL,
-                               segment_ids_BL=is_token_BL,
-                               lengths_B=ends_B1[:, 0])
+    output: Any = self.module.apply(
+        {'params': self.params}, tokens_BL, segment_ids_BL=self.is_token_BL,
+        lengths_B=self.ends_B1[:, 0])
     logits_BLV = output.logits
 
     # Fill in the surest ones.
-    key_of_step = jax.random.fold_in(key, step)
-    num_known = new * (step + 1) // steps
+    key_of_step = jax.random.fold_in(self.key, step)
+    num_known = self.new * (step + 1) // self.steps
     return unmask_surest(
-        tokens_BL, logits_BLV=logits_BLV, is_new_BL=is_new_BL,
-        key=key_of_step, mask=mask, temperature=temperature,
+        tokens_BL, logits_BLV=logits_BLV, is_new_BL=self.is_new_BL,
+        key=key_of_step, mask=self.mask, temperature=self.temperature,
         num_known=num_known)
-
-  tokens_BL = jax.lax.fori_loop(0, steps, unmask_step, tokens_BL)
-  return _take_new_tokens(tokens_BL, lengths_B, new)
 
 
 def unmask_surest(tokens_BL: jax.Array, *, logits_BLV: jax.Array,
                   is_new_BL: jax.Array, key: jax.Array, mask: int,
                   temperature: float, num_known: jax.Array) -> jax.Array:
-  """Draws a token for each mask, and keeps those of which the model is surest
-  (low-confidence remasking: LLaDA, arXiv 2502.09992, algorithm 5).
+  """Replaces some masks by tokens: draws a token for each mask, and keeps those
+  of which the model is surest (low-confidence remasking: LLaDA, arXiv
+  2502.09992, algorithm 5).
 
-  `num_known` counts the tokens that were known before, too. They stay as they
-  are, so each call fills in as many masks as are missing from that number.
+  How many masks are replaced follows from `num_known`, which counts all tokens
+  of a row that are known afterwards: those that were known before stay, and as
+  many are added as are missing from that number.
 
   The suffixes name axes: B batch, L length, V vocabulary.
 
   Args:
     tokens_BL: the tokens, with masks for those to be written.
     logits_BLV: the logits of the tokens.
-    is_new_BL: which places are to be written, masks and known tokens.
+    is_new_BL: which places are not the prompt's, masks and tokens that earlier
+      calls have written.
     key: the random key of the draws.
     mask: the id of a mask, which is never drawn.
     temperature: the temperature of the draws; 0: the likeliest token.
-    num_known: how many of the places to be written of a row are known
-      afterwards; one number for all rows, or [B, 1].
+    num_known: how many of these places have a token afterwards; one number for
+      all rows, or [B, 1].
 
   Returns:
     The tokens, [B, L], with fewer masks.
@@ -922,19 +1096,21 @@ def unmask_surest(tokens_BL: jax.Array, *, logits_BLV: jax.Array,
   if temperature:
     noise_BLV = jax.random.gumbel(key, possible_logits_BLV.shape)
     noisy_logits_BLV = possible_logits_BLV / temperature + noise_BLV
-  filled_BL = noisy_logits_BLV.argmax(-1).astype(tokens_BL.dtype)
+  drawn_BL = noisy_logits_BLV.argmax(-1).astype(tokens_BL.dtype)
 
-  # Keep the tokens with the largest probabilities, and mask the others again.
-  # Tokens that are known already rank above all of them, so that they count,
-  # and the prompt and the padding below, so that they do not.
+  # How sure the model is of what was drawn: its probability, from 0 to 1.
+  # Tokens that were written before have a larger number, so that they count
+  # among the num_known surest. The prompt and padding have a smaller one.
   probs_BLV = jax.nn.softmax(possible_logits_BLV, -1)
-  prob_of_filled_BL1 = jnp.take_along_axis(probs_BLV, filled_BL[..., None], -1)
+  prob_of_drawn_BL1 = jnp.take_along_axis(probs_BLV, drawn_BL[..., None], -1)
   sureness_of_others_BL = jnp.where(
       is_new_BL, SURENESS_OF_KNOWN_TOKENS, SURENESS_OF_OTHER_PLACES)
-  sureness_BL = jnp.where(is_masked_BL, prob_of_filled_BL1[..., 0],
+  sureness_BL = jnp.where(is_masked_BL, prob_of_drawn_BL1[..., 0],
                           sureness_of_others_BL)
+
+  # Keep the surest; the other masks stay masks.
   stays_BL = is_among_largest(sureness_BL, num_known)
-  return jnp.where(is_masked_BL & stays_BL, filled_BL, tokens_BL)
+  return jnp.where(is_masked_BL & stays_BL, drawn_BL, tokens_BL)
 
 
 class UnmaskingState(NamedTuple):
