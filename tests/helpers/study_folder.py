@@ -14,7 +14,7 @@ VARIANTS = ('rope', 'alibi', 'none', 'post_norm', 'wild')
 # What a reader of names must survive, in HTML, Markdown, LaTeX and SVG.
 ODD = 'a_b<b>&"50%"|#{x}$\\'
 SIZES = ('small', 'medium', 'large')
-PARAMS = (41_234, 163_456, 652_345)
+PARAMS = (41_234, 163_456, 652_345, 2_605_678)
 MEASURES = (plans.Measure('loss', plans.TEXT, 'loss', plans.LOWER, 5.545),
             plans.Measure('mqar', 'mqar', 'probe/accuracy', plans.HIGHER, 0.1))
 # What each variant adds to the loss and to an accuracy; None: it diverges.
@@ -47,7 +47,7 @@ def frozen(of):
   workload."""
   points = []
   for variant in (of.base, *of.variants):
-    for i, (size, params) in enumerate(zip(SIZES, PARAMS)):
+    for i, (size, params) in enumerate(zip(of.all_sizes, PARAMS)):
       for workload in of.workloads:
         changes = {'model.d_model': 32 << i}
         matched = []

@@ -418,137 +418,115 @@ def _certify_point(point: curves.Point, workdir, config: Mapping[str, Any],
 
 
 def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
-                  tuned: Sequence[Mapping[str, Any]], phase: str,
-                  sweeps: Sequence[pathlib.Path]) -> dict[str, Certificate]:
-  """Returns the certificate (the list of what was given) of the base and of
-  each variant that a phase of a study compared, by name. Costs are those at the
-  largest size of the phase; code and devices are those at all sizes.
+                  tuned: Sequence[Mapping[str, Any]], phases: Sequence[str],
+                  sweeps: Sequence[pathlib.Path]
+                  ) -> dict[str, dict[str, Certificate]]:
+  """Returns the certificates (the lists of what was given) of the base and of
+  each variant that some phases of a study compared, at each size.
 
   Args:
     frozen: the plan of the study.
     outcomes: the outcomes of its runs.
     tuned: how variants were tuned, as rows of plans.Tuned.
-    phase: the name of the phase, such as 'confirm'.
-    sweeps: the folders of the phase, as far as they are there.
+    phases: the names of the phases, such as 'confirm'. No two of them train the
+      same size.
+    sweeps: the folders of the phases, as far as they are there.
 
   Returns:
-    The certificates of those that have runs at the largest size; {} where the
-    base has none.
+    The certificates by the name of the variant and that of the size, as far as
+    there are runs; {} where the base has none.
   """
-  # The runs of the phase on text, and its sizes, the smallest first.
-  plan = frozen.plan
-  runs_of_phase = [run for run in outcomes
-                   if run.phase == phase and run.workload == plans.TEXT]
-  sizes_of_phase = {run.size for run in runs_of_phase}
-  sizes = [size for size in plan.sizes if size in sizes_of_phase]
-  if not sizes:
-    return {}
+  runs_of_point: dict[tuple[str, str], list[plans.Outcome]] = {}
+  for run in outcomes:
+    if run.phase in phases and run.workload == plans.TEXT:
+      runs_of_point.setdefault((run.variant, run.size), []).append(run)
 
-  certificates = {}
+  plan = frozen.plan
+  certificates: dict[str, dict[str, Certificate]] = {}
   for variant in (plan.base, *plan.variants):
-    runs_of_variant = [run for run in runs_of_phase if run.variant == variant]
-    certificate = _certify_variant(
-        frozen, variant, outcomes=runs_of_variant, size=sizes[-1], tuned=tuned,
-        sweeps=sweeps)
-    if certificate is not None:
-      certificates[variant] = certificate
+    for size in plan.all_sizes:
+      runs_of_size = runs_of_point.get((variant, size))
+      if runs_of_size:
+        at_sizes = certificates.setdefault(variant, {})
+        at_sizes[size] = _certify_size(frozen, runs_of_size, tuned=tuned,
+                                       sweeps=sweeps)
   if plan.base not in certificates:
     return {}
   return certificates
 
 
-def _certify_variant(frozen: plans.FrozenPlan, variant: str,
-                     outcomes: Sequence[plans.Outcome], size: str,
-                     tuned: Sequence[Mapping[str, Any]],
-                     sweeps: Sequence[pathlib.Path]) -> Certificate | None:
-  """Returns the certificate of the runs of one variant in a phase of a study,
-  or None if it has no run at the given size.
+def _certify_size(frozen: plans.FrozenPlan,
+                  runs_of_size: Sequence[plans.Outcome],
+                  tuned: Sequence[Mapping[str, Any]],
+                  sweeps: Sequence[pathlib.Path]) -> Certificate:
+  """Returns the certificate of a variant of a study at one size.
 
   Args:
     frozen: the plan of the study.
-    variant: the name of the variant.
-    outcomes: the outcomes of its runs on text in the phase, at all sizes.
-    size: the size at which seeds, seconds and costs are listed.
+    runs_of_size: the outcomes of the runs, at least one. All are of one
+      variant, of one size and on text.
     tuned: how variants were tuned, as rows of plans.Tuned.
     sweeps: the folders of the phase.
   """
-  runs_of_size = [run for run in outcomes if run.size == size]
-  if not runs_of_size:
-    return None
-
   # The config. A field that was solved for, to match a cost, counts as no
-  # difference. A tuned field has its value at each size.
+  # difference. A tuned field has the value that was chosen for this size.
   plan = frozen.plan
+  variant, size = runs_of_size[0].variant, runs_of_size[0].size
   point = frozen.point(variant, size, plans.TEXT)
-  solved_or_tuned = {*point['matched'], *plan.tuning.fields}
   config = dict(run_config.flatten(frozen.base_config))
   for name, value in point['changes'].items():
-    if name not in solved_or_tuned:
+    if name not in point['matched']:
       config[name] = value
-  config |= _tuned_values(plan, outcomes)
+  for field in plan.tuning.fields:
+    if field in runs_of_size[0].changes:
+      config[field] = runs_of_size[0].changes[field]
 
   return certify_runs(
       config=config,
       costs=point,
-      folders=_folders_of_variant(sweeps, variant),
+      folders=_folders_of_point(sweeps, variant, size),
       seeds=[run.seed for run in runs_of_size],
-      tuning=_tuning_of_variant(plan, tuned, variant),
+      tuning=_tuning_of_point(plan, tuned, variant, size),
       seconds=[run.seconds for run in runs_of_size])
 
 
-def _folders_of_variant(sweeps: Sequence[pathlib.Path], variant: str
-                        ) -> list[pathlib.Path]:
-  """Returns the folders of the runs of a variant on text, at all sizes.
+def _folders_of_point(sweeps: Sequence[pathlib.Path], variant: str, size: str
+                      ) -> list[pathlib.Path]:
+  """Returns the folders of the runs of a variant at one size on text.
 
   Args:
     sweeps: the folders of a phase of a study.
     variant: the name of the variant.
+    size: the name of the size.
   """
   folders = []
   for sweep in sweeps:
     for row in layout.load_sweep_description(sweep)['points']:
-      if (row['variant'], row['workload']) == (variant, plans.TEXT):
+      point = (row['variant'], row['size'], row['workload'])
+      if point == (variant, size, plans.TEXT):
         folders += [layout.run_folder(sweep, row['name'], seed)
                     for seed in row['seeds']]
   return folders
 
 
-def _tuned_values(plan: plans.Plan, runs_of_variant: Iterable[plans.Outcome]
-                  ) -> dict[str, Any]:
-  """Returns the values that tuning chose for a variant, such as the learning
-  rate, by 'FIELD at SIZE'.
-
-  Args:
-    plan: the plan of the study.
-    runs_of_variant: the outcomes of its runs on text in one phase.
-  """
-  values = {}
-  for run in runs_of_variant:
-    for field in plan.tuning.fields:
-      if field in run.changes:
-        values[f'{field} at {run.size}'] = run.changes[field]
-  return values
-
-
-def _tuning_of_variant(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],
-                       variant: str) -> dict[str, int] | None:
-  """Returns how much a variant of a study was tuned on text: the largest number
-  of values that were tried at any size, and the number of seeds of each. None
-  if it was not tuned.
+def _tuning_of_point(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],
+                     variant: str, size: str) -> dict[str, int] | None:
+  """Returns how much a variant of a study was tuned on text for its runs at one
+  size: the number of values that were tried, and the number of seeds of each.
+  None if it was not tuned.
 
   Args:
     plan: the plan of the study.
     tuned: what tuning found, as rows of plans.Tuned.
     variant: the name of the variant.
+    size: the name of the size.
   """
-  num_tried = []
+  tuned_point = (variant, plan.size_of_tuning(size), plans.TEXT)
   for row in tuned:
-    if (row['variant'], row['workload']) == (variant, plans.TEXT):
+    if (row['variant'], row['size'], row['workload']) == tuned_point:
       tried = {repr(trial['changes']) for trial in row['tried']}
-      num_tried.append(len(tried))
-  if not num_tried:
-    return None
-  return {'recipes tried': max(num_tried), 'seeds of each': plan.seeds['tune']}
+      return {'recipes tried': len(tried), 'seeds of each': plan.seeds['tune']}
+  return None
 
 
 def certify_cells(name: str, cells: Mapping[str, str], base: Certificate,
@@ -663,6 +641,49 @@ def compare_certificates(base: Certificate, variant: Certificate,
                               variant[quantity_of_question])
   unknown = tuple(name for name in quantities if name in known_of_one)
   return Differences(tuple(asked), unlike, unknown)
+
+
+def compare_sizes(base: Mapping[str, Certificate],
+                  variant: Mapping[str, Certificate]) -> Differences:
+  """Returns in what a variant of a study differs from the base at any size,
+  besides what the study asks about.
+
+  Args:
+    base: the certificate of the base at each size, by the name of the size.
+    variant: that of the variant.
+
+  Returns:
+    The differences. Their words name the sizes, but for a quantity that differs
+    by the same words at all of several sizes.
+  """
+  differences_at_size = {}
+  for size, certificate in variant.items():
+    if size in base:
+      differences_at_size[size] = compare_certificates(base[size], certificate)
+
+  named = {}
+  for quantity in QUANTITIES:
+    # A field often differs alike at all sizes, and a cost seldom does.
+    sizes_by_words: dict[str, list[str]] = {}
+    for size, differences in differences_at_size.items():
+      if quantity in differences.named:
+        words = differences.named[quantity]
+        sizes_by_words.setdefault(words, []).append(size)
+    parts = []
+    for words, sizes in sizes_by_words.items():
+      is_alike_at_all = 1 < len(sizes) == len(differences_at_size)
+      if not is_alike_at_all:
+        words = f'{words} at {", ".join(sizes)}'
+      parts.append(words)
+    if parts:
+      named[quantity] = '; '.join(parts)
+
+  asked: dict[str, None] = {}
+  unknown: dict[str, None] = {}
+  for differences in differences_at_size.values():
+    asked |= dict.fromkeys(differences.asked)
+    unknown |= dict.fromkeys(differences.unknown)
+  return Differences(asked=tuple(asked), named=named, unknown=tuple(unknown))
 
 
 def _guess_quantity_of_question(unlike: Mapping[str, str], variant: Certificate

@@ -61,7 +61,8 @@ class Comparison:
     about: paragraphs that say what was compared.
     warnings: what a reader must know before the figures.
     certificates: what the runs of the base and of each variant were given, by
-      name; of a study in the phase that gave the verdict, at its largest size.
+      name; of a study by the name of the size, too, in the phases that gave
+      the verdict.
     differences: in what each variant differs from the base beyond the question,
       by name; the base's is empty.
     target: the held-out loss that is to be reached; None: none is.
@@ -74,7 +75,7 @@ class Comparison:
   excluded: Sequence[Mapping[str, Any]]
   about: Sequence[str]
   warnings: Sequence[str]
-  certificates: Mapping[str, certificates_lib.Certificate]
+  certificates: Mapping[str, Mapping[str, Any]]
   differences: Mapping[str, certificates_lib.Differences]
   target: float | None = None
 
@@ -404,15 +405,19 @@ def compare_study(workdir, frozen: plans.FrozenPlan,
 
   # Describe in what variants differ from the base beyond the question, each in
   # the last phase that compared it, and collect all warnings.
-  certificates: dict[str, certificates_lib.Certificate] = {}
+  certificates: dict[str, dict[str, certificates_lib.Certificate]] = {}
   differences: dict[str, certificates_lib.Differences] = {}
-  for phase in ('confirm', 'rescreen', 'screen'):
-    of_phase = certificates_lib.certify_study(
-        frozen=frozen, outcomes=outcomes, tuned=results['tuned'], phase=phase,
-        sweeps=results_lib.folders(workdir, phase))
-    unlike_in_phase = differences_from_base(of_phase, frozen.plan.base)
-    certificates = of_phase | certificates
-    differences = unlike_in_phase | differences
+  for phases in (('screen',), ('rescreen',), ('confirm', 'largest')):
+    sweeps = []
+    for phase in phases:
+      sweeps += results_lib.folders(workdir, phase)
+    in_phases = certificates_lib.certify_study(
+        frozen=frozen, outcomes=outcomes, tuned=results['tuned'],
+        phases=phases, sweeps=sweeps)
+    certificates |= in_phases
+    for variant, at_sizes in in_phases.items():
+      differences[variant] = certificates_lib.compare_sizes(
+          base=in_phases[frozen.plan.base], variant=at_sizes)
   warnings = _study_warnings(frozen.plan, results)
   warnings += certificates_lib.name_differences(differences)
   return Comparison(
@@ -524,8 +529,8 @@ def _values_unlike_base(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]
 def differences_from_base(
     certificates: Mapping[str, certificates_lib.Certificate], base: str
     ) -> dict[str, certificates_lib.Differences]:
-  """Returns in what each variant differs from the base besides what the study
-  asks about, such as in tokens or in trials of tuning, by name.
+  """Returns in what each variant of a sweep differs from the base besides what
+  the sweep asks about, such as in tokens or in trials of tuning, by name.
 
   Args:
     certificates: the certificate of each variant and of the base, by name. A

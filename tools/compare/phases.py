@@ -282,9 +282,7 @@ class Phase:
     plan = self.narrow_plan(frozen.plan)
     runs = []
     for size in plan.sizes:
-      # A size that was not tuned takes the values of the largest one that was,
-      # because large models are too expensive to tune.
-      tuned_size = size if size in plan.tuned_sizes else plan.tuned_sizes[-1]
+      tuned_size = plan.size_of_tuning(size)
       for workload in plan.workloads:
         # Without a measure, nothing would be read from runs on this workload.
         if not plan.measures_of_workload(workload):

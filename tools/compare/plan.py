@@ -160,6 +160,13 @@ class Plan:
       return self.sizes
     return (*self.sizes, self.largest)
 
+  def size_of_tuning(self, size: str) -> str:
+    """Returns the size at which the values of runs of a size were tuned: it
+    itself, or the largest that is tuned, since large models are too expensive
+    to tune."""
+    tuned_sizes = self.tuned_sizes or self.sizes
+    return size if size in tuned_sizes else tuned_sizes[-1]
+
   @property
   def primary(self) -> Measure:
     """The measure that the verdict is on."""

@@ -111,11 +111,8 @@ class TuningRuns:
     return tuple(run.changes.get(field) for field in self.plan.tuning.fields)
 
   def _tuned_point(self, run: plans.Outcome) -> Point:
-    """Returns the point whose tuning gave a run its values: a size that was not
-    tuned has those of the largest one that was."""
-    tuned_sizes = self.plan.tuned_sizes or self.plan.sizes
-    size = run.size if run.size in tuned_sizes else tuned_sizes[-1]
-    return run.variant, size, run.workload
+    """Returns the point whose tuning gave a run its values."""
+    return run.variant, self.plan.size_of_tuning(run.size), run.workload
 
 
 def read_tuning_runs(plan: plans.Plan, outcomes: pairing.Outcomes

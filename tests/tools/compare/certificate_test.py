@@ -359,23 +359,26 @@ def test_a_sweep_and_a_csv_name_each_unfair_pair(
 def test_a_study_names_what_is_not_alike(tmp_path, capsys, monkeypatch):
   tree = results_lib.NOTHING | study_folder.write(tmp_path)
   frozen = plans.load_frozen_plan(tmp_path)
+  base, sizes = frozen.plan.base, frozen.plan.sizes
   # A field that was solved for is no part of the question, but one that the
   # variant sets is.
   for name, matched in (('rope', ['model.d_ff']), ('alibi', [])):
-    point = frozen.point(name, frozen.plan.sizes[-1], plans.TEXT)
+    point = frozen.point(name, sizes[-1], plans.TEXT)
     point['changes']['model.d_ff'] = 99
     point['matched'] = matched
   fair = comparison.compare_study(tmp_path, frozen, tree)
   assert not fair.differences['rope'].named
   assert fair.differences['rope'].asked == ('model.position',)
   assert {*fair.differences['alibi'].asked} == {'model.position', 'model.d_ff'}
-  assert (fair.certificates['rope']['model']['model.d_ff']
-          == fair.certificates[frozen.plan.base]['model']['model.d_ff'] != 99)
-  # More recipes for one, and at the largest size more FLOPs for another.
+  largest = {name: fair.certificates[name][sizes[-1]]['model']['model.d_ff']
+             for name in ('rope', base)}
+  assert largest['rope'] == largest[base] != 99
+  # More recipes for one, and at the largest size more FLOPs for another, which
+  # has another value at the medium one.
   for row in tree['tuned']:
     if row['variant'] == 'rope':
       row['tried'].append(row['tried'][0] | {'changes': {'optim.lr': 8e-3}})
-  point = frozen.point('alibi', frozen.plan.sizes[-1], plans.TEXT)
+  point = frozen.point('alibi', sizes[-1], plans.TEXT)
   point['flops_per_token'] *= 2
   for row in tree['outcomes']:
     if (row['phase'], row['variant'], row['size']) == (
@@ -386,7 +389,8 @@ def test_a_study_names_what_is_not_alike(tmp_path, capsys, monkeypatch):
       'tuning': 'recipes tried 3 -> 4'}
   named = unfair.differences['alibi'].named
   assert [*named] == ['flops_per_token', 'flops', 'recipe']
-  assert named['recipe'] == 'optim.lr at medium 0.002 -> 0.004'
+  assert named['flops_per_token'].endswith(', +100.0% at large')
+  assert named['recipe'] == 'optim.lr 0.002 -> 0.004 at medium'
   rows = {row['variant']: row['not_alike'] for row in unfair.verdicts()}
   assert rows['rope'] == 'tuning' and 'FLOPs of a token' in rows['alibi']
   with progress.print_milestones_only(True):
@@ -395,15 +399,15 @@ def test_a_study_names_what_is_not_alike(tmp_path, capsys, monkeypatch):
              for line in capsys.readouterr().out.splitlines())
 
   # A variant that was stopped is certified at the size of the screening, and
-  # code is that of the runs of all sizes.
-  frozen.point('none', frozen.plan.sizes[0], plans.TEXT)['tokens'] *= 2
+  # the code of each size by the runs of that size.
+  frozen.point('none', sizes[0], plans.TEXT)['tokens'] *= 2
   rows = []
-  for name in (frozen.plan.base, 'rope'):
-    for size in frozen.plan.sizes[:2]:
+  for name in (base, 'rope'):
+    for size in sizes[:2]:
       row = dict(name=f'{name}-{size}', variant=name, size=size,
                  workload=plans.TEXT, seeds=[0])
       rows.append(row)
-      is_edited = (name, size) == ('rope', frozen.plan.sizes[0])
+      is_edited = (name, size) == ('rope', sizes[0])
       _write_run(layout.run_folder(tmp_path / 'confirm', row['name'], 0), {},
                  monkeypatch, seed=0, loss=2.0,
                  facts=dict(diff='cd' if is_edited else ''))
@@ -411,4 +415,43 @@ def test_a_study_names_what_is_not_alike(tmp_path, capsys, monkeypatch):
   unfair = comparison.compare_study(tmp_path, frozen, tree)
   assert 'stopped' in unfair.verdict_or_stage('none')
   assert [*unfair.differences['none'].named] == ['flops', 'tokens']
-  assert [*unfair.differences['rope'].named] == ['tuning', 'code']
+  named = unfair.differences['rope'].named
+  assert [*named] == ['tuning', 'code'] and named['code'].endswith(' at small')
+
+
+@pytest.mark.parametrize('size', study_folder.SIZES)
+@pytest.mark.parametrize('quantity', [
+    'multiplied_params', 'looked_up_params', 'flops_per_token', 'tokens',
+    'seeds', 'seconds', 'tuning'])
+def test_a_study_names_what_is_not_alike_at_one_size_alone(
+    size, quantity, tmp_path):
+  """Whichever size it is, and that it is that one."""
+  tree = results_lib.NOTHING | study_folder.write(
+      tmp_path, study_folder.plan(tuned_sizes=study_folder.SIZES))
+  tree['tuned'] = [row | {'size': each, 'tried': row['tried'][:]}
+                   for row in tree['tuned'] for each in study_folder.SIZES]
+  frozen = plans.load_frozen_plan(tmp_path)
+  point = frozen.point('rope', size, plans.TEXT)
+  runs = [row for row in tree['outcomes'] if (
+      row['phase'], row['variant'], row['size'], row['workload']) == (
+          'confirm', 'rope', size, plans.TEXT)]
+  if quantity == 'seeds':
+    tree['outcomes'].remove(runs[0])
+  elif quantity == 'seconds':
+    for row in runs:
+      row['seconds'] *= 2
+  elif quantity == 'tuning':
+    tuned = next(row for row in tree['tuned'] if (
+        row['variant'], row['size'], row['workload']) == (
+            'rope', size, plans.TEXT))
+    tuned['tried'].append(tuned['tried'][0] | {'changes': {'optim.lr': 8e-3}})
+  else:
+    point[quantity] = 2 * point[quantity] + 1000
+
+  compared = comparison.compare_study(tmp_path, frozen, tree)
+  assert compared.differences['rope'].named[quantity].endswith(f' at {size}')
+  others = compared.differences.keys() - {'rope'}
+  assert not any(compared.differences[name].named for name in others)
+  title = certificate.QUANTITIES[quantity].title
+  assert any(f'not alike in {title}: rope (' in line and f' at {size})' in line
+             for line in compared.warnings)
