@@ -176,6 +176,9 @@ class ModelConfig:
       1e-5, 'The number that a norm adds to the variance or the mean square.',
       above=0, most=1, resume=FUNCTION)
   embed_norm: bool = field(False, 'A norm right after the embedding.')
+  embed_affine: bool = field(
+      False, 'A learned shift and a learned factor of each feature of the '
+      'embedding, before its norm.', resume=SHAPES)
   position: str = field('learned', 'The position encoding.', of_layers=True)
   ffn: str = field(
       'gelu', 'The feed-forward network; moe: a mixture of experts; none: '

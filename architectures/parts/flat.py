@@ -97,10 +97,13 @@ DEFAULTS = _defaults()
 
 def _fields_of_layer_kinds() -> dict[str, str]:
   """Returns the names that a kind of layer (an entry of model.kinds) may have,
-  and for each the model's field, or group, whose place it takes."""
-  names = {name: name for name, leaf in FIELDS.items() if leaf.rule.of_layers}
+  and for each the model's field, or group, whose place it takes. A field of a
+  group has its name without that of the group: router is moe.router."""
+  names = {}
+  for name, leaf in FIELDS.items():
+    if leaf.rule.of_layers:
+      names[name.rpartition('.')[2]] = name
   names['window'] = 'sliding_window'
-  names['router'] = 'moe.router'
   names['rope'] = 'rope'
   return names
 

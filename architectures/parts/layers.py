@@ -317,8 +317,8 @@ def _gradient_of_weight(x_letters: str, y_letters: str, w_letters: str,
 
 # The products of a layer that may have a low-rank adapter.
 NAMES_OF_PRODUCTS = (
-    'query', 'key', 'value', 'output_gate', 'in', 'out', 'up', 'gate', 'down',
-    'query_down', 'query_up', 'kv_down', 'kv_up')
+    'query', 'key', 'value', 'value_before', 'output_gate', 'in', 'out', 'up',
+    'gate', 'down', 'query_down', 'query_up', 'kv_down', 'kv_up')
 ALL_PRODUCTS = 'all-linear'  # the value that names all of them
 # The names of an adapter's parameters are the name of the weight, and these.
 SUFFIX_OF_LORA_A, SUFFIX_OF_LORA_B = '_lora_a', '_lora_b'

@@ -249,11 +249,30 @@ class Embed(nn.Module):
       if type_ids_BL is None:
         type_ids_BL = jnp.zeros((1, 1), jnp.int32)
       x_BLD = x_BLD + types_TD[type_ids_BL].astype(x_BLD.dtype)
+    if config.embed_affine:
+      x_BLD = self._shift_and_scale(x_BLD, prefix)
     # Norm and dropout.
     if config.embed_norm:
       x_BLD = norm(config, f'{prefix}norm')(x_BLD)
     x_BLD = layers.Dropout(config.dropout)(x_BLD, deterministic=deterministic)
     return sharding.constrain_stream(x_BLD, 'embed'), table_VD.T
+
+  def _shift_and_scale(self, x_BLD: jax.Array, prefix: str) -> jax.Array:
+    """Returns s (x + b) for embeddings x, [B, L, D], with a learned shift b
+    and a learned factor s of each feature (Zaya, in transformers). At first
+    b = 0 and s = 1.
+
+    Args:
+      x_BLD: the embeddings.
+      prefix: the beginning of the names of the parameters.
+    """
+    shape, role = x_BLD.shape[-1:], sharding.Role(('embed',))
+    shift_D = sharding.declare(self, f'{prefix}shift', shape=shape, role=role,
+                               init=nn.initializers.zeros)
+    scale_D = sharding.declare(self, f'{prefix}scale', shape=shape, role=role,
+                               init=nn.initializers.ones)
+    shifted_BLD = x_BLD.astype(jnp.float32) + shift_D[None, None]
+    return (shifted_BLD * scale_D[None, None]).astype(x_BLD.dtype)
 
 
 class AddEstimate(nn.Module):

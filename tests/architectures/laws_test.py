@@ -109,7 +109,8 @@ def test_laws_of_a_variant(parts):
 PASSED_ON = {
     'skips': dict(skips=True, memory='smear', residual='embedding',
                   num_layers=5),
-    'router': dict(ffn='moe', num_layers=3, residual='affine', moe=dict(
+    'router': dict(ffn='moe', num_layers=3, residual='affine',
+                   embed_affine=True, moe=dict(
         router='softmax_bias', num_experts=4, top_k=1, router_dim=6,
         zero_experts=1, zero_experts_skip=True)),
 }

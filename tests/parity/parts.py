@@ -286,15 +286,11 @@ def _zaya_attention(p: dict) -> dict:
   tensors = {'qk_norm.temp': p['key_temperature'],
              'o_proj.weight': p['out'].reshape(-1, D).T,
              'o_proj.bias': p['out_bias']}
-  current, delayed = np.split(p['value'].reshape(D, -1), 2, 1)
-  biases = np.split(p['value_bias'].reshape(-1), 2)
-  products = dict(q=(p['query'], p['query_bias']), k=(p['key'], p['key_bias']))
-  products |= {'v_proj_current': (current, biases[0]),
-               'v_proj_delayed': (delayed, biases[1])}
-  for name, (weight, bias) in products.items():
-    name = f'qkv_proj.{name if name.startswith("v") else name + "_proj"}'
-    tensors[f'{name}.weight'] = weight.reshape(D, -1).T
-    tensors[f'{name}.bias'] = bias.reshape(-1)
+  products = dict(q_proj='query', k_proj='key', v_proj_current='value',
+                  v_proj_delayed='value_before')
+  for name, mine in products.items():
+    tensors[f'qkv_proj.{name}.weight'] = p[mine].reshape(D, -1).T
+    tensors[f'qkv_proj.{name}.bias'] = p[f'{mine}_bias'].reshape(-1)
   # Filters [tokens, heads, features], and matrices [tokens, heads, in, out].
   joined = {name: np.concatenate([p[f'query_{name}'], p[f'key_{name}']], axis)
             for name, axis in (('taps', 1), ('mix', 1), ('taps_bias', 0),

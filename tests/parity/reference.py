@@ -98,6 +98,8 @@ def load(folder, system: str, head: str = 'lm'):
   if wrong:
     raise RequestError(f'{system}: transformers says {wrong}')
   mend(model)
+  if tree['model_type'] == 'zaya':
+    _reread_biases(model, folder)
   if head != 'lm':  # transformers looks for the last token that is not it
     model.config.pad_token_id = 0
   return model.eval()
@@ -137,9 +139,19 @@ def draw(config: dict, system: str, head: str = 'lm'):
 
 
 def _biases(model) -> list:
-  """Returns the biases of routers that no gradient reaches (DeepSeek-V3)."""
+  """Returns the biases of routers that no gradient reaches (DeepSeek-V3,
+  Zaya)."""
   return [buffer for name, buffer in model.named_buffers()
-          if name.endswith('e_score_correction_bias')]
+          if name.endswith(('e_score_correction_bias', 'balancing_biases'))]
+
+
+def _reread_biases(model, folder) -> None:
+  """Reads the biases of routers again: transformers sets the last one of each,
+  that of the skip, to -1 after it has read them."""
+  torch, files = _torch(), hf_files.Files(pathlib.Path(folder))
+  for name, buffer in model.named_buffers():
+    if name.endswith('balancing_biases'):
+      buffer.copy_(torch.tensor(np.array(files[name])))
 
 
 def _tables(model) -> list:
@@ -376,6 +388,11 @@ def _deepseek_v4(model) -> None:
       x if x.ndim == 3 else model.model.hc_head(x) for x in states[1:])))
 
 
+def _zaya(model) -> None:
+  """Its keys are convolved, and our weights of such a layer are not kept."""
+  _mend_states(model, lambda states, ids: states)
+
+
 def _nemotron_h(model) -> None:
   """A network is a layer of its own there, and here a part of the layer before
   it: what such a layer returns is what the next one without a network reads.
@@ -451,6 +468,7 @@ MENDS = {
     'NemotronHForCausalLM': _nemotron_h,
     'NllbMoeForConditionalGeneration': _nllb,
     'OlmoHybridForCausalLM': _olmo_hybrid,
+    'ZayaForCausalLM': _zaya,
 }
 
 

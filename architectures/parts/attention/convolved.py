@@ -3,11 +3,11 @@
 
 Queries, keys and values are made in a width that is compressed: num_heads and
 num_kv_heads times head_dim, which may be less than d_model. With q_l = W_q x_l,
-k_l = W_k x_l and v_l = W_v x_l of that width
+k_l = W_k x_l of that width
 
   q'_l = C(q)_l + (q_l + k_l) / 2        k'_l = C(k)_l + mean of (q_l + k_l) / 2
   q''  = sqrt(K) q' / |q'|               k''  = t sqrt(K) k' / |k'|
-  v'_l = [first half of v_l, second half of v_(l-1)]
+  v_l  = [W_v x_l, W_v' x_(l-1)]
 
 C is two causal convolutions, one after the other: the first has a filter for
 each feature, and the second mixes the features of each head. A head of keys is
@@ -36,6 +36,8 @@ from architectures.parts.sharding import Role, declare
 # The names of what a cache keeps: the last inputs of the two convolutions of
 # queries and of keys, and the last token's values.
 TAPS, MIX, VALUE_SHIFT = '{}_taps', '{}_mix', 'value_shift'
+# The names of the two products of values, of a token and of the one before.
+VALUE, VALUE_BEFORE = 'value', 'value_before'
 AXES_OF_HEADS = {'query': 'heads', 'key': 'kv_heads'}
 
 
@@ -168,44 +170,59 @@ def _set_lengths(x_BLHK: jax.Array) -> jax.Array:
   return (x32_BLHK * factor_BLH1).astype(x_BLHK.dtype)
 
 
-def delay_half_of_values(module: Any, v_BLJK: jax.Array, ctx: Context,
-                         cache: Optional[Cache]
-                         ) -> tuple[jax.Array, Optional[Cache]]:
-  """Takes half of the values from the token before (the value shift of
+def make_values(module: Any, x_BLD: jax.Array, ctx: Context,
+                cache: Optional[Cache]
+                ) -> tuple[jax.Array, Optional[Cache]]:
+  """Makes values of which half are of the token before (the value shift of
   compressed convolutional attention):
 
-    v'_l = [first half of v_l, second half of v_(l-1)]
+    v_l = [W x_l + b, W' x_(l-1) + b']
 
   The halves are of the features of all heads together: with an even number of
-  heads, whole heads are delayed. Before the first token of a document x counts
-  as 0. So in place of v_(l-1) = W_v x_(l-1) + bias that token has the bias,
-  which is 0 without model.attention_bias.
+  heads, whole heads are of the token before. Before the first token of a
+  document x counts as 0, so that this token has b' alone, and 0 without
+  model.attention_bias.
 
-  The suffixes name axes: B batch, L length, J heads of values, K features.
+  The suffixes name axes: B batch, L length, D d_model, J heads of values, K
+  features of a head, I features of all heads together.
 
   Args:
-    module: the layer's attention, which has declared the product's bias.
-    v_BLJK: the values v.
+    module: the layer's attention, in which W (value), W' (value_before) and
+      their biases are declared, with half of the features of each head.
+    x_BLD: the layer's input.
     ctx: the context of the layer, with positions and documents.
     cache: the layer's cache; None: there is none.
 
   Returns:
-    v', [B, L, J, K], and the cache with v of the last token.
+    v, [B, L, J, K], and the cache with the second product of the last token.
   """
-  # The values that stand before a document: the bias was declared by the
-  # product, so it is read here and not declared again.
-  J, K = v_BLJK.shape[2:]
-  first_JK = jnp.zeros((J, K), v_BLJK.dtype)
-  if module.config.attention_bias:
-    bias_JK = module.get_variable('params', 'value_bias')
-    first_JK = nn.meta.unbox(bias_JK).astype(v_BLJK.dtype)
-  shifted_BLJK, cache = steps.take_token_before(
-      VALUE_SHIFT, v_BLJK, first_BLJK=first_JK[None, None], ctx=ctx,
+  # The products, with half of the features of each head.
+  config: ModelConfig = module.config
+  J, K = config.num_kv_heads, config.head_dim
+  products_BLJK = {}
+  for name in (VALUE, VALUE_BEFORE):
+    products_BLJK[name] = layers.dense(
+        module, name, 'BLD,DJK->BLJK', x_BLD,
+        shape=(config.d_model, J, K // 2), axes=('embed', 'kv_heads', 'head'),
+        with_bias=config.attention_bias, deterministic=ctx.deterministic)
+
+  # The second is taken from the token before. The product has declared the
+  # bias, so it is read here and not declared again.
+  second_BLJK = products_BLJK[VALUE_BEFORE]
+  first_JK = jnp.zeros(second_BLJK.shape[2:], second_BLJK.dtype)
+  if config.attention_bias:
+    bias_JK = module.get_variable('params', f'{VALUE_BEFORE}_bias')
+    first_JK = nn.meta.unbox(bias_JK).astype(second_BLJK.dtype)
+  before_BLJK, cache = steps.take_token_before(
+      VALUE_SHIFT, second_BLJK, first_BLJK=first_JK[None, None], ctx=ctx,
       cache=cache)
 
-  # The second half of the J K features is delayed.
-  is_delayed_JK = (jnp.arange(J * K) >= J * K // 2).reshape(J, K)
-  return jnp.where(is_delayed_JK[None, None], shifted_BLJK, v_BLJK), cache
+  # One half after the other, divided among the heads.
+  B, L = x_BLD.shape[:2]
+  own_BLI = products_BLJK[VALUE].reshape(B, L, -1)
+  before_BLI = before_BLJK.reshape(B, L, -1)
+  v_BLI = jnp.concatenate([own_BLI, before_BLI], -1)
+  return v_BLI.reshape(B, L, J, K), cache
 
 
 def empty_inputs(config: ModelConfig, rows: tuple[int, ...]
@@ -219,12 +236,13 @@ def empty_inputs(config: ModelConfig, rows: tuple[int, ...]
 
   Returns:
     A dict of arrays [..., B, tokens, heads, head_dim] by the names under which
-    this file reads them: the values of the last token, and the last inputs of
-    the two convolutions of queries and of keys.
+    this file reads them: the second product of values of the last token, which
+    has half as many features, and the last inputs of the two convolutions of
+    queries and of keys.
   """
   # A convolution over W tokens needs the last W - 1.
   fields = config.part(AttentionConfig)
-  tokens_and_heads = {VALUE_SHIFT: (1, config.num_kv_heads)}
+  tokens_and_heads = {}
   heads_of = {'query': config.num_heads, 'key': config.num_kv_heads}
   for name, heads in heads_of.items():
     tokens_and_heads[TAPS.format(name)] = fields.cca_taps - 1, heads
@@ -234,4 +252,6 @@ def empty_inputs(config: ModelConfig, rows: tuple[int, ...]
   for name, (tokens, heads) in tokens_and_heads.items():
     shape = *rows, tokens, heads, config.head_dim
     inputs[name] = jnp.zeros(shape, config.compute_dtype)
+  shape = *rows, 1, config.num_kv_heads, config.head_dim // 2
+  inputs[VALUE_SHIFT] = jnp.zeros(shape, config.compute_dtype)
   return inputs

@@ -550,9 +550,6 @@ class SelfAttention(Attention):
     if not fields.keys_as_values:
       v_BLJK, cache = self.project_and_convolve('value', x_BLD, ctx=ctx,
                                                 cache=cache)
-    if fields.cca:
-      v_BLJK, cache = convolved.delay_half_of_values(
-          self, v_BLJK, ctx=ctx, cache=cache)
 
     # The values' own steps, and what is mixed into them: values of the first
     # layer, and a vector of each token.
@@ -577,6 +574,7 @@ class SelfAttention(Attention):
       ) -> tuple[jax.Array, Optional[Cache]]:
     """Makes queries, keys or values of the layer's input, as the product W x.
     With model.attention_conv, a convolution over the last few tokens follows.
+    With model.cca, half of the values are of the token before.
 
     The suffixes name axes: B batch, L length, D d_model, H heads, K features of
     a head.
@@ -591,9 +589,13 @@ class SelfAttention(Attention):
       The result, [B, L, H, K], and the cache, with the convolution's last
       inputs.
     """
+    fields = self.config.part(AttentionConfig)
     axis = 'heads' if name == 'query' else 'kv_heads'
-    x_BLHK = self.project(name, x_BLD, ctx)
-    if self.config.part(AttentionConfig).attention_conv:
+    if fields.cca and name == convolved.VALUE:
+      x_BLHK, cache = convolved.make_values(self, x_BLD, ctx, cache)
+    else:
+      x_BLHK = self.project(name, x_BLD, ctx)
+    if fields.attention_conv:
       x_BLHK, cache = steps.convolve_heads(
           self, name, x_BLHK, axes=(axis, 'head'), ctx=ctx, cache=cache)
     if name != 'query':
@@ -921,6 +923,8 @@ class MultiHead(mixer.Mixer):
       names.add('key')
       if not fields.keys_as_values:
         names.add('value')
+    if fields.cca:
+      names.add(convolved.VALUE_BEFORE)
     return names
 
   def fields_to_divide(self, config: ModelConfig) -> mixer.AxesAndFields:
@@ -991,10 +995,9 @@ def check_mixed_heads(config: ModelConfig) -> None:
     require(not getattr(fields, name), f'model.cca is set, which makes and '
             f'normalises queries, keys and values of its own, and model.{name} '
             'is True: set one of them to False')
-  # The second half of the values' features is that of the token before.
-  require(config.num_kv_heads * config.head_dim % 2 == 0,
-          'model.cca is set, which delays half of the features of values: '
-          f'model.num_kv_heads {config.num_kv_heads} times model.head_dim '
+  # Half of the values' features are of the token before.
+  require(config.head_dim % 2 == 0, 'model.cca is set, by which half of the '
+          'features of values are of the token before: model.head_dim '
           f'{config.head_dim} must be even')
   require(config.parametrization != 'mup', 'model.cca is set, for whose '
           "convolutions model.parametrization 'mup' has no rule: choose "

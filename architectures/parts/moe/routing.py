@@ -82,7 +82,7 @@ class MoEConfig:
   top_k: int = field(
       2, 'The number of experts of a token (with expert_choice: on average).',
       above=0, resume=FUNCTION)
-  router: str = field('topk', 'Which experts see a token.')
+  router: str = field('topk', 'Which experts see a token.', of_layers=True)
   logit_bias: bool = field(False, "A bias of the router's logits.")
   router_dim: int = field(
       0, 'The features of the state of a router, of which an MLP makes the '

@@ -50,7 +50,7 @@ def convolved(x_BLHK, w_WHK):
   return sum(padded[:, i:i + x_BLHK.shape[1]] * w_WHK[i] for i in range(3))
 
 
-def compressed(p, q, k, v):
+def compressed(p, q, k, x):
   """Queries, keys and values of compressed convolutional attention, of two
   heads of keys, and of convolutions over three tokens and over two."""
   def convolve_twice(name, x):
@@ -63,12 +63,15 @@ def compressed(p, q, k, v):
 
   unit = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True))
   mean = (q + np.repeat(k, 2, axis=2)) / 2
-  delayed = np.concatenate([0 * v[:, :1] + p['value_bias'], v[:, :-1]], 1)
+  own, second = (numpy_attention.project(p, name, x)
+                 for name in ('value', 'value_before'))
+  before = np.concatenate(
+      [0 * second[:, :1] + p['value_before_bias'], second[:, :-1]], 1)
   mean_of_keys = (mean[:, :, ::2] + mean[:, :, 1::2]) / 2
   return (unit(convolve_twice('query', q) + mean),
           unit(convolve_twice('key', k) + mean_of_keys)
           * p['key_temperature'][:, None],
-          np.stack([v[:, :, 0], delayed[:, :, 1]], 2))
+          np.stack([x.reshape(*x.shape[:2], -1) for x in (own, before)], 2))
 
 
 FIELDS = [*(dict(qk_norm=True, qk_norm_over=over, norm=norm)
@@ -112,7 +115,7 @@ def test_a_layer_is_its_definition(fields, cross):
   seen = memory if cross else x
   q, k, v = heads('query', x), heads('key', seen), heads('value', seen)
   if fields.cca:
-    q, k, v = compressed(p, q, k, v)
+    q, k, v = compressed(p, q, k, at)
   if fields.learned_log_scale:
     q = q * (p['log_scale'] * np.log(1 + np.arange(6))[:, None]
              + p['log_scale_bias'])[..., None]

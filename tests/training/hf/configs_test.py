@@ -89,6 +89,7 @@ WITHOUT_PUBLISHED_CONFIG = {
     'gshard': "NLLB-MoE's has a moe_token_dropout that is refused",
     'hrm_text': 'its file is not at hand',
     'qwen4_exp': 'its file is not at hand',
+    'zaya': 'its file is not at hand',
 }
 
 
