@@ -1,16 +1,19 @@
-"""Checks how activations grow with width or depth: in muP they stay flat.
+"""Checks how activations grow with width, depth or experts: in muP they stay
+flat.
 
   python -m tools.coord_check
   python -m tools.coord_check --systems=gpt --optimizer=sgd
   python -m tools.coord_check --systems=gpt --depths=2,4,8,16 --widths=64
   python -m tools.coord_check --systems=llama --mixers=deltanet --widen=heads
+  python -m tools.coord_check --systems=mixtral --experts=4,8,16 --widths=64
 
 Each system is trained for a few steps on one batch, the bytes of a text, at
 each width with the same learning rate. It prints the mean |x| of each block's
 output and of the logits, and its slope over width on logarithmic axes: 0 is
 flat, 1 grows as the width does. The base of muP is the least width, where
 the two forms are one (Yang et al. 2022, appendix D.1). With --depths it trains
-models of one width and several depths, of which the least is the base.
+models of one width and several depths, of which the least is the base, and with
+--experts models of several numbers of experts.
 """
 
 from collections.abc import Sequence
@@ -43,6 +46,11 @@ LEARNING_RATE_OF_OPTIMIZER = {
 WIDENED_FIELDS = {'size': ('head_dim', 'key_dim', 'value_dim'),
                   'heads': ('num_heads', 'num_kv_heads', 'heads', 'key_heads',
                             'value_heads')}
+# What grows with the number of experts, by --experts_grow: `alone` leaves the
+# experts of a token and their size; `active` keeps the share of the experts
+# that a token goes to; `grain` also divides their size by as much, so that the
+# hidden units of a token stay.
+EXPERTS_GROW = ('alone', 'active', 'grain')
 # A slope up to this is called flat; one of twice as much, growing.
 MAX_FLAT_SLOPE = 0.1
 
@@ -66,6 +74,12 @@ def define_flags() -> None:
                     'Values of model.d_model, the base first.')
   flags.DEFINE_list('depths', [], 'Values of model.num_layers, the base first; '
                     'then --widths is one number.')
+  flags.DEFINE_list('experts', [], 'Values of model.moe.num_experts, the base '
+                    'first; then --widths is one number.')
+  flags.DEFINE_enum('experts_grow', 'alone', [*EXPERTS_GROW],
+                    'What grows with --experts: nothing (alone); the experts '
+                    'of a token (active); or these, while the size of an '
+                    'expert falls (grain).')
   cli.define_choices('mixers', blocks.MIXERS, 'Values of model.mixer: each '
                      'system is measured with each of them in all its layers; '
                      'default: with the mixers that it has.')
@@ -92,10 +106,18 @@ def main() -> int:
   # Check the flags.
   cli.parse(__doc__)
   args = flags.FLAGS
-  depths = []
+  depths, experts = [], []
   if args.depths:
     depths = read_sizes('--depths', args.depths)
-  widths = read_sizes('--widths', args.widths, is_one=bool(depths))
+  if args.experts:
+    experts = read_sizes('--experts', args.experts)
+    for number in experts:
+      if number % experts[0]:
+        raise RequestError(f'--experts has {number} and begins with '
+                           f'{experts[0]}: choose multiples of it')
+  if depths and experts:
+    raise RequestError('--depths and --experts are both set: choose one')
+  widths = read_sizes('--widths', args.widths, is_one=bool(depths or experts))
   lr = LEARNING_RATE_OF_OPTIMIZER[args.optimizer]
   if args.lr is not None:
     check_number('--lr', args.lr, (('>', 0),))
@@ -109,13 +131,14 @@ def main() -> int:
     for mixer in args.mixers or ['']:
       setting = TrainingSetting(
           optimizer=args.optimizer, lr=lr, steps=args.steps, mixer=mixer,
-          widen=args.widen, hyperball=args.hyperball)
-      widest = config_at_width(
-          system, parametrization='mup', width=widths[-1], base=widths[0],
-          setting=setting)
-      if depths:
-        widest.model.mup_base_depth = depths[0]
+          widen=args.widen, hyperball=args.hyperball,
+          experts_grow=args.experts_grow)
       try:
+        widest = config_at_width(
+            system, parametrization='mup', width=widths[-1], base=widths[0],
+            setting=setting, experts=experts)
+        if depths:
+          widest.model.mup_base_depth = depths[0]
         architectures.resolve(widest.model)
       except RequestError as error:
         if args.systems:
@@ -130,7 +153,8 @@ def main() -> int:
     for parametrization in ('standard', 'mup'):
       row = measure_growth(
           system, parametrization=parametrization, widths=widths,
-          depths=depths or [NUM_LAYERS], setting=setting, seeds=args.seeds)
+          depths=depths or [NUM_LAYERS], setting=setting, seeds=args.seeds,
+          experts=experts)
       print(format_figures(row), flush=True)
       rows.append(row)
   storage.write_json(json_file, rows)
@@ -153,7 +177,7 @@ def read_sizes(flag: str, texts: Sequence[str], is_one: bool = False
   wanted = 'two numbers or more, each once'
   is_right = len(sizes) >= 2
   if is_one:
-    wanted = 'one number, beside several of --depths'
+    wanted = 'one number, beside several of --depths or --experts'
     is_right = len(sizes) == 1
   if not is_right or len(sizes) != len(texts):
     raise RequestError(f'{flag} is {",".join(texts)}: give {wanted}')
@@ -171,6 +195,7 @@ class TrainingSetting(NamedTuple):
       system.
     widen: a key of WIDENED_FIELDS, which names the fields that grow.
     hyperball: whether hidden matrices keep their norm.
+    experts_grow: one of EXPERTS_GROW, what grows with the number of experts.
   """
   optimizer: str
   lr: float
@@ -178,6 +203,7 @@ class TrainingSetting(NamedTuple):
   mixer: str = ''
   widen: str = 'size'
   hyperball: bool = False
+  experts_grow: str = 'alone'
 
   def name(self, system: str) -> str:
     """Returns the name of a system that is trained in this way."""
@@ -188,7 +214,8 @@ class TrainingSetting(NamedTuple):
 
 def config_at_width(system: str, parametrization: str, width: int, base: int,
                     setting: TrainingSetting, depth: int = NUM_LAYERS,
-                    base_depth: int = 0) -> ml_collections.ConfigDict:
+                    base_depth: int = 0, experts: Sequence[int] = ()
+                    ) -> ml_collections.ConfigDict:
   """Returns the config of a system's smallest size (tiny), widened to a width.
 
   It has more layers than `depth` if the system's pattern of layers needs them.
@@ -201,6 +228,11 @@ def config_at_width(system: str, parametrization: str, width: int, base: int,
     setting: how the system is trained, and how it grows with the width.
     depth: the number of layers.
     base_depth: model.mup_base_depth.
+    experts: numbers of experts, the base's first and the model's last; empty:
+      those of the system.
+
+  Raises:
+    RequestError: for experts that cannot be divided as the setting says.
   """
   config = importlib.import_module(f'configs.{system}').get_config('tiny')
   model = config.model
@@ -238,14 +270,46 @@ def config_at_width(system: str, parametrization: str, width: int, base: int,
     for field in WIDENED_FIELDS[setting.widen]:
       if field in group:
         group[field] = round(group[field] * factor_of_width)
+  if experts:
+    grow_experts(model, base=experts[0], number=experts[-1],
+                 what_grows=setting.experts_grow)
   return config
 
 
+def grow_experts(model: ml_collections.ConfigDict, base: int, number: int,
+                 what_grows: str) -> None:
+  """Changes the experts of a model from those of the base.
+
+  Args:
+    model: config.model, with the experts of a token, and the size of an expert,
+      of the base. It is changed.
+    base: the number of experts of the base.
+    number: the number of experts, a multiple of it.
+    what_grows: one of EXPERTS_GROW.
+
+  Raises:
+    RequestError: for a number by which the size of an expert cannot be divided.
+  """
+  moe = model.moe
+  factor = number // base
+  top_k, d_ff = moe.top_k, moe.d_ff or model.d_ff
+  if model.parametrization == 'mup':
+    moe.update(mup_base_experts=base, mup_base_top_k=top_k, mup_base_d_ff=d_ff)
+  moe.num_experts = number
+  if what_grows != 'alone':
+    moe.top_k = factor * top_k
+  if what_grows == 'grain':
+    moe.d_ff, remainder = divmod(d_ff, factor)
+    if remainder:
+      raise RequestError(f'--experts_grow is grain and an expert of {base} has '
+                         f'{d_ff} hidden units, which {factor} does not divide')
+
+
 def measure_growth(system: str, parametrization: str, widths: Sequence[int],
-                   depths: Sequence[int], setting: TrainingSetting, seeds: int
-                   ) -> dict:
-  """Trains a system at each width, or each depth, and measures how its outputs
-  grow with it.
+                   depths: Sequence[int], setting: TrainingSetting, seeds: int,
+                   experts: Sequence[int] = ()) -> dict:
+  """Trains a system at each width, each depth or each number of experts, and
+  measures how its outputs grow with it.
 
   Args:
     system: the name of a file of configs/.
@@ -255,12 +319,14 @@ def measure_growth(system: str, parametrization: str, widths: Sequence[int],
       depth.
     setting: how the system is trained, and how it grows.
     seeds: the number of initialisations that are averaged.
+    experts: the numbers of experts, the base first; then there are one width
+      and one depth. Empty: those of the system.
 
   Returns:
     A row for JSON with the fields of the setting, the names of the outputs
     (each block's and the logits; over several depths, the last block's), their
     mean |x| (`sizes`, for each model [steps + 1, outputs]), and for each output
-    the slope of its mean |x| over the width or depth, on logarithmic axes.
+    the slope of its mean |x| over what grows, on logarithmic axes.
   """
   # The models. The base of the depth is set only where depths are compared.
   is_over_depths = len(depths) > 1
@@ -269,18 +335,25 @@ def measure_growth(system: str, parametrization: str, widths: Sequence[int],
   if is_over_depths:
     grown = depths
     base_depth = depths[0]
+  if experts:
+    grown = experts
   models = []
   for width in widths:
     for depth in depths:
-      models.append((width, depth))
+      for number in experts or [0]:
+        models.append((width, depth, number))
 
   # Measure the outputs of each.
   sizes = []
   title = f'{system}, {parametrization}: models'
-  for width, depth in progress.show_items(models, title):
+  for width, depth, number in progress.show_items(models, title):
+    base_and_number = []
+    if experts:
+      base_and_number = [experts[0], number]
     config = config_at_width(
         system, parametrization=parametrization, width=width, base=widths[0],
-        setting=setting, depth=depth, base_depth=base_depth)
+        setting=setting, depth=depth, base_depth=base_depth,
+        experts=base_and_number)
     sizes_of_model = mean_sizes_of_outputs(
         config, steps=setting.steps, seeds=seeds)
     sizes.append(np.asarray(sizes_of_model, np.float64))
@@ -290,13 +363,14 @@ def measure_growth(system: str, parametrization: str, widths: Sequence[int],
     outputs = ['last block', 'logits']
 
   # Fit a line to the sizes [models, outputs] after the last step, as functions
-  # of the width or depth. In polyfit's result, the slope comes before the
+  # of what grows. In polyfit's result, the slope comes before the
   # intercept.
   log_sizes = np.log2([size[-1] for size in sizes])
   slopes = np.polyfit(np.log2(grown), log_sizes, 1)[0]
   return setting._asdict() | dict(
       system=setting.name(system), parametrization=parametrization,
-      widths=list(widths), depths=list(depths), outputs=outputs,
+      widths=list(widths), depths=list(depths), experts=list(experts),
+      outputs=outputs,
       sizes=[size.tolist() for size in sizes], slopes=slopes.tolist())
 
 
@@ -359,7 +433,8 @@ def describe_slope(slope: float) -> str:
 
 def format_figures(row: dict) -> str:
   """Returns the figures of a system as a table for a terminal: for each output
-  its mean |x| at every width or depth, and the slope over these.
+  its mean |x| at every width, depth or number of experts, and the slope over
+  these.
 
   Args:
     row: the figures, as `measure_growth` returns them.
@@ -368,6 +443,8 @@ def format_figures(row: dict) -> str:
   grown, title = row['widths'], 'width'
   if len(row['depths']) > 1:
     grown, title = row['depths'], 'depth'
+  if row['experts']:
+    grown, title = row['experts'], 'experts'
   columns = ''.join(f'{size:>9}' for size in grown)
   lines = [f'{row["system"]}, {row["parametrization"]}: mean |x| after '
            f'{row["steps"]} steps of {row["optimizer"]} at lr {row["lr"]:g}',

@@ -21,7 +21,7 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig, MOST_FEATURES
 from architectures.parts.context import Context, Report
 from architectures.parts.loops import LoopsConfig
-from architectures.parts.sharding import Role, declare
+from architectures.parts.sharding import Role, Scale, declare
 from common.fields import AT_START, field, FUNCTION, RUN, SHAPES
 
 # The distributions of new weights, values of model.init: see _initializer.
@@ -33,8 +33,8 @@ NAME_OF_PRODUCT = 'product'
 def weight(module: nn.Module, name: str, shape: tuple[int, ...],
            axes: tuple[str | None, ...], *, in_axes: tuple[int, ...] = (0,),
            batch_axes: tuple[int, ...] = (), residual: bool = False,
-           output: bool = False, gain: float = 1.0, tuned: bool = False
-           ) -> jax.Array:
+           output: bool = False, gain: float = 1.0, tuned: bool = False,
+           scale: Scale = Scale()) -> jax.Array:
   """Declares the weight of a matrix product as a parameter of a module. It is
   initialised by the rule that model.init names.
 
@@ -52,13 +52,14 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
     gain: a factor of the initial standard deviation, with the rule fan_in.
     tuned: whether the weight stays trained when low-rank adapters are tuned,
       because it is new to the task.
+    scale: how the weight differs from that of muP's base beyond the width.
 
   Returns:
     The value of the parameter.
   """
   kind = 'logits' if output else 'hidden'
   role = Role(axes=axes, inputs=in_axes, batch=batch_axes, kind=kind,
-              tuned=tuned)
+              tuned=tuned, scale=scale)
   init = _initializer(module.config, role=role, residual=residual, gain=gain)
   return declare(module, name, init=init, shape=shape, role=role)
 
@@ -87,6 +88,7 @@ def _initializer(config: ModelConfig, role: Role, residual: bool,
     gain: a factor of the standard deviation, with the rule fan_in.
   """
   is_output = role.kind == 'logits'
+  gain *= role.scale.stddev
   # The rule fan_in.
   if config.init == 'fan_in':
     if is_output:
@@ -97,26 +99,30 @@ def _initializer(config: ModelConfig, role: Role, residual: bool,
         distribution='truncated_normal', in_axis=axes.inputs,
         out_axis=axes.outputs, batch_axis=axes.batch)
   # The rules with a standard deviation.
-  stddev = config.init_stddev
+  stddev = config.init_stddev * role.scale.stddev
   if config.init == 'scaled_normal' and residual:
     loops = config.find_part(LoopsConfig)
     depth = config.base_depth if loops is None else loops.depth
     stddev /= (2 * depth) ** 0.5
   # Inputs without a logical axis, such as those of a small rank, do not become
   # more in a wider model.
-  grows_with_width = any(role.axes[i] for i in role.inputs)
-  if grows_with_width and not is_output:
-    stddev /= config.widening ** 0.5
+  axes_of_inputs = [role.axes[i] for i in role.inputs]
+  widening = config.widening
+  if 'mlp' in axes_of_inputs and role.scale.mlp is not None:
+    widening = role.scale.mlp
+  if any(axes_of_inputs) and not is_output:
+    stddev /= widening ** 0.5
   return nn.initializers.normal(stddev)
 
 
 def bias(module: nn.Module, name: str, shape: tuple[int, ...],
          axes: tuple[str | None, ...], *, batch_axes: tuple[int, ...] = (),
-         output: bool = False, tuned: bool = False) -> jax.Array:
+         output: bool = False, tuned: bool = False, scale: Scale = Scale()
+         ) -> jax.Array:
   """Declares a bias of `module`, which is 0 at first, and returns it. Its
   arguments are those of `weight`."""
   kind = 'logits' if output else 'hidden'
-  role = Role(axes=axes, batch=batch_axes, kind=kind, tuned=tuned)
+  role = Role(axes=axes, batch=batch_axes, kind=kind, tuned=tuned, scale=scale)
   return declare(module, name, init=nn.initializers.zeros, shape=shape,
                  role=role)
 

@@ -256,6 +256,23 @@ class Axes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Scale:
+  """What muP has to know about a parameter beyond the width of the model: how
+  it differs from that of the base model because its experts are others.
+
+  Attributes:
+    mlp: how many times as long as in the base its axis 'mlp' is; None: as many
+      times as d_model.
+    stddev: how many times as large as a matrix of this shape is otherwise its
+      initial standard deviation is.
+    gradient: how many times as small as in the base its gradient is.
+  """
+  mlp: Optional[float] = None
+  stddev: float = 1.0
+  gradient: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Role:
   """The role of a parameter; its axes are numbered as its module makes it.
 
@@ -271,6 +288,7 @@ class Role:
       up; 0: it is no such table.
     tuned: whether it is trained beside low-rank adapters (model.lora), which
       leave all else as it was: it is one of them, or new to the task.
+    scale: how it differs from that of muP's base beyond the width.
   """
   axes: tuple[str | None, ...]
   inputs: tuple[int, ...] = ()
@@ -278,6 +296,7 @@ class Role:
   kind: str = 'hidden'
   tuned: bool = False
   reads: int = 0
+  scale: Scale = Scale()
 
   @property
   def is_matrix(self) -> bool:

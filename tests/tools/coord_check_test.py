@@ -62,6 +62,19 @@ def test_optimizers_are_flat_over_width_and_depth(
   assert steepest <= coord_check.MAX_FLAT_SLOPE, row['slopes']
 
 
+@pytest.mark.long
+@pytest.mark.parametrize('optimizer, lr, what_grows', [
+    ('adamw', 0.01, 'alone'), ('adamw', 0.01, 'grain'),
+    ('muon', 0.01, 'active'), ('muon', 0.01, 'grain')])
+def test_optimizers_are_flat_over_experts(optimizer, lr, what_grows):
+  setting = coord_check.TrainingSetting(
+      optimizer, lr, 6, experts_grow=what_grows)
+  row = coord_check.measure_growth(
+      'gpt4', 'mup', [32], [2], setting, 1, experts=[4, 16])
+  steepest = np.abs(row['slopes']).max()
+  assert steepest <= coord_check.MAX_FLAT_SLOPE, row['slopes']
+
+
 def test_the_outputs_of_all_blocks_and_no_other_are_measured():
   config = coord_check.config_at_width(
       'gpt', 'standard', 32, 32, coord_check.TrainingSetting('adamw', 1e-3, 1))
@@ -85,6 +98,8 @@ def test_the_outputs_of_all_blocks_and_no_other_are_measured():
     ('--widths=16,a', '--widths is 16,a: give two numbers or more, each'),
     ('--depths=2', '--depths is 2: give two numbers or more, each once'),
     ('--depths=2,4', '256,512: give one number, beside several of --depths'),
+    ('--experts=4,6', '--experts has 6 and begins with 4: choose multiples'),
+    ('--experts=4,8', 'one number, beside several of --depths or --experts'),
     ('--systems=gpt,deepseek_v2', "'latent', for whose ranks"),
 ])
 def test_a_wrong_request_is_one_sentence(flag, word):

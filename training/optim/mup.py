@@ -46,6 +46,27 @@ divided by l, and its rate is * l. Adam's epsilon is divided as the gradients
 are, by r everywhere and by l in the layers. Here the gradients are multiplied
 instead, which is the same to Adam.
 
+Over experts (model.moe.mup_base_experts, mup_base_top_k, mup_base_d_ff), a
+mixture whose gates sum to 1 is a network of top_k * d_ff hidden units whose
+second matrix is divided by top_k. With e, k and f times the num_experts, top_k
+and d_ff of the base:
+
+  the rates are those over the width, with f for the hidden units of an expert:
+    the steps of its second matrix agree for all experts of a token, whose mean
+    they are in, and so do not depend on k;
+  the initial variance of the second matrix is * k / f: outputs that do not
+    agree would fall as 1 / sqrt(k) in the mean. A step that is a share of the
+    matrix (Adafactor's, or with optim.hyperball) is * 1 / sqrt(k) for it;
+  the gradient of an expert and of the router is * e, as the share of tokens
+    that an expert sees, and its gate in them, make it 1 / e as large. SGD needs
+    it; to the others it is only Adam's epsilon.
+
+This is derived here, as over the width. It agrees with what is published:
+Complete-muE (Peng et al. 2026, arXiv 2605.23893) takes muP over the active
+width with normalised gates from a dense network to one of experts, and finds
+that the rate and the decay need no correction, to first order, for the fewer
+tokens that each of more experts sees. Its tables were not compared.
+
 The rates follow from what a parameter declares: its Role, in
 architectures/parts/sharding.py. Initial variances and multipliers are
 architectures/parts/layers.py, skeletons.py and moe/layer.py.
@@ -63,45 +84,50 @@ from architectures.parts.sharding import Role
 from common.errors import check_choice
 
 # The arguments of each rule: how many times as wide as in the base model the
-# inputs and the outputs of a parameter are, and what its product is divided by.
-# The equations are at the head of this file.
+# inputs and the outputs of a parameter are, what its product is divided by, and
+# how many times as large as by its width it is at first. The equations are at
+# the head of this file.
 
 
-def _factor_of_adam(inputs: float, outputs: float, divisor: float) -> float:
+def _factor_of_adam(inputs: float, outputs: float, divisor: float,
+                    stddev: float) -> float:
   """Returns what muP multiplies Adam's or Lion's learning rate by: their step
   does not depend on the size of the gradient."""
-  del outputs
+  del outputs, stddev
   return divisor / inputs
 
 
-def _factor_of_sgd(inputs: float, outputs: float, divisor: float) -> float:
+def _factor_of_sgd(inputs: float, outputs: float, divisor: float,
+                   stddev: float) -> float:
   """Returns what muP multiplies SGD's learning rate by: its step follows the
   gradient, which falls with the number of outputs and with the divisor of the
   product."""
+  del stddev
   return divisor ** 2 * outputs / inputs
 
 
-def _factor_of_muon(inputs: float, outputs: float, divisor: float) -> float:
+def _factor_of_muon(inputs: float, outputs: float, divisor: float,
+                    stddev: float) -> float:
   """Returns what muP multiplies the learning rate of a hidden matrix by, whose
   step has equal singular values and a root mean square of 0.2."""
-  del divisor
+  del divisor, stddev
   return math.sqrt(outputs / inputs / max(inputs, outputs))
 
 
-def _factor_of_relative_steps(inputs: float, outputs: float, divisor: float
-                              ) -> float:
+def _factor_of_relative_steps(inputs: float, outputs: float, divisor: float,
+                              stddev: float) -> float:
   """Returns what muP multiplies the learning rate of a hidden matrix by, whose
   step is a share of the matrix and has a rank that does not grow."""
   del outputs, divisor
-  return 1 / math.sqrt(inputs)
+  return 1 / math.sqrt(inputs) / stddev
 
 
-def _factor_of_relative_muon(inputs: float, outputs: float, divisor: float
-                             ) -> float:
+def _factor_of_relative_muon(inputs: float, outputs: float, divisor: float,
+                             stddev: float) -> float:
   """Returns what muP multiplies the learning rate of a hidden matrix by, whose
   step is a share of the matrix and has equal singular values."""
   del divisor
-  return math.sqrt(min(outputs / inputs, 1.0))
+  return math.sqrt(min(outputs / inputs, 1.0)) / stddev
 
 
 class Rule(NamedTuple):
@@ -185,8 +211,11 @@ def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any,
     # The parameter is wider than the base's by these factors along its inputs
     # and its outputs.
     axes = role.split(len(role.axes))
-    inputs = math.prod(widening[role.axes[i]] for i in axes.inputs)
-    outputs = math.prod(widening[role.axes[i]] for i in axes.outputs)
+    of_axis = dict(widening)
+    if role.scale.mlp is not None:
+      of_axis['mlp'] = role.scale.mlp
+    inputs = math.prod(of_axis[role.axes[i]] for i in axes.inputs)
+    outputs = math.prod(of_axis[role.axes[i]] for i in axes.outputs)
     # Logits are divided by the width in the forward pass.
     divisor = 1.0
     if role.kind == 'logits':
@@ -194,7 +223,8 @@ def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any,
     factor = rule.others
     if role.is_hidden_matrix:
       factor = factor_of_hidden
-    return factor(inputs=inputs, outputs=outputs, divisor=divisor)
+    return factor(inputs=inputs, outputs=outputs, divisor=divisor,
+                  stddev=role.scale.stddev)
 
   return jax.tree.map(factor_of_parameter, roles)
 
@@ -202,7 +232,8 @@ def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any,
 def gradient_factors(config: ModelConfig, optimizer: str, roles: Any):
   """Returns what the gradient of each parameter is multiplied by before the
   optimiser sees it, so that it is as large as at the base, and the epsilon of
-  Adam has the same effect (Dey et al. 2025, arXiv 2505.01618, table 1).
+  Adam has the same effect (Dey et al. 2025, arXiv 2505.01618, table 1), and
+  that of an expert as large as where it sees more of the tokens.
 
   Args:
     config: the model's config.
@@ -210,20 +241,24 @@ def gradient_factors(config: ModelConfig, optimizer: str, roles: Any):
     roles: the Role of each parameter, as a tree.
 
   Returns:
-    A factor for each parameter; None for a model without a base of its depth.
+    A factor for each parameter; None for a model without a base of its depth
+    or of another number of experts.
   """
-  if not config.mup_base_depth:
+  has_other_experts = any(
+      role.scale.gradient != 1 for role in jax.tree.leaves(roles))
+  if not config.mup_base_depth and not has_other_experts:
     return None
-  # The rates of SGD already hold how gradients fall with the width.
-  of_width = config.widening
-  if optimizer == 'sgd':
-    of_width = 1.0
+  # The width counts where the depth does. The rates of SGD already hold how
+  # gradients fall with the width.
+  of_width = 1.0
+  if config.mup_base_depth and optimizer != 'sgd':
+    of_width = config.widening
 
   def factor_of_parameter(key: tuple, role: Role) -> float:
     """Returns the factor of the gradient of one parameter."""
-    del role
+    factor = of_width * role.scale.gradient
     if paths.Stacks.is_in_stack(paths.path_to_string(key)):
-      return of_width * config.deepening
-    return of_width
+      factor *= config.deepening
+    return factor
 
   return jax.tree_util.tree_map_with_path(factor_of_parameter, roles)

@@ -258,12 +258,13 @@ class MoE(nn.Module):
     # The product with a vector of each expert. gpt-oss has a bias as well.
     router_DE = layers.weight(
         self, 'router', shape=(input_TD.shape[1], moe.all_experts),
-        axes=(axis_of_input, None), output=True)
+        axes=(axis_of_input, None), output=True, scale=moe.scale(self.config))
     logits_TE = _multiply_in_float32(input_TD, router_DE)
     logits_TE = logits_TE / self.config.widening
     if moe.logit_bias:
       bias_E = layers.bias(
-          self, 'logit_bias', shape=(moe.all_experts,), axes=(None,))
+          self, 'logit_bias', shape=(moe.all_experts,), axes=(None,),
+          scale=moe.scale(self.config))
       logits_TE = layers.add_bias(logits_TE, bias_E)
 
     # Noise on the logits, in training.
@@ -425,7 +426,8 @@ class MoE(nn.Module):
       matrix = layers.weight(
           self, name, shape=(moe.num_experts, size[into], size[out]),
           axes=('experts', into, out), in_axes=(1,), batch_axes=(0,),
-          residual=name == 'down')
+          residual=name == 'down',
+          scale=moe.scale(config, is_down=name == 'down'))
       return matrix.astype(config.compute_dtype)
 
     def bias(name: str, axis: str) -> Optional[jax.Array]:
@@ -434,7 +436,7 @@ class MoE(nn.Module):
         return None
       vector = layers.bias(
           self, name, shape=(moe.num_experts, size[axis]),
-          axes=('experts', axis), batch_axes=(0,))
+          axes=('experts', axis), batch_axes=(0,), scale=moe.scale(config))
       return vector.astype(config.compute_dtype)
 
     # Parameters draw their initial values in this order, so that another order

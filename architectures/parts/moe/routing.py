@@ -66,9 +66,10 @@ from architectures.parts import layers
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import hash_uint32
 from architectures.parts.context import Report
+from architectures.parts.sharding import Scale
 from common.errors import RequestError, require
 from common.fields import field, FUNCTION, RECIPE, REGULARISATION, Effect
-from common.fields import RUN, SAFE, SAME, SHAPES, ReadIf
+from common.fields import RUN, SAFE, SAME, SHAPES, SIZE, ReadIf
 
 SINKHORN_STEPS = 8
 SCORE_OF_PADDING = -1e30  # finite, so that a difference of two is no NaN
@@ -161,6 +162,16 @@ class MoEConfig:
       0.001, 'How far a step moves router_bias.', least=0,
       resume=REGULARISATION, about=RECIPE)
 
+  mup_base_experts: int = field(
+      0, "The num_experts of muP's base; derived: as many.", resume=FUNCTION,
+      about=SIZE)
+  mup_base_top_k: int = field(
+      0, "The top_k of muP's base; derived: as many.", resume=FUNCTION,
+      about=SIZE)
+  mup_base_d_ff: int = field(
+      0, "The d_ff of an expert of muP's base; derived: it grew as d_model "
+      'did.', resume=FUNCTION, about=SIZE)
+
   @property
   def all_experts(self) -> int:
     """The number of experts that a token may choose from."""
@@ -170,19 +181,40 @@ class MoEConfig:
     """Returns the fields, with the sizes that are left open filled in."""
     return dataclasses.replace(self, d_ff=self.d_ff or config.d_ff)
 
+  def scale(self, config: ModelConfig, is_down: bool = False) -> Scale:
+    """Returns how a parameter of the experts or of the router differs from that
+    of muP's base, by the rules of training/optim/mup.py.
+
+    Args:
+      config: the config of the model.
+      is_down: whether it is the second matrix of the experts' networks.
+    """
+    mlp = config.widening
+    if self.mup_base_d_ff:
+      mlp = self.d_ff / self.mup_base_d_ff
+    stddev = 1.0
+    if is_down and self.mup_base_top_k:
+      stddev = math.sqrt(self.top_k / self.mup_base_top_k)
+    gradient = 1.0
+    if self.mup_base_experts:
+      gradient = self.num_experts / self.mup_base_experts
+    return Scale(mlp=mlp, stddev=stddev, gradient=gradient)
+
   def conditions_of_reading(self, config: ModelConfig) -> dict[str, ReadIf]:
     """Returns the fields of this group that have no effect as the config
     stands. A field that a user sets without effect is refused by this list.
 
     Args:
-      config: the config of the model, which is not read.
+      config: the config of the model.
 
     Returns:
       {field without effect: the other field that switches it off, and the
       condition under which it would be read}.
     """
-    del config
     router, conditions = router_of(self), {}
+    if config.parametrization != 'mup':
+      for name in ('mup_base_experts', 'mup_base_top_k', 'mup_base_d_ff'):
+        conditions[name] = ReadIf('parametrization', 'is mup')
     # The router and its experts.
     if self.expert_groups == 1:
       conditions['top_groups'] = ReadIf('moe.expert_groups', 'is not 1')
@@ -854,6 +886,7 @@ def check_router(config: ModelConfig, stack: str) -> None:
         'or an encoder')
 
   _check_experts_of_token(moe, router)
+  _check_mup_base(moe)
   choices = layers.networks_without_learned_numbers()
   require(moe.ffn in choices, f'model.moe.ffn is {moe.ffn!r}, whose activation '
           'is learned, which that of experts is not: choose it from '
@@ -908,6 +941,40 @@ def _check_experts_of_token(moe: MoEConfig, router: Router) -> None:
     raise RequestError(f'model.moe.top_k is {moe.top_k}: choose 1 to {most}')
   if 'moe.expert_groups' in router.fields:
     _check_expert_groups(moe, router)
+
+
+def _check_mup_base(moe: MoEConfig) -> None:
+  """Checks that muP has rules over the number of experts, and over that of the
+  experts of a token, for all parts of a mixture.
+
+  Args:
+    moe: the config of the mixture, which has a base of other numbers or none.
+
+  Raises:
+    RequestError: for gates whose sum depends on these numbers, zero experts,
+      whose number does too, and a bias that moves by steps of one size beside
+      scores that fall with the number of experts.
+  """
+  bases = (('num_experts', 'mup_base_experts'), ('top_k', 'mup_base_top_k'))
+  for name, base_name in bases:
+    number, base = getattr(moe, name), getattr(moe, base_name)
+    if base in (0, number):
+      continue
+    request = (f'model.moe.{name} is {number} and model.moe.{base_name} {base}'
+               ', between which muP has no rule for ')
+    base_top_k = moe.mup_base_top_k or moe.top_k
+    for top_k in (moe.top_k, base_top_k):
+      unscaled = dataclasses.replace(moe, top_k=top_k, gate_scale=1.0)
+      require(has_whole_gates(unscaled), f'{request}gates that do not sum to '
+              '1: choose a router and moe.normalize_gates with which they do, '
+              'and 2 or more for top_k and its base')
+    require(not moe.zero_experts, f'{request}model.moe.zero_experts '
+            f'{moe.zero_experts}: set it to 0')
+    has_falling_scores = moe.router == 'softmax_bias'
+    require(name == 'top_k' or not has_falling_scores,
+            f"{request}model.moe.router 'softmax_bias', whose scores fall with "
+            'the number of experts while the steps of its bias do not: choose '
+            'sigmoid')
 
 
 def _check_expert_groups(moe: MoEConfig, router: Router) -> None:
