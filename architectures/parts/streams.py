@@ -163,15 +163,14 @@ class StreamWeights(NamedTuple):
 
 
 class Branch(nn.Module):
-  """The module that holds the parameters with which a branch reads streams.
-
-  Streams -> (the input of the branch, x_BLD; how its result is added to the
-  streams, as `add_to_streams` takes it).
-  """
+  """The module that holds the parameters with which a branch reads streams. A
+  branch is attention or the feed-forward network of a layer."""
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x: Streams) -> tuple[jax.Array, Optional[StreamWeights]]:
+    """Returns the input of the branch, [B, L, D], and how its result is added
+    to the streams later, as `add_to_streams` takes it."""
     x_BLD, weights = RESIDUALS[self.config.residual].read(self, x)
     return sharding.constrain_stream(x_BLD, 'embed'), weights
 
@@ -212,12 +211,14 @@ def pin_streams(x_BLUD: jax.Array) -> jax.Array:
 
 
 class Residual:
-  """The base of the forms. Those that are not plain define the methods.
+  """The base of the forms of the residual, the entries of RESIDUALS. Those that
+  are not plain define the methods.
 
   Attributes:
     settings: the group of fields of config.model that the form reads.
-    fields: of config.model, those that this form reads and others may not.
-    is_sum: whether the first stream is the sum of all that came before.
+    fields: the fields of config.model that this form reads and others may not.
+    is_sum: whether the first stream is the sum of all results before it. To
+      such a stream something else can be added (model.skips).
   """
   settings: Optional[type] = None
   fields: tuple[str, ...] = ('residual_scale',)
@@ -731,8 +732,14 @@ def _mean_through_gates(gate_BLUD: jax.Array, n_BLUD: jax.Array) -> jax.Array:
 
 
 class Attended(Residual):
-  """Attention residuals (Kimi Team 2026, equations 2 to 6): the streams are
-  what the branches returned, in slots, and those not yet written are 0."""
+  """Attention residuals (Kimi Team 2026, arXiv 2603.15031, equations 2 to 6):
+
+    v_(k+1) = F(sum over i of p_i v_i),   v_0 = e
+
+  The streams are slots for the results v_i of the branches F, of which those
+  not yet written are 0. With streams.block_size above 1, the results of a block
+  of branches add up in one slot.
+  """
   settings = StreamsConfig
   fields = ('streams.block_size', 'norm_eps')
 
@@ -740,29 +747,33 @@ class Attended(Residual):
     return _count_attended_slots(config, branches)
 
   def begin(self, x_BLD: jax.Array, count: int) -> jax.Array:
+    # The first slot has the embedding.
     first_BL1D = x_BLD[:, :, None]
-    return jnp.pad(first_BL1D, ((0, 0), (0, 0), (0, count - 1), (0, 0)))
+    empty_slots = (0, count - 1)
+    return jnp.pad(first_BL1D, ((0, 0), (0, 0), empty_slots, (0, 0)))
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, None]:
-    # 2 FLOPs in the score and 2 in the sum, for each feature of each slot that
-    # is attended to: the mean over all branches.
+    # The branches of a scan run one program, but each attends to another number
+    # of slots. So the program counts the mean number of slots.
     slots_of_all_branches = sum(
         _count_attended_slots(module.config, k) for k in range(x.branches))
-    y_BLD = _attend_to_slots(module, x, flops=4 * slots_of_all_branches,
-                             divisor=x.branches)
+    y_BLD = _attend_to_slots(module, x, num_slots=slots_of_all_branches,
+                             num_reads=x.branches)
     return y_BLD, None
 
   def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
-    # The slot of this branch: a block of branches adds up in one.
+    # The slot of this branch, after that of the embedding. Its number is not
+    # known when the program is made, so y is added to all slots, and kept in
+    # its own.
     slot = 1 + x.branch // config.part(StreamsConfig).block_size
     is_slot_U = jnp.arange(x.x_BLUD.shape[2]) == slot
     added_BLUD = x.x_BLUD + y_BLD[:, :, None]
     return jnp.where(is_slot_U[None, None, :, None], added_BLUD, x.x_BLUD)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
-    return _attend_to_slots(
-        module, x, flops=4 * x.x_BLUD.shape[-2], divisor=1)
+    all_slots = x.x_BLUD.shape[-2]
+    return _attend_to_slots(module, x, num_slots=all_slots, num_reads=1)
 
 
 def _count_attended_slots(config: ModelConfig, branch: Any) -> Any:
@@ -778,7 +789,7 @@ def _count_attended_slots(config: ModelConfig, branch: Any) -> Any:
   return 1 + branch // size + has_begun_block
 
 
-def _attend_to_slots(module: Any, x: Streams, flops: int, divisor: int
+def _attend_to_slots(module: Any, x: Streams, num_slots: int, num_reads: int
                      ) -> jax.Array:
   """Returns the attention of one learned query to the results of the residual
   branches so far (Kimi Team 2026, arXiv 2603.15031, equations 2 to 4).
@@ -788,9 +799,10 @@ def _attend_to_slots(module: Any, x: Streams, flops: int, divisor: int
       norm of the keys, [D].
     x: the results of the branches. Its array is [batch, length, U slots,
       d_model], and slots that no branch has written yet are 0.
-    flops: the numerator of the FLOPs to count for each feature of the result.
-    divisor: their denominator. The number of slots attended to grows from
-      branch to branch, so its mean need not be whole.
+    num_slots: how many slots are attended to in `num_reads` calls together,
+      which is for the count of FLOPs alone. It grows from branch to branch, so
+      the number of one call need not be whole.
+    num_reads: the number of these calls.
 
   Returns:
     The weighted sum of the slots, [B, L, D].
@@ -802,8 +814,9 @@ def _attend_to_slots(module: Any, x: Streams, flops: int, divisor: int
                      role=role)
   scale_D = declare(module, 'scale', init=nn.initializers.ones, shape=(D,),
                     role=Role(axes=('embed',)))
-  attend = recompute_in_backward(
-      layers.count_flops_by_result(_attention_over_slots, flops, divisor))
+  # For each feature of a slot, 2 FLOPs are in the score and 2 in the sum.
+  attend = recompute_in_backward(layers.count_flops_by_result(
+      _attention_over_slots, 4 * num_slots, num_reads))
   # The query is declared as a matrix with one output, as muP's rules take it.
   # Its logits are divided by `widening`, the width over that of muP's base.
   return attend(x.x_BLUD, query_D1[:, 0] / config.widening, scale_D,
@@ -890,7 +903,13 @@ def _add_with_factors(x_BLD: jax.Array, y_BLD: jax.Array, factors: SumFactors
 
 
 class LearnedSum(Residual):
-  """One stream, to which results of branches are added with learned factors."""
+  """One stream x, to which the results of branches F are added with learned
+  factors and shifts of each feature (SumFactors):
+
+    x' = s (x + b) + s' (F(x) + b')
+
+  A subclass says what these are.
+  """
   fields: tuple[str, ...] = ()
   is_sum = True
 
@@ -913,10 +932,12 @@ class LearnedSum(Residual):
     raise NotImplementedError
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, SumFactors]:
-    return x.x_BLUD[:, :, 0], self.factors(module, x.x_BLUD.shape[-1])
+    x_BLD = x.x_BLUD[:, :, 0]
+    return x_BLD, self.factors(module, x_BLD.shape[-1])
 
   def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: SumFactors) -> jax.Array:
+    # 5 FLOPs for each feature: two products and three sums.
     add = recompute_in_backward(
         layers.count_flops_by_result(_add_with_factors, 5))
     return add(x.x_BLUD[:, :, 0], y_BLD, weights)[:, :, None]
@@ -1043,19 +1064,27 @@ RESIDUALS = {
 }
 
 
-# Skips from the first half of the layers to the second (model.skips): the layer
-# in place i before the end also reads what the layer in place i from the start
-# returned, as in a U-net.
+# Skips from the first half of the layers to the second (model.skips), as in a
+# U-net (Ronneberger et al. 2015; modded-nanogpt). Of N layers, layer l of the
+# first half is paired with layer N - 1 - l of the second: the first layer with
+# the last one, the second with the last but one, and so on. The later layer of
+# a pair also reads what the earlier one returned, times a learned number. In an
+# odd number of layers the middle one has no partner.
 
 
 @struct.dataclass
 class Skips:
-  """The results of layers of the first half, on their way to the second half.
+  """The results of the layers of the first half of a stack, on their way to
+  their partners in the second half.
+
+  All layers run the same program (a scan), so each writes a result and reads
+  one. There is one slot more than layers in the first half: layers of the first
+  half read it, and get 0; later it takes what nobody reads.
 
   Attributes:
-    kept_BLUD: the results, in a slot for each layer of the first half. The last
-      slot belongs to no layer, and is 0 until the second half begins.
-    weight_U: the learned number of each slot.
+    kept_BLUD: the results, in a slot for each layer of the first half, and one
+      more. Slots that are not written yet are 0.
+    weight_U: the learned number of each slot, 0 for the last one.
     layer: how many layers have run so far, int32.
     num_layers: how many layers the whole stack has.
   """
@@ -1063,6 +1092,11 @@ class Skips:
   weight_U: jax.Array
   layer: jax.Array
   num_layers: int = struct.field(pytree_node=False)
+
+  @property
+  def last_slot(self) -> int:
+    """The number of the slot that belongs to no layer."""
+    return self.kept_BLUD.shape[2] - 1
 
 
 def begin_skips(module: Any, x_BLD: jax.Array, num_layers: int) -> Skips:
@@ -1080,36 +1114,44 @@ def begin_skips(module: Any, x_BLD: jax.Array, num_layers: int) -> Skips:
     The Skips, with a slot for each layer of the first half, and one that
     belongs to no layer. Its number is 0.
   """
-  half = num_layers // 2
-  weight_of_half = _declare_in_float32(
-      module, 'skip_streams', nn.initializers.ones, half)
-  weight_U = jnp.pad(weight_of_half, (0, 1))
+  num_layers_of_half = num_layers // 2
+  weights = _declare_in_float32(
+      module, 'skip_streams', nn.initializers.ones, num_layers_of_half)
+  weight_U = jnp.pad(weights, (0, 1))
   B, L, D = x_BLD.shape
-  kept_BLUD = jnp.zeros((B, L, half + 1, D), x_BLD.dtype)
+  num_slots = num_layers_of_half + 1
+  kept_BLUD = jnp.zeros((B, L, num_slots, D), x_BLD.dtype)
   return Skips(kept_BLUD=pin_streams(kept_BLUD), weight_U=weight_U,
                layer=jnp.zeros((), jnp.int32), num_layers=num_layers)
 
 
 def read_skip(x: LayerInput, skips: Skips) -> LayerInput:
-  """Returns the input of a layer with a skip added (modded-nanogpt, as in
-  U-nets): for layer l of the N layers of a stack, in its second half,
+  """Adds to the input of a layer what its partner in the first half of the
+  stack returned (modded-nanogpt, as in U-nets). For layer l of N, in the second
+  half,
 
     x'_l = x_l + w_(N-1-l) y_(N-1-l)
 
-  where y_i is what layer i returned, and w_i a learned number.
+  where y_i is what layer i returned, and w_i a learned number. A layer of the
+  first half reads x alone.
 
   Args:
-    x: the residual stream, [B, L, D], or Streams, whose first is the sum.
+    x: the residual stream, [B, L, D], or Streams, whose first is the sum of
+      what came before.
     skips: the results of the first half.
+
+  Returns:
+    x' of the type and shapes of x.
   """
-  # In the first half the partner is past the slots. Then the last one is read,
-  # which is 0, as it is for the layer in the middle of an odd number.
+  # The slot of the partner. That of a layer in the first half, or in the middle
+  # of an odd number, would be past the end: it reads the last slot, which is 0.
   partner = skips.num_layers - 1 - skips.layer
-  last_slot = skips.kept_BLUD.shape[2] - 1
-  slot = jnp.minimum(partner, last_slot)
+  slot = jnp.minimum(partner, skips.last_slot)
   kept_BLD = jax.lax.dynamic_index_in_dim(
       skips.kept_BLUD, slot, axis=2, keepdims=False)
   weight = jax.lax.dynamic_index_in_dim(skips.weight_U, slot, keepdims=False)
+
+  # The sum, with 2 FLOPs for each feature.
   add = recompute_in_backward(layers.count_flops_by_result(_add_weighted, 2))
   if isinstance(x, Streams):
     sum_BLD = add(x.x_BLUD[:, :, 0], kept_BLD, weight)
@@ -1125,13 +1167,15 @@ def _add_weighted(x_BLD: jax.Array, y_BLD: jax.Array, weight: jax.Array
 
 
 def write_skip(x: LayerInput, skips: Skips) -> Skips:
-  """Puts the result of a layer into its slot, for a layer of the second half.
+  """Keeps the result of a layer for its partner in the second half of the
+  stack, which reads it by `read_skip`.
 
-  All layers run the same program (a scan), so those of the second half write
-  too: into the last slot, which none of them reads.
+  All layers run the same program (a scan), so those of the second half, which
+  have no such partner, write too: into the last slot, which none of them reads.
 
   Args:
-    x: the result of the layer, [B, L, D], or Streams, whose first is the sum.
+    x: the result of the layer, [B, L, D], or Streams, whose first is the sum of
+      what came before.
     skips: the results of the layers before.
 
   Returns:
@@ -1140,8 +1184,7 @@ def write_skip(x: LayerInput, skips: Skips) -> Skips:
   x_BLD = x
   if isinstance(x, Streams):
     x_BLD = x.x_BLUD[:, :, 0]
-  last_slot = skips.kept_BLUD.shape[2] - 1
-  slot = jnp.minimum(skips.layer, last_slot)
+  slot = jnp.minimum(skips.layer, skips.last_slot)
   kept_BLUD = jax.lax.dynamic_update_index_in_dim(
       skips.kept_BLUD, x_BLD, slot, axis=2)
   return skips.replace(kept_BLUD=pin_streams(kept_BLUD), layer=skips.layer + 1)

@@ -51,7 +51,6 @@ each: the work of a device would not fall with their number. `auto` pads only
 where that costs little, and is dropless, which has the same drops, elsewhere.
 """
 
-from collections.abc import Callable
 import functools
 from typing import NamedTuple, Optional
 
@@ -383,6 +382,21 @@ def invert_row_of_assignment(row_A: jax.Array, num_rows: int) -> jax.Array:
       assignment_A, mode='drop', unique_indices=True)
 
 
+class AssignedRows(NamedTuple):
+  """The rows that compute the assignments (pairs of a token and its expert) of
+  a mixture, in an array that is sorted by expert.
+
+  Attributes:
+    row_A: int32 [A], the row of each assignment. A void one, which no expert
+      computes, has a number past the end.
+    num_rows: how many rows the array has.
+    count_E: int32 [E], how many of the rows each expert has.
+  """
+  row_A: jax.Array
+  num_rows: int
+  count_E: jax.Array
+
+
 def assign_padded_rows(expert_A: jax.Array, experts: int, slots: int
                        ) -> jax.Array:
   """Gives each assignment (a pair of a token and its expert) a row, where each
@@ -436,17 +450,42 @@ def assign_sorted_rows(expert_A: jax.Array, experts: int
 
 
 class TokensAsRows(NamedTuple):
-  """Tokens that were copied to the rows of their assignments.
+  """Tokens that were copied to the rows of their assignments (pairs of a token
+  and an expert that it goes to).
 
   Attributes:
     rows_PD: the rows.
     assignment_P: the assignment of each row; A where it has none.
-    combine: the function (results of the rows [P, D], the gates [A] or None)
-      -> the tokens' results [T, D], as `combine_results`.
+    row_A: the row of each assignment; P where it has none.
+    token_A: the token of each assignment.
+    num_tokens: T.
+    choices: how many assignments each token has, if those of a token stand one
+      after another; 0: they stand in any order.
   """
   rows_PD: jax.Array
   assignment_P: jax.Array
-  combine: Callable[[jax.Array, Optional[jax.Array]], jax.Array]
+  row_A: jax.Array
+  token_A: jax.Array
+  num_tokens: int
+  choices: int
+
+  def combine(self, y_PD: jax.Array, gate_A: Optional[jax.Array]) -> jax.Array:
+    """Adds up the results of the rows for each token:
+
+      z_t = sum over the assignments a of token t of gate_a * y[row_a]
+
+    Args:
+      y_PD: the results of the rows.
+      gate_A: the gate of each assignment; None: the rows have been multiplied
+        by their gates already.
+
+    Returns:
+      The tokens' results z, [T, D].
+    """
+    return combine_results(
+        y_PD, gate_A, token_A=self.token_A, row_A=self.row_A,
+        assignment_P=self.assignment_P, tokens=self.num_tokens,
+        choices=self.choices)
 
 
 def copy_tokens_to_rows(x_TD: jax.Array, routed: Routing, row_A: jax.Array,
@@ -463,24 +502,18 @@ def copy_tokens_to_rows(x_TD: jax.Array, routed: Routing, row_A: jax.Array,
     num_rows: P, how many rows there are.
 
   Returns:
-    The rows, the assignment of each row, and the function `combine` that adds
-    up the rows' results for each token.
+    The rows, with the maps between tokens, assignments and rows by which their
+    results are added up.
   """
   # The assignment and the token of each row. A row without an assignment has
   # the numbers A and T, past the end.
   T = x_TD.shape[0]
   assignment_P = invert_row_of_assignment(row_A, num_rows)
   token_P = routed.token_A.at[assignment_P].get(mode='fill', fill_value=T)
-
-  def combine(y_PD: jax.Array, gate_A: Optional[jax.Array]) -> jax.Array:
-    """Returns the sums of the tokens' results, [T, D]."""
-    return combine_results(
-        y_PD, gate_A, token_A=routed.token_A, row_A=row_A,
-        assignment_P=assignment_P, tokens=T, choices=routed.choices)
-
   rows_PD = gather_tokens(x_TD, token_P, row_A, choices=routed.choices)
   return TokensAsRows(
-      rows_PD=rows_PD, assignment_P=assignment_P, combine=combine)
+      rows_PD=rows_PD, assignment_P=assignment_P, row_A=row_A,
+      token_A=routed.token_A, num_tokens=T, choices=routed.choices)
 
 
 def reorder_scalars(x_A: jax.Array, index_P: jax.Array, inverse_A: jax.Array
@@ -518,12 +551,17 @@ class LocalExperts:
     return batched_ffn(
         rows_ECD, self.w, hidden=self.settings.activation, mask_ECF=mask_ECF)
 
-  def assign_rows(self, expert_A: jax.Array
-                  ) -> tuple[jax.Array, int, jax.Array]:
-    """Returns the row of each assignment in the layout of `compute_grouped`,
-    [A], how many rows there are, and how many of them each expert has, [E]."""
+  def assign_rows(self, expert_A: jax.Array) -> AssignedRows:
+    """Gives each assignment a row in the layout of `compute_grouped`: the rows
+    of expert 0 first, then those of expert 1, and so on, without gaps.
+
+    Args:
+      expert_A: the expert of each assignment; the number of experts for a void
+        one.
+    """
     row_A, count_E = assign_sorted_rows(expert_A, self.experts)
-    return row_A, expert_A.shape[0], count_E
+    return AssignedRows(
+        row_A=row_A, num_rows=expert_A.shape[0], count_E=count_E)
 
   def compute_grouped(self, rows_PD: jax.Array, count_E: jax.Array,
                       id_P: jax.Array, gate_P: jax.Array) -> jax.Array:
@@ -616,17 +654,18 @@ def compute_dropless(
   """
   del slots
   # Copy each token to a row of each of its experts.
-  row_A, num_rows, count_E = experts.assign_rows(routed.expert_A)
-  as_rows = copy_tokens_to_rows(x_TD, routed, row_A, num_rows=num_rows)
+  assigned = experts.assign_rows(routed.expert_A)
+  as_rows = copy_tokens_to_rows(
+      x_TD, routed, assigned.row_A, num_rows=assigned.num_rows)
 
   # Apply the experts, which multiply each row by its gate. The gradient of a
   # gate needs the expert's result. Gates that were applied after the rows came
   # back from other devices would cost another exchange under remat.
   gate_P = reorder_scalars(
-      routed.gate_A, index_P=as_rows.assignment_P, inverse_A=row_A)
+      routed.gate_A, index_P=as_rows.assignment_P, inverse_A=assigned.row_A)
   id_P = experts.dropout_ids(as_rows.assignment_P)
   y_PD = experts.compute_grouped(
-      as_rows.rows_PD, count_E=count_E, id_P=id_P, gate_P=gate_P)
+      as_rows.rows_PD, count_E=assigned.count_E, id_P=id_P, gate_P=gate_P)
   # The gates must not be applied a second time, hence None.
   return as_rows.combine(y_PD, None)
 
@@ -855,7 +894,8 @@ def _compute_on_device(
     dropout: Optional[ExpertDropout], *, moe: MoEConfig, hidden: HiddenUnits,
     factor: float, tokens: int, groups: int, recompute: bool
     ) -> tuple[jax.Array, jax.Array]:
-  """Computes one device's share: its tokens, and the experts that it has.
+  """Computes one device's share of a mixture of experts: its tokens, by the
+  experts that it has and, where experts are spread over devices, by others.
 
   Args:
     axes: the mesh axes; none: this device has all.
@@ -863,20 +903,23 @@ def _compute_on_device(
     routed: their assignments.
     w: this device's part of the weights.
     dropout: the dropout of the hidden units, if any.
-    m: the mixture.
+    moe: the config of the mixture.
     hidden: the activation of its networks.
     factor: the capacity factor; 0: there is no capacity.
     tokens: the number of tokens of all devices, without padding.
     groups: the number of routing groups.
-    recompute: as in grouped.GroupedSettings.
+    recompute: whether the backward pass computes the hidden units again
+      (grouped.GroupedSettings).
 
   Returns:
     The tokens' results, [T, D], and bool [A]: the assignments that found room.
   """
   T, E = x_TD.shape[0], moe.num_experts
   shards = sharding.count_devices_along(axes.tokens)
-  shard_index = jax.lax.axis_index(axes.tokens) if axes.tokens else 0
   devices = sharding.count_devices_along(axes.experts)
+  shard_index: jax.Array | int = 0
+  if axes.tokens:
+    shard_index = jax.lax.axis_index(axes.tokens)
 
   # The assignments that have room; the rows of an expert (slots), and those
   # that this device may send to another one (most_rows_sent).
@@ -885,19 +928,16 @@ def _compute_on_device(
     slots = routed.expert_A.shape[0] // E
     most_rows_sent = routed.expert_A.shape[0] // devices
   else:
-    routed = _void_choices_over_capacity(moe, factor=factor, tokens=tokens,
-                                         groups=groups, axes=axes, T=T,
-                                         routed=routed)
+    routed = _void_choices_over_capacity(
+        moe, factor=factor, tokens=tokens, groups=groups, axes=axes, T=T,
+        routed=routed)
     slots = slots_of_expert(
         moe, factor=factor, tokens=tokens, groups=groups, shards=shards)
     most_rows_sent = T * min(routed.choices, E // devices)
-
-  # Dropout counts the assignments and hidden units of all devices.
   if dropout is not None:
-    first_row, first_unit = shard_index * routed.expert_A.shape[0], 0
-    if axes.mlp:
-      first_unit = jax.lax.axis_index(axes.mlp) * w.up_EDF.shape[2]
-    dropout = dropout.replace(first_row=first_row, first_unit=first_unit)
+    dropout = _number_units_over_mesh(
+        dropout, axes=axes, first_row=shard_index * routed.expert_A.shape[0],
+        num_units=w.up_EDF.shape[2])
 
   # The experts, here or along the mesh.
   even_rows = max(1, T * devices * moe.top_k // moe.all_experts)
@@ -909,6 +949,8 @@ def _compute_on_device(
   if axes.experts:
     experts = SpreadExperts(
         local=experts, axis=axes.experts[0], most_rows_sent=most_rows_sent)
+
+  # Their results, in one of the two ways.
   name = choose_dispatch(
       moe, factor=factor, tokens=tokens, groups=groups, shards=shards)
   compute = DISPATCHES[name]
@@ -918,6 +960,24 @@ def _compute_on_device(
   if axes.mlp:
     y_TD = jax.lax.psum(y_TD, axes.mlp)
   return y_TD, routed.expert_A < E
+
+
+def _number_units_over_mesh(dropout: ExpertDropout, axes: MixtureAxes,
+                            first_row: jax.Array | int, num_units: int
+                            ) -> ExpertDropout:
+  """Returns the dropout of a device, which numbers assignments and hidden units
+  through all devices. So what is dropped does not depend on the mesh.
+
+  Args:
+    dropout: the dropout of the whole mixture.
+    axes: the mesh axes, of which `mlp` split the hidden units.
+    first_row: how many assignments the devices before this one have.
+    num_units: how many hidden units each device has.
+  """
+  first_unit: jax.Array | int = 0
+  if axes.mlp:
+    first_unit = jax.lax.axis_index(axes.mlp) * num_units
+  return dropout.replace(first_row=first_row, first_unit=first_unit)
 
 
 def _void_choices_over_capacity(
@@ -1102,23 +1162,21 @@ class SpreadExperts:
     x_EnC = self._exchange(x_nEC).swapaxes(0, 1)
     return x_EnC.reshape(E // n, n * C, *shape_of_row)
 
-  def assign_rows(self, expert_A: jax.Array
-                  ) -> tuple[jax.Array, int, jax.Array]:
+  def assign_rows(self, expert_A: jax.Array) -> AssignedRows:
     """Gives each assignment (pair of a token and its expert) a row of the array
     that is sent to the n devices of the experts. The rows for device d begin at
-    d * most_rows_sent and are sorted by expert.
+    d * most_rows_sent and are sorted by expert:
+
+      row_a = d most_rows_sent + (sorted_row_a - start_d)
+
+    where sorted_row_a is the row if all rows stood without gaps, and start_d
+    the first such row that is for device d.
 
     The suffixes name axes: A assignments, E experts of all devices, n devices.
 
     Args:
       expert_A: the expert of each assignment. E stands for a void assignment,
         which no expert computes.
-
-    Returns:
-      A tuple of three:
-        the row of each assignment, int32 [A]; past the end for a void one;
-        how many rows the array has;
-        how many of them each expert has, int32 [E].
     """
     n, E = self.devices, self.local.experts
     sorted_row_A, count_E = assign_sorted_rows(expert_A, E)
@@ -1131,8 +1189,9 @@ class SpreadExperts:
     start_n = jnp.append(jnp.cumsum(count_n) - count_n, 0)
     row_A = (device_A * self.most_rows_sent
              + sorted_row_A - start_n[device_A])
-    row_A = jnp.where(expert_A < E, row_A, n * self.most_rows_sent)
-    return row_A, n * self.most_rows_sent, count_E
+    num_rows = n * self.most_rows_sent
+    row_A = jnp.where(expert_A < E, row_A, num_rows)
+    return AssignedRows(row_A=row_A, num_rows=num_rows, count_E=count_E)
 
   def compute_grouped(self, rows_PD: jax.Array, count_E: jax.Array,
                       id_P: jax.Array, gate_P: jax.Array) -> jax.Array:
