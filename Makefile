@@ -1,7 +1,7 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
 # make train EXTRA=cuda13: the same on a GPU (cuda: CUDA 12; tpu: a TPU).
-# make test, test-fast, fuzz, verify, lint, docs, plan-test, slurm-test, mutants,
-# lock, clean: see CONTRIBUTING.md.
+# make test, test-fast, fuzz, verify, lint, docs, docs-test, plan-test, slurm-test,
+# mutants, lock, clean: see CONTRIBUTING.md.
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
 #   make test PYTHON=python3.12 VENV=.venv312
@@ -27,8 +27,8 @@ plan_extras = $(test_extras),plan,plan-gpu
 locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast fuzz verify lint docs plan-test slurm-test mutants lock \
-  clean
+.PHONY: train test test-fast fuzz verify lint docs docs-test plan-test slurm-test \
+  mutants lock clean
 train: $(demo)
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
 	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
@@ -56,6 +56,10 @@ lint: $(VENV)/.test
 # The documentation site, in site/: open site/index.html.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build --strict --quiet
+
+# Which pages the site's own search finds, in a headless Chromium.
+docs-test: docs $(VENV)/.test
+	$(run) -m pytest -m docs tests/site_test.py
 
 # What compiles for TPUs and GPUs that are not there.
 plan-test: $(VENV)/.plan

@@ -108,8 +108,8 @@ def pytest_collection_modifyitems(config, items):
 def _is_asked_for(item, config):
   """Returns whether -m names all markers of a test without which it does not
   run: `long` (more of what other tests do), `fuzz` (likewise), `plan` (needs
-  libtpu), `slurm` and `verify`."""
-  for marker in ('fuzz', 'long', 'plan', 'slurm', 'verify'):
+  libtpu), `docs` (needs the built site), `slurm` and `verify`."""
+  for marker in ('docs', 'fuzz', 'long', 'plan', 'slurm', 'verify'):
     if item.get_closest_marker(marker) and marker not in config.option.markexpr:
       return False
   return True

@@ -31,11 +31,14 @@ PROGRAMS = (
     '-m tools.convert', '-m tools.count', '-m tools.curves',
     '-m tools.batches', '-m tools.chat', '-m tools.tokenize',
     '-m tools.tokenizer', '-m tools.coord_check', '-m tools.lm_eval')
-# How much a page weighs in a search, by the beginning of its path; the others
-# weigh 1.
+# How much a page weighs in a search, by the beginning of its path, of which the
+# first that fits counts; the others weigh 1. A word in a title counts a
+# thousand times as much as one in a text, and a reference has every word in its
+# titles.
 SEARCH_WEIGHT_OF_PATH = {
-    'tutorials/': 4, 'howto/': 4, 'pods.md': 4, 'install.md': 4,
-    'reference/': .2, 'contributing.md': .2, 'changelog.md': .2}
+    'howto/change_': 1, 'howto/': 4, 'tutorials/': 4, 'pods.md': 4,
+    'install.md': 4, 'sweeps.md': 8,
+    'reference/': .001, 'contributing.md': .001, 'changelog.md': .001}
 _CODE_BLOCK = re.compile(r'(^ *```.*?^ *```)', re.M | re.S)
 # A link of Markdown to a file: its text, its path, and its #anchor if any.
 _LINK = re.compile(r'!?\[([^\]]*)\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)')
