@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import pathlib
 import os
 import re
@@ -144,10 +145,12 @@ print(archetype.__file__, archetype.load('run').config == model.config)
 """
 
 
-@pytest.mark.slow
-def test_a_wheel_trains_from_another_folder(tmp_path):
-  """The wheel alone, of a copy of the project that is deleted again."""
-  copy, site, elsewhere = (tmp_path / x for x in ('copy', 'site', 'elsewhere'))
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+  """The folder where the wheel alone is installed, of a copy of the project
+  that is deleted again."""
+  copy = tmp_path_factory.mktemp('wheel') / 'copy'
+  site = copy.with_name('site')
   for path in ROOT.iterdir():
     if path.name in ROOMS:
       shutil.copytree(path, copy / path.name)
@@ -159,34 +162,61 @@ def test_a_wheel_trains_from_another_folder(tmp_path):
       capture_output=True, text=True)
   assert install.returncode == 0, install.stderr
   shutil.rmtree(copy)
-  elsewhere.mkdir()
-  (elsewhere / 'text.txt').write_text('a text to read\n' * 200)
+  return site
 
-  def python(*words, cwd=elsewhere):
+
+@pytest.fixture
+def python_elsewhere(site, tmp_path):
+  """A function that runs Python with the wheel, from an empty folder or `cwd`,
+  and returns what is printed."""
+  def run(*words, cwd=tmp_path):
     result = subprocess.run(
         [sys.executable, *words], cwd=cwd, capture_output=True, text=True,
         env=os.environ | {'PYTHONPATH': str(site)})
     assert result.returncode == 0, result.stderr
     return result.stdout
 
-  python('-m', 'train', '--config=gpt:tiny', '--workdir=run',
-         *(f'--config.{field}' for field in (
-             'model.d_model=32', 'model.num_layers=1', 'train.steps=2',
-             'data.source=text:text.txt', 'data.cache_dir=cache',
-             'data.length=16', 'data.batch_size=8', 'checkpoint.every_steps=2',
-             'eval.every_steps=0')))
-  assert python('-c', ELSEWHERE).split() == [f'{site}/archetype.py', 'True']
-  # The command takes its own modules where the user's folders have their names.
-  mine = tmp_path / 'mine'
+  return run
+
+
+@pytest.mark.long
+def test_a_wheel_trains_from_another_folder(site, python_elsewhere, tmp_path):
+  (tmp_path / 'text.txt').write_text('a text to read\n' * 200)
+  python_elsewhere(
+      '-m', 'train', '--config=gpt:tiny', '--workdir=run',
+      *(f'--config.{field}' for field in (
+          'model.d_model=32', 'model.num_layers=1', 'train.steps=2',
+          'data.source=text:text.txt', 'data.cache_dir=cache',
+          'data.length=16', 'data.batch_size=8', 'checkpoint.every_steps=2',
+          'eval.every_steps=0')))
+  printed = python_elsewhere('-c', ELSEWHERE)
+  assert printed.split() == [f'{site}/archetype.py', 'True']
+
+
+@pytest.mark.long
+def test_the_command_takes_its_own_modules(site, python_elsewhere, tmp_path):
+  """The user's folders have the names of the project's."""
   for name in ('architectures', 'common', 'configs', 'tools', 'training'):
-    (mine / name).mkdir(parents=True)
-    (mine / name / '__init__.py').write_text('raise ImportError("not this")')
-  (mine / 'train.py').write_text('raise ImportError("not this")')
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / '__init__.py').write_text(
+        'raise ImportError("not this")')
+  (tmp_path / 'train.py').write_text('raise ImportError("not this")')
   command = site / 'bin' / 'archetype'
-  assert python(command, cwd=mine).startswith('python -m tools.batches')
-  assert 'parameters' in python(command, 'count', '--config=gpt:tiny', cwd=mine)
-  assert '"d_model"' in python(command, 'train', '--config=gpt:tiny',
-                               '--print_config', cwd=mine)
+  assert python_elsewhere(command).startswith('python -m tools.batches')
+  assert 'parameters' in python_elsewhere(command, 'count', '--config=gpt:tiny')
+  assert '"d_model"' in python_elsewhere(
+      command, 'train', '--config=gpt:tiny', '--print_config')
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('notebook', sorted(ROOT.glob('docs/**/*.ipynb')),
+                         ids=lambda path: path.stem)
+def test_a_notebook_runs_from_an_empty_folder(notebook, python_elsewhere):
+  pytest.importorskip('treescope', reason='no treescope')
+  cells = json.loads(notebook.read_text())['cells']
+  code = '\n'.join(''.join(cell['source']) for cell in cells
+                   if cell['cell_type'] == 'code')
+  python_elsewhere('-c', code)
 
 
 @pytest.mark.parametrize('name, meant', [
