@@ -208,7 +208,7 @@ def test_a_link_is_one_of_the_site(site, uri, text, shown):
 def test_pages_to_read_come_first_in_a_search(site):
   uris = 'howto/resume.md', 'studies.md', 'reference/config.md'
   weights = [_page_of_site(site, uri, '')[1] for uri in uris]
-  assert weights == [4, 1, .2]
+  assert weights == sorted(set(weights), reverse=True)
 
 
 def test_pages_that_are_made_say_what_there_is(site):
