@@ -27,6 +27,7 @@ MODULES = {
     'llama4': ['q_proj', 'k_proj', 'v_proj', 'o_proj'],
     'granitemoehybrid': r'.*shared_mlp\.output_linear',
     'nemotron_h': ['up_proj', 'down_proj'],
+    'zaya': ['k_proj', 'v_proj_current', 'v_proj_delayed', 'o_proj'],
 }
 LORA = dict(r=3, lora_alpha=7, lora_dropout=0.0)
 

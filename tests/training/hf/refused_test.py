@@ -94,6 +94,8 @@ READ = [
     ('switch', {'num_layers': 2},
      "another share of the decoder's layers"),
     ('t5', {'scale_decoder_outputs': None}, 'scale_decoder_outputs null'),
+    ('zaya', {'sliding_window': None}, 'but no sliding_window'),
+    ('zaya', {'num_experts_per_tok': 2}, 'num_experts_per_tok 2'),
     ('llama', {'rope_parameters.partial_rotary_factor': 0.5},
      'partial_rotary_factor 0.5, which transformers does not read'),
     ('llama', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor 0.5'),
