@@ -51,6 +51,8 @@ _task = _fields(OPTIMISATION, 'another difficulty of the task')
 
 def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> Effect:
   """Returns what another number of steps does to a run."""
+  if new['optim.decay_time']:
+    return Effect(OPTIMISATION, 'optim.decay_time is a share of the steps')
   schedules = old['optim.schedule'], new['optim.schedule']
   if all(name in ('constant', 'rsqrt') for name in schedules):
     return Effect(SAFE, 'this schedule does not depend on the last step')
@@ -195,6 +197,10 @@ class Optim:
                                    'decays.', above=0, most=1)
   weight_decay: float = _updates(0.1, 'The share of a parameter, times lr, '
                                  'that each step takes from it.', least=0)
+  decay_time: float = _updates(
+      0.0, 'The steps over which weight decay averages updates, as a share of '
+      'train.steps, from which the decay is derived: 1 / (lr * decay_time * '
+      'steps). 0: it is weight_decay.', least=0)
   cautious_decay: bool = _updates(
       False, 'Whether only numbers decay that the step does not make larger.')
   hyperball: bool = _state(

@@ -14,10 +14,13 @@ cosine and linear at t = decay_steps where that is set.
 Weight decay is decoupled and multiplied by the learning rate for every
 optimiser (Loshchilov and Hutter 2019, as in optax and PyTorch), on the
 parameters that optim.decay_mask selects; where it is empty, on matrices that
-are no embeddings. Moments are kept and updates are computed in float32,
-whatever model.param_dtype is; a parameter is rounded once, when the update is
-added. A field of config.optim that the chosen optimiser or schedule does not
-read has to stay at its default: setting it is refused. To add an optimiser or a
+are no embeddings. With optim.decay_time it is derived from a time scale.
+
+Moments are kept and updates are computed in float32, whatever model.param_dtype
+is; a parameter is rounded once, when the update is added.
+
+A field of config.optim that the chosen optimiser or schedule does not read has
+to stay at its default: setting it is refused. To add an optimiser or a
 schedule, write its function, and its entry in OPTIMIZERS or SCHEDULES.
 """
 
@@ -256,6 +259,26 @@ def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
   return schedule
 
 
+def derive_weight_decay(optim: Optim, steps: int) -> float | jax.Array:
+  """Returns the factor of the weight decay, by which and by the learning rate a
+  parameter is multiplied and subtracted at each step.
+
+  A parameter that decays is an exponential moving average of its updates, over
+  the last tau = 1 / (lr * weight_decay) steps (Wang and Aitchison 2024, arXiv
+  2405.13698, section 3). With optim.decay_time, tau is this share of the run at
+  the highest learning rate, and
+
+    weight_decay = 1 / (lr * decay_time * steps).
+
+  Args:
+    optim: config.optim. Its lr and weight_decay may be traced values.
+    steps: train.steps.
+  """
+  if not optim.decay_time:
+    return optim.weight_decay
+  return 1 / (optim.lr * optim.decay_time * steps)
+
+
 def check_optim(optim: Optim) -> None:
   """Checks that the fields of config.optim, each of which is in its range, also
   fit each other. A field counts as set if it differs from the default of
@@ -276,6 +299,15 @@ def check_optim(optim: Optim) -> None:
   require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
           f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
           f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
+  # The decay is given as a factor or as a time, which needs a rate.
+  if optim.decay_time:
+    require(optim.weight_decay == 0,
+            f'optim.decay_time is {optim.decay_time} and optim.weight_decay '
+            f'{optim.weight_decay}, which is derived from it: set one of them '
+            'to 0')
+    require(optim.lr > 0,
+            f'optim.decay_time is {optim.decay_time} and optim.lr '
+            f'{optim.lr}, at which nothing decays: choose more than 0')
   # Each pair has a pattern of parameter paths, and whether these decay.
   for entry in optim.decay_mask:
     is_pair = isinstance(entry, tuple | list) and len(entry) == 2
@@ -353,8 +385,9 @@ def make_optimizer(optim: Optim, steps: int, roles: Any,
   if optim.hyperball:
     direction = optax.chain(direction, hyperball.normalize_steps(roles))
   direction = _multiply_gradients(direction, keep_trained(gradient_factors))
-  add_decay = _add_weight_decay(optim.weight_decay, _decay_mask(optim, roles),
-                                is_cautious=optim.cautious_decay)
+  add_decay = _add_weight_decay(
+      derive_weight_decay(optim, steps), _decay_mask(optim, roles),
+      is_cautious=optim.cautious_decay)
   scale_by_rate = optax.scale_by_learning_rate(learning_rate(optim, steps))
   # All four always stand in the chain, so that the state's tree does not
   # depend on numbers that a resumed run may change.

@@ -68,6 +68,8 @@ def run(tx, tree, steps=3):
     (dict(name='adamv'), ("unknown optim.name 'adamv'", 'muon',
                           "Did you mean 'adamw'")),
     (dict(momentum=0.5), ('optim.momentum is 0.5', 'muon, normuon, sgd')),
+    (dict(decay_time=0.5), ('optim.decay_time is 0.5', 'weight_decay 0.1')),
+    (dict(decay_time=0.5, weight_decay=0.0, lr=0.0), ('optim.lr 0.0, at',)),
     (dict(decay_mask=(('.*', 2),)), ('optim.decay_mask is', '1 or 0')),
     (dict(decay_mask=(('.*', 1, 1),)), ('optim.decay_mask is', '1 or 0')),
     (dict(decay_mask=(('.*', 1), '.*')), ('optim.decay_mask is', '1 or 0')),
@@ -115,6 +117,25 @@ def test_decay_is_decoupled_and_masked(name):
     factor = 1.0 if any(w in path for w in ('norm', 'bias', 'embed')) else 0.95
     np.testing.assert_allclose(after[path], before * factor, rtol=1e-6,
                                err_msg=path)
+
+
+@pytest.mark.parametrize('lr, steps', [(0.1, 50), (0.4, 50), (0.1, 500)])
+def test_decay_forgets_in_a_share_of_the_run(lr, steps):
+  """Without gradients, a parameter is 1 / e of itself after tau steps, at every
+  rate and in muP at every width (arXiv 2405.13698, equation 3)."""
+  config = optim(lr=lr, warmup_steps=0, schedule='constant', weight_decay=0.0,
+                 decay_time=0.4, decay_mask=(('.*', 1),))
+  optimizers.check_optim(config)
+  tree = {'kernel': jnp.ones(2)}
+  tx = optimizers.make_optimizer(config, steps, plain(tree), {'kernel': 0.25})
+  zero = {'kernel': jnp.zeros(2)}
+  def step(state, _):
+    tree, state = state
+    updates, state = tx.update(zero, state, tree)
+    return (optax.apply_updates(tree, updates), state), None
+  tau = round(0.4 * steps)
+  (tree, _), _ = jax.lax.scan(step, (tree, tx.init(tree)), length=tau)
+  np.testing.assert_allclose(tree['kernel'], (1 - 1 / tau) ** tau, rtol=1e-4)
 
 
 def test_adamw_by_hand():
