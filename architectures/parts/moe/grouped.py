@@ -37,6 +37,7 @@ to O outputs.
 
 import functools
 import math
+import operator
 from typing import Any, Callable, NamedTuple, Optional
 
 import jax
@@ -139,24 +140,13 @@ def _grouped_ffn_forward(
     the inputs of the activation, (up,) or in a gated network (up, gate),
     [P, F] each. With settings.recompute the latter are None.
   """
-
-  def drop_what_is_recomputed(forward: Callable) -> Callable:
-    """Returns a forward pass that keeps no inputs of the activation if the
-    backward pass is to compute them again. The passes by blocks and at once
-    are both wrapped: they are branches of one program, so their results must
-    have the same structure."""
-    def run_forward(*args: Any):
-      """Returns the result, and the inputs of the activation or None."""
-      y_PD, activation_inputs = forward(*args)
-      if settings.recompute:
-        activation_inputs = None
-      return y_PD, activation_inputs
-    return run_forward
-
   # There are two ways to compute it. CPU goes through blocks of rows; other
-  # platforms compute all rows at once, by the products of a kernel.
+  # platforms compute all rows at once, by the products of a kernel. The two are
+  # branches of one program, so their results must have the same structure, and
+  # each drops the inputs of the activation itself.
   by_blocks = functools.partial(
-      _forward_by_blocks, settings.activation, settings.even_rows)
+      _forward_by_blocks, settings.activation, settings.even_rows,
+      settings.recompute)
   grouped_product = grouped_product_of_kernel(
       settings.kernel, settings.even_rows)
   at_once = functools.partial(
@@ -165,8 +155,7 @@ def _grouped_ffn_forward(
 
   # Compute it in the platform's way, and apply the gates.
   y_PD, activation_inputs = _compute_for_platform(
-      settings.kernel, drop_what_is_recomputed(by_blocks),
-      drop_what_is_recomputed(at_once), rows_PD, count_E, w, mask_PF)
+      settings.kernel, by_blocks, at_once, rows_PD, count_E, w, mask_PF)
   y_PD = y_PD * gate_P[:, None].astype(y_PD.dtype)
   return y_PD, (rows_PD, count_E, gate_P, w, mask_PF, activation_inputs)
 
@@ -289,6 +278,20 @@ def _apply_experts_affine(
   return y_PO + _bias_of_each_row(b_EO, count_E, num_rows=len(x_PI))
 
 
+def _inputs_of_activation(affine: Callable, rows_P: jax.Array, w: Any
+                          ) -> tuple[jax.Array, ...]:
+  """Returns the inputs of the activation for each row x, [P, F] each: x up +
+  bias and, in a gated network, x gate + bias.
+
+  Args:
+    affine: the function (rows, matrix, bias or None) -> rows.
+    rows_P: the rows, sorted by expert.
+    w: the weights, dispatch.ExpertWeights.
+  """
+  return tuple(affine(rows_P, weight, bias)
+               for weight, bias in _input_weights_and_biases(w))
+
+
 def _bias_of_each_row(b_EO: jax.Array, count_E: jax.Array, num_rows: int
                       ) -> jax.Array:
   """Returns the bias of each row's expert, [P, O]; 0 past the counts."""
@@ -299,7 +302,8 @@ def _bias_of_each_row(b_EO: jax.Array, count_E: jax.Array, num_rows: int
 
 def _forward_at_once(grouped_product: Callable, activation: HiddenUnits,
                      recompute: bool, rows_PD: jax.Array, count_E: jax.Array,
-                     w: Any, mask_PF: Optional[jax.Array]):
+                     w: Any, mask_PF: Optional[jax.Array]
+                     ) -> tuple[jax.Array, Optional[tuple[jax.Array, ...]]]:
   """Applies the experts to all rows at once, by grouped products.
 
   Args:
@@ -315,26 +319,24 @@ def _forward_at_once(grouped_product: Callable, activation: HiddenUnits,
     mask_PF: the factors of the hidden units, for dropout; or None.
 
   Returns:
-    The results, [P, D], and the inputs of the activation, (up,) or (up, gate),
-    [P, F] each; () where slices were computed.
+    The results, [P, D]; and the inputs of the activation, (up,) or (up, gate),
+    [P, F] each, or None with `recompute`.
   """
   affine = functools.partial(_apply_experts_affine, grouped_product, count_E)
 
-  def compute_hidden_units(w: Any, mask_PF: Optional[jax.Array]):
-    """Returns the hidden units of weights, and the inputs of the activation."""
-    activation_inputs = tuple(
-        affine(rows_PD, weight, bias)
-        for weight, bias in _input_weights_and_biases(w))
-    compute_activation = _activation_with_dropout(activation, mask_PF)
-    return compute_activation(activation_inputs), activation_inputs
-
+  # All hidden units together.
   D, F = w.up_EDF.shape[1:]
   num_slices = 1
   if recompute:
     num_slices = _num_slices_of_hidden_units(D, F)
   if num_slices == 1:
-    h_PF, activation_inputs = compute_hidden_units(w, mask_PF)
-    return affine(h_PF, w.down_EFD, w.down_bias_ED), activation_inputs
+    activation_inputs = _inputs_of_activation(affine, rows_PD, w)
+    compute_activation = _activation_with_dropout(activation, mask_PF)
+    h_PF = compute_activation(activation_inputs)
+    y_PD = affine(h_PF, w.down_EFD, w.down_bias_ED)
+    if recompute:
+      return y_PD, None
+    return y_PD, activation_inputs
 
   # One slice of the hidden units after another, written into all of them.
   h_PF = jnp.zeros((len(rows_PD), F), rows_PD.dtype)
@@ -343,10 +345,27 @@ def _forward_at_once(grouped_product: Callable, activation: HiddenUnits,
   for i, (slice_weights, slice_mask) in enumerate(slices):
     # The barrier keeps XLA from computing several slices at once.
     rows_PD, h_PF = jax.lax.optimization_barrier((rows_PD, h_PF))
-    slice_PF, _ = compute_hidden_units(slice_weights, slice_mask)
+    slice_inputs = _inputs_of_activation(affine, rows_PD, slice_weights)
+    compute_activation = _activation_with_dropout(activation, slice_mask)
     h_PF = jax.lax.dynamic_update_slice_in_dim(
-        h_PF, slice_PF, start_index=i * F // num_slices, axis=1)
-  return affine(h_PF, w.down_EFD, w.down_bias_ED), ()
+        h_PF, compute_activation(slice_inputs),
+        start_index=i * F // num_slices, axis=1)
+  return affine(h_PF, w.down_EFD, w.down_bias_ED), None
+
+
+class RowGradients(NamedTuple):
+  """The gradients of rows that go through experts, summed over the slices of
+  the hidden units so far.
+
+  Attributes:
+    dx_PD: the gradients of the rows.
+    dgate_P: the gradients of the gates.
+    dw_of_slices: the gradients of the weights of each slice, in order
+      (dispatch.ExpertWeights).
+  """
+  dx_PD: jax.Array
+  dgate_P: jax.Array
+  dw_of_slices: list
 
 
 def _backward_at_once(
@@ -356,15 +375,11 @@ def _backward_at_once(
     activation_inputs: Optional[tuple[jax.Array, ...]], dy_PD: jax.Array):
   """Returns the gradients of the rows, the gates and the weights.
 
-  The equations stand at the head of this file: for each slice of the hidden
-  units h, with u = dy W_out^T,
+  The equations stand at the head of this file. The gradients are summed over
+  slices of the hidden units (`ExpertGradients.add_slice`). After the slices
+  follows what the bias b_out of the output adds:
 
-    dg += u . h      dW_out = (g h)^T dy      da = act'(a) applied to g u
-    dW_in = x^T da   db_in = sum of da        dx += da W_in^T
-
-  and after the slices what the output's bias adds: dg += dy . b_out and
-  db_out = sum of g dy. Without the inputs of the activation, a, the hidden
-  units are cut into slices whose a is computed again.
+    dg += dy . b_out,   db_out = sum over rows of g dy
 
   Args:
     grouped_product: (rows [P, I], matrices [E, I, O], counts [E]) -> [P, O],
@@ -375,92 +390,135 @@ def _backward_at_once(
     gate_P: the gates g.
     w: the experts' weights, dispatch.ExpertWeights.
     mask_PF: the factors of the hidden units, for dropout; or None.
-    activation_inputs: a, as the forward pass returned them; None or (): they
-      are computed again.
+    activation_inputs: a, as the forward pass returned them; None: they are
+      computed again, slice by slice.
     dy_PD: the gradient of the result.
   """
   # Rows past the counts have no gradient, whatever stands there.
   is_experts_row_P = jnp.arange(rows_PD.shape[0]) < count_E.sum()
   dy_PD = jnp.where(is_experts_row_P[:, None], dy_PD, 0)
-  affine = functools.partial(_apply_experts_affine, grouped_product, count_E)
 
-  def multiply_by_gates(x_P: jax.Array) -> jax.Array:
-    """Returns rows, each multiplied by its gate g."""
-    return x_P * gate_P[:, None].astype(x_P.dtype)
-
-  def dot_rows(x_PI: jax.Array, y_PI: jax.Array) -> jax.Array:
-    """Returns the product x . y of each row, in float32."""
-    return (x_PI.astype(jnp.float32) * y_PI.astype(jnp.float32)).sum(1)
-
-  def affine_gradients(x_PI: jax.Array, m_EIO: jax.Array,
-                       b_EO: Optional[jax.Array], dy_PO: jax.Array) -> tuple:
-    """Returns the gradients of x, m and b in x m + b. The forward half is dead
-    code, which XLA removes."""
-    _, vjp = jax.vjp(affine, x_PI, m_EIO, b_EO)
-    return vjp(dy_PO)
-
-  dx_PD, dgate_P = jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P)
-  d_weights_of_slices: list = []
+  # One slice of the hidden units after another.
   num_slices = 1
   if activation_inputs is None:
     D, F = w.up_EDF.shape[1:]
     num_slices = _num_slices_of_hidden_units(D, F)
+  experts = ExpertGradients(
+      affine=functools.partial(
+          _apply_experts_affine, grouped_product, count_E),
+      activation=activation, gate_P=gate_P)
+  total = RowGradients(dx_PD=jnp.zeros_like(rows_PD),
+                       dgate_P=jnp.zeros_like(gate_P), dw_of_slices=[])
   slices = zip(_split_hidden_units(w, num_slices),
                _split_along_axis(mask_PF, num_slices))
   for slice_weights, slice_mask in slices:
     # Without the barrier XLA joins work of this slice with the next one's.
-    if d_weights_of_slices:
-      rows_PD, dy_PD, dx_PD, dgate_P, d_weights_of_slices = (
-          jax.lax.optimization_barrier(
-              (rows_PD, dy_PD, dx_PD, dgate_P, d_weights_of_slices)))
-
-    # The hidden units h, and the gradients of the gates and of W_out.
-    input_pairs = _input_weights_and_biases(slice_weights)
-    compute_activation = _activation_with_dropout(activation, slice_mask)
-    slice_inputs = activation_inputs
-    if not activation_inputs:
-      slice_inputs = tuple(
-          affine(rows_PD, weight, bias) for weight, bias in input_pairs)
-    h_PF = compute_activation(slice_inputs)
-    u_PF, _, _ = affine_gradients(
-        h_PF, slice_weights.down_EFD, b_EO=None, dy_PO=dy_PD)
-    dgate_P += dot_rows(u_PF, h_PF)
-    # The gates multiply h, because it is narrower than dy.
-    _, d_down, _ = affine_gradients(
-        multiply_by_gates(h_PF), slice_weights.down_EFD, b_EO=None,
-        dy_PO=dy_PD)
-    if len(input_pairs) > 1:
-      # The barrier lets the hidden units go first, and has computed again what
-      # of the activation its gradient needs too: XLA would keep both, the
-      # latter in float32. Of a network without gates it keeps less by itself.
-      slice_inputs, u_PF, dgate_P, d_down = jax.lax.optimization_barrier(
-          (slice_inputs, u_PF, dgate_P, d_down))
-
-    # The gradients of the rows, and of W_in and b_in.
-    _, activation_vjp = jax.vjp(compute_activation, slice_inputs)
-    (d_slice_inputs,) = activation_vjp(multiply_by_gates(u_PF))
-    d_input_pairs = []
-    for (weight, bias), da_PF in zip(input_pairs, d_slice_inputs):
-      added_dx_PD, d_weight, d_bias = affine_gradients(
-          rows_PD, weight, b_EO=bias, dy_PO=da_PF)
-      dx_PD = dx_PD + added_dx_PD
-      d_input_pairs.append((d_weight, d_bias))
-    d_weights_of_slices.append(
-        _pack_weight_gradients(slice_weights, d_input_pairs, (d_down, None)))
-  dw = _join_hidden_units(d_weights_of_slices)
+    if total.dw_of_slices:
+      rows_PD, dy_PD, total = jax.lax.optimization_barrier(
+          (rows_PD, dy_PD, total))
+    total = experts.add_slice(
+        total, rows_PD=rows_PD, w=slice_weights, mask_PF=slice_mask,
+        activation_inputs=activation_inputs, dy_PD=dy_PD)
+  dx_PD, dgate_P = total.dx_PD, total.dgate_P
+  dw = _join_hidden_units(total.dw_of_slices)
 
   # The output's bias, which the gates multiply too.
   if w.down_bias_ED is not None:
     expand_bias = functools.partial(
         _bias_of_each_row, count_E=count_E, num_rows=len(rows_PD))
     bias_PD, expand_bias_vjp = jax.vjp(expand_bias, w.down_bias_ED)
-    dgate_P += dot_rows(dy_PD, bias_PD)
-    (d_bias_ED,) = expand_bias_vjp(multiply_by_gates(dy_PD))
+    dgate_P += _dot_rows(dy_PD, bias_PD)
+    (d_bias_ED,) = expand_bias_vjp(experts.multiply_by_gates(dy_PD))
     dw = dw.replace(down_bias_ED=d_bias_ED)
   # The barrier lets the rows, and what the weights' gradients need of them, go
   # before the layers below are computed: XLA may compute the weights' gradients
   # of several layers late.
   return jax.lax.optimization_barrier((dx_PD, dgate_P, dw))
+
+
+class ExpertGradients(NamedTuple):
+  """Computes the gradients of experts for all rows at once.
+
+  Attributes:
+    affine: the function (rows, matrix of each expert, bias or None) -> rows,
+      which takes each row times the matrix of its expert.
+    activation: the function that makes the hidden units.
+    gate_P: the gate of each row.
+  """
+  affine: Callable
+  activation: HiddenUnits
+  gate_P: jax.Array
+
+  def multiply_by_gates(self, x_P: jax.Array) -> jax.Array:
+    """Returns rows, each multiplied by its gate g."""
+    return x_P * self.gate_P[:, None].astype(x_P.dtype)
+
+  def affine_gradients(self, x_PI: jax.Array, m_EIO: jax.Array,
+                       b_EO: Optional[jax.Array], dy_PO: jax.Array) -> tuple:
+    """Returns the gradients of x, m and b in x m + b. The forward half is dead
+    code, which XLA removes."""
+    _, vjp = jax.vjp(self.affine, x_PI, m_EIO, b_EO)
+    return vjp(dy_PO)
+
+  def add_slice(self, total: RowGradients, rows_PD: jax.Array, w: Any,
+                mask_PF: Optional[jax.Array],
+                activation_inputs: Optional[tuple[jax.Array, ...]],
+                dy_PD: jax.Array) -> RowGradients:
+    """Adds the gradients of one slice of the hidden units h = act(a), where
+    a = x W_in + b_in. With u = dy W_out^T,
+
+      dg += u . h      dW_out = (g h)^T dy      da = act'(a) applied to g u
+      dW_in = x^T da   db_in = sum of da        dx += da W_in^T
+
+    Args:
+      total: the gradients of the slices before.
+      rows_PD: the rows x, sorted by expert.
+      w: the weights of the slice, without the bias of the output.
+      mask_PF: the factors of its hidden units, for dropout; or None.
+      activation_inputs: a, if the forward pass kept it; None: it is computed
+        again.
+      dy_PD: the gradient of the result.
+
+    Returns:
+      The gradients with those of this slice.
+    """
+    # The hidden units h, and the gradients of the gates and of W_out.
+    if activation_inputs is None:
+      activation_inputs = _inputs_of_activation(self.affine, rows_PD, w)
+    compute_activation = _activation_with_dropout(self.activation, mask_PF)
+    h_PF = compute_activation(activation_inputs)
+    u_PF, _, _ = self.affine_gradients(
+        h_PF, w.down_EFD, b_EO=None, dy_PO=dy_PD)
+    dgate_P = total.dgate_P + _dot_rows(u_PF, h_PF)
+    # The gates multiply h, because it is narrower than dy.
+    _, d_down, _ = self.affine_gradients(
+        self.multiply_by_gates(h_PF), w.down_EFD, b_EO=None, dy_PO=dy_PD)
+    if self.activation.gated:
+      # The barrier lets the hidden units go first, and has computed again what
+      # of the activation its gradient needs too: XLA would keep both, the
+      # latter in float32. Of a network without gates it keeps less by itself.
+      activation_inputs, u_PF, dgate_P, d_down = jax.lax.optimization_barrier(
+          (activation_inputs, u_PF, dgate_P, d_down))
+
+    # The gradients of the rows, and of W_in and b_in.
+    _, activation_vjp = jax.vjp(compute_activation, activation_inputs)
+    (d_activation_inputs,) = activation_vjp(self.multiply_by_gates(u_PF))
+    dx_PD = total.dx_PD
+    d_input_pairs = []
+    for (weight, bias), da_PF in zip(_input_weights_and_biases(w),
+                                     d_activation_inputs):
+      added_dx_PD, d_weight, d_bias = self.affine_gradients(
+          rows_PD, weight, b_EO=bias, dy_PO=da_PF)
+      dx_PD = dx_PD + added_dx_PD
+      d_input_pairs.append((d_weight, d_bias))
+    dw = _pack_weight_gradients(w, d_input_pairs, (d_down, None))
+    return RowGradients(dx_PD=dx_PD, dgate_P=dgate_P,
+                        dw_of_slices=[*total.dw_of_slices, dw])
+
+
+def _dot_rows(x_PI: jax.Array, y_PI: jax.Array) -> jax.Array:
+  """Returns the product x . y of each row, [P] in float32."""
+  return (x_PI.astype(jnp.float32) * y_PI.astype(jnp.float32)).sum(1)
 
 
 def _num_slices_of_hidden_units(D: int, F: int) -> int:
@@ -564,23 +622,83 @@ def block_sizes(num_rows: int, even_rows: int) -> tuple[int, ...]:
   return tuple(sorted(sizes))
 
 
+class RowBlock(NamedTuple):
+  """A block of rows that one expert computes on CPU.
+
+  A block covers the rows from `start` to before start + size, but only those
+  from `first` to before `stop` are its own, which may be written. The others
+  belong to other blocks:
+
+    start <= first < stop <= start + size
+
+  Attributes:
+    size: how many rows it covers, which is fixed when the program is compiled.
+    expert: the number of its expert.
+    start: its first row.
+    first: the first row that is its own.
+    stop: the row after the last one that is its own.
+  """
+  size: int
+  expert: jax.Array
+  start: jax.Array
+  first: jax.Array
+  stop: jax.Array
+
+  def which_are_own(self) -> jax.Array:
+    """Returns which of the rows that it covers are its own, bool [size]."""
+    row_index = self.start + jnp.arange(self.size)
+    return (row_index >= self.first) & (row_index < self.stop)
+
+  def take(self, x_P: jax.Array) -> jax.Array:
+    """Returns the rows that it covers of an array of all rows."""
+    return jax.lax.dynamic_slice_in_dim(x_P, self.start, self.size)
+
+  def take_as_float32(self, x_P: jax.Array) -> jax.Array:
+    """Returns the rows that it covers of an array of all rows, in float32."""
+    return self.take(x_P).astype(jnp.float32)
+
+  def take_weights(self, w: Any) -> Any:
+    """Returns the weights of its expert, from those of all experts."""
+    return jax.tree.map(operator.itemgetter(self.expert), w)
+
+  def write(self, x_P: jax.Array, new_rows: jax.Array, is_own: jax.Array
+            ) -> jax.Array:
+    """Writes new rows of the block into the array of all rows. Only its own
+    rows are changed, as other blocks write the others.
+
+    Args:
+      x_P: all P rows.
+      new_rows: the new rows of the block, [size, ...].
+      is_own: which of these are its own (`which_are_own`).
+
+    Returns:
+      x_P with the new rows.
+    """
+    # A slice of fixed size must be written as a whole, so the rows of other
+    # blocks are written back as they were.
+    old_rows = self.take(x_P)
+    written_rows = jnp.where(
+        is_own[:, None], new_rows.astype(x_P.dtype), old_rows)
+    return jax.lax.dynamic_update_slice_in_dim(
+        x_P, written_rows, start_index=self.start, axis=0)
+
+
 def _fold_over_blocks(
     num_rows: int, even_rows: int, count_E: jax.Array, update: Callable,
     carry: Any) -> Any:
   """Calls a function for every block of rows, one after another, each time with
   the result of the call before (the carry):
 
-    carry = update(carry, size, expert, start, first, stop)
+    carry = update(carry, block)
 
-  A block is the `size` rows from `start`, of which `first` to `stop` are the
-  expert's. An expert has as many blocks of the largest size as it fills, and
-  one of the smallest size that holds the rest.
+  An expert has as many blocks of the largest size as it fills, and one of the
+  smallest size that holds the rest.
 
   Args:
     num_rows: P, how many rows there are.
     even_rows: the rows that an even load gives an expert.
     count_E: the number of rows of each of E experts.
-    update: the function of a block, which returns the new carry.
+    update: the function of a RowBlock, which returns the new carry.
     carry: the carry before the first block.
 
   Returns:
@@ -618,13 +736,7 @@ def _fold_over_blocks_of_one_size(
   """Calls `update` for each block of rows that has the given size. Each call is
   given the result of the one before, the carry:
 
-    carry = update(carry, size, expert, start, first, stop)
-
-  A block belongs to one expert. It covers the rows from `start` to before
-  start + size, but only those from `first` to before `stop` are its own, which
-  `update` may write. The others belong to other blocks:
-
-    start <= first < stop <= start + size
+    carry = update(carry, block)
 
   Args:
     size: how many rows a block has, its own and others.
@@ -633,7 +745,7 @@ def _fold_over_blocks_of_one_size(
       one another in its rows.
     first_E: the first own row of the first of them, for each expert.
     stop_E: the row after the last row of each expert.
-    update: the function that is called.
+    update: the function that is called with each RowBlock.
     carry: the carry of the first call.
 
   Returns:
@@ -657,53 +769,12 @@ def _fold_over_blocks_of_one_size(
     # A block that would end past the last row begins earlier. The rows before
     # `first` belong to other blocks, so `update` must leave them alone.
     start = jnp.minimum(first, num_rows - size)
-    return update(carry, size, expert, start, first, stop)
+    block = RowBlock(size=size, expert=expert, start=start, first=first,
+                     stop=stop)
+    return update(carry, block)
 
   return jax.lax.fori_loop(
       0, ends_E[-1], body_fun=update_by_block, init_val=carry)
-
-
-def _slice_rows(x_P: jax.Array, start: jax.Array, size: int) -> jax.Array:
-  """Returns `size` rows from `start`."""
-  return jax.lax.dynamic_slice_in_dim(x_P, start, size)
-
-
-def _slice_rows_as_float32(x_P: jax.Array, start: jax.Array, size: int
-                           ) -> jax.Array:
-  """Returns `size` rows from `start`, in float32."""
-  return _slice_rows(x_P, start, size).astype(jnp.float32)
-
-
-def _write_rows_of_block(x_P: jax.Array, new_rows: jax.Array, start: jax.Array,
-                         is_experts_row: jax.Array) -> jax.Array:
-  """Writes the new rows of a block into the array of all rows. Only the rows of
-  the block's expert are changed: a block may also cover rows of other experts,
-  which other blocks write.
-
-  Args:
-    x_P: all P rows.
-    new_rows: the new rows of the block.
-    start: the row of x_P at which the block begins.
-    is_experts_row: bool, which rows of the block belong to its expert.
-
-  Returns:
-    x_P with the new rows.
-  """
-  # A slice of fixed size must be written as a whole, so the rows of other
-  # experts are written back as they were.
-  old_rows = _slice_rows(x_P, start, new_rows.shape[0])
-  written_rows = jnp.where(
-      is_experts_row[:, None], new_rows.astype(x_P.dtype), old_rows)
-  return jax.lax.dynamic_update_slice_in_dim(
-      x_P, written_rows, start_index=start, axis=0)
-
-
-def _is_experts_row(size: int, start: jax.Array, first: jax.Array,
-                    stop: jax.Array) -> jax.Array:
-  """Returns for each of the `size` rows from `start`, bool [size], whether it
-  is one of the rows `first` to `stop` of the block's expert."""
-  row_index = start + jnp.arange(size)
-  return (row_index >= first) & (row_index < stop)
 
 
 def _matmul_in_float32(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -721,61 +792,78 @@ def _affine_in_float32(x: jax.Array, matrix: jax.Array,
 
 
 def _forward_by_blocks(activation: HiddenUnits, even_rows: int,
-                       rows_PD: jax.Array, count_E: jax.Array, w: Any,
-                       mask_PF: Optional[jax.Array]):
+                       recompute: bool, rows_PD: jax.Array, count_E: jax.Array,
+                       w: Any, mask_PF: Optional[jax.Array]
+                       ) -> tuple[jax.Array, Optional[tuple[jax.Array, ...]]]:
   """Applies the experts to rows block by block, so that a block goes through
   the whole network while it is in a CPU's cache.
 
   Args:
     activation: the function that makes the hidden units.
     even_rows: the rows that an even load gives an expert.
+    recompute: whether the inputs of the activation are not returned, because
+      the backward pass computes them again.
     rows_PD: the rows, sorted by expert.
     count_E: the number of rows of each expert.
     w: the experts' weights, dispatch.ExpertWeights.
     mask_PF: the factors of the hidden units, for dropout; or None.
 
   Returns:
-    The results, [P, D], and the inputs of the activation, (up,) or (up, gate),
-    [P, F] each.
+    The results, [P, D]; and the inputs of the activation, (up,) or (up, gate),
+    [P, F] each, or None with `recompute`.
   """
   P, F = rows_PD.shape[0], w.up_EDF.shape[2]
-
-  def compute_block(carry: Any, size: int, e: jax.Array, start: jax.Array,
-                    first: jax.Array, stop: jax.Array):
-    """Applies expert e to one block of rows, and writes the results and the
-    inputs of the activation into the arrays of all rows, which are the carry.
-
-    The block has the `size` rows from `start`. Of these, the rows `first` to
-    `stop` belong to the expert. The others are computed too, but not written.
-    """
-    y_PD, activation_inputs = carry
-    # Take the block through the network of its expert.
-    x = _slice_rows(rows_PD, start, size)
-    expert = jax.tree.map(lambda m: m[e], w)
-    mask = None
-    if mask_PF is not None:
-      mask = _slice_rows_as_float32(mask_PF, start, size)
-    block_inputs = [_affine_in_float32(x, weight, bias)
-                    for weight, bias in _input_weights_and_biases(expert)]
-    compute_activation = _activation_with_dropout(activation, mask)
-    h = compute_activation(block_inputs).astype(x.dtype)
-    y = _affine_in_float32(h, expert.down_EFD, expert.down_bias_ED)
-
-    # Write the expert's rows into the arrays of all rows.
-    is_experts_row = _is_experts_row(size, start=start, first=first, stop=stop)
-    y_PD = _write_rows_of_block(
-        y_PD, new_rows=y, start=start, is_experts_row=is_experts_row)
-    written_inputs = []
-    for all_PF, block in zip(activation_inputs, block_inputs):
-      written_inputs.append(_write_rows_of_block(
-          all_PF, new_rows=block, start=start, is_experts_row=is_experts_row))
-    return y_PD, tuple(written_inputs)
-
   zero_inputs = tuple(jnp.zeros((P, F), rows_PD.dtype)
                       for _ in _input_weights_and_biases(w))
   y_PD = jnp.zeros_like(rows_PD)
-  return _fold_over_blocks(P, even_rows=even_rows, count_E=count_E,
-                           update=compute_block, carry=(y_PD, zero_inputs))
+  compute_block = functools.partial(
+      _compute_block, activation=activation, rows_PD=rows_PD, w=w,
+      mask_PF=mask_PF)
+  y_PD, activation_inputs = _fold_over_blocks(
+      P, even_rows=even_rows, count_E=count_E, update=compute_block,
+      carry=(y_PD, zero_inputs))
+  if recompute:
+    return y_PD, None
+  return y_PD, activation_inputs
+
+
+def _compute_block(carry: tuple[jax.Array, tuple[jax.Array, ...]],
+                   block: RowBlock, activation: HiddenUnits, rows_PD: jax.Array,
+                   w: Any, mask_PF: Optional[jax.Array]
+                   ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """Applies an expert to a block of its rows.
+
+  Args:
+    carry: the results of all rows, [P, D], and the inputs of the activation of
+      all rows, [P, F] each. Those of the block are written into them.
+    block: the block.
+    activation: the function that makes the hidden units.
+    rows_PD: all rows.
+    w: the weights of all experts, dispatch.ExpertWeights.
+    mask_PF: the factors of the hidden units, for dropout; or None.
+
+  Returns:
+    The carry with the results and the inputs of the block.
+  """
+  y_PD, activation_inputs = carry
+  # Take the block through the network of its expert.
+  x = block.take(rows_PD)
+  expert = block.take_weights(w)
+  mask = None
+  if mask_PF is not None:
+    mask = block.take_as_float32(mask_PF)
+  block_inputs = _inputs_of_activation(_affine_in_float32, x, expert)
+  compute_activation = _activation_with_dropout(activation, mask)
+  h = compute_activation(block_inputs).astype(x.dtype)
+  y = _affine_in_float32(h, expert.down_EFD, expert.down_bias_ED)
+
+  # Write the block's own rows into the arrays of all rows.
+  is_own = block.which_are_own()
+  y_PD = block.write(y_PD, y, is_own)
+  written_inputs = []
+  for all_PF, inputs_of_block in zip(activation_inputs, block_inputs):
+    written_inputs.append(block.write(all_PF, inputs_of_block, is_own))
+  return y_PD, tuple(written_inputs)
 
 
 def _backward_by_blocks(
@@ -784,11 +872,7 @@ def _backward_by_blocks(
     mask_PF: Optional[jax.Array],
     activation_inputs: Optional[tuple[jax.Array, ...]], dy_PD: jax.Array):
   """Returns the gradients of the rows, the gates and the weights, block by
-  block, by the equations at the head of this file:
-
-    u = dy W_out^T        dg = u . h + dy . b_out     da = act'(a) to g u
-    dW_out = h^T (g dy)   db_out = sum of g dy        dx = da W_in^T
-    dW_in = x^T da        db_in = sum of da
+  block (`BlockGradients.add_block`).
 
   Args:
     activation: the function that makes the hidden units.
@@ -802,44 +886,75 @@ def _backward_by_blocks(
       returned them; None: they are computed again.
     dy_PD: the gradient of the result.
   """
+  gradients = BlockGradients(
+      activation=activation, rows_PD=rows_PD, gate_P=gate_P, w=w,
+      mask_PF=mask_PF, activation_inputs=activation_inputs, dy_PD=dy_PD)
+  # Sums in float32, which are rounded once.
+  dw = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), w)
+  zeros = (jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P[:, None]), dw)
+  dx_PD, dgate_P1, dw = _fold_over_blocks(
+      rows_PD.shape[0], even_rows=even_rows, count_E=count_E,
+      update=gradients.add_block, carry=zeros)
+  dw = jax.tree.map(lambda d, m: d.astype(m.dtype), dw, w)
+  return dx_PD, dgate_P1[:, 0], dw
 
-  def affine_gradients(x: jax.Array, dy: jax.Array, b: Optional[jax.Array]
-                       ) -> tuple[jax.Array, Optional[jax.Array]]:
-    """Returns the gradients of m and b in y = x m + b."""
-    dm = layers.gradient_of_weight(x, dy)
-    if b is None:
-      return dm, None
-    return dm, dy.astype(jnp.float32).sum(0)
 
-  def add_gradients_of_block(
-      carry: Any, size: int, e: jax.Array, start: jax.Array, first: jax.Array,
-      stop: jax.Array):
-    """Returns the gradients of rows, gates and weights, with those of one block
-    added to them: expert e has the rows `first` to `stop` of the `size` rows
-    from `start`."""
+class BlockGradients(NamedTuple):
+  """Computes the gradients of experts for one block of rows after another.
+
+  Attributes:
+    activation: the function that makes the hidden units.
+    rows_PD: all rows x, sorted by expert.
+    gate_P: their gates g.
+    w: the experts' weights, dispatch.ExpertWeights.
+    mask_PF: the factors of the hidden units, for dropout; or None.
+    activation_inputs: the inputs a of the activation of all rows; None: they
+      are computed again.
+    dy_PD: the gradient of the results.
+  """
+  activation: HiddenUnits
+  rows_PD: jax.Array
+  gate_P: jax.Array
+  w: Any
+  mask_PF: Optional[jax.Array]
+  activation_inputs: Optional[tuple[jax.Array, ...]]
+  dy_PD: jax.Array
+
+  def add_block(self, carry: tuple[jax.Array, jax.Array, Any], block: RowBlock
+                ) -> tuple[jax.Array, jax.Array, Any]:
+    """Adds the gradients of one block, whose expert has the hidden units
+    h = act(a) with a = x W_in + b_in, and the output g (h W_out + b_out):
+
+      u = dy W_out^T        dg = u . h + dy . b_out     da = act'(a) to g u
+      dW_out = h^T (g dy)   db_out = sum of g dy        dx = da W_in^T
+      dW_in = x^T da        db_in = sum of da
+
+    Args:
+      carry: the gradients of all rows, [P, D], of all gates, [P, 1], and of the
+        weights of all experts.
+      block: the block.
+
+    Returns:
+      The carry: the gradients of the block's own rows are written into it, and
+      those of the weights are added to the sums over the blocks.
+    """
     dx_PD, dgate_P, dw = carry
-    # The rows of the block, and the inputs of its activation. Rows of other
-    # experts get a gradient dy of 0, and so add nothing to the weights'.
-    x = _slice_rows(rows_PD, start, size)
-    expert = jax.tree.map(lambda m: m[e], w)
+    # The rows of the block. Those that are not its own get a gradient dy of 0,
+    # and so add nothing to the weights'.
+    x = block.take(self.rows_PD)
+    expert = block.take_weights(self.w)
     input_pairs = _input_weights_and_biases(expert)
-    is_experts_row = _is_experts_row(size, start=start, first=first, stop=stop)
-    dy = jnp.where(
-        is_experts_row[:, None], _slice_rows(dy_PD, start, size), 0)
-    gate = _slice_rows_as_float32(gate_P, start, size)[:, None]
+    is_own = block.which_are_own()
+    dy = jnp.where(is_own[:, None], block.take(self.dy_PD), 0)
+    gate = block.take_as_float32(self.gate_P)[:, None]
     mask = None
-    if mask_PF is not None:
-      mask = _slice_rows_as_float32(mask_PF, start, size)
-    if activation_inputs is None:
-      block_inputs = tuple(
-          _affine_in_float32(x, weight, bias) for weight, bias in input_pairs)
-    else:
-      block_inputs = tuple(_slice_rows_as_float32(all_PF, start, size)
-                           for all_PF in activation_inputs)
+    if self.mask_PF is not None:
+      mask = block.take_as_float32(self.mask_PF)
 
     # The hidden units h, and the gradients u (without the gate), dg and da.
+    block_inputs = self._inputs_of_block(block, x, expert)
     h, activation_vjp = jax.vjp(
-        _activation_with_dropout(activation, mask), block_inputs)
+        _activation_with_dropout(self.activation, mask), block_inputs)
     u = _matmul_in_float32(dy, expert.down_EFD.T)
     dgate = (u * h).sum(1)
     if expert.down_bias_ED is not None:
@@ -850,29 +965,39 @@ def _backward_by_blocks(
     # The gradients of this expert's weights and of the rows.
     d_input_pairs = []
     for da, (_, bias) in zip(d_block_inputs, input_pairs):
-      d_input_pairs.append(affine_gradients(x, da, bias))
-    d_output = affine_gradients(
+      d_input_pairs.append(_gradients_of_affine(x, da, bias))
+    d_output = _gradients_of_affine(
         h.astype(dy.dtype), (gate * dy).astype(dy.dtype), expert.down_bias_ED)
-    d_expert = _pack_weight_gradients(w, d_input_pairs, d_output)
+    d_expert = _pack_weight_gradients(self.w, d_input_pairs, d_output)
     dx = sum(_matmul_in_float32(da, weight.T)
              for da, (weight, _) in zip(d_block_inputs, input_pairs))
 
     # The rows' gradients are written, the weights' are summed over the blocks.
-    dx_PD = _write_rows_of_block(
-        dx_PD, new_rows=dx, start=start, is_experts_row=is_experts_row)
-    dgate_P = _write_rows_of_block(dgate_P, new_rows=dgate[:, None],
-                                   start=start, is_experts_row=is_experts_row)
-    dw = jax.tree.map(lambda total, d: total.at[e].add(d), dw, d_expert)
+    dx_PD = block.write(dx_PD, dx, is_own)
+    dgate_P = block.write(dgate_P, dgate[:, None], is_own)
+    dw = jax.tree.map(
+        lambda total, d: total.at[block.expert].add(d), dw, d_expert)
     return dx_PD, dgate_P, dw
 
-  # Sums in float32, which are rounded once.
-  dw = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), w)
-  zeros = (jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P[:, None]), dw)
-  dx_PD, dgate_P1, dw = _fold_over_blocks(
-      rows_PD.shape[0], even_rows=even_rows, count_E=count_E,
-      update=add_gradients_of_block, carry=zeros)
-  dw = jax.tree.map(lambda d, m: d.astype(m.dtype), dw, w)
-  return dx_PD, dgate_P1[:, 0], dw
+  def _inputs_of_block(self, block: RowBlock, x: jax.Array, expert: Any
+                       ) -> tuple[jax.Array, ...]:
+    """Returns the inputs a of the activation for the rows x of a block, in
+    float32: those that the forward pass kept, or else computed again from the
+    weights of the expert."""
+    if self.activation_inputs is None:
+      return _inputs_of_activation(_affine_in_float32, x, expert)
+    return tuple(block.take_as_float32(all_PF)
+                 for all_PF in self.activation_inputs)
+
+
+def _gradients_of_affine(x: jax.Array, dy: jax.Array, b: Optional[jax.Array]
+                         ) -> tuple[jax.Array, Optional[jax.Array]]:
+  """Returns the gradients of the matrix m and the bias b in y = x m + b; None
+  for a bias that there is not."""
+  dm = layers.gradient_of_weight(x, dy)
+  if b is None:
+    return dm, None
+  return dm, dy.astype(jnp.float32).sum(0)
 
 
 # Kernels.
