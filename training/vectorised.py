@@ -153,10 +153,20 @@ def train_group(configs: Sequence[ml_collections.ConfigDict],
 
 
 class GroupMember(NamedTuple):
-  """A run of a group, and where it goes on."""
+  """A run of a group, and where it goes on.
+
+  Attributes:
+    request: its config, folder, model and tokenizer, which are checked.
+    writer: what writes to its folder.
+    start: the step and the state from which it goes on.
+  """
   request: begin.RunRequest
   writer: RunWriter
   start: begin.StartingPoint
+
+  def was_stopped(self) -> bool:
+    """Returns whether a signal has stopped the run, or is about to."""
+    return self.writer.code == STOPPED or self.writer.stop_requested
 
 
 def _open_member(request: begin.RunRequest, run: runs.Run,
@@ -222,10 +232,7 @@ def _train_members(run: runs.Run, members: Sequence[GroupMember],
             f'{step} steps of {last_step}')
       continue
     # A signal that stopped one program stops the programs after it.
-    was_stopped = any(
-        member.writer.code == STOPPED or member.writer.stop_requested
-        for member in unfinished)
-    if was_stopped:
+    if any(member.was_stopped() for member in unfinished):
       for member in members_together:
         member.writer.sentence = f'stopped before step {step}'
       continue
@@ -284,11 +291,8 @@ class RunGroup(Program):
   a multiple of the devices in use. What a step takes beside the state is
   (batch, values): the fields in which the runs differ, an array of each.
 
-  Args:
-    run: one of the runs, alone.
-    writers: of all runs.
-
   Attributes:
+    num_runs: the number of runs.
     seeds: the different data seeds, each of which has batches of its own.
   """
 
@@ -318,27 +322,38 @@ class RunGroup(Program):
     self._mesh = jax.make_mesh((num_devices,), (RUN_AXIS,), (AxisType.Auto,),
                                devices=jax.devices()[:num_devices])
 
-    # The fields in which the runs differ are inputs of the compiled step, each
-    # an array with a value for each row. There must be at least one, as
-    # `new_state` maps over these arrays alone, so equal runs have their seed.
-    fields_of_run = [run_config.flatten(writer.config) for writer in writers]
-    differing_fields = []
-    for name in runs.TYPE_OF_TRACED_FIELD:
-      values = {fields[name] for fields in fields_of_run}
-      if len(values) > 1:
-        differing_fields.append(name)
-    arrays = {}
-    for name in differing_fields or ['seed']:
-      value_of_row = [fields_of_run[i][name] for i in self._run_of_row]
-      arrays[name] = np.array(value_of_row, runs.TYPE_OF_TRACED_FIELD[name])
-    self._values = self._put_on_mesh(arrays)
-
-    # All other fields are those of the first run.
+    # The fields in which the runs differ are inputs of the compiled step. All
+    # other fields are those of the first run.
+    configs = [writer.config for writer in writers]
+    self._values = self._put_on_mesh(self._values_of_rows(configs))
     first_config = writers[0].config
     first_run = dataclasses.replace(run, config=first_config)
     super().__init__(first_run, hook.load_hooks(first_config))
     self.title = f'{self.num_runs} runs at once, each of them:\n'
     self.figures = {'runs_at_once': self.num_runs}
+
+  def _values_of_rows(self, configs: Sequence[ml_collections.ConfigDict]
+                      ) -> dict[str, np.ndarray]:
+    """Returns the fields of the config in which the runs differ, by dotted
+    name, each an array with a value for each row. Runs that are all alike have
+    their seed, as `new_state` maps over these arrays and needs one.
+
+    Args:
+      configs: the config of each run.
+    """
+    fields_of_run = [run_config.flatten(config) for config in configs]
+    names = []
+    for name in runs.TYPE_OF_TRACED_FIELD:
+      different_values = {fields[name] for fields in fields_of_run}
+      if len(different_values) > 1:
+        names.append(name)
+    if not names:
+      names = ['seed']
+    arrays = {}
+    for name in names:
+      values = [fields_of_run[i][name] for i in self._run_of_row]
+      arrays[name] = np.array(values, runs.TYPE_OF_TRACED_FIELD[name])
+    return arrays
 
   @property
   def devices(self) -> Sequence[jax.Device]:

@@ -250,14 +250,20 @@ def score_answer(answer: str, right_answers: Sequence[str]
   Returns:
     The exact match, 1 or 0; and the F1 of the words, from 0 to 1.
   """
-  # Leave out right answers that are only punctuation or an article, as
+  # Right answers that are only punctuation or an article are left out, as
   # evaluate-v2.0.py does. If none is left, '' is right.
-  normalized_golds = [normalize_answer(text) for text in right_answers]
-  normalized_golds = [gold for gold in normalized_golds if gold] or ['']
+  right_texts = []
+  for right_answer in right_answers:
+    text = normalize_answer(right_answer)
+    if text:
+      right_texts.append(text)
+  if not right_texts:
+    right_texts = ['']
+
   predicted = normalize_answer(answer)
-  exact = float(predicted in normalized_golds)
-  f1 = max(_f1_of_words(gold.split(), predicted.split())
-           for gold in normalized_golds)
+  exact = float(predicted in right_texts)
+  f1 = max(_f1_of_words(text.split(), predicted.split())
+           for text in right_texts)
   return exact, f1
 
 

@@ -21,6 +21,7 @@ from common.fields import PositiveSize, check_argument_types
 from common.errors import RequestError, require, shorten
 from training import evals, generate, objectives, progress
 from training.data import conversations, inputs
+from training.data.tokenizers import Tokenizer
 from training.evals import Evaluation, scoring
 from training.evals.scoring import Continuation
 from training.hf import generation as hf_generation
@@ -86,27 +87,14 @@ class Model(api.TemplateLM):
       end_tokens = objectives.find_objective(config).ends(config, tokenizer)
     self._end_tokens = tuple(end_tokens)
 
-    # The tokens that stand before every text.
+    # The tokens that stand before every text, and before one without a context.
     is_published = hf_generation.is_published(evaluation.workdir,
                                               evaluation.step)
-    bos = tokenizer.special_ids.get('bos')
-    if add_bos_token is None:
-      self._tokens_at_start = tokenizer.ids_before_text if is_published else ()
-    elif not add_bos_token:
-      self._tokens_at_start = ()
-    elif bos is not None:
-      self._tokens_at_start = (bos,)
-    else:
-      raise RequestError('add_bos_token is True, but the tokenizer '
-                         f'{tokenizer.name!r} has no bos token')
-
-    # The token that stands before a text without a context.
-    if prefix_token_id is not None:
-      self._first_token = prefix_token_id
-    elif is_published and bos is not None:
-      self._first_token = bos
-    else:
-      self._first_token = tokenizer.separator_id
+    self._tokens_at_start = _tokens_before_text(
+        tokenizer, add_bos_token, is_published)
+    self._first_token = prefix_token_id
+    if prefix_token_id is None:
+      self._first_token = _token_before_first_text(tokenizer, is_published)
     inputs.check_ids('prefix_token_id', tokens=self._first_token,
                      vocab_size=model.vocab_size)
 
@@ -412,6 +400,49 @@ class Model(api.TemplateLM):
     if name in self._tokenizer.special_texts:
       return name.encode()
     return self._tokenizer.decode_bytes([token])
+
+
+def _tokens_before_text(tokenizer: Tokenizer, add_bos_token: bool | None,
+                        is_published: bool) -> tuple[int, ...]:
+  """Returns the tokens that stand before every text that a model is asked
+  about.
+
+  Args:
+    tokenizer: the tokenizer of the model.
+    add_bos_token: whether a text begins with bos, the token of a beginning;
+      None: published weights have what their tokenizer adds to a text, and
+      those of a run have none.
+    is_published: whether the weights were imported and not trained here.
+
+  Raises:
+    RequestError: where bos is asked for, and the tokenizer has none.
+  """
+  if add_bos_token is None:
+    if is_published:
+      return tuple(tokenizer.ids_before_text)
+    return ()
+  if not add_bos_token:
+    return ()
+  bos = tokenizer.special_ids.get('bos')
+  if bos is None:
+    raise RequestError('add_bos_token is True, but the tokenizer '
+                       f'{tokenizer.name!r} has no bos token')
+  return (bos,)
+
+
+def _token_before_first_text(tokenizer: Tokenizer, is_published: bool) -> int:
+  """Returns the token that stands before a text without a context: bos for
+  published weights, as in Hugging Face's backend, or else the token that
+  separates documents.
+
+  Args:
+    tokenizer: the tokenizer of the model.
+    is_published: whether the weights were imported and not trained here.
+  """
+  bos = tokenizer.special_ids.get('bos')
+  if is_published and bos is not None:
+    return bos
+  return tokenizer.separator_id
 
 
 def _make_sampling(options: dict[str, Any]) -> generate.Sampling:

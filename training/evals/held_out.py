@@ -5,14 +5,13 @@ text drawn as training draws it, whatever length of each is held out. Bits per
 byte are the mean loss over the mean bytes of a token.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from training import progress
 from training.objectives import pipeline
 from training.objectives import Mean
 
@@ -35,20 +34,18 @@ def sum_held_out(step: Callable, params: Any,
   Returns:
     For each source {name: Mean}, each figure as a sum and the weight to divide
     it by (`average_figures` does that); None if the evaluation was stopped.
+    Sums over a part of a source would be no fair figures, so there are none
+    then.
   """
-  def run_batches(loader: pipeline.Loader) -> Iterator[Any]:
-    """Yields what the step returns of each batch of a loader."""
+  sums_by_source = []
+  for loader in loaders:
+    sums = None
     for batch in loader.iterate(0, loader.first(batches)):
       if stop():
-        raise progress.WorkStopped
-      yield step(params, put(batch))
-
-  # If it is stopped, give up all sums: those of a part of a source would be no
-  # fair figures.
-  try:
-    return [sum_figures(run_batches(loader)) for loader in loaders]
-  except progress.WorkStopped:
-    return None
+        return None
+      sums = add_figures(sums, step(params, put(batch)))
+    sums_by_source.append(sums)
+  return sums_by_source
 
 
 def sum_figures(results: Iterable[dict[str, Mean]]) -> dict[str, Mean]:
@@ -56,12 +53,26 @@ def sum_figures(results: Iterable[dict[str, Mean]]) -> dict[str, Mean]:
   each: {figure: Mean}, on the host and in float64."""
   sums: Any = None
   for result in results:
-    sums_of_batch = jax.tree.map(np.float64, jax.device_get(result))
-    if sums is None:
-      sums = sums_of_batch
-    else:
-      sums = jax.tree.map(np.add, sums, sums_of_batch)
+    sums = add_figures(sums, result)
   return sums
+
+
+def add_figures(sums: dict[str, Mean] | None, result: dict[str, Mean]
+                ) -> dict[str, Mean]:
+  """Adds what the evaluation step returned of one batch to the sums of the
+  batches before.
+
+  Args:
+    sums: the sums, on the host and in float64; None: it is the first batch.
+    result: {figure: Mean} of the batch, on the devices.
+
+  Returns:
+    The sums with this batch.
+  """
+  sums_of_batch = jax.tree.map(np.float64, jax.device_get(result))
+  if sums is None:
+    return sums_of_batch
+  return jax.tree.map(np.add, sums, sums_of_batch)
 
 
 def average_figures(sums_by_source: Sequence[dict[str, Mean]],

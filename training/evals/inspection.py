@@ -183,37 +183,23 @@ def inspect_model(module: nn.Module, params: Any, arrays: Mapping[str, Any],
   config: ModelConfig = module.config  # type: ignore[attr-defined]
   tokens, is_real = _tokens_by_stack(config, arrays)
 
-  # Which layers each stack has, and which of these have experts.
-  layer_kinds = _layers_by_stack(config)
-  num_layers = [len(kinds) for kinds in layer_kinds.values()]
-  expert_layers = {}
-  for stack, kinds in layer_kinds.items():
-    expert_layers[stack] = np.flatnonzero([kind.ffn == 'moe' for kind in kinds])
-  num_expert_layers = [len(layers) for layers in expert_layers.values()]
-
   # The arrays of each stack: in those of the model, the layers of the stacks
   # follow one another.
+  layer_kinds = _layers_by_stack(config)
+  num_layers = [len(kinds) for kinds in layer_kinds.values()]
   num_states = [count + 1 for count in num_layers]
   states = _split_by_stack(kept['layers'], num_states)
   weights = _split_by_stack(kept['attention'], num_layers)
-  routing = {}
-  for field, arrays_of_layers in kept.get('experts', {}).items():
-    routing[field] = _split_by_stack(arrays_of_layers, num_expert_layers)
 
   # The figures of each stack.
   attention = {}
   stream = {}
-  experts = {}
   for i, stack in enumerate(tokens):
     attention[stack] = _measure_attention(weights[i])._replace(
         previous_token=previous_token_weight(weights[i], is_real[stack]),
         induction=induction_score(weights[i], tokens_BL=tokens[stack],
                                   is_real_BL=is_real[stack]))
     stream[stack] = _measure_stream(states[i], is_real[stack])
-    if len(expert_layers[stack]):
-      routing_of_stack = {field: split[i] for field, split in routing.items()}
-      experts[stack] = ExpertRouting(layers=expert_layers[stack],
-                                     **routing_of_stack)
   if 'cross_attention' in kept:
     cross_weights = np.asarray(kept['cross_attention'])
     attention['cross'] = _measure_attention(cross_weights)
@@ -221,8 +207,37 @@ def inspect_model(module: nn.Module, params: Any, arrays: Mapping[str, Any],
   if 'lens' in kept:
     probabilities, ids = kept['lens']
     lens = LogitLens(ids=ids, probabilities=probabilities)
+  experts = _routing_by_stack(layer_kinds, kept.get('experts', {}))
   return Inspection(tokens=tokens, is_real=is_real, attention=attention,
                     stream=stream, lens=lens, experts=experts)
+
+
+def _routing_by_stack(layer_kinds: Mapping[str, Sequence],
+                      choices: Mapping[str, Any]) -> dict[str, ExpertRouting]:
+  """Returns the decisions of the routers of each stack that has layers of
+  experts, by the name of the stack.
+
+  Args:
+    layer_kinds: the kind of each layer of each stack, by its name.
+    choices: the arrays of ExpertRouting, by name, for all layers of experts of
+      the model. Those of the first stack come first.
+  """
+  layers_by_stack = {}
+  for stack, kinds in layer_kinds.items():
+    has_experts = [kind.ffn == 'moe' for kind in kinds]
+    layers_by_stack[stack] = np.flatnonzero(has_experts)
+  counts = [len(layers) for layers in layers_by_stack.values()]
+  split_choices = {}
+  for name, arrays_of_layers in choices.items():
+    split_choices[name] = _split_by_stack(arrays_of_layers, counts)
+
+  routing = {}
+  for i, (stack, layers) in enumerate(layers_by_stack.items()):
+    if len(layers):
+      choices_of_stack = {
+          name: split[i] for name, split in split_choices.items()}
+      routing[stack] = ExpertRouting(layers=layers, **choices_of_stack)
+  return routing
 
 
 def _layers_by_stack(config: ModelConfig) -> dict[str, Sequence]:

@@ -2,10 +2,10 @@
 
 Runs that were asked the same are compared item by item, so that what a hard
 item does to both of them cancels. A task that knows these scores returns
-`items` among its figures: by figure a record as `of` makes it, of figures that
-are the mean of their items. They stand in what eval.py writes as --json; of
-tasks that are done in training, those of the last evaluation are in evals.ITEMS
-of the run's folder.
+`items` among its figures: by figure a record of `record_scores`, for figures
+that are the mean of their items. They stand in what eval.py writes as --json;
+those of tasks that are done in training are in evals.ITEMS_FILE of the run's
+folder, for the last evaluation.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,21 +58,25 @@ def record_lm_eval_samples(results: Mapping[str, Any],
   """
   records = {}
   for full_name, value in results.items():
-    # Find the scores of the samples for this figure and filter. Leave out the
-    # figure if they are no numbers, or if there are none, as for standard
-    # errors.
+    # The scores of the samples for this figure and filter. A standard error is
+    # a figure, too, and has none.
     figure, _, filter_name = full_name.partition(',')
     filtered = [row for row in samples if row['filter'] == filter_name]
     scores = [row.get(figure) for row in filtered]
-    if not filtered or not isinstance(value, numbers.Real):
+    numbers_of_figure = [value, *scores]
+    if not scores or not all(map(_is_number, numbers_of_figure)):
       continue
-    if not all(isinstance(score, numbers.Real) for score in scores):
-      continue
-    # Leave it out also if it is not the mean of the scores.
+    # Leave out a figure that is not the mean of the scores.
     if np.isclose(np.mean(scores), value):
       names = [row['doc_hash'] for row in filtered]
       records[shorten_figure_name(full_name)] = record_scores(scores, names)
   return records
+
+
+def _is_number(value: Any) -> bool:
+  """Returns whether a value of lm_eval is a number; others are words, lists or
+  None."""
+  return isinstance(value, numbers.Real)
 
 
 def shorten_figure_name(full_name: str) -> str:
@@ -134,36 +138,58 @@ def read_records(path: pathlib.Path) -> dict[str, dict]:
   Raises:
     RequestError: where a file is damaged.
   """
-  # Read the files of eval.py, and of the last evaluation in training.
+  # The files of eval.py, and of the last evaluation in training.
   records: dict[str, dict] = {}
   files = [path / 'eval.json', path / evals.ITEMS_FILE]
   if path.is_file():
     files = [path]
   for file in files:
-    if not file.is_file():
-      continue
-    for task, figures in storage.read_json(file).items():
-      # A value that is no dict is a number, such as the step.
-      if not isinstance(figures, Mapping):
-        continue
-      for name, record in figures.get('items', {}).items():
-        records[f'{task}/{name}'] = record
+    if file.is_file():
+      records |= _read_file_of_eval(file)
 
-  # Read the files of lm_eval, which makes a folder of each model.
-  # Names end in a date, so the newest of two evaluations is read last.
+  # The files of lm_eval, which makes a folder for each model. Their names end
+  # in a date, so the newest of two evaluations is read last.
   sample_files = [*path.glob('samples_*.jsonl'),
                   *path.glob('*/samples_*.jsonl')]
   for file in sorted(sample_files):
-    # samples_TASK_DATE.jsonl, beside results_DATE.json.
-    stem = file.name.removeprefix('samples_').removesuffix('.jsonl')
-    task, _, date = stem.rpartition('_')
-    results_file = file.with_name(f'results_{date}.json')
-    require(results_file.is_file(),
-            f'{file} has no {results_file.name} beside it')
-    results = storage.read_json(results_file)['results'][task]
-    samples = []
-    for line in file.read_text().splitlines():
-      samples.append(storage.parse_json_object(line, str(file)))
-    for name, record in record_lm_eval_samples(results, samples).items():
+    records |= _read_file_of_lm_eval(file)
+  return records
+
+
+def _read_file_of_eval(file: pathlib.Path) -> dict[str, dict]:
+  """Returns the records of the items of all tasks that a JSON file of eval.py
+  has, by TASK/FIGURE."""
+  records = {}
+  for task, figures in storage.read_json(file).items():
+    # A value that is no dict is a number, such as the step.
+    if not isinstance(figures, Mapping):
+      continue
+    for name, record in figures.get('items', {}).items():
       records[f'{task}/{name}'] = record
+  return records
+
+
+def _read_file_of_lm_eval(file: pathlib.Path) -> dict[str, dict]:
+  """Returns the records of the items of the task that a file of lm_eval is of,
+  by TASK/FIGURE.
+
+  Args:
+    file: a file samples_TASK_DATE.jsonl, which has a line for each sample. The
+      means of the task are in results_DATE.json beside it.
+
+  Raises:
+    RequestError: if that file is missing, or a line is no JSON object.
+  """
+  stem = file.name.removeprefix('samples_').removesuffix('.jsonl')
+  task, _, date = stem.rpartition('_')
+  results_file = file.with_name(f'results_{date}.json')
+  require(results_file.is_file(),
+          f'{file} has no {results_file.name} beside it')
+  results = storage.read_json(results_file)['results'][task]
+  samples = []
+  for line in file.read_text().splitlines():
+    samples.append(storage.parse_json_object(line, str(file)))
+  records = {}
+  for name, record in record_lm_eval_samples(results, samples).items():
+    records[f'{task}/{name}'] = record
   return records

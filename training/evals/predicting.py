@@ -178,8 +178,8 @@ def predict_rows(module: Any, params: Any, config: objectives.Config,
       config=config, records=corpus_records)
   view = objective.view(corpus)
 
-  # Batches of few shapes, so that few programs are compiled: of a length that
-  # is a power of two.
+  # The rows are padded to a length that is a power of two, so that few programs
+  # are compiled.
   longest = max(map(objective.length, view))
   power_of_two = 1 << (longest - 1).bit_length()
   config.data.update(
@@ -226,12 +226,16 @@ def _make_text_record(row: Any, location: str) -> labelled.Record:
   Raises:
     RequestError: where it is neither, or a text is empty.
   """
-  texts_of_row = [row] if isinstance(row, str) else row
+  texts_of_row = row
+  if isinstance(row, str):
+    texts_of_row = [row]
   is_sequence = isinstance(texts_of_row, Sequence)
   if not is_sequence or len(texts_of_row) not in (1, 2):
     raise RequestError(f'{location} is {shorten(row)}: pass a text, or a pair '
                        'of texts')
-  names = ('first', 'second') if len(texts_of_row) == 2 else ('text',)
+  names: tuple[str, ...] = ('text',)
+  if len(texts_of_row) == 2:
+    names = ('first', 'second')
   checked_texts = tuple(
       _check_not_empty(text, location) for text in texts_of_row)
   return labelled.Record(texts=checked_texts, label='', where=f'{location},',
@@ -248,7 +252,9 @@ def _make_sentence(row: Any, location: str) -> labelled.Sentence:
   Raises:
     RequestError: where it is neither, or has no word.
   """
-  words = row.split() if isinstance(row, str) else row
+  words = row
+  if isinstance(row, str):
+    words = row.split()
   if not isinstance(words, Sequence) or not len(words):
     raise RequestError(f'{location} is {shorten(row)}: pass a sentence, or a '
                        'list of its words')

@@ -8,10 +8,13 @@ rows and of places, so that what is compiled stays bounded whatever the texts
 are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import functools
+import itertools
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -92,8 +95,10 @@ def score_continuations(continuations: Sequence[Continuation],
     The scores of the tokens of each continuation, in the same order.
   """
   is_prefix_lm = objectives.find_objective(evaluation.run.config).prefix
-  step = evaluation.jit_once(
-      _make_score_function(evaluation, is_prefix_lm), 'scoring')
+  score = functools.partial(
+      _score_targets, module=_module_for_scoring(evaluation),
+      is_prefix_lm=is_prefix_lm)
+  step = evaluation.jit_once(score, 'scoring')
 
   # Continuations that differ only in how many tokens are scored share a row.
   # Not so in a prefix LM, which reads the tokens before the scored ones (the
@@ -112,13 +117,12 @@ def score_continuations(continuations: Sequence[Continuation],
     # Divide the P scores of the batch among the continuations, which
     # _make_batch has written one after another. Padding follows them.
     start = 0
-    for row in rows:
-      for i in row:
-        places = slice(start, start + continuations[i].num_scored)
-        scores_by_index[i] = TokenScores(
-            log_probs=-losses_P[places].astype(np.float64),
-            is_greedy=is_greedy_P[places])
-        start = places.stop
+    for i in itertools.chain.from_iterable(rows):
+      stop = start + continuations[i].num_scored
+      scores_by_index[i] = TokenScores(
+          log_probs=-losses_P[start:stop].astype(np.float64),
+          is_greedy=is_greedy_P[start:stop])
+      start = stop
   return [scores_by_index[i] for i in range(len(continuations))]
 
 
@@ -139,17 +143,10 @@ def group_into_batches(continuations: Sequence[Continuation], longest: int,
     continuations. The longest rows come first, so that what is too large for a
     device fails at once.
   """
-  # Give continuations of the same text one row. The last token is predicted and
-  # not shown, so it is no part of that text.
-  row_by_text: dict[Any, RowOfIndices] = {}
-  for i, continuation in enumerate(continuations):
-    text = continuation.tokens[:-1].tobytes()
-    key = i if one_per_row else text
-    row_by_text.setdefault(key, []).append(i)
-
-  # Collect the rows by the length that they are padded to.
+  # Collect the rows by the length that they are padded to. The last token of a
+  # continuation is predicted and not shown, so it does not count.
   rows_by_length: dict[int, list[RowOfIndices]] = {}
-  for row in row_by_text.values():
+  for row in _share_rows(continuations, one_per_row):
     length = len(continuations[row[0]].tokens) - 1
     rows_by_length.setdefault(padded_length(length, longest), []).append(row)
 
@@ -173,6 +170,26 @@ def group_into_batches(continuations: Sequence[Continuation], longest: int,
                        places=_round_up(most_places, multiple_of_places))
     for batch in batches:
       yield shape, batch
+
+
+def _share_rows(continuations: Sequence[Continuation], one_per_row: bool
+                ) -> list[RowOfIndices]:
+  """Gives continuations that show the model the same tokens one row.
+
+  Args:
+    continuations: the continuations, in any order.
+    one_per_row: whether each continuation has a row to itself nevertheless.
+
+  Returns:
+    The indices of the continuations of each row.
+  """
+  if one_per_row:
+    return [[i] for i in range(len(continuations))]
+  row_of_tokens: dict[bytes, RowOfIndices] = {}
+  for i, continuation in enumerate(continuations):
+    shown_tokens = continuation.tokens[:-1].tobytes()
+    row_of_tokens.setdefault(shown_tokens, []).append(i)
+  return list(row_of_tokens.values())
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -243,13 +260,13 @@ def _make_batch(shape: BatchShape, rows: list[RowOfIndices],
     predicted, as an index into the B * L tokens of the batch; targets [P], the
     scored tokens.
   """
+  # Begin with arrays of padding. A scored token that is padding has place 0 and
+  # target 0, and its score is never read.
   batch = dict(tokens=np.zeros((shape.rows, shape.length), np.int32),
                lengths=np.zeros(shape.rows, np.int32),
                known=np.ones(shape.rows, np.int32),
                places=np.zeros(shape.places, np.int32),
                targets=np.zeros(shape.places, np.int32))
-  # Begin with arrays of padding. A scored token that is padding has place 0 and
-  # target 0, and its score is never read.
   start = 0
   for n, row in enumerate(rows):
     # Write the text of the row, which all its continuations share, without the
@@ -262,64 +279,65 @@ def _make_batch(shape: BatchShape, rows: list[RowOfIndices],
 
     # Write the places of each of its continuations. The scored tokens are the
     # last ones; each is predicted at the place before it.
+    end_of_text = n * shape.length + len(text)
     for i in row:
       tokens, num_scored = continuations[i]
-      places = slice(start, start + num_scored)
-      first_place = n * shape.length + len(text) - num_scored
-      batch['places'][places] = np.arange(first_place, first_place + num_scored)
-      batch['targets'][places] = tokens[-num_scored:]
-      start = places.stop
+      stop = start + num_scored
+      batch['places'][start:stop] = np.arange(
+          end_of_text - num_scored, end_of_text)
+      batch['targets'][start:stop] = tokens[-num_scored:]
+      start = stop
   return batch
 
 
-def _make_score_function(evaluation: Evaluation, is_prefix_lm: bool
-                         ) -> Callable:
-  """Makes the function that scores the tokens of a batch.
+def _module_for_scoring(evaluation: Evaluation) -> nn.Module:
+  """Returns the model of an evaluation, as texts are scored with it.
 
-  Args:
-    evaluation: the evaluation of a decoder.
-    is_prefix_lm: whether tokens that are known see each other.
-
-  Returns:
-    score(params, batch), which returns the loss of each target and whether it
-    is the likeliest token, [P].
+  With a limit to the tokens of an expert (capacity), the probability of a text
+  would depend on the other texts of its batch, so there is none. And the kernel
+  of attention that training names may not take rows of these lengths, so it is
+  chosen anew, unless it is xla, which takes all.
   """
-  # With a limit to the tokens of an expert (capacity), a text's probability
-  # would depend on the other texts of its batch.
   model = without_capacity(evaluation.run.model)
-  # A kernel that training names may not take rows of these lengths.
-  kernel = 'xla' if model.attention_kernel == 'xla' else 'auto'
-  module = evaluation.run.module.clone(config=dataclasses.replace(
+  kernel = 'auto'
+  if model.attention_kernel == 'xla':
+    kernel = 'xla'
+  return evaluation.run.module.clone(config=dataclasses.replace(
       model, attention_kernel=kernel))
 
-  def score(params: Any, batch: dict[str, jax.Array]
-            ) -> tuple[jax.Array, jax.Array]:
-    """Scores the P target tokens of a batch.
 
-    Args:
-      params: the parameters of the model, a tree of arrays.
-      batch: the arrays of a batch, as `_make_batch` returns them.
+def _score_targets(params: Any, batch: dict[str, jax.Array], module: nn.Module,
+                   is_prefix_lm: bool) -> tuple[jax.Array, jax.Array]:
+  """Scores the P target tokens of a batch.
 
-    Returns:
-      The loss of each target in nats, [P]; and whether it is the likeliest
-      token, bool [P].
-    """
-    # Compute the hidden states of all B rows of L tokens.
-    tokens_BL = batch['tokens']
-    lengths_B = batch['lengths']
-    places_1L = jnp.arange(tokens_BL.shape[1])[None]
-    is_real_BL = (places_1L < lengths_B[:, None]).astype(jnp.int32)
-    options = {'prefix_B': batch['known']} if is_prefix_lm else {}
-    output = module.apply({'params': params}, tokens_BL, valid_BL=is_real_BL,
-                          lengths_B=lengths_B, **options)
+  Args:
+    params: the parameters of the model, a tree of arrays.
+    batch: the arrays of a batch, as `_make_batch` returns them.
+    module: the model, a decoder.
+    is_prefix_lm: whether the tokens before the scored ones see each other.
 
-    # Apply the head only to the P tokens from which the targets are predicted,
-    # as the logits of all tokens would be large. `places` are indices into all
-    # tokens of the batch, hence the reshape. token_losses takes rows of tokens,
-    # hence the added axis.
-    d_model = output.hidden.shape[-1]
-    hidden_PD = output.hidden.reshape(-1, d_model)[batch['places']]
-    token_losses = losses.token_losses(hidden_PD[None], head=output.head,
-                                       targets_BL=batch['targets'][None])
-    return token_losses.loss[0], token_losses.correct[0]
-  return score
+  Returns:
+    The loss of each target in nats, [P]; and whether it is the likeliest token,
+    bool [P].
+  """
+  # Compute the hidden states of all B rows of L tokens.
+  tokens_BL = batch['tokens']
+  lengths_B = batch['lengths']
+  places_1L = jnp.arange(tokens_BL.shape[1])[None]
+  is_real_BL = (places_1L < lengths_B[:, None]).astype(jnp.int32)
+  options = {}
+  if is_prefix_lm:
+    options['prefix_B'] = batch['known']
+  output: Any = module.apply(
+      {'params': params}, tokens_BL, valid_BL=is_real_BL, lengths_B=lengths_B,
+      **options)
+
+  # Apply the head only to the P tokens from which the targets are predicted,
+  # as the logits of all tokens would be large. `places` are indices into all
+  # tokens of the batch, hence the reshape. token_losses takes rows of tokens,
+  # hence the added axis.
+  d_model = output.hidden.shape[-1]
+  hidden_PD = output.hidden.reshape(-1, d_model)[batch['places']]
+  token_losses = losses.token_losses(hidden_PD[None], head=output.head,
+                                     targets_BL=batch['targets'][None])
+  return token_losses.loss[0], token_losses.correct[0]
