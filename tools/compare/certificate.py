@@ -792,8 +792,17 @@ def name_differences(differences_by_variant: Mapping[str, Differences]
     if differences.unknown:
       variants_by_unknown.setdefault(differences.unknown, []).append(variant)
   for names, variants in variants_by_unknown.items():
-    titles = [f'{QUANTITIES[name].title} ({name})' for name in names]
-    sentences.append(f'Not known of both {", ".join(variants)} and the base: '
-                     f'{", ".join(titles)}. Rows of a CSV can tell it, in '
-                     'columns of the names in brackets.')
+    sentences.append(f'Unknown of {", ".join(variants)} or of the base, and so '
+                     f'not compared: {list_with_columns(names)}. Columns of a '
+                     'CSV can tell it.')
   return sentences
+
+
+def list_with_columns(names: Iterable[str]) -> str:
+  """Returns the titles of some of QUANTITIES, each with the column of a CSV
+  that tells it in brackets where it is called otherwise."""
+  titles = []
+  for name in names:
+    title = QUANTITIES[name].title
+    titles.append(title if title == name else f'{title} ({name})')
+  return ', '.join(titles)

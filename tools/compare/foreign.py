@@ -26,7 +26,8 @@ _COLUMN_NAMES = {
     'run': ('run', 'run_id', 'run_name', 'name', 'id'),
     'seed': ('seed',),
     'step': ('step', '_step', 'global_step', 'train/global_step',
-             'trainer/global_step', 'iteration', 'iter', 'steps'),
+             'trainer/global_step', 'iteration', 'iter', 'steps', 'epoch'),
+    'split': ('split',),
     'mean': ('mean', 'mean_loss', 'avg_loss', 'mean_val_loss'),
     'num_runs': ('n', 'num_runs', 'runs', 'seeds'),
     'deviation': ('sd', 'std', 'stdev', 'standard_deviation')}
@@ -411,53 +412,146 @@ class PlainCsv:
     return has_name and len(columns) > 1
 
   def read(self, file, path, text):
-    """Returns the runs of a table with a row for each evaluation.
+    table = _read_csv(text)
+    return _runs_of_table(path, table.fieldnames, table)
+
+
+class JsonLines:
+  """Reads JSON lines with an object for each evaluation, as many a training
+  loop writes them. The names in an object are as the columns of PlainCsv. An
+  object without a step says what the whole run was given."""
+  name = 'jsonl'
+  title = 'JSON lines (an object with step and loss for each evaluation)'
+  _STEP = re.compile(
+      f'"({"|".join(map(re.escape, _COLUMN_NAMES["step"]))})" *:')
+
+  def recognizes(self, text: str) -> bool:
+    first_line = text.lstrip().partition('\n')[0].rstrip()
+    is_object = first_line.startswith('{') and first_line.endswith('}')
+    return is_object and self._STEP.search(text) is not None
+
+  def read(self, file, path, text):
+    """Returns the runs of a file of JSON lines.
 
     Args:
       file: the file.
       path: its path below the folder of all runs.
       text: its content.
     """
-    # Find the columns by their usual names; None: there is none.
-    table = _read_csv(text)
-    meanings = ('entry', 'run', 'seed', 'step')
-    entry, run, seed, step = (
-        _find_column(table.fieldnames, name) for name in meanings)
-    no_figures: set[str] = set()
-    for name in meanings:
-      no_figures.update(_COLUMN_NAMES[name])
+    rows = []
+    for line in text.splitlines():
+      if line.strip():
+        values = storage.parse_json_object(line, str(file))
+        rows.append({name: '' if value is None else str(value)
+                     for name, value in values.items()})
+    columns: dict[str, None] = {}
+    for row in rows:
+      columns |= dict.fromkeys(row)
+    return _runs_of_table(path, [*columns], rows)
 
-    # Collect the rows of each run, and what the run was given, such as its
-    # tokens or its code, which some columns tell in words.
-    rows_by_run: dict[tuple, list] = {}
-    given_to_run: dict[tuple, dict[str, str]] = {}
-    for row in table:
-      key = tuple(row.get(name) or '' for name in (entry, run, seed))
-      cells = {column: cell for column, cell in row.items()
-               if column and column not in (entry, run, seed, step)}
-      figures, given = _split_figures_and_words(cells, no_figures)
-      given_to_run.setdefault(key, {}).update(given)
-      step_of_row = int(float(row[step])) if step else 0
-      rows_by_run.setdefault(key, []).append((step_of_row, figures))
 
-    # Name each run by its entry, its name and its seed.
-    runs = []
-    for key, rows in rows_by_run.items():
-      entry_name, run_name, seed_text = key
-      seed_of_run = None
-      if seed_text:
-        seed_of_run = int(float(seed_text))
-        seed_text = f'seed-{seed_of_run}'
-      run_path = _join_names(entry_name or path, run_name, seed_text)
-      for log in _runs_of_rows(run_path, seed_of_run, rows):
-        runs.append(dataclasses.replace(log, given=given_to_run[key]))
-    return runs
+class LoopLog:
+  """Reads what a training loop of one's own prints or logs: lines with a step
+  and with losses, such as 'step 100 | train loss 3.2 | val loss 3.3' or
+  '... INFO epoch=2 val_loss=3.3 acc=0.4'. Without steps, epochs count."""
+  name = 'loop'
+  title = "lines of a loop of one's own (step 100 val_loss 3.3)"
+  _NUMBER_OF_STEP = r'\b["\']?\s*[:=#]?\s*[\[(]?(\d+)(?![.,]?\d)'
+  _STEP = re.compile(r'\b(?:global_step|step|iteration|iter)'
+                     + _NUMBER_OF_STEP, re.IGNORECASE)
+  _EPOCH = re.compile(r'\bepoch' + _NUMBER_OF_STEP, re.IGNORECASE)
+  _FIGURE = re.compile(
+      r'\b(?:(training|train|validation|valid|val|dev|evaluation|eval|test)'
+      r'[ _/.-])?(loss|perplexity|ppl|bpb|accuracy|acc)\b["\']?\s*[:=]?\s*'
+      r'([-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?|nan|inf)', re.IGNORECASE)
+  _SHORT_SPLITS = {'training': 'train', 'validation': 'val', 'valid': 'val',
+                   'dev': 'val', 'evaluation': 'eval'}
+
+  def recognizes(self, text: str) -> bool:
+    return bool(self._read_rows(text))
+
+  def read(self, file, path, text):
+    return _runs_of_rows(path, None, self._read_rows(text))
+
+  def _read_rows(self, text: str) -> list[tuple[int, dict[str, float]]]:
+    """Returns the step and the figures of each line that has both: steps where
+    any line counts them, and else epochs."""
+    for counter in (self._STEP, self._EPOCH):
+      rows = []
+      for line in text.splitlines():
+        step = counter.search(line)
+        figures = {}
+        for split, name, value in self._FIGURE.findall(line):
+          split = self._SHORT_SPLITS.get(split.lower(), split.lower())
+          figures[f'{split}_{name.lower()}'.strip('_')] = float(value)
+        if step is not None and figures:
+          rows.append((int(step[1]), figures))
+      if rows:
+        return rows
+    return []
+
+
+def _runs_of_table(path: str, columns: Sequence[str],
+                   rows: Iterable[Mapping[str, str]]) -> list[ForeignRun]:
+  """Returns the runs of a table with a row for each evaluation. A row without
+  a step says what the run was given.
+
+  Args:
+    path: the path of the file below the folder of all runs.
+    columns: the columns of the table.
+    rows: the cells of each row by column, as texts.
+  """
+  # Find the columns by their usual names; None: there is none.
+  meanings = ('entry', 'run', 'seed', 'step', 'split')
+  entry, run, seed, step, split = (
+      _find_column(columns, name) for name in meanings)
+  no_figures: set[str] = set()
+  for name in meanings:
+    no_figures.update(_COLUMN_NAMES[name])
+
+  # Collect the rows of each run, and what the run was given, such as its
+  # tokens or its code, which some columns tell in words.
+  rows_by_run: dict[tuple, list] = {}
+  given_to_run: dict[tuple, dict[str, str]] = {}
+  for row in rows:
+    key = tuple(_cell(row, name) for name in (entry, run, seed))
+    cells = {column: cell for column, cell in row.items()
+             if column and column not in (entry, run, seed, step, split)}
+    given_to_this_run = given_to_run.setdefault(key, {})
+    rows_of_run = rows_by_run.setdefault(key, [])
+    if step and not _cell(row, step):
+      for column, cell in cells.items():
+        quantity = quantity_of_figure(column)
+        if quantity and cell:
+          given_to_this_run[quantity] = cell
+      continue
+    figures, given = _split_figures_and_words(cells, no_figures)
+    given_to_this_run |= given
+    split_of_row = _cell(row, split)
+    if split_of_row:
+      figures = {f'{split_of_row}/{name}': value
+                 for name, value in figures.items()}
+    step_of_row = int(float(row[step])) if step else 0
+    rows_of_run.append((step_of_row, figures))
+
+  # Name each run by its entry, its name and its seed.
+  runs = []
+  for key, rows_of_run in rows_by_run.items():
+    entry_name, run_name, seed_text = key
+    seed_of_run = None
+    if seed_text:
+      seed_of_run = int(float(seed_text))
+      seed_text = f'seed-{seed_of_run}'
+    run_path = _join_names(entry_name or path, run_name, seed_text)
+    for log in _runs_of_rows(run_path, seed_of_run, rows_of_run):
+      runs.append(dataclasses.replace(log, given=given_to_run[key]))
+  return runs
 
 
 # The first that recognizes a file reads it: the narrower formats come first.
 READERS: tuple[Reader, ...] = (
-    EventFile(), LmEvalSamples(), TrainerState(), NanogptLog(), PrintedLosses(),
-    WandbChart(), ResultsTable(), PlainCsv())
+    EventFile(), LmEvalSamples(), TrainerState(), JsonLines(), NanogptLog(),
+    PrintedLosses(), WandbChart(), ResultsTable(), PlainCsv(), LoopLog())
 
 
 def read_source(source: pathlib.Path, format_name: str = ''
@@ -606,6 +700,14 @@ def _find_column(columns: Sequence[str], meaning: str) -> str | None:
     if name in by_lower_case:
       return by_lower_case[name]
   return None
+
+
+def _cell(row: Mapping[str, str], column: str | None) -> str:
+  """Returns the cell of a row in a column; '' where it is empty or the table
+  has no such column."""
+  if column is None:
+    return ''
+  return row.get(column) or ''
 
 
 def find_seed(path: str) -> int | None:

@@ -3,8 +3,9 @@
 Each SOURCE is a file or a folder with the runs of one entry: logs of
 modded-nanogpt, trainer_state.json of the Hugging Face Trainer, event files of
 TensorBoard, charts and histories of W&B and trackio as CSV, samples of lm-eval,
-or a CSV with the columns entry, run, seed, step and loss. Of one SOURCE alone
-the entries are those that it names. The others are compared with the first, or
+a CSV or JSON lines with entry, run, seed, step and loss, or the lines that a
+loop of one's own prints. Of one SOURCE alone the entries are those that it
+names. The others are compared with the first, or
 each with the one before (--successive).
 
 The test is Student's: paired by seed where both entries have 3 seeds or more
@@ -12,12 +13,13 @@ in common, and else of two samples, with the deviation of each (Welch), one that
 is pooled over all entries (--pooled), or one that is known (--sd). Scores of
 items, such as questions, are paired item by item. Every p is corrected over all
 that is compared, by Holm. What the logs tell that runs were given stands beside
-each verdict where it is not alike (certificate.py).
+each verdict where it is not alike, and what neither they nor --given tell is
+called unknown (certificate.py).
 """
 
 import argparse
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import csv
 import dataclasses
 import json
@@ -95,6 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='what the question is about, so that it is not '
                       'named where it differs, of '
                       f'{", ".join(certificate.QUANTITIES)}')
+  parser.add_argument('--given', default='', metavar='FILE', help='a CSV with '
+                      'the column entry, and others of the same quantities, '
+                      'that tell what the runs of an entry were given')
   parser.add_argument('--target', type=float, help='instead: the first step at '
                       'which the mean of each entry is below this loss')
   parser.add_argument('--uncorrected', action='store_true', help='judge each '
@@ -119,6 +124,8 @@ def main(args) -> int:
     check_number('--sd', args.sd, (('>', 0),))
   require(args.target is None or not args.figure,
           '--figure draws comparisons, of which --target has none')
+  require(args.target is None or not args.given,
+          '--given is of comparisons, of which --target has none')
   if args.figure:
     check_choice('ending of --figure', pathlib.Path(args.figure).suffix[1:],
                  figures.FILE_FORMATS)
@@ -317,6 +324,36 @@ def read_sample(name: str, runs: Sequence, step: int | None, metric: str
       given=_join_what_was_given(at_step, step), notes=notes)
 
 
+def _read_given(file: str, entries: Iterable[str]) -> dict[str, dict[str, str]]:
+  """Reads the CSV of --given.
+
+  Args:
+    file: its path; '': there is none.
+    entries: the names of the entries.
+
+  Returns:
+    What the runs of each entry were given, by the name of the entry and by the
+    names of certificate.QUANTITIES, as far as the CSV tells it.
+
+  Raises:
+    RequestError: for a column or an entry that is not known.
+  """
+  if not file:
+    return {}
+  require(pathlib.Path(file).is_file(), f'--given: there is no file {file}')
+  given = {}
+  with open(file, newline='') as opened:
+    for row in csv.DictReader(opened):
+      require('entry' in row, f'--given: {file} has no column entry')
+      entry = row.pop('entry')
+      check_choice(f'--given: the entry in {file}', entry, entries)
+      for column in row:
+        check_choice(f'--given: the column in {file}', column,
+                     certificate.QUANTITIES)
+      given[entry] = {column: cell for column, cell in row.items() if cell}
+  return given
+
+
 def _drop_copies(runs: Sequence[foreign.ForeignRun], metric: str
                  ) -> list[foreign.ForeignRun]:
   """Returns the runs without those whose curve of a figure, if it is long
@@ -374,22 +411,27 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
 
   Returns:
     What --json prints: 'metric', 'comparisons', 'steps' (of --target), 'notes',
-    'unlike', sentences on what was not given alike, 'unknown', what nothing
-    tells of any entry, and 'summary', a paragraph.
+    'unlike', sentences on what was not given alike, 'alike', what was given
+    alike to all entries, 'unknown', what nothing tells of any entry, and
+    'summary', a paragraph.
   """
   metric = choose_metric(groups, args.metric)
   answer: dict[str, Any] = {
       'metric': metric or 'scores of items', 'alpha': args.alpha,
-      'comparisons': [], 'steps': [], 'notes': [], 'unlike': [],
+      'comparisons': [], 'steps': [], 'notes': [], 'unlike': [], 'alike': [],
       'unknown': [*certificate.QUANTITIES]}
 
   # Scores of items alone are paired item by item.
   pairs = _list_pairs([*groups], args.successive)
+  given = _read_given(args.given, groups)
   if not metric:
     require(args.target is None, '--target is of curves, and there are none')
     for base, entry in pairs:
       answer['comparisons'] += _compare_items(
           base, groups[base][0], entry, groups[entry][0])
+    seeds = {name: [run.seed for run in runs]
+             for name, (runs, _) in groups.items()}
+    _add_what_is_unlike(answer, given=given, seeds=seeds, about=args.about)
     return _correct_and_summarize(answer, args)
 
   samples = {}
@@ -409,7 +451,10 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
     answer['comparisons'].append(_compare_samples(
         samples[base], samples[entry], metric=metric, pooled=pooled, args=args,
         num_tests=num_tests))
-  _add_what_is_unlike(answer, samples, args.about)
+  for name, sample in samples.items():
+    given[name] = {**sample.given, **given.get(name, {})}
+  seeds = {name: sample.seeds for name, sample in samples.items()}
+  _add_what_is_unlike(answer, given=given, seeds=seeds, about=args.about)
   answer['notes'] += _note_assumptions(samples, metric, pooled, args)
   return _correct_and_summarize(answer, args)
 
@@ -442,15 +487,19 @@ def _note_assumptions(samples: Mapping[str, Sample], metric: str,
   return notes
 
 
-def _add_what_is_unlike(answer: dict[str, Any], samples: Mapping[str, Sample],
-                        about: str) -> None:
+def _add_what_is_unlike(answer: dict[str, Any],
+                        given: Mapping[str, Mapping[str, str]],
+                        seeds: Mapping[str, Sequence[int | None]], about: str
+                        ) -> None:
   """Adds to an answer whether its comparisons are fair: what the entries of
   each comparison were given differently besides what the question is about, and
   what is not known about any entry.
 
   Args:
     answer: the answer, with its 'comparisons'.
-    samples: the entries by name.
+    given: what each entry was given, by its name and by the names of
+      certificate.QUANTITIES, as far as it is known.
+    seeds: the seed of each run of an entry; None where it is not known.
     about: the text of --about.
   """
   asked = tuple(filter(None, about.split(',')))
@@ -464,21 +513,28 @@ def _add_what_is_unlike(answer: dict[str, Any], samples: Mapping[str, Sample],
   pairs = [(first_entry, first_entry)]
   pairs += [(row['base'], row['entry']) for row in answer['comparisons']]
   for base, entry in pairs:
-    sample = samples[entry]
     certificates[entry] = certificate.certify_cells(
-        entry, sample.given, base=certificates.get(base, {}),
-        seeds=[seed for seed in sample.seeds if seed is not None])
+        entry, given.get(entry, {}), base=certificates.get(base, {}),
+        seeds=[seed for seed in seeds[entry] if seed is not None])
 
   # Compare the certificates of the two entries of each comparison.
   differences_by_entry = {}
   for row in answer['comparisons']:
-    differences = certificate.compare_certificates(
-        certificates[row['base']], certificates[row['entry']], asked)
+    base, entry = certificates[row['base']], certificates[row['entry']]
+    differences = certificate.compare_certificates(base, entry, asked)
     row['unlike'] = differences.unlike
+    row['unknown'] = [name for name in certificate.QUANTITIES
+                      if name not in base or name not in entry]
     differences_by_entry[row['entry']] = differences
   answer['unlike'] = certificate.name_differences(differences_by_entry)
+
+  # What is alike in all comparisons, and what is unknown of all entries.
   known = set().union(*certificates.values())
   answer['unknown'] = [name for name in answer['unknown'] if name not in known]
+  first, *others = certificates.values()
+  answer['alike'] = [
+      name for name, value in first.items()
+      if all(other.get(name) == value for other in others)]
 
 
 def _correct_and_summarize(answer: dict[str, Any], args) -> dict[str, Any]:
@@ -796,10 +852,17 @@ def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
 
   sentences += _say_what_is_not_shown(rows)
   sentences += answer['unlike']
+  if answer['alike']:
+    titles = [certificate.QUANTITIES[name].title for name in answer['alike']]
+    sentences.append(f'Alike of all entries: {", ".join(titles)}.')
   if answer['unknown']:
-    sentences.append('The logs do not tell of any entry: '
-                     f'{", ".join(answer["unknown"])}. Columns of a CSV with '
-                     'these names can.')
+    sentences.append(
+        'Unknown of every entry, and so not compared: '
+        f'{certificate.list_with_columns(answer["unknown"])}.')
+  is_any_unknown = any(row.get('unknown') for row in rows)
+  if is_any_unknown:
+    sentences.append('What is unknown can be told by the CSV of --given, in '
+                     'columns of these names.')
   sentences += [f'Note: {note}.' for note in answer['notes']]
   return ' '.join(sentences)
 

@@ -282,7 +282,7 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path, capsys):
   assert milestones[0].startswith('fair: ') and ';' not in milestones[0]
   text = report.format_report(compared)
   assert 'not alike in tokens: long (1e+06 -> 2e+06, +100.0%)' in text
-  assert 'Not known of both bare and the base: model (model)' in text
+  assert 'Unknown of bare or of the base, and so not compared: model, ' in text
   assert 'float16' in text
   given = report.report_as_json(compared)['certificates']
   assert given['torch']['flops_per_token'] == 8e5

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from common.errors import RequestError
-from tools.compare import foreign, referee, statistics
+from tools.compare import certificate, foreign, referee, statistics
 
 STEPS = (100, 200, 300)
 TRACK3 = pathlib.Path(__file__).parents[4] / 'shared/data/track3'
@@ -124,7 +124,34 @@ def _write_plain(folder, entry, losses):
   _write_csv(folder / f'{entry}.csv', rows)
 
 
+def _write_json_lines(folder, entry, losses):
+  """As a loop of one's own writes them, a file a run, whose first line says
+  what the run was given."""
+  (folder / entry).mkdir()
+  for seed, run in enumerate(losses):
+    lines = [json.dumps({'params': 100 + 100 * (entry == 'better')})]
+    for step, loss in zip(STEPS, run):
+      lines += [json.dumps({'step': step, 'split': 'train', 'loss': 9.0}),
+                json.dumps({'step': step, 'split': 'eval', 'loss': loss})]
+    (folder / entry / f'seed{seed}.jsonl').write_text('\n'.join(lines))
+
+
+def _write_loop(folder, entry, losses):
+  """As a loop of one's own prints and logs them, in three ways, one of which
+  counts epochs."""
+  (folder / entry).mkdir()
+  words = {'base': 'epoch {step}/300: Train Loss 9.0, Validation Loss = {loss}',
+           'better': '10:00:01 INFO train: global_step={step} epoch=0.12 '
+                     'train_loss=9.0 val_loss={loss} acc: 0.25'}[entry]
+  for seed, run in enumerate(losses):
+    lines = ['124.4M parameters, loss scale 1', *(
+        words.format(step=step, loss=loss) for step, loss in zip(STEPS, run))]
+    (folder / entry / f'seed_{seed}.txt').write_text('\n'.join(lines))
+
+
 @pytest.mark.parametrize('write, has_seeds, unlike', [
+    (_write_json_lines, True, {'params': '100 -> 200, +100.0%'}),
+    (_write_loop, True, {}),
     (_write_nanogpt, False, {'seconds': '9.1 -> 18.2, +100.0%'}),
     (_write_printed, False, {}),
     (_write_trainer, True, {'flops': '3e+12 -> 6e+12, +100.0%'}),
@@ -245,7 +272,8 @@ def test_what_the_logs_tell_that_runs_were_given_is_named(tmp_path, capsys):
        'code': '1e9 -> v2', 'devices': 'known of one side alone'},
       {'tokens': 'known of one side alone'}]
   assert 'not alike in code: b (1e9 -> v2)' in answer['summary']
-  assert 'do not tell of any entry: model, multiplied' in answer['summary']
+  assert 'Unknown of every entry, and so not compared: model, parameters ' in (
+      answer['summary'])
   asked = _judge(capsys, tmp_path / 'runs.csv', '--about=recipe,tokens')
   assert [*asked['comparisons'][0]['unlike']] == ['code', 'devices']
   # Where several are compared, an effect must be larger to be found.
@@ -253,6 +281,71 @@ def test_what_the_logs_tell_that_runs_were_given_is_named(tmp_path, capsys):
                      '--uncorrected')
   assert by_itself['comparisons'][0]['detectable'] < (
       answer['comparisons'][0]['detectable'])
+
+
+def test_what_nobody_tells_of_runs_of_ones_own_is_unknown_by_name(
+    tmp_path, capsys):
+  """Logs that tell losses alone, and then a table of what the runs were
+  given: each fact is alike, not alike, or unknown of one or of both."""
+  for entry, losses in ENTRIES.items():
+    _write_loop(tmp_path, entry, losses)
+  sources = [tmp_path / entry for entry in ENTRIES]
+  answer = _judge(capsys, *sources)
+  all_but_seeds = [*certificate.QUANTITIES]
+  all_but_seeds.remove('seeds')
+  row, = answer['comparisons']
+  assert (row['verdict'], row['unlike'], row['unknown']) == (
+      'better', {}, all_but_seeds)
+  for name in all_but_seeds:
+    assert certificate.QUANTITIES[name].title in answer['summary']
+
+  _write_csv(tmp_path / 'given.csv', [
+      ['entry', 'params', 'flops_per_token', 'tokens', 'batches', 'tuning'],
+      ['base', '1e6', '6e6', '1e9', 'shuffled', '3 rates'],
+      ['better', '1.2e6', '6e6', '2e9', 'same', '']])
+  told = f'--given={tmp_path / "given.csv"}'
+  answer = _judge(capsys, *sources, told)
+  row, = answer['comparisons']
+  assert row['unlike'] == {
+      'params': '1e+06 -> 1.2e+06, +20.0%',
+      'flops': '6e+15 -> 1.2e+16, +100.0%',
+      'tokens': '1e+09 -> 2e+09, +100.0%',
+      'tuning': 'known of one side alone'}
+  assert sorted(answer['alike']) == ['batches', 'flops_per_token', 'seeds']
+  assert 'Unknown of better or of the base, and so not compared: tuning.' in (
+      answer['summary'])
+  assert {'tuning', 'code', 'model'} < {*row['unknown']}
+  assert not {'params', 'flops', 'batches'} & {*row['unknown']}
+  asked = _judge(capsys, *sources, told, '--about=params,tokens,flops')
+  assert [*asked['comparisons'][0]['unlike']] == ['tuning']
+  for rows, words in (([['entry', 'size'], ['base', 1]], "'size'"),
+                      ([['entry'], ['other']], "'other'"),
+                      ([['params'], [1]], 'no column entry')):
+    _write_csv(tmp_path / 'given.csv', rows)
+    with pytest.raises(RequestError, match=words):
+      _judge(capsys, *sources, told)
+
+
+def test_metrics_of_a_run_of_this_project_are_read_beside_others(
+    tmp_path, capsys):
+  """metrics.jsonl, whose rows are of a split each."""
+  for entry, losses in ENTRIES.items():
+    for seed, run in enumerate(losses):
+      rows = []
+      for step, loss in zip(STEPS, run):
+        rows += [dict(step=step, split='train', loss=9.0, seconds=None),
+                 dict(step=step, split='eval', loss=loss)]
+      folder = tmp_path / entry / f'seed-{seed}'
+      folder.mkdir(parents=True)
+      (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+      (folder / 'log.txt').write_text('step 100: loss 3.0')
+  sources = [tmp_path / entry for entry in ENTRIES]
+  row, = _judge(capsys, *sources, '--format=jsonl')['comparisons']
+  base, better = ENTRIES.values()
+  assert row['metric'] == 'eval/loss' and row['test'] == '4 pairs of seeds'
+  assert row['effect'] == pytest.approx((better - base)[:, -1].mean())
+  with pytest.raises(RequestError, match='of loop, jsonl'):
+    _judge(capsys, *sources)
 
 
 def test_a_table_of_means_and_the_runs_that_are_left_out(tmp_path, capsys):
