@@ -15,7 +15,7 @@ import functools
 import math
 import os
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 from flax import struct
@@ -284,72 +284,156 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     aux/NAME, each health figure, by layer, as health/NAME, and the tokens that
     these are means over as health/tokens.
   """
-  objective = objectives.find_objective(config)
-  schedule = optimizers.learning_rate(config.optim, config.train.steps)
-  rate_shares = parameter_shares(module, config.optim)
+  trainer = Trainer(
+      module=module, tx=tx, config=config, taps=tuple(taps),
+      objective=objectives.find_objective(config),
+      schedule=optimizers.learning_rate(config.optim, config.train.steps),
+      rate_shares=parameter_shares(module, config.optim))
+  return trainer.step
 
-  def step(state: TrainState, batch: Any):
-    """Returns the state after one update, and the metrics of the step."""
+
+class BatchGradients(NamedTuple):
+  """The results of the backward pass over a whole batch.
+
+  Attributes:
+    grads: the gradients of the trained parameters, of the mean loss.
+    metrics: the figures of the objective and of the experts, by name.
+    expert_loads: how the experts were loaded, by the path of the layer.
+  """
+  grads: Any
+  metrics: dict[str, jax.Array]
+  expert_loads: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """The training step of a run, and what it is made of.
+
+  Attributes:
+    module: the Flax module of the model.
+    tx: the optimiser, a pair of functions of Optax (init, update).
+    config: the config of the run.
+    taps: functions that compute further metrics of a step.
+    objective: what is learned.
+    schedule: the function from the number of updates to the learning rate.
+    rate_shares: the factor of each parameter's learning rate, 0 where frozen,
+      as `parameter_shares` returns it.
+  """
+  module: nn.Module
+  tx: optax.GradientTransformation
+  config: ml_collections.ConfigDict
+  taps: tuple[Callable, ...]
+  objective: objectives.Objective
+  schedule: optax.Schedule
+  rate_shares: Any
+
+  def step(self, state: TrainState, batch: Any
+           ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after one update, and the metrics of the step.
+
+    Args:
+      state: the state before.
+      batch: the arrays of the batch, by name.
+    """
     # The gradient is that of the trained parameters alone: no product with a
     # frozen weight needs the gradient of that weight. `keep_trained` leaves
     # frozen parameters out of the tree, and `fill_in_frozen` puts them back.
-    trained = shares.keep_trained(rate_shares, state.params)
-
-    def loss_of_trained(trained: Any, *batch_key_and_totals):
-      params = shares.fill_in_frozen(rate_shares, trained=trained,
-                                     params=state.params)
-      return _micro_batch_loss(module, config, params, *batch_key_and_totals)
-
-    # The gradient and the figures, summed over the whole batch. The sums are
-    # divided by the batch's weight, its number of predicted tokens.
-    grad_fn = jax.grad(loss_of_trained, has_aux=True)
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    totals = objective.weights(batch) | {'tokens': objective.tokens(batch)}
-    grads, (figures, expert_metrics, expert_loads) = _accumulate_gradients(
-        grad_fn, params=trained, batch=batch, key=key, totals=totals,
-        num_micro_batches=config.train.grad_accumulation)
-    grads = jax.tree.map(lambda g: g / totals[objective.main], grads)
-    grads = shares.zero_frozen_layers(rate_shares, grads)
-    metrics = objective.means(figures) | expert_metrics
-    if expert_metrics:
-      metrics['health/tokens'] = totals['tokens']
+    trained = shares.keep_trained(self.rate_shares, state.params)
+    grads, metrics, expert_loads = self._compute_gradients(
+        state, trained, batch)
 
     # The update, which is skipped where the loss or a gradient is not finite.
-    # Biases that balance the experts are moved by the loads of the experts, not
-    # by a gradient; `restore_frozen_layers` undoes that move in frozen layers,
-    # whose biases are part of an array that holds those of all layers.
     grad_norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
     updated, opt_state = optimizers.update_if(
-        is_finite, tx=tx, grads=grads, state=state.opt_state, params=trained)
-    with_biases = moe.move_biases(module.config, params=updated,
-                                  loads=expert_loads, applied=is_finite)
-    updated = shares.restore_frozen_layers(rate_shares, new=with_biases,
-                                           old=updated)
-    params = shares.fill_in_frozen(rate_shares, trained=updated,
+        is_finite, tx=self.tx, grads=grads, state=state.opt_state,
+        params=trained)
+    updated = self._move_biases(updated, expert_loads, is_finite)
+    params = shares.fill_in_frozen(self.rate_shares, trained=updated,
                                    params=state.params)
 
     # The counts of skipped steps, and the average of the parameters.
     bad_in_row = jnp.where(is_finite, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(is_finite, 0, 1)
     good_steps = state.step + 1 - bad_steps
-    ema = shares.update_average(config.optim, average=state.ema, params=updated,
-                                updates=good_steps, ok=is_finite)
+    ema = shares.update_average(
+        self.config.optim, average=state.ema, params=updated,
+        updates=good_steps, ok=is_finite)
 
     # The other metrics.
     metrics['grad_norm'] = grad_norm
     metrics['param_norm'] = _global_norm(params)
-    metrics['learning_rate'] = schedule(state.step - state.bad_steps)
+    metrics['learning_rate'] = self.schedule(state.step - state.bad_steps)
     metrics['bad_steps'] = bad_steps
     metrics['bad_in_row'] = bad_in_row
-    for tap in taps:
+    for tap in self.taps:
       metrics |= tap(state.params, grads)
     new_state = TrainState(
         step=state.step + 1, params=params, opt_state=opt_state,
         bad_steps=bad_steps, bad_in_row=bad_in_row, ema=ema)
     return new_state, metrics
 
-  return step
+  def _compute_gradients(self, state: TrainState, trained: Any, batch: Any
+                         ) -> BatchGradients:
+    """Computes the gradients of the mean loss over the whole batch.
+
+    Args:
+      state: the state before the step.
+      trained: its parameters without the frozen ones.
+      batch: the arrays of the batch, by name.
+    """
+    # Gradients and figures are summed over the batch. The sums are divided by
+    # the batch's weight, its number of predicted tokens.
+    objective = self.objective
+    loss = functools.partial(self._loss_of_trained, all_params=state.params)
+    key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+    totals = objective.weights(batch) | {'tokens': objective.tokens(batch)}
+    grads, (figures, expert_metrics, expert_loads) = _accumulate_gradients(
+        jax.grad(loss, has_aux=True), params=trained, batch=batch, key=key,
+        totals=totals, num_micro_batches=self.config.train.grad_accumulation)
+    grads = jax.tree.map(lambda g: g / totals[objective.main], grads)
+    grads = shares.zero_frozen_layers(self.rate_shares, grads)
+    metrics = objective.means(figures) | expert_metrics
+    if expert_metrics:
+      metrics['health/tokens'] = totals['tokens']
+    return BatchGradients(grads=grads, metrics=metrics,
+                          expert_loads=expert_loads)
+
+  def _loss_of_trained(self, trained: Any, batch: Any, key: jax.Array,
+                       totals: Any, all_params: Any):
+    """Returns the loss of a micro-batch and its figures (`_micro_batch_loss`),
+    as a function of the trained parameters.
+
+    Args:
+      trained: the parameters without the frozen ones.
+      batch: the micro-batch.
+      key: the random key of the micro-batch.
+      totals: the sums over the whole batch.
+      all_params: all parameters, of which the frozen ones are read.
+    """
+    params = shares.fill_in_frozen(self.rate_shares, trained=trained,
+                                   params=all_params)
+    return _micro_batch_loss(self.module, self.config, params, batch=batch,
+                             key=key, totals=totals)
+
+  def _move_biases(self, params: Any, expert_loads: dict[str, jax.Array],
+                   is_finite: jax.Array) -> Any:
+    """Moves the biases that balance the experts, which have no gradient, by the
+    loads of the experts.
+
+    Args:
+      params: the trained parameters after the update.
+      expert_loads: the loads, by the path of the layer.
+      is_finite: whether the step is not skipped.
+
+    Returns:
+      The parameters. Frozen layers keep their biases: these are a part of an
+      array that holds those of all layers, so their move is undone.
+    """
+    moved = moe.move_biases(self.module.config, params=params,
+                            loads=expert_loads, applied=is_finite)
+    return shares.restore_frozen_layers(
+        self.rate_shares, new=moved, old=params)
 
 
 def _micro_batch_loss(module: nn.Module, config: ml_collections.ConfigDict,

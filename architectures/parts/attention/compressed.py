@@ -22,6 +22,7 @@ entries, and v and z of the tokens of windows that have not closed.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple, Optional
 
 import flax.linen as nn
@@ -622,8 +623,7 @@ class SWA(Attention):
       The scores, and what a cache keeps of the indexer's entries.
     """
     config, L = self.config, x_BLD.shape[1]
-    # The indexer calls make_keys below, which fills new_inputs.
-    sizes, new_inputs = config.part(IndexerConfig), {}
+    new_inputs: dict[str, jax.Array] = {}
 
     def rotate_queries(q_BLHK: jax.Array, ctx: Context) -> jax.Array:
       """Returns the indexer's queries, rotated by their positions."""
@@ -631,16 +631,18 @@ class SWA(Attention):
                                   config=config, length=ctx.length,
                                   of_indexer=True)
 
+    compress = functools.partial(
+        compress_windows, config, windows_of_entry=self.WINDOWS_OF_ENTRY,
+        name='index', size=config.part(IndexerConfig).head_dim, windows=windows,
+        ctx=ctx, cache=cache, reads_slots=reads_slots)
+
     def make_keys(x_BLD: jax.Array) -> jax.Array:
-      """Returns the indexer's keys, entries of its own; what a cache keeps of
-      them goes into new_inputs."""
-      e_BW1K, inputs = compress_windows(
-          config, windows_of_entry=self.WINDOWS_OF_ENTRY, name='index',
-          size=sizes.head_dim, x_BLD=x_BLD, windows=windows, ctx=ctx,
-          cache=cache, reads_slots=reads_slots)
+      """Returns the indexer's keys, entries of its own. It is called inside of
+      the indexer, which gets their parameters. The inputs that a cache keeps of
+      them go into new_inputs, as the indexer has no place for them."""
+      e_BW1K, inputs = compress(x_BLD=x_BLD)
       new_inputs.update(inputs)
       return e_BW1K
-
 
     # Scores are products with all entries, and count as those with the entries
     # that have ended before the query.

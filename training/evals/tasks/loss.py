@@ -22,6 +22,7 @@ the same kind, and by other draws.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -517,10 +518,28 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
     mask_id: the id of the mask token.
     num_draws: the number of draws for each row.
   """
-  objective = objectives.find_objective(config)
-  block_size = module.config.diffusion_block
+  bound = LossBound(module=module, objective=objectives.find_objective(config),
+                    mask_id=mask_id, num_draws=num_draws)
+  return bound.sum_bound
 
-  def sum_bound(params: Any, batch: Any, batch_number: jax.Array) -> jax.Array:
+
+@dataclasses.dataclass(frozen=True)
+class LossBound:
+  """Computes the bound of the loss of masked diffusion for rows of text.
+
+  Attributes:
+    module: the Flax module of the model.
+    objective: the objective of its run.
+    mask_id: the id of the mask token.
+    num_draws: K, the number of draws for each row.
+  """
+  module: Any
+  objective: objectives.Objective
+  mask_id: int
+  num_draws: int
+
+  def sum_bound(self, params: Any, batch: Any, batch_number: jax.Array
+                ) -> jax.Array:
     """Returns the sums of BoundSums over the rows of a batch, [6].
 
     Args:
@@ -528,35 +547,15 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
       batch: the batch, of rows of n tokens each.
       batch_number: the number of the batch in its source.
     """
+    # The bound of each row is the mean over its draws.
     is_token_BL = batch['segment_ids'] != 0
     n_B = is_token_BL.sum(1)
-    # A row's draws are its own, whatever rows are beside it in a batch.
-    row_B = batch_number * len(n_B) + jnp.arange(len(n_B))
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), row_B)
-
-    # The rows in blocks, [B, blocks N, tokens of a block S], of which each is
-    # masked by itself: a block is the whole row but in block diffusion.
-    B, L = is_token_BL.shape
-    S = block_size or L
-    N = -(-L // S)
-    padded_BM = jnp.pad(is_token_BL, ((0, 0), (0, N * S - L)))
-    is_token_BNS = padded_BM.reshape(B, N, S)
-    n_BN = is_token_BNS.sum(2)
-    # One more draw than those of the bound: where the masked shares of a block
-    # begin.
-    start_BN = _draw_uniform(key_B, num_draws, (N,))
-    blocks = _BlocksOfRows(is_token_BNS=is_token_BNS, n_BN=n_BN,
-                           start_BN=start_BN, key_B=key_B)
-    token_losses = functools.partial(objective.token_losses, module, params)
-
-    def draw_bound(_: None, k: jax.Array) -> tuple[None, jax.Array]:
-      """Returns no carry of the scan over the draws, and draw k of the bound of
-      each row."""
-      bound_B = _draw_bound(k, batch=batch, blocks=blocks, num_draws=num_draws,
-                            mask_id=mask_id, token_losses=token_losses)
-      return None, bound_B
-
-    _, draws_KB = jax.lax.scan(draw_bound, None, jnp.arange(num_draws))
+    blocks = self._cut_into_blocks(is_token_BL, n_B, batch_number)
+    draw_bound = functools.partial(
+        _draw_bound, batch=batch, blocks=blocks, num_draws=self.num_draws,
+        mask_id=self.mask_id, token_losses=functools.partial(
+            self.objective.token_losses, self.module, params))
+    draws_KB = jax.lax.map(draw_bound, jnp.arange(self.num_draws))
     x_B = draws_KB.mean(0)
 
     # A row of padding has no tokens, and is none.
@@ -567,7 +566,31 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
         products=(x_B * n_B).sum(), lengths=(n_B ** 2).sum(),
         rows=is_row_B.sum())
     return jnp.stack(sums)
-  return sum_bound
+
+  def _cut_into_blocks(self, is_token_BL: jax.Array, n_B: jax.Array,
+                       batch_number: jax.Array) -> '_BlocksOfRows':
+    """Returns the rows in blocks, [B, blocks N, tokens of a block S], of which
+    each is masked by itself. A block is the whole row but in block diffusion.
+
+    Args:
+      is_token_BL: bool, which places hold a token; the others are padding.
+      n_B: the number of tokens of each row.
+      batch_number: the number of the batch in its source.
+    """
+    # A row's draws are its own, whatever rows are beside it in a batch.
+    row_B = batch_number * len(n_B) + jnp.arange(len(n_B))
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), row_B)
+
+    B, L = is_token_BL.shape
+    S = self.module.config.diffusion_block or L
+    N = -(-L // S)
+    padded_BM = jnp.pad(is_token_BL, ((0, 0), (0, N * S - L)))
+    is_token_BNS = padded_BM.reshape(B, N, S)
+    # One more draw than those of the bound: where the masked shares of a block
+    # begin.
+    start_BN = _draw_uniform(key_B, self.num_draws, (N,))
+    return _BlocksOfRows(is_token_BNS=is_token_BNS, n_BN=is_token_BNS.sum(2),
+                         start_BN=start_BN, key_B=key_B)
 
 
 class DocumentLoss(Task):

@@ -16,6 +16,7 @@ the model sees the others as masks.
 """
 
 from collections.abc import Callable
+import dataclasses
 import re
 from typing import Any
 
@@ -232,41 +233,60 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
   # With a capacity, a text's experts would depend on the batch.
   module = evaluation.run.module.clone(
       config=without_capacity(evaluation.run.model))
+  embedder = TextEmbedder(
+      module=module, stack=stack, is_prefix_lm=is_prefix_lm, pooling=pooling,
+      normalize=normalize)
+  return embedder.embed
 
-  def embed(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array
+
+@dataclasses.dataclass(frozen=True)
+class TextEmbedder:
+  """Computes a vector of each text from the states of its tokens.
+
+  Attributes:
+    module: the Flax module of the model.
+    stack: what the model is: 'decoder', 'encoder' or 'encoder-decoder'.
+    is_prefix_lm: whether a text is read in both directions, as the prefix of a
+      prefix LM.
+    pooling: which states become a vector, of POOLINGS.
+    normalize: whether each vector is scaled to length 1.
+  """
+  module: Any
+  stack: str
+  is_prefix_lm: bool
+  pooling: str
+  normalize: bool
+
+  def embed(self, params: Any, tokens_BL: jax.Array, lengths_B: jax.Array
             ) -> jax.Array:
     """Computes a vector of D features for each of B texts, float32 [B, D].
-
-    `stack` says whether the model is a decoder or an encoder; `pooling` and
-    `normalize` say how the states of tokens become a vector.
 
     Args:
       params: the parameters of the model, a tree of arrays.
       tokens_BL: the tokens of the texts, with padding.
       lengths_B: how many of them are no padding.
     """
-    # Compute the states of all tokens. In a prefix LM, the whole text is the
-    # prefix, whose tokens see each other.
+    # Compute the states of all tokens.
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
     is_real_BL = places_1L < lengths_B[:, None]
-    options = {MASK_ARGUMENT_OF_STACK[stack]: is_real_BL.astype(jnp.int32),
+    mask_argument = MASK_ARGUMENT_OF_STACK[self.stack]
+    options = {mask_argument: is_real_BL.astype(jnp.int32),
                'lengths_B': lengths_B}
-    if is_prefix_lm:
+    if self.is_prefix_lm:
       options['prefix_B'] = lengths_B
-    output = module.apply({'params': params}, tokens_BL, **options)
+    output = self.module.apply({'params': params}, tokens_BL, **options)
 
     # Pool them. In a decoder, the first token is the separator, which sees
     # nothing of the text and is left out. 1e-12 avoids a division by 0.
     is_counted_BL = is_real_BL
-    if stack == 'decoder':
+    if self.stack == 'decoder':
       is_counted_BL = is_real_BL & (places_1L >= 1)
     vectors_BD = _pool_states(output, is_counted_BL=is_counted_BL,
-                              pooling=pooling)
-    if normalize:
+                              pooling=self.pooling)
+    if self.normalize:
       norms_B1 = jnp.linalg.norm(vectors_BD, axis=-1, keepdims=True)
       vectors_BD /= jnp.maximum(norms_B1, 1e-12)
     return vectors_BD
-  return embed
 
 
 def _pool_states(output: Any, is_counted_BL: jax.Array, pooling: str
