@@ -2,7 +2,9 @@
 range or choices is refused, any other value is taken from a flag, and what no
 part of the model reads is refused too."""
 
+from collections.abc import Mapping, Sequence
 import contextlib
+from typing import Annotated, Any, Optional
 from unittest import mock
 
 from absl import flags
@@ -15,6 +17,7 @@ import pytest
 
 import architectures
 from architectures.parts import flat, tables
+from common import fields
 from common.errors import RequestError, shorten
 from configs import base
 from tests.helpers import data_files, forked, models
@@ -86,6 +89,42 @@ def test_a_wrong_value_is_refused_by_name_and_value(case):
     base.check_config(config.to_dict())
     flat.check_fields(config.model.to_dict())
   assert name in str(refusal.value) and shorten(value) in str(refusal.value)
+
+
+@pytest.mark.parametrize('place', range(3))
+def test_a_number_without_a_value_hides_no_wrong_one(place):
+  """A rate that is traced, as where several runs train as one program."""
+  leaf = base.FIELDS['optim.lr']
+  values = [fields.FieldValue(leaf, jax.numpy.float32(-1.0), 'traced'),
+            fields.FieldValue(leaf, 1e-3, 'right')]
+  fields.check_values(values)
+  values.insert(place, fields.FieldValue(leaf, -1.0, 'optim.lr'))
+  with pytest.raises(RequestError, match='optim.lr is -1.0'):
+    fields.check_values(values)
+
+
+@pytest.mark.parametrize('annotation, right, wrong', [
+    (Any, [None, 3], []),
+    (int, [3, np.int64(3)], [True, 3.0, '3', None]),
+    (float, [2.5, 3, np.float32(1.5)], [True, '2.5', None]),
+    (str, ['a', ''], [b'a', 3, None]),
+    (bool, [True], [1, 'True']),
+    (Optional[int], [None, 3], ['3', 2.5]),
+    (int | str, [3, '3'], [None, 2.5]),
+    (Mapping[str, int], [{}, ml_collections.ConfigDict()],
+     [3, 'a', [('a', 1)], None]),
+    (Sequence[str], [['a'], ('a', 'b'), []], ['a', b'a', [1], ['a', 1], 3]),
+    (Annotated[int, (('>=', 1), ('<=', 9))], [1, 9], [0, 10, True])])
+def test_an_argument_is_of_the_type_of_its_annotation(annotation, right, wrong):
+  def function(value, **more):
+    return value, more
+  function.__annotations__ = {'value': annotation}
+  checked = fields.check_argument_types(function)
+  for value in right:
+    assert checked(value, other=object)[0] is value
+  for value in wrong:
+    with pytest.raises(RequestError, match='^value is '):
+      checked(value)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -236,4 +236,8 @@ def test_rows_of_a_table_whose_columns_are_split_and_their_gradient():
   models.assert_trees_close(want, got)
 
 
-
+@pytest.mark.parametrize('num_devices', [*range(2, 40), 64, 128, 144, 1024])
+def test_a_reduction_in_two_steps_has_the_squarest_groups(num_devices):
+  size = sharding._size_of_first_groups(num_devices)
+  divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
+  assert size == min(d for d in divisors if d * d >= num_devices)

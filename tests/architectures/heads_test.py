@@ -88,6 +88,22 @@ def test_a_row_is_read_off_the_mean_of_what_is_no_padding():
     _ = output.logits
 
 
+@pytest.mark.parametrize('system, activation', [
+    ('bert', np.tanh), ('electra', lambda x: x * special.ndtr(x)),
+    ('deberta_v2', lambda x: x * special.ndtr(x))])
+def test_a_row_is_read_off_its_first_token(system, activation):
+  """By the activation that each paper's pooler has."""
+  module, params = models.make_model(system, head='sequence', num_labels=3)
+  output = _run(module, params, models.random_tokens())
+  first_BD = np.asarray(output.hidden[:, 0])
+  read_BD = activation(first_BD @ np.asarray(params['pooler'])
+                       + np.asarray(params['pooler_bias']))
+  task = jax.tree.map(np.asarray, params['task'])
+  np.testing.assert_allclose(
+      output.extra['scores'], read_BD @ task['kernel'] + task['bias'],
+      rtol=1e-4, atol=1e-5)
+
+
 TWO = dict(mtp_depth=2)
 
 

@@ -1,6 +1,7 @@
 """Patterns of named kinds of layer: laws, and what is refused."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
 from architectures.parts.hf import tensor_map
 from architectures.parts.sharding import install_rules
+from common import kinds
 from configs import sharding
 from tests.helpers import models
 from architectures.parts import paths
@@ -185,6 +187,45 @@ def test_the_final_norm_is_what_the_last_layer_leaves_open(
   _, params = models.make_model('llama', block=model, pattern='a,b', kinds=dict(
       a={}, b=dict(block=last)))
   assert ('final_norm' in params['decoder']) == normed
+
+
+def test_what_layers_report_is_in_the_order_of_the_layers():
+  """Of a prefix of one layer, twice a pattern of three of which one reports
+  nothing, and a suffix of two."""
+  def report(*values):
+    arrays = {}
+    if values:
+      arrays = {'a': jnp.array(values), 'b': -jnp.array(values)}
+    return layers.Report(health=arrays)
+
+  sections = [(report(0),), (report(1, 3), report(), report(2, 4)),
+              (report(5), report(6))]
+  joined = stack._stack_field_by_layer(sections, 'health')
+  np.testing.assert_array_equal(joined['a'], np.arange(7))
+  np.testing.assert_array_equal(joined['b'], -np.arange(7))
+  assert stack._stack_field_by_layer(sections, 'loads') == {}
+
+
+@pytest.mark.parametrize('pattern', ['', 'c', 'c,d', 'c,d,c'])
+@pytest.mark.parametrize('interval', [2, 3, 4])
+def test_experts_are_placed_and_all_else_is_left(pattern, interval):
+  kinds_before = {
+      'a': dict(window=1), 'b': dict(window=2), 'c': dict(window=3),
+      'd': dict(window=4, ffn='swiglu'), 'unused': dict(window=5)}
+  model = dict(prefix='a,global', pattern=pattern, suffix='b',
+               kinds=kinds_before)
+  placed = kinds.place_experts(model, interval)
+  names_before = pattern.split(',') if pattern else ['']
+  names = placed['pattern'].split(',')
+  assert len(names) == math.lcm(len(names_before), interval)
+  for i, name in enumerate(names):
+    expected = dict(kinds_before.get(names_before[i % len(names_before)], {}))
+    if (i + 1) % interval:
+      expected['ffn'] = kinds.DENSE_NETWORK
+    assert placed['kinds'][name] == expected
+  for name in 'ab':
+    assert placed['kinds'][name] == kinds_before[name]
+  assert not {'global', 'unused'} & set(placed['kinds'])
 
 
 # Layers without a feed-forward network: model.ffn 'none'.

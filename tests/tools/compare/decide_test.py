@@ -169,6 +169,26 @@ def test_the_deviation_of_a_run_is_pooled_over_tables_and_pairs():
       ((sum_of_squares / 11) ** 0.5, 12 - rank + 5))
 
 
+def test_noise_is_measured_at_each_size_on_each_workload():
+  rng = np.random.default_rng(11)
+  losses = {}  # by workload and variant: [rate, seed, size]
+  runs = []
+  for workload, noise in (('text', 0.01), ('mqar', 0.1)):
+    losses[workload] = {
+        name: rng.normal(0.5, noise * np.array([1, 2, 3]), (3, 3, 3))
+        for name in ('base', 'a')}
+    for rate, losses_at_rate in enumerate(zip(*losses[workload].values())):
+      by_variant = dict(zip(losses[workload], losses_at_rate))
+      for run in _phase('tune', by_variant, workload):
+        runs.append(run._replace(changes={'optim.lr': RATES[rate]}))
+  measured = tuning.read_tuning_runs(PLAN, runs).deviations
+  assert set(measured) == set(itertools.product(SIZES, losses))
+  for (size, workload), deviation in measured.items():
+    tables = [losses_of[:, :, SIZES.index(size)]
+              for losses_of in losses[workload].values()]
+    assert deviation == pytest.approx(tuning._deviation_of_run(tables, []))
+
+
 def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():
   rng, tokens = np.random.default_rng(4), [10.0, 30.0, 20.0, 25.0]
   losses = {}

@@ -308,6 +308,24 @@ def test_another_replication_has_fresh_seeds_and_the_same_has_its_own(
   assert 1860 < len(set(offsets)) < 1945  # 20,000 (1 - e^-0.1) = 1,903
 
 
+@pytest.mark.parametrize('changes, offset, is_kept', [
+    (dict(effect=0.2), None, True), (dict(effect=0.2), 70, False),
+    (dict(replication=2), None, False), (dict(replication=2), 70, False)])
+def test_an_amendment_keeps_the_seeds_unless_others_are_asked_for(
+    changes, offset, is_kept):
+  old = studies.frozen(studies.plan(replication=1))
+  old = _with(old, offset=old.seed_offset_of_hash)
+  new = _with(old, **changes)
+  drawn = new.seed_offset_of_hash
+  assert drawn != old.plan.offset
+  new = _with(new, offset=drawn if offset is None else offset)
+  going = plans._keep_seeds_of_older_plan(old, new)
+  if is_kept:
+    assert going == _with(new, offset=old.plan.offset)
+  else:
+    assert going == new
+
+
 def test_its_ratios_divide_the_layers():
   sweep, _ = freeze.read_study_file('configs/studies/hybrids.py')
   attention = {}
