@@ -347,12 +347,12 @@ def put_slots_back(slots: SlotsOfEntries,
   """
   entries = []
   for entry, arrays in zip(entries_without_slots, slots, strict=True):
-    # A recurrence has no slots. Of the other arrays of attention some are None,
-    # but keys are always there.
-    has_slots = arrays.get('key_BMJK') is not None
-    if not has_slots:
+    # A layer whose attention has a cache has keys in it. Other layers have no
+    # slots, and their caches are complete: a recurrence has a state, and a
+    # layer that reads the keys of another one has nothing.
+    if arrays.get('key_BMJK') is None:
       entries.append(entry)
       continue
-    cache = entry.mixer.replace(**arrays, layer=layer)
-    entries.append(entry.replace(mixer=cache))
+    cache_of_attention = entry.mixer.replace(**arrays, layer=layer)
+    entries.append(entry.replace(mixer=cache_of_attention))
   return tuple(entries)

@@ -139,18 +139,33 @@ class Gate(Plain):
     rank_BLR = layers.einsum('BLU,UR->BLR', both_BLU, down_UR,
                              dtype=config.compute_dtype)
 
-    def gate(name: str) -> jax.Array:
-      """Returns tanh(r W), [B, L, D], with W the parameter `name`."""
-      w_RD = layers.weight(module, name, shape=(R, D), axes=(None, 'embed'))
-      return jnp.tanh(layers.einsum('BLR,RD->BLD', rank_BLR, w_RD,
-                                    dtype=config.compute_dtype,
-                                    out_dtype=jnp.float32))
-
     # The gates and the sum, in float32.
-    forget_BLD = gate('forget')
-    message_BLD = gate('message')
+    forget_BLD = _gate_of_rank(module, 'forget', rank_BLR)
+    message_BLD = _gate_of_rank(module, 'message', rank_BLR)
     gated_BLD = (1 - forget_BLD) * inputs_BLD + message_BLD * state_BLD
     return gated_BLD.astype(inputs_BLD.dtype)
+
+
+def _gate_of_rank(module: nn.Module, name: str, rank_BLR: jax.Array
+                  ) -> jax.Array:
+  """Returns a gate for each feature of each token, tanh(r W), in float32.
+
+  The suffixes name axes: B batch, L length, D d_model, R features of r.
+
+  Args:
+    module: the module that declares W.
+    name: the name of W, which is [R, D].
+    rank_BLR: r.
+
+  Returns:
+    The gates, [B, L, D], from -1 to 1.
+  """
+  config: ModelConfig = module.config  # type: ignore[attr-defined]
+  w_RD = layers.weight(module, name, shape=(rank_BLR.shape[-1], config.d_model),
+                       axes=(None, 'embed'))
+  logits_BLD = layers.einsum('BLR,RD->BLD', rank_BLR, w_RD,
+                             dtype=config.compute_dtype, out_dtype=jnp.float32)
+  return jnp.tanh(logits_BLD)
 
 
 class Turns(Plain):

@@ -229,13 +229,14 @@ def runs_of_ladder(points, count: str, subject: str, beside: str = '') -> Runs:
       flops_per_token=np.array(flops_per_token))
 
 
-def _check_point_sets_sizes(point, beside: str) -> None:
+def _check_point_sets_sizes(point, other_field: str) -> None:
   """Checks that a point of a sweep changes only numbers in the config: sizes
   and lengths. A scaling law holds for one kind of model.
 
   Args:
     point: the point (curves.Point).
-    beside: a field that it may set though it is not a number, or '' for none.
+    other_field: a field that it may set though it is not a number, or '' for
+      none.
 
   Raises:
     RequestError: if it changes a word, a switch or a list, such as the kind of
@@ -245,7 +246,7 @@ def _check_point_sets_sizes(point, beside: str) -> None:
   for field, value in point.changes.items():
     # bool is listed, because Python counts it among the numbers.
     is_number = not isinstance(value, str | bool | list | dict)
-    if not is_number and field != beside:
+    if not is_number and field != other_field:
       other_changes.append(f'{field}={value}')
   require(not other_changes,
           f'point {point.name!r} sets {", ".join(other_changes)}: a law '

@@ -1603,14 +1603,14 @@ def seeds_needed(effect: float, wanted: float, sd: float, sds, df: float,
   Returns:
     The number of seeds, or None if MAX_SEEDS are too few.
   """
-  def is_enough(seeds: int) -> bool:
-    """Returns whether this many seeds give the power that is wanted."""
-    power = power_to_find(effect, sd=sd, sds=sds, df=df, seeds=seeds,
-                          level=level, **kwargs)
-    return power >= wanted
+  power_with_seeds = functools.partial(
+      power_to_find, effect, sd=sd, sds=sds, df=df, level=level, **kwargs)
 
   # The power rises with the number of seeds, so bisection finds the first
-  # number for which is_enough is true.
+  # number that gives the power that is wanted.
   numbers = range(MIN_SEEDS, MAX_SEEDS + 1)
-  index = bisect.bisect_left(numbers, True, key=is_enough)
-  return numbers[index] if index < len(numbers) else None
+  index = bisect.bisect_left(
+      numbers, wanted, key=lambda seeds: power_with_seeds(seeds=seeds))
+  if index == len(numbers):
+    return None
+  return numbers[index]

@@ -23,7 +23,7 @@ import os
 import sys
 from typing import Any, NamedTuple, Optional
 
-from common.errors import RequestError, check_choice, require
+from common.errors import RequestError, check_choice
 
 GIB = 2 ** 30
 _GB = 1e9
@@ -188,15 +188,18 @@ def _parse_shape(name: str, chip_name: str, text: str) -> tuple[int, ...]:
     RequestError: if it does not have as many sides as slices of the chip have.
   """
   # Slices of TPUs have two sides or three, and GPUs are given by three numbers.
-  dimensions, example = 3, '4x4x8'
   if CHIPS[chip_name].shapes == _SHAPES_OF_PLANES:
-    dimensions, example = 2, '4x8'
+    num_sides, example = 2, '4x8'
   elif CHIPS[chip_name].platform == 'cuda':
-    example = '1x8x8 (slices x hosts x GPUs of a host)'
+    num_sides, example = 3, '1x8x8 (slices x hosts x GPUs of a host)'
+  else:
+    num_sides, example = 3, '4x4x8'
   sides = text.split('x')
   are_numbers = all(side.isdigit() and int(side) for side in sides)
-  require(len(sides) == dimensions and are_numbers, f'--topology is {name!r}: '
-          f'write the shape of a {chip_name} as {chip_name}:{example}')
+  if len(sides) != num_sides or not are_numbers:
+    raise RequestError(
+        f'--topology is {name!r}: write the shape of a {chip_name} as '
+        f'{chip_name}:{example}')
   return tuple(int(side) for side in sides)
 
 

@@ -724,57 +724,73 @@ def _fold_over_blocks(
     # The full blocks, and a rest that needs the largest size as well.
     if size == largest:
       blocks_E, first_E = blocks_E + full_blocks_E, offset_E
-    carry = _fold_over_blocks_of_one_size(
-        size, num_rows=num_rows, blocks_E=blocks_E, first_E=first_E,
-        stop_E=offset_E + count_E, update=update, carry=carry)
+    stop_E = offset_E + count_E
+    blocks = BlocksOfOneSize(
+        size=size, num_rows=num_rows, ends_E=jnp.cumsum(blocks_E),
+        blocks_E=blocks_E, first_E=first_E, stop_E=stop_E)
+    carry = _fold_over_blocks_of_one_size(blocks, update, carry)
   return carry
 
 
-def _fold_over_blocks_of_one_size(
-    size: int, num_rows: int, blocks_E: jax.Array, first_E: jax.Array,
-    stop_E: jax.Array, update: Callable, carry: Any) -> Any:
+class BlocksOfOneSize(NamedTuple):
+  """The blocks of one size that the experts have, numbered from 0, expert by
+  expert.
+
+  Attributes:
+    size: how many rows a block covers.
+    num_rows: how many rows there are in all.
+    ends_E: the number of the block after the last one of each expert.
+    blocks_E: how many blocks of this size each expert has. They follow one
+      another in its rows.
+    first_E: the first own row of the first of them, for each expert.
+    stop_E: the row after the last row of each expert.
+  """
+  size: int
+  num_rows: int
+  ends_E: jax.Array
+  blocks_E: jax.Array
+  first_E: jax.Array
+  stop_E: jax.Array
+
+  def find_block(self, j: jax.Array) -> RowBlock:
+    """Returns the block with the number j."""
+    # The block belongs to the first expert whose blocks end after j. It is the
+    # block `index_of_block` of this expert, counted from 0.
+    expert = jnp.searchsorted(self.ends_E, j, side='right').astype(jnp.int32)
+    first_of_expert = self.first_E[expert]
+    index_of_block = j - self.ends_E[expert] + self.blocks_E[expert]
+    # Its own rows: `size` rows, or those that the expert has left.
+    first = first_of_expert + index_of_block * self.size
+    stop = jnp.minimum(first + self.size, self.stop_E[expert])
+    # A block that would end past the last row begins earlier. The rows before
+    # `first` belong to other blocks.
+    start = jnp.minimum(first, self.num_rows - self.size)
+    return RowBlock(size=self.size, expert=expert, start=start, first=first,
+                    stop=stop)
+
+
+def _fold_over_blocks_of_one_size(blocks: BlocksOfOneSize, update: Callable,
+                                  carry: Any) -> Any:
   """Calls `update` for each block of rows that has the given size. Each call is
   given the result of the one before, the carry:
 
     carry = update(carry, block)
 
   Args:
-    size: how many rows a block has, its own and others.
-    num_rows: how many rows there are in all.
-    blocks_E: how many blocks of this size each of E experts has. They follow
-      one another in its rows.
-    first_E: the first own row of the first of them, for each expert.
-    stop_E: the row after the last row of each expert.
+    blocks: the blocks.
     update: the function that is called with each RowBlock.
     carry: the carry of the first call.
 
   Returns:
     The result of the last call.
   """
-  # The blocks of all experts are numbered from 0, expert by expert. Those of
-  # expert e have the numbers ends_E[e] - blocks_E[e] to before ends_E[e].
-  ends_E = jnp.cumsum(blocks_E)
-
   def update_by_block(j: jax.Array, carry: Any) -> Any:
-    """Calls `update` for the block with the number j, and returns the carry
-    after it."""
-    # The block belongs to the first expert whose blocks end after j. It is the
-    # block `index_of_block` of this expert, counted from 0.
-    expert = jnp.searchsorted(ends_E, j, side='right').astype(jnp.int32)
-    first_of_expert = first_E[expert]
-    index_of_block = j - ends_E[expert] + blocks_E[expert]
-    # Its own rows: `size` rows, or those that the expert has left.
-    first = first_of_expert + index_of_block * size
-    stop = jnp.minimum(first + size, stop_E[expert])
-    # A block that would end past the last row begins earlier. The rows before
-    # `first` belong to other blocks, so `update` must leave them alone.
-    start = jnp.minimum(first, num_rows - size)
-    block = RowBlock(size=size, expert=expert, start=start, first=first,
-                     stop=stop)
-    return update(carry, block)
+    """Returns the carry after the block with the number j."""
+    return update(carry, blocks.find_block(j))
 
+  num_blocks = blocks.ends_E[-1]
   return jax.lax.fori_loop(
-      0, ends_E[-1], body_fun=update_by_block, init_val=carry)
+      0, num_blocks, body_fun=update_by_block, init_val=carry)
 
 
 def _matmul_in_float32(x: jax.Array, matrix: jax.Array) -> jax.Array:
