@@ -344,32 +344,21 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
     which lets the model read the new tokens. The cache and the reader have B
     times `copies` rows.
   """
-  apply: Callable[..., Any] = module.apply
+  # Read the prompts; the last token of each gives the first new token.
   B, L = prompts_BL.shape
   cache = architectures.init_cache(module.config, B, L + room)
-  options: dict[str, Any] = dict(cache=cache, lengths_B=lengths_B)
-
-  # The inputs of every step. An encoder-decoder encodes its source here, and
-  # its steps are given None in the source's place.
-  source_argument: tuple[None, ...] = ()
-  source_inputs: dict[str, jax.Array] = {}
-  positions_name = 'positions_BL'
   if source_BM is None:
-    options['prefix_B'] = prefix_B
-    if blocks.has_layers_with_state(module.config):
-      options['valid_BL'] = _token_mask(prompts_BL, lengths_B)
+    inputs = _inputs_of_decoder(
+        module, prompts_BL=prompts_BL, lengths_B=lengths_B, prefix_B=prefix_B)
   else:
     assert source_lengths_B is not None, 'a source comes with its lengths'
-    source_argument = (None,)
-    source_inputs['segment_ids_BM'] = _token_mask(source_BM, source_lengths_B)
-    positions_name = 'decoder_positions_BL'
-    options['memory'], _ = apply(
-        {'params': params}, source_BM, method='encode',
-        lengths_B=source_lengths_B, **source_inputs)
-
-  # Read the prompts; the last token of each gives the first new token.
-  output = apply({'params': params}, *source_argument, prompts_BL,
-                 **source_inputs, **options)
+    inputs = _inputs_of_encoder_decoder(
+        module, params=params, source_BM=source_BM,
+        source_lengths_B=source_lengths_B)
+  apply: Callable[..., Any] = module.apply
+  output = apply({'params': params}, *inputs.source_argument, prompts_BL,
+                 cache=cache, lengths_B=lengths_B, **inputs.of_each_step,
+                 **inputs.of_prompts)
   last_B11 = (lengths_B - 1)[:, None, None]
   last_B1D = jnp.take_along_axis(output.hidden, last_B11, axis=1)
   assert output.head is not None  # each objective with a prompt trains a head
@@ -381,17 +370,74 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
   is_unrolled = _is_unrolled(module)
   if is_unrolled:
     params, cache = unstack_layers(module.config, params, cache)
+  inputs_of_step = inputs.of_each_step
   if copies > 1:
     cache = _repeat_rows(cache, copies, _row_axis_of_cache(module))
-    prompts_BL, lengths_B, prefix_B, source_inputs = _repeat_rows(
-        (prompts_BL, lengths_B, prefix_B, source_inputs), copies, 0)
+    prompts_BL, lengths_B, prefix_B, inputs_of_step = _repeat_rows(
+        (prompts_BL, lengths_B, prefix_B, inputs_of_step), copies, 0)
 
   reader = TokenReader(
       module=module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
-      prefix_B=prefix_B, source_argument=source_argument,
-      source_inputs=source_inputs, positions_name=positions_name,
+      prefix_B=prefix_B, source_argument=inputs.source_argument,
+      source_inputs=inputs_of_step, positions_name=inputs.positions_name,
       is_unrolled=is_unrolled)
   return logits_BV, cache, reader
+
+
+class PromptInputs(NamedTuple):
+  """The inputs of a model that reads prompts and then writes, beside the tokens
+  and the cache.
+
+  Attributes:
+    of_prompts: the inputs of the call that reads the prompts, by name.
+    of_each_step: those of this call and of each later one, by name.
+    positions_name: the name of the input that has the positions of the tokens.
+    source_argument: (None,) in the place of the source, which an
+      encoder-decoder has encoded already; () for a decoder.
+  """
+  of_prompts: dict[str, Any]
+  of_each_step: dict[str, jax.Array]
+  positions_name: str
+  source_argument: tuple[None, ...] = ()
+
+
+def _inputs_of_decoder(module: nn.Module, prompts_BL: jax.Array,
+                       lengths_B: jax.Array, prefix_B: Optional[jax.Array]
+                       ) -> PromptInputs:
+  """Returns the inputs of a decoder. The arguments are those of `read_prompts`.
+
+  Layers that pass on a state are told which tokens are padding. Attention need
+  not be told: the tokens that are written take the places of the padding before
+  anything sees it.
+  """
+  of_prompts: dict[str, Any] = {'prefix_B': prefix_B}
+  config = module.config  # type: ignore[attr-defined]
+  if blocks.has_layers_with_state(config):
+    of_prompts['valid_BL'] = _token_mask(prompts_BL, lengths_B)
+  return PromptInputs(of_prompts=of_prompts, of_each_step={},
+                      positions_name='positions_BL')
+
+
+def _inputs_of_encoder_decoder(module: nn.Module, params: Any,
+                               source_BM: jax.Array,
+                               source_lengths_B: jax.Array) -> PromptInputs:
+  """Encodes the sources, and returns the inputs of the decoder.
+
+  Args:
+    module: an encoder-decoder.
+    params: its parameters.
+    source_BM: the tokens of the sources, padded on the right.
+    source_lengths_B: the number of tokens of each source.
+  """
+  of_each_step = {
+      'segment_ids_BM': _token_mask(source_BM, source_lengths_B)}
+  apply: Callable[..., Any] = module.apply
+  memory_BMD, _ = apply(
+      {'params': params}, source_BM, method='encode',
+      lengths_B=source_lengths_B, **of_each_step)
+  return PromptInputs(
+      of_prompts={'memory': memory_BMD}, of_each_step=of_each_step,
+      positions_name='decoder_positions_BL', source_argument=(None,))
 
 
 @dataclasses.dataclass(frozen=True)

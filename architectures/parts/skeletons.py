@@ -659,7 +659,9 @@ class Encoder(nn.Module):
     has_own_table = False
     if generator is not None and generator.num_layers > 0:
       has_own_table = generator.sharing == 'apart'
-      prefix = PREFIX_OF_GENERATOR if has_own_table else ''
+      prefix = ''
+      if has_own_table:
+        prefix = PREFIX_OF_GENERATOR
       network = type(self)(config_of_generator(config), name='generator')
       generated = network(
           tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL,

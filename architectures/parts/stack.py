@@ -214,14 +214,15 @@ class Stack(nn.Module):
     reports = [section.reports for section in sections]
     aux = gather_figures(reports) | gather_attention_weights(reports)
 
-    # With an exit gate, each token takes the result of one of the passes.
+    # With an exit gate, each token takes the result of one of the passes. The
+    # loss of training is that of all passes.
     loops = config.find_part(LoopsConfig)
     if loops is not None and loops.exit_gate:
       states_TBLD = final_norm(self._states_of_passes(sections, x))
       log_p_TBL = passes.ExitGate(config, name='exit')(states_TBLD)
       y_BLD = passes.take_exits(config, states_TBLD, log_p_TBL)
       if not ctx.deterministic:
-        aux = aux | {'exits': (states_TBLD, log_p_TBL)}
+        aux['exits'] = states_TBLD, log_p_TBL
 
     # The input of the first layer, and the result of each.
     if ctx.keep_layers:
@@ -229,7 +230,8 @@ class Stack(nn.Module):
       for section in sections:
         kept.append([end_streams(x) for x in section.kept])
       layers_NBLD = jnp.concatenate([x_BLD[None], stack_by_layer(kept)])
-      aux = aux | {'layers': layers_NBLD, 'readouts': final_norm(layers_NBLD)}
+      aux['layers'] = layers_NBLD
+      aux['readouts'] = final_norm(layers_NBLD)
 
     # The cache. A scan returns a tuple of entries for each section.
     if cache is None:
