@@ -187,6 +187,20 @@ def test_answers_are_measured_and_written(tmp_path):
   assert none['NoAns_exact'] == 100 and none['exact'] == 25
 
 
+@pytest.mark.parametrize('objective, num_labels', [
+    ('classification', 3), ('token_classification', 4), ('regression', 1),
+    ('question_answering', 0)])
+def test_a_model_has_a_score_for_each_label_and_one_for_a_number(
+    objective, num_labels, tmp_path):
+  sources = files.write_sources_with_and_without_labels(tmp_path)
+  source, _ = sources[objective]
+  config = evaluations.make_config('bert', objective)
+  config.data.update(source=source, eval_source=source)
+  config = objectives.fill_in_labels(config)
+  found = objectives.find_objective(config).num_labels(config)
+  assert found == num_labels == (len(config.data.labels) or num_labels)
+
+
 @pytest.mark.parametrize('objective', [
     'classification', 'token_classification', 'question_answering', 'regression'
 ])

@@ -19,6 +19,7 @@ from common.errors import RequestError
 from tests.helpers import evaluations
 from tests.helpers import models
 from training import evals
+from training.evals import inspection
 from training.data import tokenizers
 from training.evals.tasks import inspect, reading
 
@@ -202,6 +203,31 @@ def look(system, objective, folder, **options):
 @pytest.fixture(scope='module')
 def gpt(tmp_path_factory):
   return look('gpt', 'causal', tmp_path_factory.mktemp('run'))
+
+
+def test_figures_of_heads_are_those_of_the_first_row():
+  """Of two layers, two rows, two heads and three queries. The first query of
+  a decoder can only attend to the first token."""
+  rng = np.random.default_rng(0)
+  entropy, first_token, sink = rng.uniform(0.1, 1.0, (3, 2, 2, 2, 3))
+  previous_token = rng.uniform(size=(2, 2, 2))
+  records = {}
+  for name in ('decoder', 'cross'):
+    records[name] = inspection.AttentionRecord(
+        weights=np.zeros((2, 2, 2, 3, 3)), entropy=entropy,
+        first_token=first_token, sink=sink, previous_token=previous_token)
+  inspected = types.SimpleNamespace(
+      attention=records, is_real={'decoder': np.ones((2, 3), bool)})
+  figures = inspect.figures_by_head(inspected, induction_NH=None)
+  for name, first_query in (('decoder', 1), ('cross', 0)):
+    expected = {
+        'entropy': entropy[:, 0].mean(-1),
+        'first token': first_token[:, 0, :, first_query:].mean(-1),
+        'learned sink': sink[:, 0].mean(-1),
+        'previous token': previous_token[:, 0]}
+    assert figures[name].keys() == expected.keys()
+    for figure, values in expected.items():
+      np.testing.assert_allclose(figures[name][figure], values)
 
 
 def test_a_decoder_reads_the_prompt_after_the_separator(gpt):

@@ -3,6 +3,7 @@ one sentence and at once."""
 
 import gc
 import json
+import re
 import time
 import tracemalloc
 
@@ -15,10 +16,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import architectures
-from architectures.parts import layers, paths
+from architectures import bert
+from architectures.parts import hf, layers, paths
 from architectures.parts.hf import tensor_map
 from common.errors import RequestError
 from tests.helpers import models
+from tests.parity import recording
 from training import runs
 from training.distributed import devices
 from training.hf import config as hf_config, files as hf_files
@@ -365,6 +368,27 @@ def test_an_export_may_be_made_again(gpt, tmp_path):
                 generation=how)
   with pytest.raises(RequestError, match='holds .model-00001-of'):
     weights.to_hf(*gpt[:2], tmp_path / '20000', generation=how)
+
+
+@pytest.mark.parametrize('system', [
+    system for system in recording.systems()
+    if hf.MASKED_WORD_HEAD in architectures.hugging_face(system).optional])
+def test_what_an_encoder_may_lack_is_known_by_the_names_of_its_tensors(system):
+  page = architectures.hugging_face(system)
+  parts = {}
+  for path, _, tensor, _ in page.names:
+    first = re.split('[/_]', path)[0]
+    for part, pattern in page.optional.items():
+      if re.fullmatch(pattern, tensor):
+        parts.setdefault(part, set()).add(first)
+  expected = {hf.MASKED_WORD_HEAD: {'transform', 'head'}}
+  if isinstance(page, bert.TwoTasks):
+    expected['pooler'] = {'pooler'}
+    second_task, = set(page.optional) - {'pooler', hf.MASKED_WORD_HEAD}
+    expected[second_task] = {'nsp'}
+  if system == 'electra':
+    expected['head of replaced tokens'] = {'detector'}
+  assert parts == expected
 
 
 @pytest.mark.parametrize('system', ['t5', 'mt5', 'umt5'])
