@@ -423,9 +423,10 @@ class RunGroup(Program):
     run = self.run
     taps = [each_hook.trace for each_hook in self.hooks]
 
-    # The optimiser is built inside the mapped function, because its learning
-    # rate and weight decay may be traced values of one run.
     def step_of_one_run(state: TrainState, batch_and_values: tuple[dict, dict]):
+      """Returns the state of one run after a step, and its metrics. The
+      optimiser is built in here, because its learning rate and weight decay may
+      be traced values of the run."""
       batch, values = batch_and_values
       config = config_with_traced_values(run.config, values)
       tx = build_optimizer(run.module, optim=config.optim,
@@ -484,14 +485,20 @@ class RunGroup(Program):
     return self._put_on_mesh(stacked), self._values
 
   def join_runs(self, trees: Sequence[Any]) -> Any:
+    """Joins a tree of arrays of each run to one tree on the devices, whose
+    arrays have a leading axis of runs. Its last places may be copies of the
+    last run, which fill the devices up."""
     on_host = jax.device_get(list(trees))
 
     def stack_runs(*arrays: np.ndarray) -> np.ndarray:
+      """Returns the array of each row, stacked."""
       return np.stack([arrays[i] for i in self._run_of_row])
 
     return self._put_on_mesh(jax.tree.map(stack_runs, *on_host))
 
   def split_by_run(self, tree: Any) -> Iterator[Any]:
+    """Yields the tree of each run, from one whose arrays have a leading axis of
+    runs. Rows that only fill the devices up are left out."""
     on_host = jax.device_get(tree)
     for row in range(self.num_runs):
       yield jax.tree.map(jnp.asarray, self.figures_of_run(on_host, row))

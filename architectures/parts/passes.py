@@ -70,6 +70,8 @@ class Add(Plain):
 
   def input_of_pass(self, module: nn.Module, state: LayerInput,
                     inputs: LayerInput, n: int | jax.Array) -> LayerInput:
+    """Returns s_(t-1) + e for pass n = t - 1; e for the first one. `state` is
+    s_(t-1), and `inputs` is e."""
     is_first_pass = n == 0
     return pin_residual(
         jnp.where(is_first_pass, inputs, state + inputs))
@@ -82,6 +84,8 @@ class Concat(Plain):
 
   def input_of_pass(self, module: nn.Module, state: LayerInput,
                     inputs: LayerInput, n: int | jax.Array) -> LayerInput:
+    """Returns [s_(t-1); e] W for pass n = t - 1, with 0 in the place of s_0.
+    `state` is s_(t-1), and `inputs` is e; W is declared in `module`."""
     is_first_pass = n == 0
     state = jnp.where(is_first_pass, 0, state)
     joined_BLD = project_concatenation(module, 'join', first_BLD=state,
@@ -104,6 +108,9 @@ class Gate(Plain):
 
   def input_of_pass(self, module: nn.Module, state: LayerInput,
                     inputs: LayerInput, n: int | jax.Array) -> LayerInput:
+    """Returns the mixture of s_(t-1) and e through gates for pass n = t - 1; e
+    for the first one. `state` is s_(t-1), and `inputs` is e; the gates declare
+    their parameters in `module`."""
     is_first_pass = n == 0
     gated_BLD = self._mix_through_gates(module, state, inputs)
     return pin_residual(jnp.where(is_first_pass, inputs, gated_BLD))

@@ -271,20 +271,28 @@ class Mixed(Residual):
     raise NotImplementedError
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, StreamWeights]:
+    """Returns the input of a branch, the sum over u of a_u x_u, [B, L, D]; and
+    the weights a, b and A of the branch. The sum is computed again in the
+    backward pass, so that no array of the size of all streams is kept."""
     weights = self.weights(module, x)
-    flops = 2 * x.x_BLUD.shape[2]  # for each feature of the sum
-    weighted_sum = recompute_in_backward(
-        layers.count_flops_by_result(_sum_weighted_streams, flops))
+    num_streams = x.x_BLUD.shape[2]
+    flops_of_feature = 2 * num_streams
+    weighted_sum = recompute_in_backward(layers.count_flops_by_result(
+        _sum_weighted_streams, flops_of_feature))
     return weighted_sum(x.x_BLUD, weights.read_BLU), weights
 
   def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
-    flops = 2 * (x.x_BLUD.shape[2] + 1)  # for each feature of each stream
-    mix_and_write = recompute_in_backward(
-        layers.count_flops_by_result(_mix_and_write_streams, flops))
+    """Returns the streams after a branch with the result y, [B, L, U, D]: x'_v
+    = sum over u of A_uv x_u + b_v y."""
+    num_streams = x.x_BLUD.shape[2]
+    flops_of_feature = 2 * (num_streams + 1)
+    mix_and_write = recompute_in_backward(layers.count_flops_by_result(
+        _mix_and_write_streams, flops_of_feature))
     return mix_and_write(x.x_BLUD, y_BLD, weights)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
+    """Returns the mean of the streams, [B, L, D], in their dtype."""
     mean_BLD = x.x_BLUD.astype(jnp.float32).mean(-2)
     return mean_BLD.astype(x.x_BLUD.dtype)
 
@@ -668,11 +676,15 @@ class Gated(Mixed):
 
   def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
+    """Returns the streams after a branch with the result y, [B, L, U, D]: x'_v
+    = x_v + b_v y. No streams are mixed, so there are 2 FLOPs for each feature
+    of each."""
     write = recompute_in_backward(
         layers.count_flops_by_result(_mix_and_write_streams, 2))
     return write(x.x_BLUD, y_BLD, weights)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
+    """Returns one more mean of the streams through gates, [B, L, D]."""
     mean_BLD, _ = _read_through_gates(module, x)
     return mean_BLD
 
@@ -753,6 +765,8 @@ class Attended(Residual):
     return jnp.pad(first_BL1D, ((0, 0), (0, 0), empty_slots, (0, 0)))
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, None]:
+    """Returns the input of a branch, [B, L, D]: attention to the results of the
+    branches before it. Its own result is added without a weight: None."""
     # The branches of a scan run one program, but each attends to another number
     # of slots. So the program counts the mean number of slots.
     slots_of_all_branches = sum(
@@ -763,15 +777,18 @@ class Attended(Residual):
 
   def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
-    # The slot of this branch, after that of the embedding. Its number is not
-    # known when the program is made, so y is added to all slots, and kept in
-    # its own.
+    """Returns the slots with the result y of a branch added to its own slot,
+    [B, L, U, D]."""
+    # The first slot is that of the embedding. The number of the branch is not
+    # known when the program is made, so y is added to all slots, and the sum is
+    # kept in the right one.
     slot = 1 + x.branch // config.part(StreamsConfig).block_size
     is_slot_U = jnp.arange(x.x_BLUD.shape[2]) == slot
     added_BLUD = x.x_BLUD + y_BLD[:, :, None]
     return jnp.where(is_slot_U[None, None, :, None], added_BLUD, x.x_BLUD)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
+    """Returns the attention of one more query to all slots, [B, L, D]."""
     all_slots = x.x_BLUD.shape[-2]
     return _attend_to_slots(module, x, num_slots=all_slots, num_reads=1)
 
@@ -932,15 +949,19 @@ class LearnedSum(Residual):
     raise NotImplementedError
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, SumFactors]:
+    """Returns the stream x itself, [B, L, D], and the factors of the sum."""
     x_BLD = x.x_BLUD[:, :, 0]
     return x_BLD, self.factors(module, x_BLD.shape[-1])
 
   def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: SumFactors) -> jax.Array:
+    """Returns the one stream with the result y of a branch added to it by these
+    factors, [B, L, 1, D]."""
     # 5 FLOPs for each feature: two products and three sums.
     add = recompute_in_backward(
         layers.count_flops_by_result(_add_with_factors, 5))
-    return add(x.x_BLUD[:, :, 0], y_BLD, weights)[:, :, None]
+    sum_BLD = add(x.x_BLUD[:, :, 0], y_BLD, weights)
+    return sum_BLD[:, :, None]
 
   def end(self, module: Any, x: Streams) -> jax.Array:
     return x.x_BLUD[..., 0, :]
@@ -1029,10 +1050,14 @@ class WithEmbedding(Residual):
     return jnp.stack([x_BLD, x_BLD], axis=2)
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, jax.Array]:
+    """Returns the input of a branch, r = a x + c e, [B, L, D]; and once more r,
+    to which the result of the branch will be added. The learned numbers a and c
+    are 1 and 0 at first."""
     share = _declare_in_float32(module, 'stream', nn.initializers.ones)
     share_of_embedding = _declare_in_float32(
         module, 'embedding', nn.initializers.zeros)
     shares_BLU = jnp.stack([share, share_of_embedding])[None, None]
+    # 4 FLOPs for each feature: a product and a sum for each of two streams.
     mix = recompute_in_backward(
         layers.count_flops_by_result(_sum_weighted_streams, 4))
     r_BLD = mix(x.x_BLUD, shares_BLU)
@@ -1040,10 +1065,12 @@ class WithEmbedding(Residual):
 
   def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: jax.Array) -> jax.Array:
-    # `weights` is r, to which the result is added; e stays as it is.
+    """Returns the two streams after a branch with the result y, [B, L, 2, D]:
+    x' = r + y, where `weights` is r; and e as it is."""
     return x.x_BLUD.at[:, :, 0].set(weights + y_BLD)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
+    """Returns the stream x, [B, L, D], without e."""
     return x.x_BLUD[..., 0, :]
 
 
