@@ -223,7 +223,7 @@ class _ProgressMilestones(ProgressLines):
     if step >= self._step_of_tenth:
       self._step_of_tenth = math.inf
       text = _format_figures(step, total=self._total, figures=figures)
-      print_milestone(f'a tenth is done: step {step} of {self._total}  {text}')
+      print_milestone(f'under way: step {step} of {self._total}  {text}')
 
   def say(self, text: str) -> None:
     self._last_said = text

@@ -88,7 +88,7 @@ def test_milestones_alone(capsys):
   print('as before')
   assert capsys.readouterr().out.splitlines() == [
       'began: step 500 of 1000',
-      'a tenth is done: step 550 of 1000  loss 3.0000  0:15:00 left',
+      'under way: step 550 of 1000  loss 3.0000  0:15:00 left',
       'ended: step 560  held-out loss 3.5', 'the lowest was 3.4', 'as before']
 
 

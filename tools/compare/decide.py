@@ -356,7 +356,8 @@ def describe_detectable_difference(plan: Plan) -> str:
   # probability (1 - s)^n. The largest s for which this is 0.05 may be hidden.
   num_runs = num_seeds * len(plan.sizes)
   hidden_share = 1 - 0.05 ** (1 / num_runs)
-  return (f'With {num_seeds} seeds and {num_tests} variants, a difference is '
+  variants = '1 variant' if num_tests == 1 else f'{num_tests} variants'
+  return (f'With {num_seeds} seeds and {variants}, a difference is '
           f'first significant at {deviations:.2g} standard deviations of a '
           f'paired difference; signs alone have p >= {p_of_signs:.2g} before '
           f'correction{note_on_signs}. Where none of the {num_runs} runs of a '

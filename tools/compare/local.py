@@ -200,7 +200,9 @@ class Runner:
       return
     self._time_of_progress = now
     num_trained, num_runs = self._count_trained(), len(self._ledger.runs())
-    line = f'{num_trained:.1f} of {num_runs} runs are trained'
+    # Runs that are trained in part count in part.
+    count = f'{num_trained:,.1f}'.removesuffix('.0')
+    line = f'{count} of {num_runs:,} runs are trained'
     trained_since_start = num_trained - self._trained_at_start
 
     # Estimate the remaining time, once anything was trained here.

@@ -404,11 +404,12 @@ def table(cost_of_phases: Sequence[Cost], parallel: int) -> str:
   rows = [('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours')]
   notes = ['']
   for cost in [*cost_of_phases, _in_all(cost_of_phases)]:
-    hours = 'unknown'
+    text_of_hours = 'unknown'
     if cost.seconds is not None:
-      hours = f'{cost.seconds / parallel / 3600:.2f}'
+      hours = cost.seconds / parallel / 3600
+      text_of_hours = f'{hours:.2f}' if hours >= 0.1 else f'{hours:.1g}'
     rows.append((cost.phase, f'{cost.runs:,}', f'{cost.programs:,}',
-                 f'{cost.tokens:,.0f}', f'{cost.flops:.3g}', hours))
+                 f'{cost.tokens:,.0f}', f'{cost.flops:.3g}', text_of_hours))
     notes.append(cost.note)
 
   # Notes stand behind the columns, because they are too long for one.

@@ -83,9 +83,11 @@ def _study(workdir, as_json: bool) -> int:
                       'verdicts': verdicts}, indent=2))
     return 0
 
-  _print_plan_and_phases(frozen, phases)
+  _print_plan_and_phases(frozen, phases, saved)
   if seconds_left is None:
     print('time left: not known yet')
+  elif seconds_left == 0:
+    print('time left: none, all phases are over')
   else:
     print(f'time left: at most {progress.format_seconds(seconds_left)} of one '
           'process')
@@ -99,7 +101,8 @@ def _study(workdir, as_json: bool) -> int:
 
 def _print_plan_and_phases(
     frozen: plans.FrozenPlan,
-    phases: Sequence[tuple[Any, list[layout.Run]]]) -> None:
+    phases: Sequence[tuple[Any, list[layout.Run]]],
+    saved: Mapping[str, Any]) -> None:
   """Prints the name of a study's plan, how the plan was changed since it was
   written down, and how far each phase is.
 
@@ -107,6 +110,7 @@ def _print_plan_and_phases(
     frozen: the plan.
     phases: for each phase, its highest possible cost (results.Cost) and the
       runs that it has begun.
+    saved: the contents of results.json.
   """
   print(f'study {frozen.plan.name}, plan {frozen.hash}, frozen on '
         f'{plans.format_date(frozen.time)}')
@@ -115,8 +119,15 @@ def _print_plan_and_phases(
           f'{", ".join(change["changed"])}. Reason: {change["reason"]}')
   width = max(len(cost.phase) for cost, _ in phases)
   for cost, runs in phases:
-    print(f'{cost.phase:<{width}} {states(runs) or "not begun"}, {cost.runs} '
-          'planned at most')
+    if not _is_over(cost.phase, saved):
+      state = f'{states(runs) or "not begun"}, {cost.runs} planned'
+      if cost.note:
+        state += f' {cost.note}'
+    elif runs:
+      state = f'{states(runs)}, over'
+    else:
+      state = 'no runs: no variant was left for it'
+    print(f'{cost.phase:<{width}} {state}')
     for line in failed(runs):
       print(f'{"":<{width}} failed: {line}')
 
@@ -135,13 +146,23 @@ def _seconds_left(phases: Sequence[tuple[Any, list[layout.Run]]],
   # planned. Of the others, the share of runs that are not done is left.
   seconds_left = 0.0
   for cost, runs in phases:
-    if saved['phases'].get(cost.phase, {}).get('finished'):
+    if _is_over(cost.phase, saved):
       continue
     if cost.seconds is None:
       return None
     num_done = sum(run.state == layout.DONE for run in runs)
     seconds_left += cost.seconds * max(1 - num_done / max(cost.runs, 1), 0.0)
   return seconds_left
+
+
+def _is_over(phase: str, saved: Mapping[str, Any]) -> bool:
+  """Returns whether a phase of a study has ended.
+
+  Args:
+    phase: the name of the phase.
+    saved: the contents of results.json.
+  """
+  return bool(saved['phases'].get(phase, {}).get('finished'))
 
 
 def _saved_verdicts(plan: plans.Plan, saved: Mapping[str, Any]

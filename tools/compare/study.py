@@ -66,9 +66,11 @@ def check(args) -> int:
   if times:
     costs = results.costs(frozen, args.group, times)
     print(f'\n{results.table(costs, args.parallel)}\n')
-    print(f'Hours are of the steps of {args.parallel} processes at once, '
-          'without starting and compiling them, by the time of '
-          f'{source_of_times}.')
+    processes = f'{args.parallel} processes at once'
+    if args.parallel == 1:
+      processes = '1 process'
+    print(f'Hours are of the steps of {processes}, without starting and '
+          f'compiling, by the time of {source_of_times}.')
   return 0
 
 
@@ -324,7 +326,10 @@ def _print_phase(state: phases.StudyState, is_refused: bool) -> None:
   phase = phases.PHASES[state.finished[-1]]
   runs = [run for run in state.outcomes if run.phase == phase.name]
   diverged = sum(run.diverged for run in runs)
-  progress.print_result(f'{phase.name}: {len(runs)} runs, {diverged} diverged')
+  found = f'{len(runs)} runs, {diverged} diverged'
+  if not runs:
+    found = 'no runs: no variant was left for it'
+  progress.print_result(f'{phase.name}: {found}')
   # Where milestones alone are printed, what a phase found is none of them.
   if not is_refused:
     for line in phase.summary(state.records):

@@ -1047,7 +1047,15 @@ def test_hours_and_states_are_known_of_what_has_run(
   assert status.main(types.SimpleNamespace(
       where=str(tmp_path), workdir='', json=False)) == 0
   out = capsys.readouterr().out
-  assert 'screen  not begun, 6 planned at most' in out
+  assert 'screen  not begun, 6 planned\n' in out
+  assert 'confirm not begun, 18 planned if every variant passes' in out
+  # Phases that are over tell what they had, which may be more than was planned,
+  # since tuning goes on where an optimum is at an edge, or nothing.
+  saved = read(workdir)
+  saved['phases']['screen']['finished'] = True
+  phases_ = [(types.SimpleNamespace(phase='screen', runs=6, note=''), [])]
+  status._print_plan_and_phases(frozen, phases_, saved)
+  assert 'screen no runs: no variant was left for it' in capsys.readouterr().out
   assert 'time left: not known yet' in out
   # After an amendment, and one of its phases.
   begun = tmp_path / 'begun'

@@ -236,7 +236,7 @@ def test_a_runner_tells_the_time_left(tmp_path, monkeypatch, capsys):
     runner._print_progress()
     runner._print_progress()  # not again so soon
   assert capsys.readouterr().out == (
-      '5.0 of 6 runs are trained, some 0:00:50 left\n')
+      '5 of 6 runs are trained, some 0:00:50 left\n')
   # As a milestone it is told once, since two of three runs are over a tenth.
   with layout.Ledger(tmp_path) as ledger, progress.print_milestones_only(True):
     runner._ledger, runner._has_told_tenth = ledger, False
