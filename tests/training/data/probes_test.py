@@ -245,6 +245,33 @@ def test_a_solver_finds_every_answer(name, data):
   check(rows[data.draw(st.integers(0, 49))], probe, settings, SOLVERS[name])
 
 
+# Levels and letters of which each id of a probe is drawn soon.
+ALL_LEVELS = {'hops': (range(8), 8), 'mqar': ((8,), 34)}
+
+
+@pytest.mark.parametrize('name', [
+    name for name in probes.PROBES if name != 'passkey'])  # of bytes
+def test_a_model_has_no_id_that_a_probe_never_shows(name):
+  levels, vocab = ALL_LEVELS.get(name, ((), 0))
+  probe, settings = of(name, levels, vocab=vocab)
+  seen = set()
+  for row in probes.Rows(probe, settings._replace(examples=1000), 'train', 0):
+    seen.update(row.tokens.tolist(), row.targets[row.asked > 0].tolist())
+    if len(seen) == probe.vocab_size(settings):
+      break
+  assert seen == set(range(probe.vocab_size(settings)))
+
+
+def test_motifs_have_all_lengths_up_to_the_level():
+  probe, settings = of('fuzzy_recall', (3,), 64)
+  lengths = {True: set(), False: set()}  # of keys, and of values
+  for row in itertools.islice(probes.Rows(probe, settings, 'train', 0), 20):
+    is_key = row.tokens < settings.vocab // 2
+    for of_key, run in itertools.groupby(is_key.tolist()):
+      lengths[of_key].add(len(list(run)))
+  assert lengths == {True: {1, 2, 3}, False: {1, 2, 3}}
+
+
 def test_what_is_memorised_is_one_table_for_all_rows():
   probe, settings = of('memorisation')
   seen = {}

@@ -264,3 +264,22 @@ def test_a_parquet_file_of_a_few_bytes_does_not_unpack_to_many(tmp_path):
     with pytest.raises(RequestError, match='is a parquet file: write parquet:'):
       read(f'text:{tmp_path}/{name}')
   assert read(f'parquet:{tmp_path}/long:other') == ['b']
+
+
+@pytest.mark.parametrize('prefix, rest, name', [
+    ('sotu', '', ''), ('text', '', 'a.txt'), ('jsonl', ':text', 'a.jsonl'),
+    ('parquet', ':text', 'a.parquet'), ('parallel', '', 'a.tsv'),
+    ('alpaca', '', 'a.json'), ('labelled', '', 'a.tsv'), ('conll', '', 'a.txt'),
+    ('squad', '', 'a.json'), ('probe', '', 'copy')])
+def test_a_source_holds_what_its_form_says(prefix, rest, name, tmp_path):
+  (tmp_path / 'a').mkdir()
+  file = tmp_path / 'a' / name
+  if name:
+    file.write_text('a\tb\n')
+  words = f'{prefix}:{file}{rest}'
+  if prefix in ('sotu', 'probe'):
+    words = ':'.join(filter(None, (prefix, name)))
+  source = sources._parse_source(words)
+  form = sources.SOURCES[prefix]
+  assert source.holds and set(source.holds) <= set(form.holds)
+  assert form.usage.split(':')[0] == prefix
