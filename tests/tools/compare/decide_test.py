@@ -467,7 +467,7 @@ def test_over_seeds_and_items_nothing_is_surer_than_over_seeds_alone(
     both = row.both
     assert both.effect - both.low >= row.effect - row.low - 1e-12
     assert both.high - both.effect >= row.high - row.effect - 1e-12
-    assert row.both.p >= row.p
+    assert row.both.p >= row.p and row.both.n == 40
 
 
 def test_each_p_is_corrected_over_its_family_and_divergence_by_holm():
