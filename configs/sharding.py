@@ -34,6 +34,7 @@ RULES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ('stream', ('context', 'tensor')),
         ('tokens', ('data', 'fsdp', 'expert', 'context')),
         ('head', ()),
+        ('features', ()),
         ('capacity', ()),
         ('layers', ()),
     ),

@@ -184,9 +184,9 @@ class Unfold(nn.Module):
       normed_BLD = norm(config, f'norm_{i}')(x_BLD)
       w_DD = layers.weight(self, f'kernel_{i}',
                            shape=(config.d_model, config.d_model),
-                           axes=('embed', None), tuned=True)
+                           axes=('embed', 'features'), tuned=True)
       b_D = layers.bias(self, f'bias_{i}', shape=(config.d_model,),
-                        axes=(None,), tuned=True)
+                        axes=('features',), tuned=True)
       product_BLD = layers.einsum('BLD,DE->BLE', normed_BLD, w_DD,
                                   dtype=normed_BLD.dtype,
                                   out_dtype=normed_BLD.dtype)

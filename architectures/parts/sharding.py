@@ -38,11 +38,11 @@ SHAPES_ALONE = 'shapes'
 # 'tokens' are batch and length in one axis, 'joined' heads and their features,
 # 'rows' the tokens of a table whose columns are heads, 'groups' heads of keys
 # whose number does not grow with the width, 'table' the rows of tables of
-# model.memory.
+# model.memory, 'features' the outputs of a square matrix, which stay whole.
 LOGICAL_AXES = (
     'batch', 'experts', 'vocab', 'mlp', 'heads', 'kv_heads', 'groups', 'joined',
-    'embed', 'latent', 'rows', 'table', 'length', 'stream', 'tokens', 'head',
-    'capacity', 'layers')
+    'embed', 'features', 'latent', 'rows', 'table', 'length', 'stream',
+    'tokens', 'head', 'capacity', 'layers')
 
 # The mesh axes of each axis of an array; () for one that is not sharded. (A
 # PartitionSpec would turn a tuple of one name into the name.)

@@ -871,14 +871,18 @@ class Encoder(nn.Module):
     Returns:
       The result, [..., E].
     """
+    axis_of_outputs = None if output else 'features'
     w_DE = layers.weight(self, name, shape=(x.shape[-1], size),
-                         axes=('embed', None), output=output)
+                         axes=('embed', axis_of_outputs), output=output)
     y = layers.einsum('...D,DE->...E', x, w_DE, dtype=self.config.compute_dtype)
-    if not bias:
-      return y
-    b_E = layers.bias(self, f'{name}_bias', shape=(size,), axes=(None,),
-                      output=output)
-    return layers.add_bias(y, b_E)
+    if bias:
+      b_E = layers.bias(self, f'{name}_bias', shape=(size,),
+                        axes=(axis_of_outputs,), output=output)
+      y = layers.add_bias(y, b_E)
+    # muP divides logits by the width over that of its base.
+    if output and self.config.widening != 1:
+      y = y / self.config.widening
+    return y
 
 
 def _select_positions(output: Output, places_BM: jax.Array) -> Output:

@@ -310,6 +310,7 @@ def _check_layers(config: ModelConfig, stack: str) -> None:
         'model.layer_scale is True, which multiplies one stream, and '
         f"model.residual {config.residual!r} has others: set it to 'plain'")
   _check_block(config, stack)
+  _check_mup(config)
   _check_base_depth(config)
   if config.num_heads % config.num_kv_heads:
     raise RequestError(
@@ -358,6 +359,26 @@ _FIELDS_WITHOUT_RULES_OF_DEPTH = (
     ('skips', False), ('mtp_depth', 0))
 
 
+def _check_mup(config: ModelConfig) -> None:
+  """Checks that muP has rules over the width for what encoders alone have. (The
+  parts of layers check theirs.)
+
+  Args:
+    config: the config of the whole model.
+
+  Raises:
+    RequestError: for widths that do not follow that of the model.
+  """
+  if config.parametrization != 'mup':
+    return
+  require(not config.embed_dim, f'model.embed_dim is {config.embed_dim}, a '
+          "width of its own, for which model.parametrization 'mup' has no "
+          'rule: choose standard, or set embed_dim to 0')
+  require(config.find_part(GeneratorConfig) is None,
+          'model.generator has widths of its own, for which model.'
+          "parametrization 'mup' has no rule: choose standard")
+
+
 def _check_base_depth(config: ModelConfig) -> None:
   """Checks that muP has rules over depth (model.mup_base_depth) for all parts.
 
@@ -369,6 +390,10 @@ def _check_base_depth(config: ModelConfig) -> None:
   """
   if not config.mup_base_depth:
     return
+  require(config.num_decoder_layers == config.num_layers,
+          f'model.num_decoder_layers is {config.num_decoder_layers}, and model.'
+          'mup_base_depth has a rule for stacks of one depth: set it to '
+          f'num_layers {config.num_layers}, or mup_base_depth to 0')
   for field, value in _FIELDS_WITHOUT_RULES_OF_DEPTH:
     require(getattr(config, field) == value,
             f'model.{field} is {getattr(config, field)!r}, for which model.'
@@ -616,15 +641,13 @@ def _check_products(config: ModelConfig) -> None:
 
 
 # Fields that only one kind of stack reads: the field, the value that it has
-# elsewhere, and the stack. (training/optim/mup.py has rules for the parameters
-# of decoders alone.)
+# elsewhere, and the stack.
 _FIELDS_OF_ONE_STACK = (
     ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
     ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
     ('mtp_depth', 0, 'decoder'), ('branch_conv', 0, 'decoder'),
     ('diffusion_block', 0, 'decoder'), ('self_conditioning', False, 'decoder'),
-    ('memory', lookup.NAME_OF_NO_MEMORY, 'decoder'),
-    ('parametrization', 'standard', 'decoder'))
+    ('memory', lookup.NAME_OF_NO_MEMORY, 'decoder'))
 
 
 def _check_stack(config: ModelConfig, stack: str,

@@ -2,7 +2,9 @@
 
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import archetype
@@ -64,7 +66,7 @@ def test_optimizers_are_flat_over_width_and_depth(
 
 @pytest.mark.long
 @pytest.mark.parametrize('optimizer, lr, what_grows', [
-    ('adamw', 1e-3, 'alone'), ('adamw', 0.01, 'grain'),
+    ('muon', 0.01, 'alone'), ('adamw', 0.01, 'grain'),
     ('muon', 0.01, 'active'), ('muon', 0.01, 'grain')])
 def test_optimizers_are_flat_over_experts(optimizer, lr, what_grows):
   setting = coord_check.TrainingSetting(
@@ -73,6 +75,52 @@ def test_optimizers_are_flat_over_experts(optimizer, lr, what_grows):
       'gpt4', 'mup', [32], [2], setting, 1, experts=[4, 16])
   steepest = np.abs(row['slopes']).max()
   assert steepest <= coord_check.MAX_FLAT_SLOPE, row['slopes']
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('system', ['bert', 'transformer'])
+def test_encoders_and_encoder_decoders_are_flat(system):
+  """Of every layer and the logits, after six steps on one batch, whose targets
+  are the next bytes."""
+  text_BL = np.frombuffer(coord_check.TEXT.encode(), np.uint8)[
+      :4 * 33].reshape(4, 33).astype(np.int32)
+  sizes = []
+  for width in WIDTHS:
+    setting = coord_check.TrainingSetting('adamw', 4e-3, 6)
+    config = coord_check.config_at_width(system, 'mup', width, 32, setting)
+    if system == 'transformer':
+      config.model.num_decoder_layers = 2
+    module = architectures.build(config.model)
+    tx = runs.build_optimizer(module, config.optim, 6)
+
+    def output(params, module=module, keep=False):
+      return module.apply({'params': params}, text_BL[:, :-1], keep_layers=keep)
+
+    def loss(params, output=output):
+      log_p = jax.nn.log_softmax(output(params).logits)
+      return -jnp.take_along_axis(log_p, text_BL[:, 1:, None], -1).mean()
+
+    def train(key, module=module, tx=tx, config=config, output=output,
+              loss=loss):
+      def step(state, _):
+        params, opt_state = state
+        updates, opt_state = tx.update(
+            jax.grad(loss)(params), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+      first = runs.init_state(module, tx, key=key, optim=config.optim)
+      (params, _), _ = jax.lax.scan(
+          step, (first.params, first.opt_state), length=6)
+      after = output(params, keep=True)
+      layers = jnp.stack([*after.aux['layers']])
+      return jnp.append(jnp.abs(layers).mean((1, 2, 3)),
+                        jnp.abs(after.logits).mean())
+
+    keys = jax.random.split(jax.random.key(1), 2)
+    sizes.append(jax.jit(lambda keys, train=train: jax.vmap(train)(
+        keys).mean(0))(keys))
+  slopes = np.log2(np.divide(*reversed(sizes))) / np.log2(
+      WIDTHS[1] / WIDTHS[0])
+  assert np.abs(slopes).max() <= coord_check.MAX_FLAT_SLOPE, slopes
 
 
 def test_the_outputs_of_all_blocks_and_no_other_are_measured():

@@ -200,8 +200,9 @@ def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any,
   head_dim = config.head_widening
   num_heads = width / head_dim
   widening = {'embed': width, 'mlp': width, 'heads': num_heads,
-              'kv_heads': num_heads, 'joined': width, 'head': head_dim,
-              'vocab': 1.0, 'rows': 1.0, 'groups': 1.0, None: 1.0}
+              'kv_heads': num_heads, 'joined': width, 'features': width,
+              'head': head_dim, 'vocab': 1.0, 'rows': 1.0, 'groups': 1.0,
+              None: 1.0}
   rule = RULES[optimizer]
   factor_of_hidden = rule.hyperball if is_hyperball else rule.hidden
 

@@ -37,7 +37,7 @@ def flat(module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('system', models.mark_long_except(
-    ('mixtral',), ('gpt', 'mixtral')))
+    ('mixtral',), ('gpt', 'mixtral', 'bert', 't5')))
 def test_at_the_base_all_is_as_in_the_standard_form(system):
   plain, ours = built(system), scaled(system)
   key, tokens = jax.random.key(0), models.random_tokens()
@@ -92,6 +92,8 @@ def _systems_and_parts():
   cases = [(system, {}) for system in models.SYSTEMS_WITH_MUP]
   cases.append(('gpt', PARTS | dict(qk_norm_over='projection',
                                     attention_gate='elementwise')))
+  cases += [('bert', dict(next_sentence=True)), ('t5', {})]
+  cases += [('gpt', dict(residual=name)) for name in ('hyper', 'mhc')]
   if 'mamba2' in models.SYSTEMS_WITH_MUP:
     cases.append(('mamba2', dict(mamba2=dict(groups=2))))
   for system in models.SYSTEMS_WITH_MUP:
@@ -134,26 +136,30 @@ def test_rates_agree_with_the_shapes(system, parts):
     widths = [b // a for a, b in zip(small[path].shape, x.shape) if a != b]
     assert set(widths) <= {r} and len(widths) <= 2
     adam, sgd = {0: (1, 1), 1: (1, r), 2: (1 / r, 1)}[len(widths)]
-    if path == 'head/bias':  # behind the multiplier of the logits
+    if path in ('head/bias', 'nsp_bias'):  # behind the multiplier of logits
       adam, sgd = r, r * r
     got = [trees[name][path] for name in ('adamw', 'lion', 'sgd')]
     assert got == [adam, adam, sgd], path
 
 
-def test_what_does_not_grow_with_the_width_is_divided_by_it():
+@pytest.mark.parametrize('system, parts', [
+    ('mixtral', PARTS | dict(moe=dict(shared_experts=1, shared_gate=True))),
+    ('bert', dict(next_sentence=True, tie_embeddings=False))])
+def test_what_does_not_grow_with_the_width_is_divided_by_it(system, parts):
   """Of a model four times as wide as the base, which is the standard form with
   such products a quarter as large."""
-  parts = PARTS | dict(moe=dict(shared_experts=1, shared_gate=True))
-  plain = architectures.build(models.small_config('mixtral', **parts))
+  plain = architectures.build(models.small_config(system, **parts))
   ours = architectures.build(models.small_config(
-      'mixtral', parametrization='mup', mup_base_width=BASE // 4,
+      system, parametrization='mup', mup_base_width=BASE // 4,
       mup_base_head_dim=8, **parts))
   params = models.draw_parameters(nn.meta.unbox(abstract_params(plain)))
   wide = jax.tree.map(lambda role, x: 4 * x if role.kind == 'logits' else x,
                       parameter_roles(ours), params)
   tokens = models.random_tokens()
   def logits(module, params):
-    return jax.jit(lambda p: module.apply({'params': p}, tokens).logits)(params)
+    output = jax.jit(lambda p: module.apply({'params': p}, tokens))(params)
+    answers = output.extra.get('nsp_logits', np.zeros(1))
+    return np.append(output.logits, answers)
   np.testing.assert_allclose(logits(plain, params), logits(ours, wide),
                              rtol=1e-4, atol=1e-4)
 
@@ -262,6 +268,18 @@ def test_branches_are_divided_by_the_depth_and_not_born_smaller():
 def test_what_has_no_rule_over_depth_is_refused(changes, word):
   with pytest.raises(ValueError, match=word):
     deepened(**changes)
+
+
+@pytest.mark.parametrize('system, changes, word', [
+    ('albert', dict(embed_dim=16), 'embed_dim is 16, a width of its own, for'),
+    ('electra', dict(head='replaced'), 'generator has widths of its own, for'),
+    ('t5', dict(num_layers=2, num_decoder_layers=4, mup_base_depth=2),
+     'num_decoder_layers is 4, and model.mup_base_depth has a rule for stacks'),
+    ('deepseek_v3', {}, "'latent', for whose ranks model.parametrization"),
+    ('mamba', {}, 'which says nothing of its steps and states: choose')])
+def test_a_model_without_rules_is_refused_with_the_part(system, changes, word):
+  with pytest.raises(ValueError, match=word):
+    scaled(system, **changes)
 
 
 def test_an_optimizer_without_rules_is_refused(monkeypatch):
