@@ -110,6 +110,19 @@ def _choice_with_shortest_sentence(name: str, sentences: Mapping[str, str]
   return shortest
 
 
+def format_count(number: int, noun: str, plural: str = '') -> str:
+  """Returns a number with its noun, such as '1 run' or '1,200 runs'.
+
+  Args:
+    number: the number.
+    noun: the noun of one.
+    plural: that of several; '': `noun` and an s.
+  """
+  if number == 1:
+    return f'1 {noun}'
+  return f'{number:,} {plural or noun + "s"}'
+
+
 def join_choices(choices: Iterable[str]) -> str:
   """Returns the text of choices in a message, with commas between; an empty
   choice is written ''."""

@@ -18,7 +18,7 @@ import pytest
 import architectures
 from architectures.parts import flat, tables
 from common import fields
-from common.errors import RequestError, shorten
+from common.errors import RequestError, format_count, shorten
 from configs import base
 from tests.helpers import data_files, forked, models
 from training import cli, plugins, preflight
@@ -257,3 +257,11 @@ def test_a_refusal_comes_before_any_device_work(tmp_path):
   assert "Did you mean 'layernorm'?" in result.stderr
   assert result.stdout == 'backends 0\n'
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('number, words', [
+    (0, '0 runs'), (1, '1 run'), (1200, '1,200 runs')])
+def test_a_number_has_its_noun(number, words):
+  assert format_count(number, 'run') == words
+  assert format_count(number, 'process', 'processes').endswith(
+      'process' if number == 1 else ' processes')

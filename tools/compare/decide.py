@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.errors import format_count
 from tools.compare import efficiency, pairing, statistics, tuning
 from tools.compare.efficiency import SpeedUp
 from tools.compare.pairing import ALL_SIZES, Outcomes
@@ -356,7 +357,7 @@ def describe_detectable_difference(plan: Plan) -> str:
   # probability (1 - s)^n. The largest s for which this is 0.05 may be hidden.
   num_runs = num_seeds * len(plan.sizes)
   hidden_share = 1 - 0.05 ** (1 / num_runs)
-  variants = '1 variant' if num_tests == 1 else f'{num_tests} variants'
+  variants = format_count(num_tests, 'variant')
   return (f'With {num_seeds} seeds and {variants}, a difference is '
           f'first significant at {deviations:.2g} standard deviations of a '
           f'paired difference; signs alone have p >= {p_of_signs:.2g} before '

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.errors import require
+from common.errors import format_count, require
 from tools.compare import certificate, curves, decide, layout, page, statistics
 from training.workdir import metrics, run_config, storage
 
@@ -623,6 +623,7 @@ def render_answer(answer: Mapping[str, Any]) -> str:
       f'{answer["variant"]} beside {answer["base"]}: {verdict}',
       f'about: {question}',
       f'held-out loss {figures}; {num_seeds} seeds (next look: '
-      f'{answer["next_look"]}), {answer["questions"]} questions so far']
+      f'{answer["next_look"]}), '
+      f'{format_count(answer["questions"], "question")} so far']
   lines += [f'warning: {line}' for line in answer['warnings']]
   return '\n'.join(lines)

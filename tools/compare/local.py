@@ -20,6 +20,7 @@ import sys
 import time
 
 from common.errors import EnvironmentFailure, RequestError, Stopped
+from common.errors import format_count
 from tools import dies_with_parent
 from tools.compare import layout
 from training import cli, evals, progress, vectorised
@@ -101,7 +102,8 @@ class Runner:
     self._start_time = self._time_of_progress = time.monotonic()
     self._trained_at_start = self._count_trained()
     num_pending = len(self._ledger.runs(layout.PENDING))
-    progress.print_milestone(f'began: {num_pending} runs of {self._workdir}')
+    runs = format_count(num_pending, 'run')
+    progress.print_milestone(f'began: {runs} of {self._workdir}')
 
     # A signal is only counted here, because it may come while a job is being
     # started.

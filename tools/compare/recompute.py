@@ -12,7 +12,7 @@ import math
 import pathlib
 from typing import Any
 
-from common.errors import require
+from common.errors import format_count, require
 from tools.compare import curves, layout, outcomes, page, phases
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
@@ -154,10 +154,11 @@ def _check_figures_unchanged(workdir) -> None:
     # A run whose folder was removed has no figures.
     if path.is_dir() and layout.hash_figures(path) != hash_at_end:
       changed.append(f'{folder}/{point}, seed {seed}')
-  require(not changed, f'{workdir}: the figures of {len(changed)} runs have '
-          f'changed since these ended ({_name_some(changed)}): put back what '
-          'they were, or move their folders away, and `run` trains them anew, '
-          'which the report will tell')
+  runs = format_count(len(changed), 'run')
+  require(not changed, f'{workdir}: the figures of {runs} have changed since '
+          f'their end ({_name_some(changed)}): put back what they were, or '
+          'move their folders away, and `run` trains them anew, which the '
+          'report will tell')
 
 
 def compare_verdicts(saved: Mapping[str, Any], computed: Mapping[str, Any]

@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import RequestError, check_choice, join_choices, require
+from common.errors import RequestError, check_choice, format_count
+from common.errors import join_choices, require
 from common.fields import check_number
 from tools.compare import certificate, decide, figures, foreign, items, page
 from tools.compare import statistics
@@ -834,9 +835,9 @@ def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
   chance = 'any of them is'
   if args.uncorrected:
     chance = 'a single one, were it the only one, is'
-  plural = 's' if len(rows) > 1 else ''
   sentences = [
-      f'{len(rows)} comparison{plural} by {answer["metric"]}, {beside}; the '
+      f'{format_count(len(rows), "comparison")} by {answer["metric"]}, '
+      f'{beside}; the '
       f'probability that {chance} called better or worse by chance is at most '
       f'{answer["alpha"]:.3g}.']
 

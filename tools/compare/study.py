@@ -17,7 +17,8 @@ import textwrap
 import time
 from typing import Any
 
-from common.errors import EnvironmentFailure, check_choice, require
+from common.errors import EnvironmentFailure, check_choice, format_count
+from common.errors import require
 from tools.compare import curves, freeze, layout
 from tools.compare import comparison, local, outcomes, phases, report, results
 from tools.compare import plan as plans
@@ -66,9 +67,7 @@ def check(args) -> int:
   if times:
     costs = results.costs(frozen, args.group, times)
     print(f'\n{results.table(costs, args.parallel)}\n')
-    processes = f'{args.parallel} processes at once'
-    if args.parallel == 1:
-      processes = '1 process'
+    processes = format_count(args.parallel, 'process', 'processes at once')
     print(f'Hours are of the steps of {processes}, without starting and '
           f'compiling, by the time of {source_of_times}.')
   return 0
@@ -326,7 +325,7 @@ def _print_phase(state: phases.StudyState, is_refused: bool) -> None:
   phase = phases.PHASES[state.finished[-1]]
   runs = [run for run in state.outcomes if run.phase == phase.name]
   diverged = sum(run.diverged for run in runs)
-  found = f'{len(runs)} runs, {diverged} diverged'
+  found = f'{format_count(len(runs), "run")}, {diverged} diverged'
   if not runs:
     found = 'no runs: no variant was left for it'
   progress.print_result(f'{phase.name}: {found}')

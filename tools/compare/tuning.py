@@ -15,6 +15,7 @@ import zlib
 
 import numpy as np
 
+from common.errors import format_count
 from tools.compare import pairing, statistics
 from tools.compare import plan as plans
 
@@ -302,8 +303,8 @@ def describe_few_seeds(plan: plans.Plan) -> str:
   num_seeds = _num_seeds(plan)
   if num_seeds >= MIN_SEEDS_OF_TUNING:
     return ''
-  noun = 'seed' if num_seeds == 1 else 'seeds'
-  return (f'Tuning has {num_seeds} {noun}, fewer than {MIN_SEEDS_OF_TUNING}: '
+  seeds = format_count(num_seeds, 'seed')
+  return (f'Tuning has {seeds}, fewer than {MIN_SEEDS_OF_TUNING}: '
           'its choices are largely noise, so that there is no verdict on any. '
           'Intervals allow for what they may have missed.')
 

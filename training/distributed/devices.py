@@ -18,7 +18,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
 from architectures.parts.moe.routing import MoEConfig
 from common.fields import parse_assignments
-from common.errors import RequestError, require
+from common.errors import RequestError, format_count, require
 from configs import sharding as tables
 
 
@@ -58,11 +58,11 @@ def resolve_mesh_shape(sizes: Mapping[str, int], num_devices: int
   elif not free_axes and num_devices != product_of_sizes:
     fault = 'is not'
   if fault:
-    plural = '' if num_devices == 1 else 's'
+    devices = format_count(num_devices, 'device')
     raise RequestError(
         f'{text}: the sizes multiply to {product_of_sizes}, which {fault} the '
-        f'{num_devices} device{plural} there are: choose sizes whose product '
-        f'is {num_devices}, or -1 for one of them')
+        f'{devices} there are: choose sizes whose product is {num_devices}, '
+        'or -1 for one of them')
   for axis in free_axes:
     shape[axis] = num_devices // product_of_sizes
   return shape
