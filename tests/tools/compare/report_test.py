@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -172,6 +173,23 @@ def test_a_row_of_runs_has_the_fields_of_its_run(kind, request):
   assert next(rows, None) is None
   assert list(row) == ['phase', 'variant', 'size', 'workload', 'seed',
                        'diverged', 'loss', 'flops', 'seconds', 'params']
+
+
+@pytest.mark.parametrize('columns, shown, left_out', [
+    (80, 'abc', ''), (19, 'abc', ''), (18, 'ab', 'c'), (12, 'ab', 'c'),
+    (11, 'a', 'b, c'), (1, 'a', 'b, c')])
+def test_a_terminal_gets_the_first_columns_that_fit(columns, shown, left_out,
+                                                    monkeypatch):
+  cells = {name: page_lib.Cell(name * 5, None, '') for name in 'abc'}
+  table = page_lib.Table('name', 'title', [cells])
+  monkeypatch.setattr('sys.stdout', types.SimpleNamespace(isatty=lambda: True))
+  monkeypatch.setattr(page_lib.os, 'get_terminal_size',
+                      lambda: types.SimpleNamespace(columns=columns))
+  lines = table.text().splitlines()
+  assert lines[0].split() == list(shown)
+  assert lines[1].split() == [name * 5 for name in shown]
+  told = [f'(too narrow for {left_out})'] if left_out else []
+  assert lines[2:] == told
 
 
 @pytest.mark.parametrize('begin', '=+-@\t')

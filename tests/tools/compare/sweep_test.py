@@ -554,6 +554,9 @@ def test_a_failing_point_is_recorded_and_the_others_go_on(
   assert rows['rms'] == ['rms', '2', 'done', '100%', '1.2500', '+0.2500']
   assert rows['bad'][1:4] == ['2', 'failed', '8%']
   assert '8 runs: 2 failed, 6 done' in lines
+  told = [line for line in lines if line.startswith('failed: ')]
+  assert told == [f'failed: bad, seed {seed}: this point is bad (exit code 1)'
+                  for seed in (0, 1)]
   assert status.main(types.SimpleNamespace(json=True, **where)) == 0
   assert len(json.loads(capsys.readouterr().out)['runs']) == 8
 

@@ -271,6 +271,12 @@ def test_a_text_begins_as_in_the_training_of_the_weights(tmp_path, monkeypatch):
   assert asked.tok_encode('a[SEP]b') == [97, ids['sep'], 98]
   assert asked.tok_encode('[EOS]') == [ids['eos']]
   assert asked.max_length == asked.evaluation.run.model.max_len
+  # It is shown as many tokens as the model takes, or fewer.
+  for length in (1, asked.max_length):
+    assert _model(tmp_path, max_length=length).max_length == length
+  for length in (0, -1, asked.max_length + 1):
+    with pytest.raises(RequestError, match=f'max_length is {length}: the mod'):
+      _model(tmp_path, max_length=length)
   # A token that is put before a text is not put before one that has it.
   framed = _model(tmp_path, add_bos_token=True, prefix_token_id=ids['bos'])
   for text in ('a', '[BOS]a'):
