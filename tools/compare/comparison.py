@@ -753,20 +753,27 @@ def add_variants_of_csv(sweep: curves.Sweep, file: str) -> curves.Sweep:
         name: str(value) for name, value in given.items()}
 
   # The CSV may leave out a config and tokens, which are then those of the base,
-  # and costs, which are then NaN.
-  costs_of_run = dict.fromkeys(
-      ('params', 'active_params', 'multiplied_params', 'looked_up_params',
-       'flops_per_token'), math.nan)
+  # and other costs, which are then NaN.
+  costs_of_base = {name: getattr(sweep.base, name)
+                   for name in ('params', 'active_params', 'multiplied_params',
+                                'looked_up_params', 'flops_per_token',
+                                'tokens')}
   points = list(sweep.points)
   for name, runs in runs_of_variant.items():
+    costs = dict.fromkeys(costs_of_base, math.nan)
+    costs['tokens'] = sweep.base.tokens
+    told = certificates_lib.certify_cells(
+        name, cells_of_variant[name], base=costs_of_base, seeds=())
+    for cost in costs:
+      if cost in told:
+        costs[cost] = told[cost]
     points.append(curves.Point(
         name=name,
         changes={'rows': f'{file}:{name}'},
         matched=(),
-        tokens=sweep.base.tokens,
         runs=runs,
         csv_cells=cells_of_variant[name],
-        **costs_of_run))
+        **costs))
   return dataclasses.replace(sweep, points=tuple(points))
 
 

@@ -4,6 +4,7 @@ refused where its losses are of different text, and a fair one names nothing."""
 import argparse
 import csv
 import json
+import math
 import shutil
 
 import pytest
@@ -284,6 +285,10 @@ def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path, capsys):
   assert 'not alike in tokens: long (1e+06 -> 2e+06, +100.0%)' in text
   assert 'Unknown of bare or of the base, and so not compared: model, ' in text
   assert 'float16' in text
+  # The table of costs has what was told.
+  told = compared.frozen.point('torch', '', plans.TEXT)
+  assert (told['flops_per_token'], told['tokens']) == (8e5, 1_000_000)
+  assert math.isnan(told['params'])
   given = report.report_as_json(compared)['certificates']
   assert given['torch']['flops_per_token'] == 8e5
   assert given['torch']['batches'] == given['base']['batches']
