@@ -174,6 +174,19 @@ def test_a_recurrence_without_matrices_counts_element_by_element():
   assert work(counted) == 7 * LENGTH * 2 * 5
 
 
+@pytest.mark.parametrize('name, flops_of_number', [
+    ('counted_7_of_2', 3.5), ('recounted_7_of_2', 6),
+    ('counted_7_of_2_again', 6), ('counted_a_of_2', 6)])
+def test_a_function_counts_as_its_whole_name_says(name, flops_of_number):
+  def product(x_LD, w_DD):
+    return x_LD @ w_DD
+  product.__name__ = name
+  jaxpr = jax.make_jaxpr(jax.jit(product))(
+      jnp.ones((LENGTH, 3)), jnp.ones((3, 3)))
+  work = flops.count_work(jaxpr, flops.CountOptions('gpu', only_useful=True))
+  assert work.flops == flops_of_number * LENGTH * 3
+
+
 def test_what_lies_between_the_products_of_a_scan_does_not_count():
   def layer(x_LD, w_DD):
     return jnp.tanh(x_LD @ w_DD) + x_LD, None

@@ -194,6 +194,12 @@ def test_a_folder_in_the_place_of_a_file_is_refused(name, tmp_path):
       begin()
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_refused(tmp_path):
+  (tmp_path / 'checkpoints').touch()
+  with pytest.raises(RequestError, match='checkpoints.*nothing can be written'):
+    preflight.check_workdir_is_writable(storage.checked_path(tmp_path))
+
+
 def test_a_second_process_is_refused(tmp_path):
   with storage.lock_workdir(tmp_path):
     with pytest.raises(RequestError, match='another process trains in'):
