@@ -46,8 +46,8 @@ LEARNING_RATE_OF_OPTIMIZER = {
 WIDENED_FIELDS = {'size': ('head_dim', 'key_dim', 'value_dim'),
                   'heads': ('num_heads', 'num_kv_heads', 'heads', 'key_heads',
                             'value_heads')}
-# What grows with the number of experts, by --experts_grow: `alone` leaves the
-# experts of a token and their size; `active` keeps the share of the experts
+# The fields that grow with the number of experts, by --experts_grow: `alone`
+# leaves the experts of a token and their size; `active` keeps the share of them
 # that a token goes to; `grain` also divides their size by as much, so that the
 # hidden units of a token stay.
 EXPERTS_GROW = ('alone', 'active', 'grain')
@@ -106,17 +106,7 @@ def main() -> int:
   # Check the flags.
   cli.parse(__doc__)
   args = flags.FLAGS
-  depths, experts = [], []
-  if args.depths:
-    depths = read_sizes('--depths', args.depths)
-  if args.experts:
-    experts = read_sizes('--experts', args.experts)
-    for number in experts:
-      if number % experts[0]:
-        raise RequestError(f'--experts has {number} and begins with '
-                           f'{experts[0]}: choose multiples of it')
-  if depths and experts:
-    raise RequestError('--depths and --experts are both set: choose one')
+  depths, experts = _read_depths_and_experts(args)
   widths = read_sizes('--widths', args.widths, is_one=bool(depths or experts))
   lr = LEARNING_RATE_OF_OPTIMIZER[args.optimizer]
   if args.lr is not None:
@@ -125,7 +115,7 @@ def main() -> int:
   json_file = storage.checked_output_file(args.json, '--json')
 
   # Choose the systems. Without --systems, those for which muP has no rules are
-  # left out; whether it has shows when the widest model is resolved.
+  # left out.
   measured = []
   for system in args.systems or architectures.files('decoder'):
     for mixer in args.mixers or ['']:
@@ -134,12 +124,8 @@ def main() -> int:
           widen=args.widen, hyperball=args.hyperball,
           experts_grow=args.experts_grow)
       try:
-        widest = config_at_width(
-            system, parametrization='mup', width=widths[-1], base=widths[0],
-            setting=setting, experts=experts)
-        if depths:
-          widest.model.mup_base_depth = depths[0]
-        architectures.resolve(widest.model)
+        _check_rules_of_mup(system, setting, widths=widths, depths=depths,
+                            experts=experts)
       except RequestError as error:
         if args.systems:
           raise
@@ -159,6 +145,42 @@ def main() -> int:
       rows.append(row)
   storage.write_json(json_file, rows)
   return 0
+
+
+def _read_depths_and_experts(args: Any) -> tuple[list[int], list[int]]:
+  """Returns the numbers of layers and of experts over which to measure, from
+  the flags; [] where the flag is not set.
+
+  Raises:
+    RequestError: where both flags are set, and for numbers of experts that are
+      no multiples of the first.
+  """
+  depths, experts = [], []
+  if args.depths:
+    depths = read_sizes('--depths', args.depths)
+  if args.experts:
+    experts = read_sizes('--experts', args.experts)
+    for number in experts:
+      if number % experts[0]:
+        raise RequestError(f'--experts has {number} and begins with '
+                           f'{experts[0]}: choose multiples of it')
+  if depths and experts:
+    raise RequestError('--depths and --experts are both set: choose one')
+  return depths, experts
+
+
+def _check_rules_of_mup(system: str, setting: 'TrainingSetting',
+                        widths: Sequence[int], depths: Sequence[int],
+                        experts: Sequence[int]) -> None:
+  """Raises RequestError for a system that muP has no rules for, which shows
+  when its widest model is resolved. `depths` and `experts` are [] where only
+  the width grows."""
+  widest = config_at_width(
+      system, parametrization='mup', width=widths[-1], base=widths[0],
+      setting=setting, experts=experts)
+  if depths:
+    widest.model.mup_base_depth = depths[0]
+  architectures.resolve(widest.model)
 
 
 def read_sizes(flag: str, texts: Sequence[str], is_one: bool = False

@@ -257,8 +257,9 @@ class Axes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """What muP has to know about a parameter beyond the width of the model: how
-  it differs from that of the base model because its experts are others.
+  """The scale of a parameter, as muP has to know it beyond the width of the
+  model: how it differs from that of the base model because its experts are
+  others.
 
   Attributes:
     mlp: how many times as long as in the base its axis 'mlp' is; None: as many

@@ -11,7 +11,7 @@ import io
 import numbers
 import pathlib
 import re
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from common.errors import RequestError, join_choices, require
 from tools.compare import certificate
@@ -491,6 +491,24 @@ class LoopLog:
     return []
 
 
+class _NamedColumns(NamedTuple):
+  """The columns of a table that are no figures, by their usual meanings; None:
+  the table has none of that meaning.
+
+  Attributes:
+    entry: the name of the entry that a run belongs to.
+    run: the name of the run.
+    seed: its seed.
+    step: the step of a row.
+    split: the name of the data that a row's figures are of.
+  """
+  entry: str | None
+  run: str | None
+  seed: str | None
+  step: str | None
+  split: str | None
+
+
 def _runs_of_table(path: str, columns: Sequence[str],
                    rows: Iterable[Mapping[str, str]]) -> list[ForeignRun]:
   """Returns the runs of a table with a row for each evaluation. A row without
@@ -501,38 +519,26 @@ def _runs_of_table(path: str, columns: Sequence[str],
     columns: the columns of the table.
     rows: the cells of each row by column, as texts.
   """
-  # Find the columns by their usual names; None: there is none.
-  meanings = ('entry', 'run', 'seed', 'step', 'split')
-  entry, run, seed, step, split = (
-      _find_column(columns, name) for name in meanings)
-  no_figures: set[str] = set()
-  for name in meanings:
-    no_figures.update(_COLUMN_NAMES[name])
+  named = _NamedColumns(
+      *[_find_column(columns, name) for name in _NamedColumns._fields])
 
   # Collect the rows of each run, and what the run was given, such as its
   # tokens or its code, which some columns tell in words.
   rows_by_run: dict[tuple, list] = {}
   given_to_run: dict[tuple, dict[str, str]] = {}
   for row in rows:
-    key = tuple(_cell(row, name) for name in (entry, run, seed))
-    cells = {column: cell for column, cell in row.items()
-             if column and column not in (entry, run, seed, step, split)}
-    given_to_this_run = given_to_run.setdefault(key, {})
+    key = tuple(_cell(row, name)
+                for name in (named.entry, named.run, named.seed))
     rows_of_run = rows_by_run.setdefault(key, [])
-    if step and not _cell(row, step):
-      for column, cell in cells.items():
-        quantity = quantity_of_figure(column)
-        if quantity and cell:
-          given_to_this_run[quantity] = cell
+    given_to_this_run = given_to_run.setdefault(key, {})
+    cells = {column: cell for column, cell in row.items()
+             if column and column not in named}
+    if named.step and not _cell(row, named.step):
+      given_to_this_run |= _given_by_row(cells)
       continue
-    figures, given = _split_figures_and_words(cells, no_figures)
+    step_and_figures, given = _read_row_of_step(row, cells, named)
     given_to_this_run |= given
-    split_of_row = _cell(row, split)
-    if split_of_row:
-      figures = {f'{split_of_row}/{name}': value
-                 for name, value in figures.items()}
-    step_of_row = int(float(row[step])) if step else 0
-    rows_of_run.append((step_of_row, figures))
+    rows_of_run.append(step_and_figures)
 
   # Name each run by its entry, its name and its seed.
   runs = []
@@ -546,6 +552,44 @@ def _runs_of_table(path: str, columns: Sequence[str],
     for log in _runs_of_rows(run_path, seed_of_run, rows_of_run):
       runs.append(dataclasses.replace(log, given=given_to_run[key]))
   return runs
+
+
+def _given_by_row(cells: Mapping[str, str]) -> dict[str, str]:
+  """Returns what a row without a step says that its run was given, by the name
+  of the quantity. The cells are those of the columns that may be figures."""
+  given = {}
+  for column, cell in cells.items():
+    quantity = quantity_of_figure(column)
+    if quantity and cell:
+      given[quantity] = cell
+  return given
+
+
+def _read_row_of_step(row: Mapping[str, str], cells: Mapping[str, str],
+                      named: _NamedColumns
+                      ) -> tuple[tuple[int, dict], dict[str, str]]:
+  """Reads the row of an evaluation.
+
+  Args:
+    row: its cells by column.
+    cells: those of the columns that may be figures.
+    named: the other columns.
+
+  Returns:
+    The step and the figures, whose names begin with that of the split where
+    there is one; and what the run was given, in words.
+  """
+  no_figures: set[str] = set()
+  for meaning in _NamedColumns._fields:
+    no_figures.update(_COLUMN_NAMES[meaning])
+  figures, given = _split_figures_and_words(cells, no_figures)
+  split = _cell(row, named.split)
+  if split:
+    figures = {f'{split}/{name}': value for name, value in figures.items()}
+  step = 0
+  if named.step:
+    step = int(float(row[named.step]))
+  return (step, figures), given
 
 
 # The first that recognizes a file reads it: the narrower formats come first.

@@ -430,8 +430,9 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
     for base, entry in pairs:
       answer['comparisons'] += _compare_items(
           base, groups[base][0], entry, groups[entry][0])
-    seeds = {name: [run.seed for run in runs]
-             for name, (runs, _) in groups.items()}
+    seeds = {}
+    for name, (runs, _) in groups.items():
+      seeds[name] = [run.seed for run in runs]
     _add_what_is_unlike(answer, given=given, seeds=seeds, about=args.about)
     return _correct_and_summarize(answer, args)
 
@@ -529,13 +530,16 @@ def _add_what_is_unlike(answer: dict[str, Any],
     differences_by_entry[row['entry']] = differences
   answer['unlike'] = certificate.name_differences(differences_by_entry)
 
-  # What is alike in all comparisons, and what is unknown of all entries.
+  # The quantities that are unknown of all entries, and those in which all
+  # entries are alike.
   known = set().union(*certificates.values())
   answer['unknown'] = [name for name in answer['unknown'] if name not in known]
   first, *others = certificates.values()
-  answer['alike'] = [
-      name for name, value in first.items()
-      if all(other.get(name) == value for other in others)]
+  alike = []
+  for name, value in first.items():
+    if all(other.get(name) == value for other in others):
+      alike.append(name)
+  answer['alike'] = alike
 
 
 def _correct_and_summarize(answer: dict[str, Any], args) -> dict[str, Any]:
