@@ -125,6 +125,28 @@ def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
       kernels.cudnn_attention(q, k, v, mask, seen_BLM, scale=0.2))
 
 
+@pytest.mark.parametrize('key_heads', [1, 2, 4])
+def test_cudnn_on_a_mesh_equals_one_device(key_heads, monkeypatch):
+  """Of heads that are split where those of the keys can be."""
+  ask = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, 'dot_product_attention',
+                      lambda *args, implementation, **kwargs: ask(
+                          *args, implementation='xla', **kwargs))
+  mask = kernels.Mask(causal=True)
+  arrays = [normal(i, 4, 16, heads, 8)
+            for i, heads in enumerate((4, key_heads, key_heads))]
+
+  def attend(q, k, v):
+    return kernels.cudnn_attention(q, k, v, mask, None, scale=0.3)
+
+  on_one_device = jax.jit(attend)(*arrays)
+  with jax.set_mesh(make_mesh(dict(data=4, tensor=2))), (
+      sharding.install_rules(tables.RULES['default'])):
+    is_split = kernels._MeshLayout(*arrays[:2]).head_axes != ()
+    assert is_split == (key_heads > 1)
+    models.assert_trees_close(on_one_device, jax.jit(attend)(*arrays))
+
+
 def _mesh(devices, **sizes):
   shape = dict.fromkeys(tables.MESH_AXES, 1) | sizes
   return Mesh(np.array(devices).reshape(tuple(shape.values())), tuple(shape),

@@ -334,6 +334,16 @@ def test_accelerators_get_a_ragged_product(platform):
   assert 'dynamic_update_slice' in lower('cpu')
 
 
+@pytest.mark.parametrize('even_rows, rows, tile', [
+    (1024, 2048, 512), (1023, 2048, 256), (1024, 768, 256), (512, 768, 256),
+    (511, 768, 128), (1024, 640, 128), (10, 640, 128)])
+def test_an_expert_of_even_load_fills_two_tiles(even_rows, rows, tile):
+  for dtype, side in (('bfloat16', 640), ('float32', 384)):
+    sides = grouped._tile_sides(even_rows, rows, inputs=300, outputs=1100,
+                                dtype=dtype)
+    assert sides == (tile, 300, side)
+
+
 COUNTS = {  # of 300 rows, in tiles of 128 and by the even load of 256
     'uneven': [5, 0, 129, 90], 'none': [0, 0, 0, 0], 'all': [0, 300, 0, 0],
     'edges': [128, 0, 128, 1]}
