@@ -89,8 +89,8 @@ def _study(workdir, as_json: bool) -> int:
   elif seconds_left == 0:
     print('time left: none, all phases are over')
   else:
-    print(f'time left: at most {progress.format_seconds(seconds_left)} of one '
-          'process')
+    print(f'time left: at most {progress.format_seconds(seconds_left)} for '
+          'the steps of one process, without starting and compiling')
   for variant, verdict in verdicts.items():
     print(f'{variant}: {verdict}')
   if verdicts:

@@ -1066,7 +1066,7 @@ def test_hours_and_states_are_known_of_what_has_run(
   out = capsys.readouterr().out
   assert 'plan.alpha. Reason: it was too much' in out
   seconds = sum(cost.seconds for cost in results.costs(frozen, 8, times)[1:])
-  assert f'at most {progress.format_seconds(seconds)} of one process' in out
+  assert f'at most {progress.format_seconds(seconds)} for the steps' in out
 
 
 def test_a_plan_has_hours_before_anything_has_run(
