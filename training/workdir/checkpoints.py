@@ -214,7 +214,8 @@ class Checkpoints:
     self.directory = checkpoint_folder(workdir)
     self._good: dict[int, bool] = {}  # by step: whether it is of no bad step
     # Orbax's manager writes and deletes checkpoints.
-    logging.get_absl_logger().addFilter(_is_worth_logging)
+    for logger in (logging.get_absl_logger(), std_logging.getLogger('asyncio')):
+      logger.addFilter(_is_worth_logging)
     with storage.explain_write_failures(self.directory):
       self._manager = self._new_manager()
     # Orbax asks at each save whether the machine is about to be taken away.
@@ -410,10 +411,12 @@ class Checkpoints:
 
 def _is_worth_logging(record: std_logging.LogRecord) -> bool:
   """Whether a log record is to be printed: not the traceback with which each of
-  Orbax's threads logs a failure of the environment, such as a full disk. The
-  failure is raised too, and storage.explain_write_failures makes one sentence
-  of it."""
-  if not record.exc_info or 'orbax' not in record.pathname:
+  Orbax's threads logs a failure of the environment, such as a full disk, nor
+  that of a write which nobody waits for after another one failed, which asyncio
+  logs when its task is thrown away. The failure is raised too, and
+  storage.explain_write_failures makes one sentence of it."""
+  is_of_a_save = 'orbax' in record.pathname or record.name == 'asyncio'
+  if not record.exc_info or not is_of_a_save:
     return True
   return not storage.environment_reason(record.exc_info[1])
 

@@ -10,6 +10,7 @@ privilege.
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import resource
@@ -277,6 +278,18 @@ def test_what_else_a_run_writes(tmp_path, write, name):
     write(tmp_path)
   assert name == 'log.txt' or not (tmp_path / name).is_file()
   assert not list(tmp_path.rglob('.writing-*'))
+
+
+def test_a_write_that_nobody_waits_for_logs_no_full_disk(tmp_path, caplog):
+  """asyncio logs it when the task of the write is thrown away."""
+  full = ValueError('Failed to write 48036 bytes: File too large '
+                    "[os_error_code='27']")
+  with toy_run.open_store(tmp_path):
+    logger = logging.getLogger('asyncio')
+    logger.error('Task exception was never retrieved', exc_info=full)
+    assert not caplog.records
+    logger.error('a bug', exc_info=ValueError('a bug'))
+    assert [record.message for record in caplog.records] == ['a bug']
 
 
 def test_a_save_that_fails_says_what_the_run_goes_on_from(tmp_path, caplog):
