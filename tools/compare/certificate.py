@@ -521,7 +521,7 @@ def _tuning_of_point(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],
     variant: the name of the variant.
     size: the name of the size.
   """
-  tuned_point = (variant, plan.size_of_tuning(size), plans.TEXT)
+  tuned_point = (variant, plan.size_of_tuning(variant, size), plans.TEXT)
   for row in tuned:
     if (row['variant'], row['size'], row['workload']) == tuned_point:
       tried = {repr(trial['changes']) for trial in row['tried']}

@@ -224,12 +224,16 @@ def _match_cost_of_point(sweep: spec.Sweep, point: spec.Point, cost_name: str,
           f'--match={cost_name} would solve: name another field with '
           '--match_field, or leave it out of the point')
   counts_layers = field.endswith('layers')
-  if config.model.parametrization == 'mup' and not counts_layers:
-    raise RequestError(
-        'it is in muP, whose '
-        f'widths go together, and --match={cost_name} would change {field} '
-        'alone: match by the number of layers '
-        '(--match_field=model.num_layers), or not at all')
+  # Where the points are equally wide, another width of the networks is one that
+  # muP's base has in proportion.
+  keeps_proportions = (field == spec.DEFAULT_MATCH_FIELD
+                       and config.model.d_model == sweep.base.model.d_model)
+  if config.model.parametrization == 'mup':
+    require(counts_layers or keeps_proportions, 'it is in muP, whose widths go '
+            f'together, and --match={cost_name} would change {field} alone: '
+            'match by the number of layers (--match_field=model.num_layers), '
+            f'by {spec.DEFAULT_MATCH_FIELD} of points that are as wide as the '
+            'base, or not at all')
 
   # A width that hardware likes, or else any.
   heads = 1

@@ -57,6 +57,10 @@ _TYPE_AND_EXAMPLE = {
     'SEEDS': (dict, {'screen': 5, 'confirm': 10}),
     'EFFECT': (numbers.Real, 0.02),
     'MEASURES': (tuple | list, ({'figure': 'loss'},))}
+# By what share the networks of models in muP, solved for at each size, may be
+# wider or narrower, for the width of the model, than at the smallest size: a
+# rate is off by as much, and those that are tried are a factor of 2 apart.
+MOST_OUT_OF_PROPORTION = 0.25
 FEWEST_SIZES = 3  # since a verdict must agree over sizes
 # Fields that the study sets itself, so that no file may.
 _FIELDS_OF_STUDY = ('seed', 'init_seed', 'eval.part')
@@ -141,10 +145,16 @@ def _make_plan(file: str, sweep: spec.Sweep, constants: Mapping,
     _check_predictable(file, measures[0], configs)
 
   # The sizes at which fields are tuned. With muP the values of the smallest
-  # size hold for all of them.
-  tuned_sizes = sizes
-  if all(config.model.parametrization == 'mup' for config in configs):
+  # size hold for all of them. A variant that muP has no rules for is tuned at
+  # each size.
+  names_without_mup = {
+      row['variant'] for row, config in zip(points, configs, strict=True)
+      if config.model.parametrization != 'mup'}
+  tuned_sizes, tuned_at_each_size = sizes, None
+  if sweep.base_name not in names_without_mup:
     tuned_sizes = sizes[:1]
+    tuned_at_each_size = tuple(name for name in variants
+                               if name in names_without_mup) or None
 
   match_field = ''
   if constants['MATCH']:
@@ -161,6 +171,7 @@ def _make_plan(file: str, sweep: spec.Sweep, constants: Mapping,
       sizes=sizes,
       largest=largest,
       tuned_sizes=tuned_sizes,
+      tuned_at_each_size=tuned_at_each_size,
       workloads=tuple(constants['WORKLOADS']),
       measures=tuple(measures),
       seeds=constants['SEEDS'],
@@ -463,6 +474,7 @@ def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
       'a variant': changes_by_variant.values()}
 
   # Compare the fields of each part with those of the parts before it.
+  fields_of_text = constants['WORKLOADS'].get(plans.TEXT, {})
   setter_of_field: dict[str, str] = {}
   for setter, groups_of_fields in fields_of_setter.items():
     fields = set(itertools.chain(*groups_of_fields))
@@ -471,6 +483,10 @@ def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
       if field == 'init_seed' and setter == 'a variant':
         continue
       earlier = setter_of_field.get(field)
+      # A probe may have other steps than the text has at a size.
+      is_of_probe = setter == 'a workload' and field not in fields_of_text
+      if is_of_probe and earlier == 'a size':
+        continue
       require(earlier is None, f'{file}: {earlier} and {setter} both set '
               f'{field}: leave it to {earlier}')
       changes_data = (field.startswith(_FIELDS_OF_DATA)
@@ -510,6 +526,8 @@ def _check_points(sweep: spec.Sweep, constants: Mapping) -> list[dict]:
     rows.append(_check_point(sweep=sweep, constants=constants, size=size,
                              workload=workload, point=point))
 
+  _check_proportions(sweep, constants, rows)
+
   # Check that the sizes are written from small to large.
   params = [row['params'] for row in rows if row['workload'] == plans.TEXT
             and row['variant'] == sweep.base_name]
@@ -518,6 +536,41 @@ def _check_points(sweep: spec.Sweep, constants: Mapping) -> list[dict]:
           f'{params_text} parameters at the sizes '
           f'{", ".join(constants["SIZES"])}: write them smallest first')
   return rows
+
+
+def _check_proportions(sweep: spec.Sweep, constants: Mapping,
+                       rows: Sequence[Mapping]) -> None:
+  """Checks that the widths that matching solved for grow as the models do where
+  these are in muP, whose rates hold for widths that go together.
+
+  Args:
+    sweep: the base and its variants.
+    constants: the constants of the study's file.
+    rows: a row for each variant, size and workload.
+
+  Raises:
+    RequestError: for a variant whose networks grow otherwise.
+  """
+  field = constants['MATCH_FIELD']
+  if not constants['MATCH'] or field != spec.DEFAULT_MATCH_FIELD:
+    return
+  share_at_smallest: dict[str, float] = {}
+  for row in rows:
+    model = spec.apply_changes(sweep.base, row['changes'], 'it').model
+    if row['workload'] != plans.TEXT or model.parametrization != 'mup':
+      continue
+    # The networks may have the width that is derived from the model's.
+    width = cost.resolve_model(
+        spec.apply_changes(sweep.base, row['changes'], 'it')).d_ff
+    share = width / model.d_model
+    name = row['variant']
+    first_share = share_at_smallest.setdefault(name, share)
+    require(abs(share / first_share - 1) <= MOST_OUT_OF_PROPORTION,
+            f'{sweep.file}: variant {name!r} at size {row["size"]!r} would '
+            f'have {field} {width} for the {constants["MATCH"]} of the base, '
+            f'which is {share:.3g} times as wide as the model, and at the '
+            f'smallest size {first_share:.3g} times: muP has rates for widths '
+            'that go together; match something else')
 
 
 def _match_points_at_size(sweep: spec.Sweep, constants: Mapping, size: str

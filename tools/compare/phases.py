@@ -282,13 +282,13 @@ class Phase:
     plan = self.narrow_plan(frozen.plan)
     runs = []
     for size in plan.sizes:
-      tuned_size = plan.size_of_tuning(size)
       for workload in plan.workloads:
         # Without a measure, nothing would be read from runs on this workload.
         if not plan.measures_of_workload(workload):
           continue
         # The base comes first, and once, even if it is one of the variants.
         for variant in dict.fromkeys((plan.base, *variants)):
+          tuned_size = plan.size_of_tuning(variant, size)
           for seed in self.seeds_of_phase(plan):
             runs.append(make_run(
                 frozen=frozen, phase=self.name, variant=variant, size=size,
@@ -773,11 +773,12 @@ def share_of_steps(tuning: plans.Tuning, rung: int) -> float:
 def make_searches(plan: plans.Plan) -> list[Search]:
   """Returns the searches of a study, before their first rung."""
   each = []
-  for size in plan.tuned_sizes:
+  for size in plan.sizes:
     for workload in plan.workloads:
       for variant in (plan.base, *plan.variants):
-        each.append(Search(plan=plan, variant=variant, size=size,
-                           workload=workload))
+        if size in plan.tuned_sizes_of_variant(variant):
+          each.append(Search(plan=plan, variant=variant, size=size,
+                             workload=workload))
   return each
 
 

@@ -110,6 +110,8 @@ class Plan:
     match_field: the field that is solved for it.
     tuned_sizes: those that are tuned; the others take the values of the
       largest of these. With muP the smallest alone, else all of `sizes`.
+    tuned_at_each_size: the variants without muP of a base with it, which are
+      tuned at all of `sizes`; None: there are none.
     floor: the loss at which one of both laws of a compute multiplier is
       pinned; None: 0.
     largest: the size that the phase `largest` predicts, and that is not in
@@ -152,6 +154,7 @@ class Plan:
   largest: str | None = None
   least_snr: float | None = None
   target: float | None = None
+  tuned_at_each_size: tuple[str, ...] | None = None
 
   @property
   def all_sizes(self) -> tuple[str, ...]:
@@ -160,11 +163,17 @@ class Plan:
       return self.sizes
     return (*self.sizes, self.largest)
 
-  def size_of_tuning(self, size: str) -> str:
-    """Returns the size at which the values of runs of a size were tuned: it
-    itself, or the largest that is tuned, since large models are too expensive
-    to tune."""
-    tuned_sizes = self.tuned_sizes or self.sizes
+  def tuned_sizes_of_variant(self, variant: str) -> tuple[str, ...]:
+    """Returns the sizes at which a variant, or the base, is tuned."""
+    if not self.tuned_sizes or variant in (self.tuned_at_each_size or ()):
+      return self.sizes
+    return self.tuned_sizes
+
+  def size_of_tuning(self, variant: str, size: str) -> str:
+    """Returns the size at which the values of a variant's runs of a size were
+    tuned: it itself, or the largest that is tuned, since large models are too
+    expensive to tune."""
+    tuned_sizes = self.tuned_sizes_of_variant(variant)
     return size if size in tuned_sizes else tuned_sizes[-1]
 
   @property

@@ -113,7 +113,8 @@ class TuningRuns:
 
   def _tuned_point(self, run: plans.Outcome) -> Point:
     """Returns the point whose tuning gave a run its values."""
-    return run.variant, self.plan.size_of_tuning(run.size), run.workload
+    tuned_size = self.plan.size_of_tuning(run.variant, run.size)
+    return run.variant, tuned_size, run.workload
 
 
 def read_tuning_runs(plan: plans.Plan, outcomes: pairing.Outcomes

@@ -105,6 +105,49 @@ def test_a_probe_has_the_schedule_of_its_size(probe, size, changes, folder):
       8 if probe == PROBE else 4)
 
 
+def test_a_probe_may_have_other_steps_than_a_size_and_the_text_may_not(folder):
+  steps = "SIZES['m']['train.steps'] = 16\n"
+  frozen = freeze.freeze_plan(studies.write(folder, f'{PROBE}\n{steps}'))
+  assert frozen.point('base', 'm', 'text')['changes']['train.steps'] == 16
+  probe = frozen.point('base', 'm', 'copy')['changes']
+  assert probe['train.steps'] == 8
+  with pytest.raises(RequestError, match='a size and a workload both set trai'):
+    freeze.freeze_plan(studies.write(
+        folder, f"{steps}WORKLOADS = {{'text': {{'train.steps': 8}}}}"))
+
+
+MUP = "c.model.update(parametrization='mup', mup_base_width=8)"
+
+
+def test_what_mup_has_no_rule_for_is_tuned_at_each_size(folder):
+  """And at the one that is predicted by the values of the last of these."""
+  plan = freeze.freeze_plan(studies.write(
+      folder, base=MUP, sweep="""add('none', **{'model.position': 'none'})
+  add('standard', **{'model.parametrization': 'standard',
+                     'model.mup_base_width': 0})""")).plan
+  assert plan.tuned_sizes == ('s',)
+  assert plan.tuned_at_each_size == ('standard',)
+  tuned = {(search.variant, search.size)
+           for search in phases.make_searches(plan)}
+  assert tuned == {('base', 's'), ('none', 's'), ('standard', 's'),
+                   ('standard', 'm'), ('standard', 'l')}
+  assert [plan.size_of_tuning('none', size) for size in 'sml'] == ['s'] * 3
+  assert [plan.size_of_tuning('standard', size) for size in 'sml'] == [*'sml']
+  assert plan.size_of_tuning('standard', 'predicted') == 'l'
+  assert plan.size_of_tuning('none', 'predicted') == 's'
+
+
+def test_widths_that_are_solved_for_stay_in_proportion_in_mup(
+    folder, monkeypatch):
+  file = studies.write(folder, "MATCH = 'params'", base=MUP,
+                       sweep="add('wide', **{'model.ffn': 'swiglu'})")
+  frozen = freeze.freeze_plan(file)
+  assert frozen.point('wide', 'm', 'text')['matched'] == ['model.d_ff']
+  monkeypatch.setattr(freeze, 'MOST_OUT_OF_PROPORTION', -1.0)
+  with pytest.raises(RequestError, match='would have model.d_ff .* muP has'):
+    freeze.freeze_plan(file)
+
+
 def test_the_costs_are_those_of_the_runs_that_are_asked_for(probed):
   by_phase = {cost.phase: cost for cost in results.costs(probed, 8, None)}
   assert by_phase['noise'].runs == 3 * 2 * 2 * 3

@@ -134,8 +134,8 @@ def test_a_matched_width_is_of_whole_heads(tmp_path, monkeypatch):
     ("'model.num_layers': 40", 'params', '', 'cannot be matched.*d_ff='),
     ("'model.d_ff': 999", 'params', '', 'sets model.d_ff, which --match=para'),
     ("'model.parametrization': 'mup', 'model.num_layers': 4, "
-     "'model.mup_base_width': 32, 'model.init': 'fan_in'", 'params', '',
-     'muP.*change model.d_ff alone'),
+     "'model.mup_base_width': 32, 'model.init': 'fan_in'", 'params',
+     'model.d_model', 'muP.*change model.d_model alone'),
     ("'optim.lr': 1.0", '', 'model.d_ff', 'nothing is matched: pass --match'),
     ("'model.num_heads': 5", '', '', "point 'x': .*num_heads is 5"),
     ("'data.source': 'text:/no/such/*.txt'", '', '', 'no/such.*no file'),
