@@ -30,7 +30,8 @@ PROGRAMS = (
     '-m tools.plan', '-m tools.explain_sharding', '-m tools.launch',
     '-m tools.convert', '-m tools.count', '-m tools.curves',
     '-m tools.batches', '-m tools.chat', '-m tools.tokenize',
-    '-m tools.tokenizer', '-m tools.coord_check', '-m tools.lm_eval')
+    '-m tools.tokenizer', '-m tools.package_text', '-m tools.coord_check',
+    '-m tools.lm_eval')
 # How much a page weighs in a search, by the beginning of its path, of which the
 # first that fits counts; the others weigh 1. A word in a title counts a
 # thousand times as much as one in a text, and a reference has every word in its

@@ -13,8 +13,8 @@ def test_the_tools_are_listed():
   lines = forked.run('-m', 'tools').stdout.splitlines()
   names = [line.split()[2].removeprefix('tools.') for line in lines]
   assert names == ('batches chat compare convert coord_check count curves '
-                   'explain_sharding launch lm_eval plan probes study sweep '
-                   'tokenize tokenizer'
+                   'explain_sharding launch lm_eval package_text plan probes '
+                   'study sweep tokenize tokenizer'
                    ).split()
   assert all(line.endswith('.') for line in lines), lines
   refused = forked.run('-m', 'tools', 'cuont')
