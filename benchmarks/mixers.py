@@ -162,8 +162,9 @@ def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
   module = architectures.build(config)
   params = jax.jit(module.init)(
       jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
-  params, cache = jax.jit(skeletons.unstack_layers)(
-      params, architectures.init_cache(config, batch=1, length=length))
+  cache = architectures.init_cache(config, batch=1, length=length)
+  unstack_layers = jax.jit(skeletons.unstack_layers, static_argnums=0)
+  params, cache = unstack_layers(config, params, cache)
 
   def write_tokens(params: Any, cache: Any) -> tuple[jax.Array, Any]:
     """Generates NEW_TOKENS tokens, each the likeliest one after the token
