@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 
+import ml_collections
+
 from common.errors import EnvironmentFailure, RequestError, Stopped
 from common.errors import format_count
 from tools import dies_with_parent
@@ -82,6 +84,7 @@ class Runner:
     self._signals = signals.SignalCount()
     self._time_of_heartbeat = 0.0
     self._has_told_tenth = False  # of the runs that were left at the start
+    self._configs: dict[tuple[str, int], ml_collections.ConfigDict] = {}
 
   def run(self, wait: bool = False) -> None:
     """Trains and evaluates the runs of the sweep until none of them is pending
@@ -336,9 +339,14 @@ class Runner:
     """Returns the folder of a run."""
     return layout.run_folder(self._workdir, run.point, run.seed)
 
-  def _config(self, run: layout.Run):
-    """Returns the config of a run."""
-    return layout.config_of_run(self._description, run.point, run.seed)
+  def _config(self, run: layout.Run) -> ml_collections.ConfigDict:
+    """Returns the config of a run. It is made once: each job that starts asks
+    for those of all pending runs, and one takes 10 ms."""
+    key = run.point, run.seed
+    if key not in self._configs:
+      self._configs[key] = layout.config_of_run(self._description, run.point,
+                                                run.seed)
+    return self._configs[key]
 
   def _is_trained(self, run: layout.Run) -> bool:
     """Returns whether a run took its last step and saved it."""

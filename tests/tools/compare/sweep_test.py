@@ -246,6 +246,25 @@ def test_a_runner_tells_the_time_left(tmp_path, monkeypatch, capsys):
   assert capsys.readouterr().out.count('left') == 1
 
 
+def test_a_runner_makes_the_config_of_a_run_once(tmp_path, monkeypatch):
+  made = []
+  make = layout.config_of_run
+
+  def make_and_note(description, point, seed):
+    made.append((point, seed))
+    return make(description, point, seed)
+
+  monkeypatch.setattr(layout, 'config_of_run', make_and_note)
+  sweep_folder.write(tmp_path, sweep_folder.POINTS[:2])
+  made.clear()
+  with layout.Ledger(tmp_path) as ledger:
+    runner = local.Runner(tmp_path, ledger, parallel=1, group=8)
+    runner._description = layout.load_sweep_description(tmp_path)
+    runs = ledger.runs()
+    assert runner._group_runs(runs) == runner._group_runs(runs)
+  assert sorted(made) == sorted((run.point, run.seed) for run in runs)
+
+
 def parsed(words, monkeypatch):
   """The config that train.py would read of a command's words."""
   monkeypatch.setattr(sys, 'argv', words)  # config_flags looks there
