@@ -71,13 +71,16 @@ class Trainer:
   Attributes:
     effects: by variant, how much better it is: a number, or by size, 0.3 at
       those that are not there.
+    moved: by variant and size, another best rate than BEST_LR has.
     asked: the runs, by folder.
     foretold: the predictions, with what had been asked for before.
   """
 
-  def __init__(self, of: plans.FrozenPlan, noise: float = 0.02, effects=None):
+  def __init__(self, of: plans.FrozenPlan, noise: float = 0.02, effects=None,
+               moved=None):
     self.frozen, self.noise = of, noise
     self.effects = effects or {'good': 0.3}
+    self.moved = moved or {}
     self.asked: dict[str, list] = {}
     self.foretold: list[tuple] = []
 
@@ -97,6 +100,7 @@ class Trainer:
     if isinstance(effect, dict):
       effect = effect.get(run.size, 0.3)
     best_lr = BEST_LR.get(run.variant, BEST_LR['base'])
+    best_lr = self.moved.get((run.variant, run.size), best_lr)
     lr = run.changes.get('optim.lr', best_lr)
     loss_of_lr = 0.2 * math.log2(lr / best_lr) ** 2
 

@@ -521,12 +521,12 @@ def _tuning_of_point(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],
     variant: the name of the variant.
     size: the name of the size.
   """
-  tuned_point = (variant, plan.size_of_tuning(variant, size), plans.TEXT)
-  for row in tuned:
-    if (row['variant'], row['size'], row['workload']) == tuned_point:
-      tried = {repr(trial['changes']) for trial in row['tried']}
-      return {'recipes tried': len(tried), 'seeds of each': plan.seeds['tune']}
-  return None
+  row = plans.find_tuned_row(plan, tuned, variant=variant, size=size,
+                             workload=plans.TEXT)
+  if row is None:
+    return None
+  tried = {repr(trial['changes']) for trial in row['tried']}
+  return {'recipes tried': len(tried), 'seeds of each': plan.seeds['tune']}
 
 
 def certify_cells(name: str, cells: Mapping[str, str], base: Certificate,

@@ -497,6 +497,8 @@ def _doubt_tuning(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]
   few_seeds = tuning.describe_few_seeds(plan)
   if few_seeds:
     warnings.append(few_seeds)
+  if any(row.get('kept') is False for row in tuned):
+    warnings.append(tuning.describe_check(plan, tuned))
   unlike_values = _values_unlike_base(plan, tuned)
   if unlike_values:
     warnings.append('Tuning chose other values than for the base: '
@@ -516,10 +518,15 @@ def _values_unlike_base(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]
   """
   unlike = []
   for row in tuned:
-    base_row = first_row_with(tuned, variant=plan.base, size=row['size'],
-                              workload=row['workload'])
-    is_of_text = row['workload'] == plans.TEXT
-    if is_of_text and base_row and row['changes'] != base_row['changes']:
+    base_row = plans.find_tuned_row(
+        plan, tuned, variant=plan.base, size=row['size'],
+        workload=row['workload'])
+    if row['workload'] != plans.TEXT or base_row is None:
+      continue
+    # What both carry here is told at the size that it is carried from.
+    if row.get('kept') and base_row['size'] != row['size']:
+      continue
+    if row['changes'] != base_row['changes']:
       unlike.append(f'{row["variant"]} at {row["size"]} '
                     f'({format_changes(row["changes"])}, base '
                     f'{format_changes(base_row["changes"])})')

@@ -145,14 +145,14 @@ def _make_plan(file: str, sweep: spec.Sweep, constants: Mapping,
     _check_predictable(file, measures[0], configs)
 
   # The sizes at which fields are tuned. With muP the values of the smallest
-  # size hold for all of them. A variant that muP has no rules for is tuned at
-  # each size.
+  # size are carried to all of them, and checked at the next one. A variant that
+  # muP has no rules for is tuned at each size.
   names_without_mup = {
       row['variant'] for row, config in zip(points, configs, strict=True)
       if config.model.parametrization != 'mup'}
-  tuned_sizes, tuned_at_each_size = sizes, None
+  tuned_sizes, tuned_at_each_size, checked_size = sizes, None, None
   if sweep.base_name not in names_without_mup:
-    tuned_sizes = sizes[:1]
+    tuned_sizes, checked_size = sizes[:1], sizes[1]
     tuned_at_each_size = tuple(name for name in variants
                                if name in names_without_mup) or None
 
@@ -172,6 +172,7 @@ def _make_plan(file: str, sweep: spec.Sweep, constants: Mapping,
       largest=largest,
       tuned_sizes=tuned_sizes,
       tuned_at_each_size=tuned_at_each_size,
+      checked_size=checked_size,
       workloads=tuple(constants['WORKLOADS']),
       measures=tuple(measures),
       seeds=constants['SEEDS'],

@@ -275,8 +275,8 @@ class Phase:
 
     Args:
       frozen: the plan of the study.
-      best: a function of (variant, size, workload) that returns the tuned
-        values, by the dotted name of their field.
+      best: a function of (variant, size, workload) that returns the values
+        that were tuned for runs there, by the dotted name of their field.
       variants: the names of the variants to run.
     """
     plan = self.narrow_plan(frozen.plan)
@@ -288,12 +288,11 @@ class Phase:
           continue
         # The base comes first, and once, even if it is one of the variants.
         for variant in dict.fromkeys((plan.base, *variants)):
-          tuned_size = plan.size_of_tuning(variant, size)
           for seed in self.seeds_of_phase(plan):
             runs.append(make_run(
                 frozen=frozen, phase=self.name, variant=variant, size=size,
                 workload=workload, seed=seed,
-                more=best(variant, tuned_size, workload)))
+                more=best(variant, size, workload)))
     return runs
 
   def largest_set_of_runs(self, frozen: plans.FrozenPlan) -> list[Run]:
@@ -318,12 +317,16 @@ class Phase:
     Returns:
       The decisions of the phase, by their keys in results.json.
     """
-    # Look up the values that the phase `tune` chose.
-    tuned = {(row.variant, row.size, row.workload): row.changes
-             for row in state.records.get('tuned', ())}
+    # Look up the values that the phase `tune` chose, by size. Not each size is
+    # tuned.
+    tuned: dict[tuple[str, str], dict[str, Changes]] = {}
+    for row in state.records.get('tuned', ()):
+      by_size = tuned.setdefault((row.variant, row.workload), {})
+      by_size[row.size] = row.changes
 
     def best(variant: str, size: str, workload: str) -> Changes:
-      return tuned[variant, size, workload]
+      by_size = tuned[variant, workload]
+      return by_size[frozen.plan.size_of_tuning(size, by_size)]
 
     # Train the variants that the phases before let pass. state.train waits
     # until all runs have ended, and adds their outcomes to state.outcomes. If
@@ -333,7 +336,8 @@ class Phase:
       state.train(self, self.runs(frozen, best, variants))
 
     # Decide by the sizes and measures of this phase alone.
-    plan = self.narrow_plan(frozen.plan)
+    plan = dataclasses.replace(
+        self.narrow_plan(frozen.plan), order_of_sizes=frozen.plan.all_sizes)
     return {self.name: self.decide(plan, state.outcomes, self.name)}
 
   def summary(self, records: Mapping[str, Any]) -> list[str]:
@@ -376,14 +380,33 @@ class Noise(Phase):
 
 
 class Tune(Phase):
-  """The search of each variant and the base, rung by rung."""
+  """The search of each variant and the base, rung by rung; and, of values that
+  muP carries to larger sizes, a check at the smallest of these: they and their
+  neighbours are run there. Where a neighbour is better, the search goes on from
+  it, and each larger size has a search, as without muP."""
 
   def note_on_cost(self, plan):
-    searched = len(make_searches(plan)) * len(plan.tuning.fields)
-    more = searched * plan.tuning.extend * plan.seeds['tune']
-    if not more:
+    # What each search may add by moving an edge.
+    searches = make_searches(plan)
+    runs_of_edges = (
+        len(plan.tuning.fields) * plan.tuning.extend * plan.seeds['tune'])
+    notes = []
+    if runs_of_edges:
+      more = len(searches) * runs_of_edges
+      notes.append(
+          f'at most {more} more runs, where an optimum is at an edge')
+
+    # What it adds if the values of one search are not kept.
+    if plan.checked_size is not None:
+      sizes = plan.sizes[plan.sizes.index(plan.checked_size):]
+      num_searches = len(sizes) - 1
+      more = (num_searches * num_runs_of_search(plan)
+              + len(sizes) * runs_of_edges)
+      notes.append(f'{more} more at most for each variant and workload whose '
+                   f'values do not hold at {plan.checked_size}')
+    if not notes:
       return ''
-    return f'and at most {more} more runs, where an optimum is at an edge'
+    return f'and {"; and ".join(notes)}'
 
   def runs_of_candidates(self, frozen: plans.FrozenPlan,
                          search: 'Search') -> list[list[Run]]:
@@ -421,7 +444,8 @@ class Tune(Phase):
       frozen: the plan of the study.
     """
     runs, tuning = [], frozen.plan.tuning
-    for search in make_searches(frozen.plan):
+    searches = make_searches(frozen.plan)
+    for search in searches:
       for rung in range(tuning.rungs):
         # The rung decides how many steps its candidates train.
         search.rung = rung
@@ -431,12 +455,24 @@ class Tune(Phase):
         # same, so the first ones stand for the survivors.
         survivors = num_survivors(tuning, len(search.candidates))
         search.candidates = search.candidates[:survivors]
+
+    # The values that the searches will choose are not known. All cost the same,
+    # so the first candidate stands for them and for each of their neighbours.
+    for search in searches:
+      if is_carried(search):
+        candidates_of_check = 1 + 2 * len(tuning.fields)
+        check = Search(
+            plan=frozen.plan, variant=search.variant,
+            size=frozen.plan.checked_size, workload=search.workload,
+            rung=tuning.rungs - 1,
+            candidates=search.candidates[:1] * candidates_of_check)
+        for candidate in self.runs_of_candidates(frozen, check):
+          runs += candidate
     return runs
 
   def run(self, frozen, state):
-    """Tunes each variant at each size on each workload, rung by rung. In each
-    rung the remaining candidates train for longer, and then only the best of
-    them remain (successive halving).
+    """Tunes each variant at each size on each workload where it is not carried
+    by muP, and checks what is carried.
 
     Args:
       frozen: the plan of the study.
@@ -447,35 +483,82 @@ class Tune(Phase):
       {'tuned': what was chosen in each search}, as results.json has it.
     """
     searches = make_searches(frozen.plan)
+    next_rung = self._search(frozen, state, searches, 1)
+
+    # Check the values that muP carries. All neighbours are run before the first
+    # decision, since their noise is pooled.
+    checks = make_checks(searches)
+    if not checks:
+      return {'tuned': [search.result() for search in searches]}
+    self._train_rung(frozen, state, checks, next_rung)
+    runs_of_tuning = tuning_lib.read_tuning_runs(frozen.plan, state.outcomes)
+    for check in checks:
+      point = check.variant, check.size, check.workload
+      carried = tuple(check.carried.values())
+      check.end_check(not runs_of_tuning.better_neighbours(point, carried))
+
+    # Where values were not kept, go on from the better neighbour, and search at
+    # each larger size.
+    more = make_searches_without_rules(checks)
+    self._search(frozen, state, [*checks, *more], next_rung + 1)
+    return {'tuned': [search.result()
+                      for search in (*searches, *checks, *more)]}
+
+  def _search(self, frozen: plans.FrozenPlan, state: StudyState,
+              searches: Sequence['Search'], first_rung: int) -> int:
+    """Takes searches to their ends, rung by rung. In each rung the remaining
+    candidates train for longer, and then only the best of them remain
+    (successive halving).
+
+    Args:
+      frozen: the plan of the study.
+      state: the outcomes so far, to which those of this phase are added.
+      searches: the searches, which are updated.
+      first_rung: the number of the first folder of runs.
+
+    Returns:
+      The number of the next folder of runs.
+    """
     # The number of rungs is not known beforehand. After the last planned one, a
     # search goes on if its best value is at an edge of what was tried. A search
     # is over once it has no candidates.
-    for rung in itertools.count(1):
-      ongoing = [search for search in searches if search.candidates]
-      if not ongoing:
-        break
+    rung = first_rung
+    while any(search.candidates for search in searches):
+      self._train_rung(frozen, state, searches, rung)
+      rung += 1
+    return rung
 
-      # Train the runs of all searches together, so that they share programs and
-      # machines. The outcomes come back in the order of the runs.
-      runs_by_search = [self.runs_of_candidates(frozen, search)
-                        for search in ongoing]
-      runs = []
-      for candidates in runs_by_search:
-        runs += itertools.chain(*candidates)
-      outcomes = iter(state.train(self, runs, rung))
+  def _train_rung(self, frozen: plans.FrozenPlan, state: StudyState,
+                  searches: Sequence['Search'], rung: int) -> None:
+    """Trains one rung of all searches that have candidates.
 
-      # Hand the outcomes back to the searches. Each candidate takes its own
-      # from the front of what is left, so these loops must visit searches and
-      # candidates in the order of those above.
-      for search, candidates in zip(ongoing, runs_by_search):
-        steps = frozen.steps(candidates[0][0].changes)
-        outcomes_of_search = []
-        for candidate in candidates:
-          outcomes_of_search.append(
-              list(itertools.islice(outcomes, len(candidate))))
-        # This chooses the candidates of the next rung, perhaps none.
-        search.record_rung(steps, outcomes_of_search)
-    return {'tuned': [search.result() for search in searches]}
+    Args:
+      frozen: the plan of the study.
+      state: the outcomes so far, to which those of this rung are added.
+      searches: the searches, which choose their next candidates.
+      rung: the number of the folder of the runs.
+    """
+    # Train the runs of all searches together, so that they share programs and
+    # machines. The outcomes come back in the order of the runs.
+    ongoing = [search for search in searches if search.candidates]
+    runs_by_search = [self.runs_of_candidates(frozen, search)
+                      for search in ongoing]
+    runs = []
+    for candidates in runs_by_search:
+      runs += itertools.chain(*candidates)
+    outcomes = iter(state.train(self, runs, rung))
+
+    # Hand the outcomes back to the searches. Each candidate takes its own from
+    # the front of what is left, so these loops must visit searches and
+    # candidates in the order of those above.
+    for search, candidates in zip(ongoing, runs_by_search):
+      steps = frozen.steps(candidates[0][0].changes)
+      outcomes_of_search = []
+      for candidate in candidates:
+        outcomes_of_search.append(
+            list(itertools.islice(outcomes, len(candidate))))
+      # This chooses the candidates of the next rung, perhaps none.
+      search.record_rung(steps, outcomes_of_search)
 
   def summary(self, records):
     lines = []
@@ -483,6 +566,8 @@ class Tune(Phase):
       at_edge = ', '.join(row.at_edge) or 'none'
       lines.append(f'  {row.workload} {row.size} {row.variant}: {row.changes}, '
                    f'at the edge: {at_edge}')
+      if row.kept is not None:
+        lines[-1] += f', carried values kept: {row.kept}'
     return lines
 
 
@@ -627,9 +712,13 @@ class Search:
     rung: the rung of the candidates; from plan.tuning.rungs on, the edge is
       moved.
     candidates: the values that are trained next; () where the search is over.
+      A search that begins without any has all of plan.tuning.
     best: the best of the last rung, once that is done.
     tried: what each candidate of each rung gave, as plans.Tuned has it.
     runs: how many runs were trained.
+    carried: the values that muP carries here, of a search that began as a
+      check of these; None: it did not.
+    kept: whether the check has kept them; None: that is not known.
   """
   plan: plans.Plan
   variant: str
@@ -640,8 +729,12 @@ class Search:
   best: dict | None = None
   tried: list[dict] = dataclasses.field(default_factory=list)
   runs: int = 0
+  carried: Changes | None = None
+  kept: bool | None = None
 
   def __post_init__(self):
+    if self.candidates:
+      return
     fields = self.plan.tuning.fields
     combinations = itertools.product(*fields.values())
     self.candidates = tuple(dict(zip(fields, values))
@@ -709,6 +802,38 @@ class Search:
           beyond_edges.append(candidate)
     self.candidates = tuple(beyond_edges)
 
+  def end_check(self, kept: bool) -> None:
+    """Ends the first rung of a check: with the carried values, if they are
+    kept; else the search goes on as any other.
+
+    Args:
+      kept: whether they are kept.
+    """
+    self.kept = kept
+    if not kept:
+      return
+    self.best = next(row for row in self.tried
+                     if row['changes'] == self.carried)
+    self.candidates = ()
+
+  def neighbours_of_best(self) -> list[Changes]:
+    """Returns the values next to the best ones: of each field the next lower
+    and the next higher one that was tried, or that the grid would go on with,
+    where the best is the outermost."""
+    best = self.best['changes']
+    neighbours = []
+    for field in self.plan.tuning.fields:
+      tried = sorted({row['changes'][field] for row in self.tried})
+      lower = move_edge_outwards(tried[0], tried[1])
+      higher = move_edge_outwards(tried[-1], tried[-2])
+      grid = [lower, *tried, higher]
+      position = grid.index(best[field], 1)
+      for value in grid[position - 1], grid[position + 1]:
+        # A whole number such as 1 has no lower one.
+        if value != best[field]:
+          neighbours.append(best | {field: value})
+    return neighbours
+
   def _edge(self, field: str) -> tuple[float, float]:
     """Returns the first and second, or the last and last but one, of the values
     of a field that were tried: by the end at which the best one is, if any."""
@@ -732,7 +857,7 @@ class Search:
     return plans.Tuned(
         variant=self.variant, size=self.size, workload=self.workload,
         changes=dict(self.best['changes']), at_edge=self.at_edge,
-        runs=self.runs, tried=tuple(self.tried))
+        runs=self.runs, tried=tuple(self.tried), kept=self.kept)
 
 
 def move_edge_outwards(edge: float, inner: float) -> float:
@@ -768,6 +893,60 @@ def share_of_steps(tuning: plans.Tuning, rung: int) -> float:
   """Returns the share of train.steps that a candidate of a rung trains."""
   rungs_to_come = max(tuning.rungs - 1 - rung, 0)
   return tuning.keep ** rungs_to_come
+
+
+def num_runs_of_search(plan: plans.Plan) -> int:
+  """Returns how many runs one search takes, if no edge is moved."""
+  candidates = math.prod(map(len, plan.tuning.fields.values()))
+  runs = 0
+  for _ in range(plan.tuning.rungs):
+    runs += candidates * plan.seeds['tune']
+    candidates = num_survivors(plan.tuning, candidates)
+  return runs
+
+
+def is_carried(search: Search) -> bool:
+  """Returns whether muP carries the values of a search to larger sizes."""
+  plan = search.plan
+  is_checked = plan.checked_size is not None
+  tuned_sizes = plan.tuned_sizes_of_variant(search.variant)
+  return is_checked and plan.checked_size not in tuned_sizes
+
+
+def make_checks(searches: Sequence[Search]) -> list[Search]:
+  """Returns the checks of values that muP carries, before their runs.
+
+  Args:
+    searches: the searches, which are over.
+  """
+  checks = []
+  for search in searches:
+    if is_carried(search):
+      plan, carried = search.plan, search.best['changes']
+      # Candidates of the last rung are trained for all steps.
+      checks.append(Search(
+          plan=plan, variant=search.variant, size=plan.checked_size,
+          workload=search.workload, rung=plan.tuning.rungs - 1,
+          candidates=(carried, *search.neighbours_of_best()), carried=carried))
+  return checks
+
+
+def make_searches_without_rules(checks: Sequence[Search]) -> list[Search]:
+  """Returns the searches at larger sizes of what muP's rules do not hold for,
+  before their first rung.
+
+  Args:
+    checks: the checks, which have decided.
+  """
+  searches = []
+  for check in checks:
+    if not check.kept:
+      position = check.plan.sizes.index(check.size)
+      for size in check.plan.sizes[position + 1:]:
+        searches.append(Search(
+            plan=check.plan, variant=check.variant, size=size,
+            workload=check.workload))
+  return searches
 
 
 def make_searches(plan: plans.Plan) -> list[Search]:

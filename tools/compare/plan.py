@@ -19,7 +19,7 @@ was found, by key:
 What a phase decides (phases.py) is absent where it is not over.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import math
 import pathlib
@@ -112,6 +112,10 @@ class Plan:
       largest of these. With muP the smallest alone, else all of `sizes`.
     tuned_at_each_size: the variants without muP of a base with it, which are
       tuned at all of `sizes`; None: there are none.
+    checked_size: the size at which the values that muP carries are run beside
+      their neighbours; None: no values are carried by muP.
+    order_of_sizes: every size of the study, smallest first, where this is the
+      plan of a phase that has fewer of them; None: `all_sizes` has them.
     floor: the loss at which one of both laws of a compute multiplier is
       pinned; None: 0.
     largest: the size that the phase `largest` predicts, and that is not in
@@ -155,6 +159,8 @@ class Plan:
   least_snr: float | None = None
   target: float | None = None
   tuned_at_each_size: tuple[str, ...] | None = None
+  checked_size: str | None = None
+  order_of_sizes: tuple[str, ...] | None = None
 
   @property
   def all_sizes(self) -> tuple[str, ...]:
@@ -169,12 +175,21 @@ class Plan:
       return self.sizes
     return self.tuned_sizes
 
-  def size_of_tuning(self, variant: str, size: str) -> str:
-    """Returns the size at which the values of a variant's runs of a size were
-    tuned: it itself, or the largest that is tuned, since large models are too
-    expensive to tune."""
-    tuned_sizes = self.tuned_sizes_of_variant(variant)
-    return size if size in tuned_sizes else tuned_sizes[-1]
+  def size_of_tuning(self, size: str, tuned_sizes: Collection[str]) -> str:
+    """Returns the size whose tuning the runs of a size take their values from.
+    That is the largest tuned size which is not larger.
+
+    Args:
+      size: the name of the size of the runs.
+      tuned_sizes: the sizes at which their variant has runs of tuning on their
+        workload. If none is as small as `size`, `size` itself is returned.
+    """
+    order = self.order_of_sizes or self.all_sizes
+    not_larger = order[:order.index(size) + 1]
+    for candidate in reversed(not_larger):
+      if candidate in tuned_sizes:
+        return candidate
+    return size
 
   @property
   def primary(self) -> Measure:
@@ -246,6 +261,8 @@ class Tuned:
     tried: for each candidate of each rung {'rung', 'steps', 'changes', 'value',
       'values', 'loss', 'diverged'}: means over the seeds of tuning, of the
       workload's first measure (and its values) and of the held-out loss.
+    kept: whether a check at this size kept the values that muP carries from the
+      smallest size; None: it was no check.
   """
   variant: str
   size: str
@@ -254,6 +271,27 @@ class Tuned:
   at_edge: tuple[str, ...]
   runs: int
   tried: tuple[dict, ...]
+  kept: bool | None = None
+
+
+def find_tuned_row(plan: Plan, tuned: Sequence[Mapping[str, Any]],
+                   variant: str, size: str, workload: str
+                   ) -> Mapping[str, Any] | None:
+  """Returns the search that chose the values of the runs of a variant at a size
+  on a workload; None if nothing was tuned. A check that kept values which muP
+  carries did not choose them.
+
+  Args:
+    plan: the plan of the study.
+    tuned: the rows of 'tuned' in its results.json, as Tuned has them.
+    variant, size, workload: the names of all three.
+  """
+  row_by_size = {}
+  for row in tuned:
+    is_of_variant = (row['variant'], row['workload']) == (variant, workload)
+    if is_of_variant and row.get('kept') is not True:
+      row_by_size[row['size']] = row
+  return row_by_size.get(plan.size_of_tuning(size, row_by_size))
 
 
 @dataclasses.dataclass

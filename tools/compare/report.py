@@ -451,6 +451,8 @@ def describe_methods(frozen: plans.FrozenPlan,
       unknown=as_planned.get('unknown', 0),
       shows=decide.describe_detectable_difference(plan),
       few_seeds_of_tuning=tuning.describe_few_seeds(plan),
+      level_of_check=tuning.LEVEL_OF_CHECK,
+      found_by_check=tuning.describe_check(plan, results['tuned']),
       amount=measures_lib.format_amount(frozen, plan.effect),
       # The functions that the template calls.
       date=plans.format_date, changed=format_changes, changes=changes,

@@ -55,7 +55,7 @@ def _study(workdir, as_json: bool) -> int:
     workdir: the folder of the study.
     as_json: whether to print JSON.
   """
-  from tools.compare import results
+  from tools.compare import results, tuning
   frozen = plans.load_frozen_plan(workdir)
   saved = results.load(workdir)
   # Each phase with its cost, which has the largest number of its runs, and the
@@ -91,6 +91,9 @@ def _study(workdir, as_json: bool) -> int:
   else:
     print(f'time left: at most {progress.format_seconds(seconds_left)} for '
           'the steps of one process, without starting and compiling')
+  check = tuning.describe_check(frozen.plan, saved['tuned'])
+  if check:
+    print(check)
   for variant, verdict in verdicts.items():
     print(f'{variant}: {verdict}')
   if verdicts:

@@ -5,6 +5,9 @@ Where others are nearly as good the noise decides, and every later run has the
 values that it chose: fresh seeds do not show such a miss, and all variants
 share that of the base. So the choice is drawn again from the runs of tuning,
 and its miss stands in each interval and p of a study (decide.py).
+
+Values that muP carries from the smallest size to larger ones are checked at one
+of these, where their neighbours are run, too (TuningRuns.better_neighbours).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +26,9 @@ from tools.compare import plan as plans
 NUM_DRAWS = 500
 # With fewer seeds of tuning the choice is mostly noise.
 MIN_SEEDS_OF_TUNING = statistics.MIN_SEEDS
+# With what probability a check, at most, finds a neighbour of carried values to
+# be better where all are equally good.
+LEVEL_OF_CHECK = 0.05
 
 Values = tuple[Any, ...]  # of the tuned fields, in the order of the plan
 Point = tuple[str, str, str]  # a variant, a size and a workload
@@ -107,14 +113,62 @@ class TuningRuns:
     chosen = estimates.candidates.index(self._values(run))
     return drawn[:, chosen] - drawn.min(1)
 
+  def better_neighbours(self, point: Point, carried: Values) -> list[Values]:
+    """Returns the neighbours of carried values that a check has found to be
+    better than these: with more than noise, or where carried values diverged.
+
+    A neighbour is better if its mean loss over the seeds of tuning is lower by
+
+      mean(L_carried - L_neighbour) > t s sqrt(2 / n),
+
+    where n is the number of seeds, s the standard deviation of a run beside
+    others of its seed at this size, pooled over all variants and the phase
+    `noise`, and t the quantile of Student's distribution with the degrees of
+    freedom of s at 1 - LEVEL_OF_CHECK / (the number of neighbours): one-sided
+    tests, corrected by Bonferroni. (A variant's own n differences, of mostly
+    three seeds, would tell too little of the noise.) So muP's rules are given
+    up for one of twenty variants in vain, which costs runs and no verdict.
+
+    Args:
+      point: the variant, the size of the check, and the workload.
+      carried: the values that muP carries there. All other values that were
+        tried at the point are their neighbours.
+    """
+    losses = self.losses.get(point, {})
+    neighbours = sorted(values for values in losses if values != carried)
+    if carried not in losses or not neighbours:
+      return neighbours
+    estimates = _losses_of_whole_runs(losses)
+    mean_by_values = dict(zip(estimates.candidates, estimates.means))
+
+    # The gain that is more than noise. Without any noise, each gain is.
+    _, size, workload = point
+    deviation = self.deviations.get((size, workload))
+    least_gain = 0.0
+    if deviation is not None:
+      from scipy.special import stdtrit
+      level = LEVEL_OF_CHECK / len(neighbours)
+      standard_error = deviation.sd * math.sqrt(2 / estimates.num_seeds)
+      least_gain = float(stdtrit(deviation.df, 1 - level)) * standard_error
+    better = []
+    for values in neighbours:
+      if mean_by_values[carried] - mean_by_values[values] > least_gain:
+        better.append(values)
+    return better
+
   def _values(self, run: plans.Outcome) -> Values:
     """Returns the values of the tuned fields with which a run was trained."""
     return tuple(run.changes.get(field) for field in self.plan.tuning.fields)
 
   def _tuned_point(self, run: plans.Outcome) -> Point:
-    """Returns the point whose tuning gave a run its values."""
-    tuned_size = self.plan.size_of_tuning(run.variant, run.size)
-    return run.variant, tuned_size, run.workload
+    """Returns the point whose tuning or check tells most of the values of a
+    run: that of the largest size which is not above the run's."""
+    tuned_sizes = set()
+    for variant, size, workload in self.tried:
+      if (variant, workload) == (run.variant, run.workload):
+        tuned_sizes.add(size)
+    size = self.plan.size_of_tuning(run.size, tuned_sizes)
+    return run.variant, size, run.workload
 
 
 def read_tuning_runs(plan: plans.Plan, outcomes: pairing.Outcomes
@@ -308,6 +362,31 @@ def describe_few_seeds(plan: plans.Plan) -> str:
   return (f'Tuning has {seeds}, fewer than {MIN_SEEDS_OF_TUNING}: '
           'its choices are largely noise, so that there is no verdict on any. '
           'Intervals allow for what they may have missed.')
+
+
+def describe_check(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the sentences that say what the check of carried values found; ''
+  where there was none, or not yet.
+
+  Args:
+    plan: the plan of the study.
+    tuned: the rows of 'tuned' in its results.json, as plans.Tuned has them.
+  """
+  checks = [row for row in tuned if row.get('kept') is not None]
+  if not checks:
+    return ''
+  given_up = []
+  for row in checks:
+    if not row['kept']:
+      given_up.append(f'{row["variant"]} on {row["workload"]}')
+  checked = format_count(len(checks), 'search', 'searches')
+  sentence = (f'At {plan.checked_size} the values of {checked}, which muP '
+              'carries there, were run beside their neighbours.')
+  if not given_up:
+    return f'{sentence} No neighbour was better: muP\'s rules held for all.'
+  return (f'{sentence} MuP\'s rules did not hold for {", ".join(given_up)}: a '
+          'neighbour was better, so that values were tuned there and at each '
+          'larger size.')
 
 
 def _num_seeds(plan: plans.Plan) -> int:

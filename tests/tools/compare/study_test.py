@@ -131,10 +131,14 @@ def test_what_mup_has_no_rule_for_is_tuned_at_each_size(folder):
            for search in phases.make_searches(plan)}
   assert tuned == {('base', 's'), ('none', 's'), ('standard', 's'),
                    ('standard', 'm'), ('standard', 'l')}
-  assert [plan.size_of_tuning('none', size) for size in 'sml'] == ['s'] * 3
-  assert [plan.size_of_tuning('standard', size) for size in 'sml'] == [*'sml']
-  assert plan.size_of_tuning('standard', 'predicted') == 'l'
-  assert plan.size_of_tuning('none', 'predicted') == 's'
+  plan = dataclasses.replace(plan, largest='xl')
+  for tuned_sizes, expected in ('s', 'ssss'), ('sm', 'smmm'), ('sml', 'smll'):
+    assert expected == ''.join(
+        plan.size_of_tuning(size, tuned_sizes) for size in plan.all_sizes)
+  # A phase that has fewer sizes knows the others still.
+  plan = dataclasses.replace(
+      plan, sizes=('xl',), order_of_sizes=('s', 'm', 'l', 'xl'))
+  assert plan.size_of_tuning('xl', 'sm') == 'm'
 
 
 def test_widths_that_are_solved_for_stay_in_proportion_in_mup(
