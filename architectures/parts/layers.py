@@ -780,6 +780,15 @@ class GatedRMSNorm(RMSNorm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Computes y * sigmoid(W_up silu(W_down y)) with y = rmsnorm(x); only y
+    where this norm has no gate.
+
+    Args:
+      x: the vectors to be normed, [..., D]. Each is normed by itself.
+
+    Returns:
+      The normed vectors, of the shape and dtype of x.
+    """
     scale_D = self.declare_per_feature('scale', nn.initializers.ones, x)
     y = recompute_in_backward(rmsnorm)(x, scale_D, self.config.norm_eps)
 
@@ -832,6 +841,14 @@ class DynamicTanh(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Computes scale * tanh(alpha x) + bias.
+
+    Args:
+      x: the vectors to be bounded, [..., D].
+
+    Returns:
+      The bounded vectors, of the shape and dtype of x.
+    """
     # The learned slope, which all features share.
     first_slope = self.config.part(DynamicTanhConfig).alpha
     alpha = declare(self, 'alpha', init=nn.initializers.constant(first_slope),

@@ -585,35 +585,60 @@ class Smear(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
+  def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]
+               ) -> tuple[jax.Array, Optional[State]]:
+    """Computes the memory smear y_l = a sigmoid(w . x_l[:S]) x_(l-1) of each
+    token l. The caller adds it to the input x_l.
+
+    The suffixes name axes: B batch, L length, M = L + 1 tokens with the one
+    before them, U features of all residual streams, S features that the gate
+    reads.
+
+    Args:
+      x_BLD: the input, [B, L, D]; or [B, L, streams, D].
+      ctx: the context of the layer, with the documents of a row and its
+        padding.
+      state: the input of the token before these; None: the first of these
+        begins its row, and no state is kept.
+
+    Returns:
+      y, of the shape and dtype of x; and the state after these tokens, or None.
+    """
+    # All residual streams of a token are one vector, since they have one gate.
     B, L = x_BLD.shape[:2]
-    size = min(self.config.part(SmearConfig).features, x_BLD.shape[-1])
-    # The inputs of the tokens before, which are 0 where a document begins.
     x_BLU = x_BLD.reshape(B, L, -1)
-    before_BWU = jnp.zeros_like(x_BLU[:, :1])
+
+    # Move the inputs by one token. A token has none before it where its row or
+    # its document begins, and 0 stands there.
+    before_B1U = jnp.zeros_like(x_BLU[:, :1])
     if state is not None:
-      before_BWU = state.inputs_BWD.astype(x_BLU.dtype)
-    all_BMU = jnp.concatenate([before_BWU, x_BLU], 1)
+      before_B1U = state.inputs_BWD.astype(x_BLU.dtype)
+    all_BMU = jnp.concatenate([before_B1U, x_BLU], axis=1)
     previous_BLU = all_BMU[:, :-1]
     if ctx.segment_ids_BL is not None:
       previous_BLU = features.mask_other_documents(
-          previous_BLU, ctx.segment_ids_BL, 1)
+          previous_BLU, ctx.segment_ids_BL, gap=1)
 
-    # Their gates, one number a token.
+    # Multiply them by the gate a sigmoid(w . x[:S]), one number a token, which
+    # is computed in float32.
+    num_gate_features = min(
+        self.config.part(SmearConfig).features, x_BLD.shape[-1])
     zeros = nn.initializers.zeros
-    w_S = declare(self, 'gate', init=zeros, shape=(size,), role=Role((None,)))
+    w_S = declare(self, 'gate', init=zeros, shape=(num_gate_features,),
+                  role=Role((None,)))
     scale = declare(self, 'scale', init=zeros, shape=(), role=Role(()))
-    features_BLS = x_BLU[..., :size].astype(jnp.float32)
-    gate_BL = scale * jax.nn.sigmoid(jnp.einsum(
-        'BLS,S->BL', features_BLS, w_S.astype(jnp.float32)))
+    gate_input_BLS = x_BLU[..., :num_gate_features].astype(jnp.float32)
+    logit_BL = jnp.einsum('BLS,S->BL', gate_input_BLS, w_S.astype(jnp.float32))
+    gate_BL = scale * jax.nn.sigmoid(logit_BL)
     y_BLU = features.scale_vectors(previous_BLU.astype(jnp.float32), gate_BL)
     y_BLD = y_BLU.astype(x_BLD.dtype).reshape(x_BLD.shape)
 
-    # The last input that is no padding.
+    # The next token will need the last input that is no padding.
     if state is None:
       return y_BLD, None
-    return y_BLD, State(inputs_BWD=features.last_inputs(
-        all_BMU, count=1, length=L, valid_BL=ctx.valid_BL))
+    last_B1U = features.last_inputs(
+        all_BMU, count=1, length=L, valid_BL=ctx.valid_BL)
+    return y_BLD, State(inputs_BWD=last_B1U)
 
 
 def keeps_last_tokens(config: ModelConfig) -> bool:

@@ -237,6 +237,20 @@ class Dynamic(Ntk):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
+    """Returns the frequencies theta'^(-2i / dim), where the base theta' grows
+    with the length of the row (dynamic NTK scaling):
+
+      theta' = theta s^(dim / (dim - 2)),
+      s = factor max(length / original_len, 1) - (factor - 1)
+
+    Args:
+      rope: the config of the rotary positions.
+      dim: the number of features that are rotated.
+      length: the length of the row, which may be traced.
+
+    Returns:
+      The frequencies [dim / 2], and the factor of attention's scores, 1.
+    """
     # How many times as long as the original the row is, at least once.
     multiple = length / rope.original_len
     if isinstance(length, int):
@@ -737,6 +751,18 @@ class Learned(Position):
 
   def embed(self, module: nn.Module, x_BLD: jax.Array,
             positions_BL: jax.Array, name: str) -> jax.Array:
+    """Adds to each token the learned vector of its position, as BERT and GPT
+    do: y_l = x_l + P[position_l + offset].
+
+    Args:
+      module: the module that embeds, which the table becomes a parameter of.
+      x_BLD: the embedded tokens.
+      positions_BL: the position of each token in its row, from 0.
+      name: the name of the parameter.
+
+    Returns:
+      The sum, [B, L, D].
+    """
     config: ModelConfig = module.config  # type: ignore[attr-defined]
     check_length(config, x_BLD.shape[1])
     fields = config.part(LearnedConfig)
@@ -755,6 +781,14 @@ class Learned(Position):
   def variants_for_longer_rows(
       self, config: ModelConfig, length: int, multiple: int, interpolate: bool
       ) -> dict[str, Optional[ModelConfig]]:
+    """Returns the variants of a model that are evaluated on texts longer than
+    those of its training. The arguments are those of Position.
+
+    Returns:
+      The configs by name. A table that ends before the longer texts do gives
+      None, as the model cannot read them; and with `interpolate` also a variant
+      whose table is stretched over them.
+    """
     longer = length * multiple
     if longer <= self.longest_supported_length(config):
       return {'learned': config}

@@ -652,10 +652,12 @@ class Encoder(nn.Module):
         Embed(config.config_of_embedding, name='embed'),
         positions_BL=ctx.positions_BL, type_ids_BL=type_ids_BL,
         deterministic=ctx.deterministic)
-    # With a generator, the encoder reads the tokens that the generator puts at
-    # the masked places.
-    generated, drawn = None, {}
+
+    # ELECTRA's generator guesses the masked words, and the encoder reads its
+    # guesses. With sharing 'apart', the table of the embedding is trained by
+    # the generator alone, and the encoder adds a table of its own to it.
     generator = config.find_part(GeneratorConfig)
+    generated: Optional[Output] = None
     has_own_table = False
     if generator is not None and generator.num_layers > 0:
       has_own_table = generator.sharing == 'apart'
@@ -666,12 +668,13 @@ class Encoder(nn.Module):
       generated = network(
           tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL,
           deterministic=ctx.deterministic,
-          embedded=embed(tokens_BL, prefix=prefix))
+          embedded=embed(tokens_BL, prefix=prefix)).replace(extra={})
       if places_BM is not None:
-        generated = _select_positions(generated, places_BM)
-        drawn_BM = self._draw_tokens(generated, ctx.deterministic)
-        tokens_BL = _replace_tokens(tokens_BL, places_BM, drawn_BM)
-        drawn = dict(drawn=drawn_BM)
+        generated = self._guess_masked_words(
+            generated, places_BM, ctx.deterministic)
+        tokens_BL = _replace_tokens(
+            tokens_BL, places_BM, generated.extra['drawn'])
+
     # The embedding, the layers and the final norm.
     if embedded is None:
       embedded = embed(tokens_BL, added=has_own_table)
@@ -682,13 +685,30 @@ class Encoder(nn.Module):
     stack = Stack(config, config.sections(config.num_layers, causal=False),
                   name='encoder')
     x_BLD, _, aux = stack(x_BLD, ctx)
-    # The head: that of masked words, or that of a task.
+
+    # The head predicts masked words, or does a task. Beside a generator it
+    # tells which words were replaced; the result then keeps the generator's
+    # hidden states and head, for the generator's own loss.
     if config.head == 'lm':
       return self._apply_pretraining_head(x_BLD, table_DV, aux)
     output = self._apply_task_head(x_BLD, segment_ids_BL, ctx.deterministic)
     if generated is not None:
-      output = generated.replace(extra=output.extra | drawn)
+      output = generated.replace(extra=output.extra | generated.extra)
     return output.replace(aux=aux)
+
+  def _guess_masked_words(self, generated: Output, places_BM: jax.Array,
+                          deterministic: bool) -> Output:
+    """Returns the output of ELECTRA's generator at the masked places alone, and
+    in it as extra['drawn'] the tokens that are drawn for them, int32 [B, M].
+
+    Args:
+      generated: the output for all tokens of the rows.
+      places_BM: the M masked places of each row, counted from its start.
+      deterministic: whether there is no dropout.
+    """
+    at_places = _select_positions(generated, places_BM)
+    drawn_BM = self._draw_tokens(at_places, deterministic)
+    return at_places.replace(extra=dict(drawn=drawn_BM))
 
   def _draw_tokens(self, generated: Output, deterministic: bool) -> jax.Array:
     """Draws tokens from the distribution of ELECTRA's generator, for the masked

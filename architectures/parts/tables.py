@@ -26,6 +26,7 @@ from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.heads import GeneratorConfig
 from architectures.parts.layers import FFNS, NO_FFN, NORMS, REMAT
 from architectures.parts.loops import LoopsConfig
+from architectures.parts.mixer import Mixer
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import grouped
 from architectures.parts.moe import layer as moe_layer
@@ -279,32 +280,23 @@ def _check_layers(config: ModelConfig, stack: str) -> None:
 
   Raises:
     RequestError: for parts that do not go together. Where several do not, the
-      first of the checks below speaks: the mixer's, then those of what depends
-      on it.
+      message is that of the first check below: the mixer's comes first, because
+      other parts depend on it.
   """
-  # The mixer has a check of its own, as the other chosen parts have. It is the
-  # first, because it also refuses positions that the mixer has no use for,
-  # which the position alone would not notice.
+  # Each part has a check of its own. The mixer's also refuses positions that
+  # the mixer has no use for.
   mixer = blocks.MIXERS[config.mixer]
   mixer.check(config, stack)
-
-  # A position is read by the layer (`positional`: the mixer has positions) or
-  # by the whole stack, or else by nobody. One that rotates features is written
-  # for those of heads; a mixer that rotates others has checked them itself.
   position = positions.position_of(config)
-  is_position_read = mixer.positional or position.of_stack
-  is_checked_by_mixer = position.rotate and not mixer.turns_heads
-  if is_position_read and not is_checked_by_mixer:
+  if _position_has_own_check(mixer, position):
     position.check(config, stack)
-
-  # The rule of which keys are seen, and the memory.
   check_rule = kernels.RULES[config.attention].check
   if check_rule is not None:
     check_rule(config, stack)
   if config.memory != lookup.NAME_OF_NO_MEMORY:
     lookup.check_memory(config)
 
-  # Parts that only some others go with.
+  # These go only with some other parts.
   if config.layer_scale and config.residual != 'plain':
     raise RequestError(
         'model.layer_scale is True, which multiplies one stream, and '
@@ -316,6 +308,23 @@ def _check_layers(config: ModelConfig, stack: str) -> None:
     raise RequestError(
         f'model.num_kv_heads is {config.num_kv_heads}, which does not divide '
         f'model.num_heads {config.num_heads}')
+
+
+def _position_has_own_check(mixer: Mixer, position: positions.Position) -> bool:
+  """Returns whether a position encoding has to be checked by itself, beside the
+  check of the mixer.
+
+  Args:
+    mixer: the entry of MIXERS for the layer.
+    position: the entry of POSITIONS.
+  """
+  # A position that nobody reads has nothing to check. It is read by the layers
+  # whose mixer has positions (`positional`), or by the whole stack.
+  if not mixer.positional and not position.of_stack:
+    return False
+  # The check of a rotary position is about the heads of attention. A mixer that
+  # rotates other vectors has checked these itself.
+  return not position.rotate or mixer.turns_heads
 
 
 def _check_block(config: ModelConfig, stack: str) -> None:

@@ -1147,12 +1147,20 @@ class _MeshLayout:
   """
 
   def __init__(self, q_BLHK: jax.Array, k_BMJK: jax.Array):
+    """Finds the mesh axes that the sharding rules split queries and keys over.
+
+    Args:
+      q_BLHK: the queries, [batch, length, H query heads, K features].
+      k_BMJK: the keys, [batch, length, J key heads, K features].
+    """
     B, L, H, _ = q_BLHK.shape
     self.row_axes = self._mesh_axes('batch', B)
     self.length_axes = self._mesh_axes('length', L)
-    # Heads are split where those of the keys can be, too.
+    # A device needs the keys of its query heads. So query heads are split only
+    # where the key heads can be split as well.
+    num_key_heads = k_BMJK.shape[2]
     self.head_axes = ()
-    if self._mesh_axes('kv_heads', k_BMJK.shape[2]):
+    if self._mesh_axes('kv_heads', num_key_heads):
       self.head_axes = self._mesh_axes('heads', H)
     self.query_spec = self.spec(
         self.row_axes, self.length_axes, self.head_axes)

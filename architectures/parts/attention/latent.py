@@ -62,6 +62,21 @@ class LatentAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
+    """Computes latent attention, by the equations at the head of this file.
+
+    The suffixes name axes: B batch, L length, M tokens that are attended to, D
+    d_model, H query heads, K features of a head, U those of a latent or of the
+    vector that queries are made of.
+
+    Args:
+      x_BLD: the input.
+      ctx: the context of the layer: positions, documents and padding.
+      cache: the latents and turned keys of the tokens before; None: there are
+        none, and none are kept.
+
+    Returns:
+      The output [B, L, D], the cache with these tokens, and the report.
+    """
     # The queries are made of a small vector or of the input. With q_raw, they
     # and the gate of the heads read the small vector before its norm too.
     config = self.config

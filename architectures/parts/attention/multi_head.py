@@ -399,6 +399,21 @@ class SelfAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
+    """Computes self-attention (see the class).
+
+    The suffixes name axes: B batch, L length, M tokens that are attended to, D
+    d_model, H query heads, J key heads, K features of a head.
+
+    Args:
+      x_BLD: the input.
+      ctx: the context of the layer: positions, documents, padding, and what it
+        shares with other layers.
+      cache: the keys and values of the tokens before; None: there are none, and
+        none are kept.
+
+    Returns:
+      The output [B, L, D], the cache with these tokens, and the report.
+    """
     # An indexer's queries and keys (None where the layer has no indexer), and
     # the layer's queries. The cache gets the inputs that the next tokens need.
     config = self.config

@@ -845,7 +845,9 @@ def _partition_specs(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
 
   def spec_of_weight(spec: PartitionSpec, weight: Optional[jax.Array]):
     """Returns the spec where the network has the weight, else None."""
-    return None if weight is None else spec
+    if weight is None:
+      return None
+    return spec
 
   # A PartitionSpec is one leaf of the tree, and not a tuple of axes.
   return jax.tree.map(spec_of_weight, specs, w,
@@ -897,6 +899,11 @@ def _compute_on_device(
   """Computes one device's share of a mixture of experts: its tokens, by the
   experts that it has and, where experts are spread over devices, by others.
 
+    y_t = sum over the assignments (token t, expert e, gate g) of g FFN_e(x_t)
+
+  The suffixes name axes: T tokens of this device, D d_model, E experts, F
+  hidden units of this device, A assignments (pairs of a token and its expert).
+
   Args:
     axes: the mesh axes; none: this device has all.
     x_TD: this device's tokens.
@@ -915,31 +922,37 @@ def _compute_on_device(
     The tokens' results, [T, D], and bool [A]: the assignments that found room.
   """
   T, E = x_TD.shape[0], moe.num_experts
+  num_assignments = routed.expert_A.shape[0]
   shards = sharding.count_devices_along(axes.tokens)
   devices = sharding.count_devices_along(axes.experts)
   shard_index: jax.Array | int = 0
   if axes.tokens:
     shard_index = jax.lax.axis_index(axes.tokens)
 
-  # The assignments that have room; the rows of an expert (slots), and those
-  # that this device may send to another one (most_rows_sent).
+  # Number the tokens from 0 on this device, and make void what exceeds the
+  # capacity. `slots` are the rows of an expert; `most_rows_sent` are those that
+  # this device may send to another one, for which memory is set aside.
   if routed.experts_choose:
+    # Experts that choose their tokens fill all slots and never exceed them.
     routed = routed.replace(token_A=routed.token_A - shard_index * T)
-    slots = routed.expert_A.shape[0] // E
-    most_rows_sent = routed.expert_A.shape[0] // devices
+    slots = num_assignments // E
+    most_rows_sent = num_assignments // devices
   else:
     routed = _void_choices_over_capacity(
         moe, factor=factor, tokens=tokens, groups=groups, axes=axes, T=T,
         routed=routed)
     slots = slots_of_expert(
         moe, factor=factor, tokens=tokens, groups=groups, shards=shards)
+    # A token goes to an expert once, so at most to all experts of a device.
     most_rows_sent = T * min(routed.choices, E // devices)
+
+  # What is dropped must not depend on the mesh.
   if dropout is not None:
     dropout = _number_units_over_mesh(
-        dropout, axes=axes, first_row=shard_index * routed.expert_A.shape[0],
+        dropout, axes=axes, first_row=shard_index * num_assignments,
         num_units=w.up_EDF.shape[2])
 
-  # The experts, here or along the mesh.
+  # The experts are all on this device, or spread along a mesh axis.
   even_rows = max(1, T * devices * moe.top_k // moe.all_experts)
   settings = grouped.GroupedSettings(
       activation=hidden, even_rows=even_rows,
@@ -950,13 +963,13 @@ def _compute_on_device(
     experts = SpreadExperts(
         local=experts, axis=axes.experts[0], most_rows_sent=most_rows_sent)
 
-  # Their results, in one of the two ways.
+  # Compute their results as a padded batch or as rows sorted by expert.
   name = choose_dispatch(
       moe, factor=factor, tokens=tokens, groups=groups, shards=shards)
   compute = DISPATCHES[name]
   y_TD = compute(x_TD, routed, experts, slots)
 
-  # Each shard of the hidden units has a part of the sum.
+  # The products sum over the hidden units, of which a device may have a part.
   if axes.mlp:
     y_TD = jax.lax.psum(y_TD, axes.mlp)
   return y_TD, routed.expert_A < E

@@ -54,8 +54,21 @@ class MoE(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context
                ) -> tuple[jax.Array, Report]:
-    # The layer returns the output y [batch, length, d_model] for the input x,
-    # and a report of losses and figures.
+    """Computes a mixture of experts: y = sum over the chosen experts e of
+    g_e(x) FFN_e(x), for the input x of each token.
+
+    The suffixes name axes: B batch, L length, T = B L tokens, D d_model, E
+    experts, A assignments (pairs of a token and its expert), I features of a
+    narrower input, U features of the router's state, X hashed experts.
+
+    Args:
+      x_BLD: the input.
+      ctx: the context of the layer: padding, random keys, and the state that
+        the router of the layer before has reported.
+
+    Returns:
+      The output y [B, L, D], and a report of losses and figures.
+    """
     config, moe = self.config, self.config.part(MoEConfig)
     B, L, D = x_BLD.shape
     # The T = B L tokens of the batch, and which of them are no padding.

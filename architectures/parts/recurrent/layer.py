@@ -618,6 +618,13 @@ class Recurrence(mixer.Mixer):
     return 3 * sizes.householders * sizes.value_heads * places
 
   def check(self, config: ModelConfig, stack: str) -> None:
+    """Checks that the sizes of a delta rule fit each other.
+
+    Raises:
+      RequestError: if heads of values cannot share the heads of keys evenly; if
+        a preconditioner is asked for where a token writes several keys; or for
+        what no recurrence goes with.
+    """
     super().check(config, stack)
     sizes = config.part(self.module.settings)
     if sizes.value_heads % sizes.key_heads:

@@ -20,7 +20,7 @@ from architectures.parts.context import Context
 from architectures.parts.positions import RopeConfig
 from architectures.parts.recurrent import features, layer, recurrence
 from architectures.parts.sharding import Role, declare
-from common.errors import RequestError, require
+from common.errors import RequestError
 from common.fields import AT_START, field, FUNCTION, MOST_TAPS, RECIPE
 from common.fields import SHAPES
 
@@ -254,26 +254,48 @@ class Comba(DeltaNet):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    """Makes the inputs of Comba's recurrence (see the class): those of the
-    gated delta rule, with the corrected query, the vector sigmoid(c) k by which
-    a correction reads the state, and the mark that it reads the state before
-    its decay. The arguments are those of `DeltaNet.inputs`."""
-    x = super().inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx)
+    """Makes the inputs of Comba's recurrence (arXiv 2506.02475, equation 5):
 
-    # The learned factors sigmoid(c) and d of each head of keys.
-    logit_JK = self._declare_factors('feedback', initial=1.0)
-    feedback_JK = jax.nn.sigmoid(logit_JK)
+      S_t = (a_t I - sigmoid(c) b_t k_t k_t^T) S_t-1 + b_t k_t v_t^T
+      o_t = S_t^T (q_t - d k_t) / sqrt(K)
+
+    They are those of the gated delta rule with three changes: the query loses
+    d k; the state is read by sigmoid(c) k, not by k; and it is read before its
+    decay.
+
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, H
+    heads of values, K features of a key, U features of a value.
+
+    Args:
+      x_BLD: the input of the layer.
+      q_BLJK, k_BLJK: queries and keys, whose length is not yet 1.
+      v_BLHU: the values.
+      ctx: the context of the layer.
+
+    Returns:
+      The inputs. Their query is (q - d k) / sqrt(K).
+    """
+    gated_delta_rule = super().inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx)
+    unit_k_BLJK = gated_delta_rule.k_BLJK.astype(jnp.float32)
+
+    # The superclass has divided the query by sqrt(K) already, so what leaves
+    # it is d k / sqrt(K). Under muP, K is the size of the base model's heads.
     correction_JK = self._declare_factors(
         'correction', initial=self.sizes.correction)
-
-    # The part d k / sqrt(K) of the key leaves the query, q / sqrt(K).
-    unit_k_BLJK = x.k_BLJK.astype(jnp.float32)
     removed_BLJK = features.multiply_by_weights(
         unit_k_BLJK, self.base_key_dim ** -0.5 * correction_JK)
-    # The vector by which a correction reads the state.
-    erase_BLJK = features.multiply_by_weights(unit_k_BLJK, feedback_JK)
-    return x._replace(q_BLJK=x.q_BLJK - removed_BLJK, erase_BLJK=erase_BLJK,
-                      undecayed_BL1=jnp.ones((*x_BLD.shape[:2], 1)))
+    corrected_q_BLJK = gated_delta_rule.q_BLJK - removed_BLJK
+
+    # The vector sigmoid(c) k by which a step reads what it then erases.
+    logit_JK = self._declare_factors('feedback', initial=1.0)
+    erase_BLJK = features.multiply_by_weights(
+        unit_k_BLJK, jax.nn.sigmoid(logit_JK))
+
+    # A mark of 1 says that a token's step reads the state before its decay.
+    B, L = x_BLD.shape[:2]
+    return gated_delta_rule._replace(
+        q_BLJK=corrected_q_BLJK, erase_BLJK=erase_BLJK,
+        undecayed_BL1=jnp.ones((B, L, 1)))
 
   def _declare_factors(self, name: str, initial: float) -> jax.Array:
     """Declares one learned number for each of J heads of keys, and returns it
@@ -391,6 +413,13 @@ class LowRank(layer.Recurrence):
   """The entry of KDA, and of GDN-2."""
 
   def check(self, config: ModelConfig, stack: str) -> None:
+    """Checks that a model can have this recurrence, whose decays are made by
+    products of low rank.
+
+    Raises:
+      RequestError: if heads are wider than in the base model of muP, or for
+        what no recurrence goes with.
+    """
     super().check(config, stack)
     if config.head_widening != 1:
       raise RequestError(
@@ -588,15 +617,24 @@ class Retention(layer.Recurrence):
         the row, which may grow after the key has entered the state.
     """
     super().check(config, stack)
-    require(not positions.position_of(config).has_bias,
-            "model.mixer is 'retnet', which has no scores for the bias of "
-            f'model.position {config.position!r}: choose rope or none')
-    if positions.position_of(config).rotate:
-      rope = config.part(RopeConfig)
-      require(not positions.SCALINGS[rope.scaling].depends_on_length,
-              "model.mixer is 'retnet', whose state holds keys that were "
-              'turned when the row was shorter, and model.rope.scaling '
-              f'{rope.scaling!r} turns by the length of the row: choose '
-              'another')
-      positions.check_rope(
-          config_of_rotated_heads(config), head='model.retnet.key_dim')
+    position = positions.position_of(config)
+    if position.has_bias:
+      raise RequestError(
+          "model.mixer is 'retnet', which has no scores for the bias of "
+          f'model.position {config.position!r}: choose rope or none')
+    if not position.rotate:
+      return
+
+    # A key is turned once, as it enters the state. A scaling by the length of
+    # the row would have to turn it again as the row grows.
+    rope = config.part(RopeConfig)
+    if positions.SCALINGS[rope.scaling].depends_on_length:
+      raise RequestError(
+          "model.mixer is 'retnet', whose state holds keys that were "
+          'turned when the row was shorter, and model.rope.scaling '
+          f'{rope.scaling!r} turns by the length of the row: choose '
+          'another')
+    # Positions turn a part of a head. Here heads are as wide as retnet.key_dim
+    # says, not as model.head_dim.
+    positions.check_rope(
+        config_of_rotated_heads(config), head='model.retnet.key_dim')

@@ -74,8 +74,18 @@ class Mamba(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    # The layer returns the output [batch, length, d_model] for the input x_BLD,
-    # u in the equations; the cache after these tokens; and an empty report.
+    """Computes Mamba's selective state space model, by the equations at the
+    head of this file, which also says what the letters of names count.
+
+    Args:
+      x_BLD: the input, u in the equations.
+      ctx: the context of the layer, with documents and padding.
+      cache: the state after the tokens before; None: it is zero, and none is
+        kept.
+
+    Returns:
+      The output [B, L, D], the cache after these tokens, and an empty report.
+    """
     mixer.check_context_of_recurrence('mamba', ctx)
     config, sizes = self.config, self.config.part(MambaConfig)
     # Padding matters only where a state goes on after it.

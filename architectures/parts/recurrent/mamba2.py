@@ -222,7 +222,13 @@ class Grouped(layer.Recurrence):
     self.may_be_one = (f'{name}.groups',)
 
   def check(self, config: ModelConfig, stack: str) -> None:
-    # The heads of values come in groups that share queries and keys.
+    """Checks that a model can have this recurrence. The heads of values come
+    in groups that share queries and keys, so there must be whole groups.
+
+    Raises:
+      RequestError: if the number of groups does not divide that of the heads,
+        or for what no recurrence goes with.
+    """
     sizes = config.part(self.module.settings)
     if sizes.heads % sizes.groups:
       raise RequestError(
@@ -235,10 +241,16 @@ class Mamba2Mixer(Grouped):
   """The entry of Mamba-2."""
 
   def check(self, config: ModelConfig, stack: str) -> None:
+    """Checks that a model can have layers of Mamba-2.
+
+    Raises:
+      RequestError: if the least step dt is above the largest one, or for what
+        the check of the superclass refuses.
+    """
     super().check(config, stack)
-    m = config.part(Mamba2Config)
-    if m.most_step and m.least_step > m.most_step:
+    sizes = config.part(Mamba2Config)
+    if sizes.most_step and sizes.least_step > sizes.most_step:
       raise RequestError(
-          f'model.mamba2.least_step is {m.least_step}, above '
-          f'model.mamba2.most_step {m.most_step}: choose it at most as large, '
-          'or set most_step to 0, for no limit')
+          f'model.mamba2.least_step is {sizes.least_step}, above '
+          f'model.mamba2.most_step {sizes.most_step}: choose it at most as '
+          'large, or set most_step to 0, for no limit')

@@ -78,8 +78,20 @@ class Mamba3(mamba2.Mamba2):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    # The layer returns the output [batch, length, d_model] for the input x_BLD,
-    # u in the equations; the cache after these tokens; and an empty report.
+    """Computes Mamba-3, by the equations of S' at the head of this file.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K entries of
+    the state of a feature, U features of a head, A angles of a head.
+
+    Args:
+      x_BLD: the input, u in the equations.
+      ctx: the context of the layer, with documents and padding.
+      cache: the state after the tokens before; None: it is zero, and none is
+        kept.
+
+    Returns:
+      The output [B, L, D], the cache after these tokens, and an empty report.
+    """
     sizes, L = self.sizes, x_BLD.shape[1]
     mixer.check_context_of_recurrence(self.config.mixer, ctx)
     # Padding matters only where a state goes on after it.

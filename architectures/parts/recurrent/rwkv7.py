@@ -70,7 +70,14 @@ class RWKV7Config(linear_attention.States):
   householders = 2  # steps of recurrence.py
 
   def derived(self, config: ModelConfig) -> 'RWKV7Config':
-    rank = lambda times: max(32, 32 * round(times * config.d_model ** 0.5 / 32))
+    """Returns the fields with those that were left open (0), which follow from
+    the sizes of the model. A rank is a multiple of 32, as the authors have it.
+    """
+    def rank(times: float) -> int:
+      """Returns the multiple of 32 that is nearest to times sqrt(d_model)."""
+      multiples = round(times * config.d_model ** 0.5 / 32)
+      return max(32, 32 * multiples)
+
     return dataclasses.replace(
         self, heads=self.heads or config.num_heads,
         key_dim=self.key_dim or config.head_dim,
@@ -94,10 +101,20 @@ class RWKV7(layer.Layer):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    # The layer returns the output [batch, length, d_model] for the input x_BLD,
-    # the cache after these tokens (None: there is none), and an empty report.
-    # In names, H counts heads, K the features of a key, and U those of a value.
+    """Computes RWKV-7, by the equations at the head of this file.
 
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features of
+    a key, U features of a value.
+
+    Args:
+      x_BLD: the input.
+      ctx: the context of the layer, with documents and padding.
+      cache: the state after the tokens before; None: it is zero, and none is
+        kept.
+
+    Returns:
+      The output [B, L, D], the cache after these tokens, and an empty report.
+    """
     # The input, mixed with that of the token before by other shares for each
     # thing that is made of it.
     sizes = self.sizes
