@@ -26,28 +26,48 @@ def main() -> int:
                       'list, train or eval; default: list them')
   parser.add_argument('words', nargs=argparse.REMAINDER, help='its arguments')
   args = parser.parse_args()
-  files = {path.stem: path for path in FOLDER.glob('[a-z]*.py')} | {
-      path.parent.name: path for path in FOLDER.glob('*/__main__.py')}
-  sentence_of_program = {}
-  for name, path in sorted(files.items()):
-    text = path.read_text()
-    if 'cli.run(' in text:  # else other programs call it
-      sentence = ast.get_docstring(ast.parse(text)).split('\n\n')[0]
-      sentence_of_program[name] = ' '.join(sentence.split())
-
+  sentences = read_sentences_of_programs()
   if not args.program:
-    for name, sentence in sentence_of_program.items():
+    for name, sentence in sentences.items():
       print(f'python -m tools.{name:18}{sentence}')
     return 0
 
-  # Run the module as `python -m` does.
-  module_of_program = {name: f'tools.{name}' for name in sentence_of_program}
-  module_of_program |= {'train': 'train', 'eval': 'eval'}
+  # `train` and `eval` are programs too, but lie beside the folder of tools.
+  module_of_program = {'train': 'train', 'eval': 'eval'}
+  for name in sentences:
+    module_of_program[name] = f'tools.{name}'
   check_choice('program', args.program, module_of_program)
+
+  # Run the module as `python -m` does: it finds its own arguments in sys.argv.
   sys.argv = [f'archetype {args.program}', *args.words]
   runpy.run_module(module_of_program[args.program], run_name='__main__',
                    alter_sys=True)
   return 0
+
+
+def read_sentences_of_programs() -> dict[str, str]:
+  """Returns the first sentence of the docstring of each program of this folder,
+  by the name of the program, sorted.
+
+  A program is a file, or a folder with a `__main__.py`, that runs its main
+  function by `cli.run`; the other files are what programs import. They are read
+  and not imported, since some take seconds to import.
+  """
+  path_of_module = {}
+  for path in FOLDER.glob('[a-z]*.py'):
+    path_of_module[path.stem] = path
+  for path in FOLDER.glob('*/__main__.py'):
+    path_of_module[path.parent.name] = path
+
+  sentences = {}
+  for name, path in sorted(path_of_module.items()):
+    source = path.read_text()
+    if 'cli.run(' not in source:
+      continue
+    docstring = ast.get_docstring(ast.parse(source)) or ''
+    first_paragraph = docstring.split('\n\n')[0]
+    sentences[name] = ' '.join(first_paragraph.split())
+  return sentences
 
 
 def run() -> None:

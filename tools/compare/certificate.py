@@ -459,27 +459,33 @@ def _certify_size(frozen: plans.FrozenPlan,
                   runs_of_size: Sequence[plans.Outcome],
                   tuned: Sequence[Mapping[str, Any]],
                   sweeps: Sequence[pathlib.Path]) -> Certificate:
-  """Returns the certificate of a variant of a study at one size.
+  """Returns the certificate of a variant of a study at one size: what its runs
+  were given, such as their config, costs, seeds and code.
 
   Args:
-    frozen: the plan of the study.
+    frozen: the plan of the study, whose variants and sizes make up points.
     runs_of_size: the outcomes of the runs, at least one. All are of one
       variant, of one size and on text.
     tuned: how variants were tuned, as rows of plans.Tuned.
-    sweeps: the folders of the phase.
+    sweeps: the folders in which the phase of these runs was trained.
   """
-  # The config. A field that was solved for, to match a cost, counts as no
-  # difference. A tuned field has the value that was chosen for this size.
   plan = frozen.plan
-  variant, size = runs_of_size[0].variant, runs_of_size[0].size
+  run = runs_of_size[0]
+  variant, size = run.variant, run.size
   point = frozen.point(variant, size, plans.TEXT)
+
+  # The config is that of the base with the changes of the variant, by the
+  # fields' names. A field that was solved for, to match a cost of the base,
+  # keeps the base's value, and so it will count as no difference.
   config = dict(run_config.flatten(frozen.base_config))
-  for name, value in point['changes'].items():
-    if name not in point['matched']:
-      config[name] = value
+  for field, value in point['changes'].items():
+    if field not in point['matched']:
+      config[field] = value
+  # A tuned field, such as the learning rate, has the value that tuning chose
+  # for this size. All runs have the same.
   for field in plan.tuning.fields:
-    if field in runs_of_size[0].changes:
-      config[field] = runs_of_size[0].changes[field]
+    if field in run.changes:
+      config[field] = run.changes[field]
 
   return certify_runs(
       config=config,
@@ -645,16 +651,16 @@ def compare_certificates(base: Certificate, variant: Certificate,
 
 def compare_sizes(base: Mapping[str, Certificate],
                   variant: Mapping[str, Certificate]) -> Differences:
-  """Returns in what a variant of a study differs from the base at any size,
-  besides what the study asks about.
+  """Compares a variant of a study with the base at each size of the model, and
+  returns all that differs besides what the study asks about.
 
   Args:
     base: the certificate of the base at each size, by the name of the size.
     variant: that of the variant.
 
   Returns:
-    The differences. Their words name the sizes, but for a quantity that differs
-    by the same words at all of several sizes.
+    The differences at any size. Each is described once, with the sizes at which
+    it is found; without sizes where it is found at all of several.
   """
   differences_at_size = {}
   for size, certificate in variant.items():
@@ -663,27 +669,47 @@ def compare_sizes(base: Mapping[str, Certificate],
 
   named = {}
   for quantity in QUANTITIES:
-    # A field often differs alike at all sizes, and a cost seldom does.
-    sizes_by_words: dict[str, list[str]] = {}
-    for size, differences in differences_at_size.items():
-      if quantity in differences.named:
-        words = differences.named[quantity]
-        sizes_by_words.setdefault(words, []).append(size)
-    parts = []
-    for words, sizes in sizes_by_words.items():
-      is_alike_at_all = 1 < len(sizes) == len(differences_at_size)
-      if not is_alike_at_all:
-        words = f'{words} at {", ".join(sizes)}'
-      parts.append(words)
-    if parts:
-      named[quantity] = '; '.join(parts)
+    description = _describe_over_sizes(quantity, differences_at_size)
+    if description:
+      named[quantity] = description
 
+  # Sizes often share a name, which is to be listed once. A dict keeps the order
+  # in which names were added, which a set does not.
   asked: dict[str, None] = {}
   unknown: dict[str, None] = {}
   for differences in differences_at_size.values():
     asked |= dict.fromkeys(differences.asked)
     unknown |= dict.fromkeys(differences.unknown)
   return Differences(asked=tuple(asked), named=named, unknown=tuple(unknown))
+
+
+def _describe_over_sizes(quantity: str,
+                         differences_at_size: Mapping[str, Differences]) -> str:
+  """Describes in words how base and variant differ in one quantity at the sizes
+  of a study, such as '512 and not 256 at small; 640 and not 320 at large'.
+
+  Args:
+    quantity: a name of QUANTITIES.
+    differences_at_size: the differences by the name of the size.
+
+  Returns:
+    The description; '' where they differ at no size.
+  """
+  # A field often differs alike at all sizes, and a cost seldom does.
+  sizes_of_description: dict[str, list[str]] = {}
+  for size, differences in differences_at_size.items():
+    if quantity in differences.named:
+      description = differences.named[quantity]
+      sizes_of_description.setdefault(description, []).append(size)
+
+  parts = []
+  for description, sizes in sizes_of_description.items():
+    is_alike_at_all = len(sizes) == len(differences_at_size)
+    if is_alike_at_all and len(sizes) > 1:
+      parts.append(description)
+    else:
+      parts.append(f'{description} at {", ".join(sizes)}')
+  return '; '.join(parts)
 
 
 def _guess_quantity_of_question(unlike: Mapping[str, str], variant: Certificate
