@@ -42,6 +42,7 @@ def normalize_steps(roles: Any) -> optax.GradientTransformation:
     roles: the Role of each parameter, as a tree.
   """
   def normalize(axes: Axes, step: jax.Array) -> jax.Array:
+    # The least norm keeps a step of zeros at zero.
     return step / jnp.maximum(_frobenius_norm(axes, step), 1e-30)
 
   def update(steps: Any, params: Any) -> Any:
@@ -53,36 +54,49 @@ def normalize_steps(roles: Any) -> optax.GradientTransformation:
 
 def keep_norms(tx: optax.GradientTransformation, roles: Any
                ) -> optax.GradientTransformation:
-  """Returns an optimiser that takes the steps of another one on spheres.
-
-  A matrix that is 0 at first has no sphere: it takes the steps as they are,
-  each of which has the norm lr.
+  """Returns an optimiser that takes the steps of another one on spheres: each
+  hidden matrix keeps the Frobenius norm that it began with (see the head of
+  this file). Other parameters take the steps as they are.
 
   Args:
     tx: the other optimiser, whose step of a hidden matrix is -lr u / |u|_F.
     roles: the Role of each parameter, as a tree.
   """
   def init(params: Any) -> HyperballState:
+    """Returns the state before the first step, with the norms to be kept."""
     norms = _map_over_hidden_matrices(
         roles, _frobenius_norm, params, otherwise=_no_norm)
     return HyperballState(norms=norms, inner=tx.init(params))
 
-  def step_on_sphere(axes: Axes, step: jax.Array, norm: jax.Array,
-                     param: jax.Array) -> jax.Array:
-    """Returns the step of one parameter that ends on its sphere."""
-    moved = param + norm * step
-    length = jnp.maximum(_frobenius_norm(axes, moved), 1e-30)
-    projected = moved * (norm / length)
-    return jnp.where(norm > 0, projected - param, step)
-
   def update(grads: Any, state: HyperballState, params: Any
              ) -> tuple[Any, HyperballState]:
+    """Returns the steps of all parameters, and the new state."""
     steps, inner = tx.update(grads, state.inner, params)
     steps = _map_over_hidden_matrices(
-        roles, step_on_sphere, steps, state.norms, params)
+        roles, _step_on_sphere, steps, state.norms, params)
     return steps, state._replace(inner=inner)
 
   return optax.GradientTransformation(init, update)
+
+
+def _step_on_sphere(axes: Axes, step: jax.Array, norm: jax.Array,
+                    param: jax.Array) -> jax.Array:
+  """Returns the step of a hidden matrix W that ends on its sphere, the matrices
+  with the norm R:
+
+    R normalise(W + R step) - W,    normalise(X) = X / |X|_F
+
+  Args:
+    axes: which axes of the parameter make up a matrix.
+    step: the step of the optimiser below, -lr normalise(u).
+    norm: R of each matrix, whose axes have size 1.
+    param: W.
+  """
+  moved = param + norm * step
+  length = jnp.maximum(_frobenius_norm(axes, moved), 1e-30)
+  projected = moved * (norm / length)
+  # A matrix that was 0 at first has no sphere. It takes the step as it is.
+  return jnp.where(norm > 0, projected - param, step)
 
 
 def _frobenius_norm(axes: Axes, x: jax.Array) -> jax.Array:

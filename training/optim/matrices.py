@@ -9,6 +9,7 @@ otherwise than an unrolled one.
 
 from collections.abc import Callable
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -65,7 +66,8 @@ def unzip_tree(tree: Any, num_trees: int) -> list:
 
   trees = []
   for i in range(num_trees):
-    trees.append(jax.tree.map(lambda x, i=i: x[i], tree, is_leaf=is_tuple))
+    take_item = operator.itemgetter(i)
+    trees.append(jax.tree.map(take_item, tree, is_leaf=is_tuple))
   return trees
 
 
@@ -217,7 +219,12 @@ def _root_mean_square(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
   """Returns Muon's step before the learning rate (Jordan et al. 2024): the
-  momentum of each matrix, orthogonalised and scaled to 0.2 root mean square.
+  momentum of each matrix, orthogonalised and scaled to 0.2 root mean square,
+  about the size of Adam's steps. With the gradient G_t and b = beta,
+
+    M_t  = b M_(t-1) + (1 - b) G_t
+    N_t  = b M_t / (1 - b^(t+1)) + (1 - b) G_t / (1 - b^t)      Nesterov
+    step = 0.2 sqrt(max(rows, columns)) orthogonalised N_t
 
   It computes what optax.contrib.scale_by_muon does, for matrices that the
   devices of a mesh may share (`orthogonalize`).
@@ -229,8 +236,14 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
   optax_muon = optax.contrib.scale_by_muon(beta=beta)
 
   def scale_to_adam_size(axes: Axes, orthogonal: jax.Array) -> jax.Array:
-    """Returns an orthogonal matrix at 0.2 root mean square."""
-    return 0.2 * max(axes.sizes(orthogonal.shape)) ** 0.5 * orthogonal
+    """Returns an orthogonal matrix at 0.2 root mean square. Before, it is 1 /
+    sqrt(the longer side)."""
+    longer_side = max(axes.sizes(orthogonal.shape))
+    return 0.2 * longer_side ** 0.5 * orthogonal
+
+  def look_ahead(momentum: jax.Array, grad: jax.Array) -> jax.Array:
+    """Returns Nesterov's N, by the unbiased momentum and gradient."""
+    return beta * momentum + (1 - beta) * grad
 
   def update(grads: optax.Updates, state: optax.contrib.MuonState,
              params: optax.Params | None = None
@@ -238,8 +251,7 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
     """Returns the steps of all parameters, orthogonal matrices in the
     directions of the momentum, and the new state of the optimiser."""
     del params
-    # Compute the momentum with Nesterov's look-ahead: beta * momentum + (1 -
-    # beta) * gradient. Both terms are corrected for having begun at 0. The
+    # Compute N. Both of its terms are corrected for having begun at 0. The
     # momentum is taken for one step later than the gradient, hence the next
     # count.
     momentum = optax.tree.update_moment(grads, state.mu, beta, 1)
@@ -247,10 +259,9 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
     next_count = optax.safe_increment(count)
     unbiased_momentum = optax.tree.bias_correction(momentum, beta, next_count)
     unbiased_grads = optax.tree.bias_correction(grads, beta, count)
-    look_ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g,
-                              unbiased_momentum, unbiased_grads)
+    directions = jax.tree.map(look_ahead, unbiased_momentum, unbiased_grads)
     # Take the nearest orthogonal matrices, at the usual size of Adam's steps.
-    orthogonal = orthogonalize(roles, look_ahead)
+    orthogonal = orthogonalize(roles, directions)
     steps = map_over_parameters(roles, scale_to_adam_size, orthogonal)
     return steps, state._replace(count=count, mu=momentum)
 
@@ -311,11 +322,15 @@ def scale_by_normuon(roles: Any, beta: float, b2: float
   def update(grads: optax.Updates, state: NorMuonState,
              params: optax.Params | None = None
              ) -> tuple[optax.Updates, NorMuonState]:
-    """Returns the steps and the new state, by the equations above."""
+    """Returns the steps of all parameters and the new state, by the equations
+    of `scale_by_normuon`."""
     del params
+    # M, and (1 - b) G + b M, which adds the gradient to M once more.
     momentum = jax.tree.map(add_gradient, state.momentum, grads)
     look_ahead = jax.tree.map(add_gradient, momentum, grads)
     orthogonal = orthogonalize(roles, look_ahead)
+
+    # v of each neuron, and the steps of one size.
     neurons = map_over_parameters(roles, update_neuron_squares, orthogonal,
                                   state.neurons)
     steps = map_over_parameters(roles, equalize_neurons, orthogonal, neurons)

@@ -26,6 +26,7 @@ schedule, write its function, and its entry in OPTIMIZERS or SCHEDULES.
 
 from collections.abc import Callable, Mapping
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -373,10 +374,13 @@ def make_optimizer(optim: Optim, steps: int, roles: Any,
       (training/optim/mup.py); None: 1.
   """
   def keep_trained(tree: Any) -> Any:
+    """Removes frozen parameters from a tree, which may be missing (None)."""
     if tree is None:
       return None
     return shares.keep_trained(rate_shares, tree)
 
+  # The four steps of an update: clip the gradients, make a direction of them,
+  # add the weight decay, and multiply by the learning rate.
   roles = keep_trained(roles)
   clip = optax.identity()
   if optim.clip_norm:
@@ -417,17 +421,25 @@ def make_optimizer(optim: Optim, steps: int, roles: Any,
 def _decay_mask(optim: Optim, roles: Any) -> Any:
   """Returns whether weight decay applies to each parameter, as a tree: by
   optim.decay_mask, or else to all matrices that are no embeddings. Matrices
-  that keep their norm (optim.hyperball) do not decay."""
+  that keep their norm (optim.hyperball) do not decay.
+
+  Args:
+    optim: config.optim.
+    roles: the Role of each parameter, as a tree.
+  """
+  def decays_by_default(role: Role) -> bool:
+    return role.is_matrix and role.kind != 'embedding'
+
+  def decays_beside_hyperball(role: Role, is_decayed: bool) -> bool:
+    return is_decayed and not role.is_hidden_matrix
+
   if optim.decay_mask:
     mask = paths.map_by_pattern(optim.decay_mask, roles, 'optim.decay_mask')
   else:
-    mask = jax.tree.map(
-        lambda role: role.is_matrix and role.kind != 'embedding', roles)
-  if not optim.hyperball:
-    return mask
-  return jax.tree.map(
-      lambda role, is_decayed: (
-          is_decayed and not role.is_hidden_matrix), roles, mask)
+    mask = jax.tree.map(decays_by_default, roles)
+  if optim.hyperball:
+    mask = jax.tree.map(decays_beside_hyperball, roles, mask)
+  return mask
 
 
 def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:
@@ -444,7 +456,7 @@ def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:
 
   def update(grads: Any, state: Any, params: Any = None):
     updates, state = tx.update(grads, state, params)
-    multiplied = jax.tree.map(lambda u, factor: u * factor, updates, factors)
+    multiplied = jax.tree.map(operator.mul, updates, factors)
     return multiplied, state
 
   return Transformation(tx.init, update)
@@ -462,7 +474,7 @@ def _multiply_gradients(tx: Transformation, factors: Any) -> Transformation:
     return tx
 
   def update(grads: Any, state: Any, params: Any = None):
-    multiplied = jax.tree.map(lambda g, factor: g * factor, grads, factors)
+    multiplied = jax.tree.map(operator.mul, grads, factors)
     return tx.update(multiplied, state, params)
 
   return Transformation(tx.init, update)
@@ -484,6 +496,7 @@ def _add_weight_decay(weight_decay: float | jax.Array, mask: Any,
     is_cautious: whether the decay is cautious.
   """
   def decay_parameter(update: jax.Array, param: jax.Array, is_decayed: bool):
+    """Returns the update of one parameter with its decay."""
     if not is_decayed:
       return update
     decay = weight_decay * param
@@ -508,11 +521,15 @@ def clip_by_global_norm(limit: float) -> Transformation:
   Args:
     limit: the largest norm.
   """
-
-  # The scale is 1 where the norm is below the limit already.
-  def clip(updates: Any, _: Any):
+  def clip(updates: Any, params: Any):
+    del params
+    # The scale is 1 where the norm is below the limit already.
     scale = jnp.minimum(1.0, limit / optax.tree.norm(updates))
-    return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
+
+    def scale_update(update: jax.Array) -> jax.Array:
+      return update * scale.astype(update.dtype)
+
+    return jax.tree.map(scale_update, updates)
 
   return optax.stateless(clip)
 
@@ -537,10 +554,12 @@ def update_if(ok: jax.Array, tx: Transformation, grads: Any,
   """
 
   def apply_update(grads: Any, state: Any, params: Any):
+    """Returns the parameters and the state after the update."""
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
   def skip_update(grads: Any, state: Any, params: Any):
+    """Returns the parameters and the state as they are."""
     del grads
     return params, state
 

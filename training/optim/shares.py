@@ -56,61 +56,86 @@ def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
   require(optim.table_rate == 1 or has_tables,
           f'optim.table_rate is {optim.table_rate}, and the model has no '
           'tables that n-grams look up: leave it at 1, or set model.memory')
-  stacks = paths.Stacks(paths.flatten_by_path(shapes))
-  layer_paths: list[str] = []
-  used_patterns = set()
+  shape_of_path = paths.flatten_by_path(shapes)
+  stacks = paths.Stacks(shape_of_path)
+  _check_patterns(patterns, list(shape_of_path), stacks)
 
   def share_of_parameter(key: Any, role: Role, x: Any) -> float | np.ndarray:
-    """Returns what the learning rate of a parameter is multiplied by, 0 where
-    it is frozen.
+    """Returns the share of one parameter: a number where all layers that it
+    holds agree, or else an array that multiplies it.
 
     Args:
       key: the path of the parameter in the tree.
-      role: its Role, which says whether it is a table that tokens look rows up
-        in (`reads`), and whether it is trained when low-rank adapters are
-        (`tuned`).
+      role: its Role.
       x: the parameter's shape and dtype.
-
-    Returns:
-      One number; or an array that multiplies the parameter, where its layers,
-      along its first axis, have different numbers.
     """
     path = paths.path_to_string(key)
-    shares = []
-    # Collect the share of each layer that the parameter holds. A pattern may
-    # name the parameter or one of its layers. layer_paths and used_patterns
-    # collect for all parameters, so that unused patterns can be reported.
+    shares_of_layers = []
     for layer_path, power in _layers_and_powers(path, stacks):
-      layer_paths.append(layer_path)
-      freezing_patterns = []
-      for pattern in patterns:
-        if pattern.fullmatch(path) or pattern.fullmatch(layer_path):
-          freezing_patterns.append(pattern)
-      used_patterns.update(freezing_patterns)
-      if freezing_patterns or adapted and not role.tuned:
-        shares.append(0.0)
-      elif role.reads:
-        shares.append(optim.layer_decay ** power * optim.table_rate)
-      else:
-        shares.append(optim.layer_decay ** power)
-    # Return one number where all layers agree.
-    if len(set(shares)) == 1:
-      return shares[0]
-    shape = (-1, *(1,) * (len(x.shape) - 1))
-    return np.array(shares, np.float32).reshape(shape)
+      share = 0.0
+      if not _is_frozen(path, layer_path, patterns, role, adapted):
+        share = optim.layer_decay ** power
+        if role.reads:
+          share *= optim.table_rate
+      shares_of_layers.append(share)
+    if len(set(shares_of_layers)) == 1:
+      return shares_of_layers[0]
+
+    # The layers are the first axis of the parameter.
+    later_axes = [1] * (len(x.shape) - 1)
+    return np.array(shares_of_layers, np.float32).reshape(-1, *later_axes)
 
   tree = jax.tree_util.tree_map_with_path(share_of_parameter, roles, shapes)
-
-  # Every pattern freezes something, and something is trained.
-  for pattern in patterns:
-    require(pattern in used_patterns, f'optim.freeze has the pattern '
-            f'{pattern.pattern!r}, which matches no parameter of the model: '
-            f'their paths are such as {", ".join(layer_paths[:3])}, and a '
-            'pattern must match all of one')
   require(any(map(np.any, jax.tree.leaves(tree))),
           f'optim.freeze is {optim.freeze!r}, which leaves no parameter to '
           'train')
   return tree
+
+
+def _check_patterns(patterns: list[re.Pattern], parameter_paths: list[str],
+                    stacks: paths.Stacks) -> None:
+  """Checks that every pattern of optim.freeze freezes something.
+
+  Args:
+    patterns: the patterns.
+    parameter_paths: the paths of all parameters of the model.
+    stacks: which layers each stacked parameter of the model holds.
+
+  Raises:
+    RequestError: for a pattern that matches no parameter and no layer of one.
+  """
+  # A pattern may name a parameter, or one of the layers that it holds.
+  layer_paths = []
+  for path in parameter_paths:
+    for layer_path, _ in _layers_and_powers(path, stacks):
+      layer_paths.append(layer_path)
+
+  for pattern in patterns:
+    is_used = any(map(pattern.fullmatch, parameter_paths + layer_paths))
+    require(is_used, f'optim.freeze has the pattern '
+            f'{pattern.pattern!r}, which matches no parameter of the model: '
+            f'their paths are such as {", ".join(layer_paths[:3])}, and a '
+            'pattern must match all of one')
+
+
+def _is_frozen(path: str, layer_path: str, patterns: list[re.Pattern],
+               role: Role, adapted: bool) -> bool:
+  """Returns whether a layer of a parameter is not trained.
+
+  Args:
+    path: the path of the parameter.
+    layer_path: that of the layer in it; the same where it holds no layers.
+    patterns: the patterns of optim.freeze.
+    role: the parameter's Role, which says whether it is trained where low-rank
+      adapters are (`tuned`).
+    adapted: whether the model has low-rank adapters.
+  """
+  if adapted and not role.tuned:
+    return True
+  for pattern in patterns:
+    if pattern.fullmatch(path) or pattern.fullmatch(layer_path):
+      return True
+  return False
 
 
 def _compile_patterns(freeze: str) -> list[re.Pattern]:
@@ -169,6 +194,7 @@ def keep_trained(shares: Any, tree: Any):
   if shares is None:
     return tree
 
+  # A parameter of which only some layers are frozen counts as trained.
   def keep_unless_frozen(share: Any, x: Any) -> Any:
     if np.any(share):
       return x
@@ -195,18 +221,27 @@ def fill_in_frozen(shares: Any, trained: Any, params: Any):
     return trained
 
   # A parameter of which only some layers are frozen counts as trained.
-  def choose(share: Any, new: Any, old: Any) -> Any:
+  def fill_in(share: Any, trained_value: Any, param: Any) -> Any:
     if np.any(share):
-      return new
-    return old
+      return trained_value
+    return param
 
-  return jax.tree.map(choose, shares, trained, params)
+  return jax.tree.map(fill_in, shares, trained, params)
 
 
 def zero_frozen_layers(shares: Any, grads: Any):
   """Returns gradients with zeros for the frozen layers of stacked parameters.
+
+  Args:
+    shares: as for `restore_frozen_layers`.
+    grads: the gradients, without those of parameters that are frozen as a
+      whole.
   """
-  return restore_frozen_layers(shares, grads, jax.tree.map(lambda _: 0, grads))
+  def zero(grad: jax.Array) -> int:
+    del grad
+    return 0
+
+  return restore_frozen_layers(shares, grads, jax.tree.map(zero, grads))
 
 
 def restore_frozen_layers(shares: Any, new: Any, old: Any):
@@ -246,8 +281,11 @@ def start_average(optim: ml_collections.ConfigDict, shares: Any, params: Any):
   """
   if not optim.ema:
     return None
-  return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True),
-                      keep_trained(shares, params))
+  def copy(x: jax.Array) -> jax.Array:
+    # The parameters' own buffers are overwritten by the next step.
+    return jnp.array(x, jnp.float32, copy=True)
+
+  return jax.tree.map(copy, keep_trained(shares, params))
 
 
 def update_average(optim: ml_collections.ConfigDict, average: Any, params: Any,
@@ -279,15 +317,27 @@ def update_average(optim: ml_collections.ConfigDict, average: Any, params: Any,
   # 1 - b^t without the digits that it would lose where b is nearly 1.
   total_weight = -jnp.expm1(updates.astype(jnp.float32) * math.log(optim.ema))
   weight = jnp.where(ok, (1 - optim.ema) / total_weight, 0.0)
-  return jax.tree.map(lambda m, p: m + weight * (p.astype(jnp.float32) - m),
-                      average, params)
+
+  def move(mean: jax.Array, param: jax.Array) -> jax.Array:
+    return mean + weight * (param.astype(jnp.float32) - mean)
+
+  return jax.tree.map(move, average, params)
 
 
 def evaluated_parameters(shares: Any, average: Any, params: Any):
   """Returns the parameters that a run is evaluated with: the average in the
-  dtype of the parameters, or, where there is no average, the parameters."""
+  dtype of the parameters, or, where there is no average, the parameters.
+
+  Args:
+    shares: as for `fill_in_frozen`.
+    average: the moving average of the trained parameters; None: there is none.
+    params: all parameters.
+  """
   if average is None:
     return params
-  cast = jax.tree.map(lambda m, p: m.astype(p.dtype), average,
-                      keep_trained(shares, params))
-  return fill_in_frozen(shares, cast, params)
+
+  def cast(mean: jax.Array, param: jax.Array) -> jax.Array:
+    return mean.astype(param.dtype)
+
+  cast_average = jax.tree.map(cast, average, keep_trained(shares, params))
+  return fill_in_frozen(shares, cast_average, params)

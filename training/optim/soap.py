@@ -21,6 +21,8 @@ one side. Vectors are not preconditioned: they are Adam's (optimizers.py).
 """
 
 from collections.abc import Callable
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -65,78 +67,106 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
     every: the steps between two updates of the bases.
     most: the longest side that has a preconditioner.
   """
-  def zero_left_factor(axes: Axes, x: jax.Array) -> jax.Array | None:
+  soap = _Soap(roles=roles, b1=b1, b2=b2, eps=eps, every=every, most=most)
+  return optax.GradientTransformation(soap.init, soap.update)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Soap:
+  """SOAP for a tree of parameters. The fields are the arguments of
+  `scale_by_soap`."""
+  roles: Any
+  b1: float
+  b2: float
+  eps: float
+  every: int
+  most: int
+
+  def init(self, params: Any) -> SoapState:
+    """Returns the state before the first gradient, which is all zeros."""
+    zeros = optax.tree.zeros_like(params)
+    left = matrices.map_over_parameters(
+        self.roles, self._zero_left_factor, params)
+    right = matrices.map_over_parameters(
+        self.roles, self._zero_right_factor, params)
+    return SoapState(count=jnp.zeros([], jnp.int32), mean=zeros, square=zeros,
+                     left=left, right=right, left_basis=left,
+                     right_basis=right)
+
+  def _zero_left_factor(self, axes: Axes, x: jax.Array) -> jax.Array | None:
     """Returns zeros in the shape of L [inputs, inputs] for the parameter x;
     None if it has more inputs than `most`."""
     num_inputs, _ = axes.sizes(x.shape)
-    if num_inputs > most:
+    if num_inputs > self.most:
       return None
+    # L keeps the parameter's axes of inputs, and has one axis of outputs.
     shape = list(x.shape)
     for axis in axes.outputs:
       shape[axis] = 1
     shape[axes.outputs[0]] = num_inputs
     return jnp.zeros(shape, x.dtype)
 
-  def zero_right_factor(axes: Axes, x: jax.Array) -> jax.Array | None:
-    return zero_left_factor(_transpose_axes(axes), x)
+  def _zero_right_factor(self, axes: Axes, x: jax.Array) -> jax.Array | None:
+    """Returns zeros in the shape of R, which is L of the transposed parameter;
+    None if x has more outputs than `most`."""
+    return self._zero_left_factor(_transpose_axes(axes), x)
 
-  def init(params: Any) -> SoapState:
-    """Returns the state before the first gradient, which is all zeros."""
-    zeros = optax.tree.zeros_like(params)
-    left = matrices.map_over_parameters(roles, zero_left_factor, params)
-    right = matrices.map_over_parameters(roles, zero_right_factor, params)
-    return SoapState(count=jnp.zeros([], jnp.int32), mean=zeros, square=zeros,
-                     left=left, right=right, left_basis=left,
-                     right_basis=right)
-
-  def update(grads: optax.Updates, state: SoapState,
+  def update(self, grads: optax.Updates, state: SoapState,
              params: optax.Params | None = None
              ) -> tuple[optax.Updates, SoapState]:
-    """Returns the steps of all parameters, and the new state."""
+    """Returns the steps of all parameters, and the new state.
+
+    Args:
+      grads: the gradients.
+      state: the state before.
+      params: the parameters, which are not read: the step does not depend on
+        them.
+    """
     del params
-
-    def update_parameter(axes: Axes, grad: jax.Array, *fields: Any):
-      """Computes the step of one parameter, and its new state.
-
-      Args:
-        axes: which axes of the parameter are the inputs of its product (the
-          rows of a matrix), the outputs (the columns), and a batch of matrices.
-        grad: the gradient.
-        *fields: the parameter's part of each field of SoapState except for the
-          count, in their order: the moments M and V, the averages L and R of
-          G G^T and G^T G of the gradient G, and their bases QL and QR.
-
-      Returns:
-        A tuple of the step and the new values of these fields.
-      """
-      # R and QR have the columns of the parameter as their rows, and so the
-      # axes of its transpose. This order is that of the fields.
-      transposed = _transpose_axes(axes)
-      axes_of_fields = [axes, axes, axes, transposed, axes, transposed]
-
-      # Reshape the gradient and the state to matrices, and update these.
-      grad_matrices = matrices.reshape_to_matrices(axes, grad)
-      field_matrices = []
-      for field_axes, field in zip(axes_of_fields, fields):
-        field_matrices.append(_reshape_to_matrices(field_axes, field))
-      step_matrices, new_state = _update_matrices(
-          grad_matrices, state=SoapState(state.count, *field_matrices), b1=b1,
-          b2=b2, eps=eps, every=every)
-
-      # Reshape the results to the parameter and its state.
-      step = matrices.reshape_from_matrices(axes, step_matrices, grad.shape)
-      new_fields = []
-      for field_axes, new, old in zip(axes_of_fields, new_state[1:], fields):
-        new_fields.append(_reshape_from_matrices(field_axes, new, old))
-      return step, *new_fields
-
-    # state[0] is the count, which all parameters share.
+    # All parameters share the count; the other fields are trees like `grads`.
+    count, *trees = state
+    update_parameter = functools.partial(self._update_parameter, count)
     updated = matrices.map_over_parameters(
-        roles, update_parameter, grads, *state[1:])
-    steps, *fields = matrices.unzip_tree(updated, len(SoapState._fields))
-    return steps, SoapState(state.count + 1, *fields)
+        self.roles, update_parameter, grads, *trees)
+    steps, *new_trees = matrices.unzip_tree(updated, len(SoapState._fields))
+    return steps, SoapState(count + 1, *new_trees)
 
-  return optax.GradientTransformation(init, update)
+  def _update_parameter(self, count: jax.Array, axes: Axes, grad: jax.Array,
+                        *fields: jax.Array | None) -> tuple:
+    """Computes the step of one parameter, and its new state.
+
+    Args:
+      count: the number of gradients before this one.
+      axes: which axes of the parameter are the inputs of its product (the rows
+        of a matrix), the outputs (the columns), and a batch of matrices.
+      grad: the gradient.
+      *fields: the parameter's part of each field of SoapState except for the
+        count, in their order: the moments M and V, the averages L and R of
+        G G^T and G^T G of the gradient G, and their bases QL and QR.
+
+    Returns:
+      A tuple of the step and the new values of these fields.
+    """
+    # R and QR have the columns of the parameter as their rows, and so the axes
+    # of its transpose. This order is that of the fields.
+    transposed = _transpose_axes(axes)
+    axes_of_fields = [axes, axes, axes, transposed, axes, transposed]
+
+    # Reshape the gradient and the state to matrices, and update these.
+    grad_matrices = matrices.reshape_to_matrices(axes, grad)
+    field_matrices = []
+    for field_axes, field in zip(axes_of_fields, fields):
+      field_matrices.append(_reshape_to_matrices(field_axes, field))
+    step_matrices, new_state = _update_matrices(
+        grad_matrices, state=SoapState(count, *field_matrices), b1=self.b1,
+        b2=self.b2, eps=self.eps, every=self.every)
+
+    # Reshape the results to the parameter and its state.
+    step = matrices.reshape_from_matrices(axes, step_matrices, grad.shape)
+    new_fields = []
+    for field_axes, new, old in zip(axes_of_fields, new_state[1:], fields):
+      new_fields.append(_reshape_from_matrices(field_axes, new, old))
+    return step, *new_fields
 
 
 def _transpose_axes(axes: Axes) -> Axes:
