@@ -154,7 +154,8 @@ class HF(llama.Family):
       Further fields of config.model, by name. Groups, such as rope, are dicts.
       They replace fields of the same name in `fields`.
     """
-    # Which layers have a window, and how wide it is.
+    # Which layers have a window (LOCAL), which see all tokens (GLOBAL), and how
+    # wide the window is. Without layer_types, none has one.
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
     types = layer_types.read_entry_of_each_layer(
@@ -165,7 +166,8 @@ class HF(llama.Family):
     require(window or LOCAL not in types, 'config.json has layers of '
             f'{LOCAL} in layer_types, but no sliding_window')
 
-    # The positions of layers with a window, and of the others.
+    # The rotary positions of the two kinds of layer. They are those of the
+    # published model where the file does not say.
     local_rope, global_rope = LOCAL_ROPE, GLOBAL_ROPE
     if reader.has('rope_parameters'):
       local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
@@ -185,20 +187,26 @@ class HF(llama.Family):
     Returns:
       {name of the field in config.json: its value}.
     """
-    # The type and the positions of each layer. transformers also wants the
-    # positions of a type that no layer has.
-    types, window = [], None
-    ropes = {GLOBAL: rope_fields.write_rope(config, whole_heads=False)}
-    ropes[LOCAL] = ropes[GLOBAL]
+    # The file has one set of rotary positions for each type of layer. Should
+    # layers of one type differ, the last one stands here, and an export then
+    # notices that the file says another model. transformers also wants the
+    # positions of a type that no layer has, for which any will do. It turns a
+    # part of each head (whole_heads=False), as this system does.
+    rope_of_config = rope_fields.write_rope(config, whole_heads=False)
+    rope_of_type = {GLOBAL: rope_of_config, LOCAL: rope_of_config}
+    types = []
+    window = None
     for layer in config.layers(config.num_layers):
       layer_type = GLOBAL
       attention_type = layer_types.attention_type(layer)
       if attention_type == layer_types.SLIDING_ATTENTION:
-        layer_type, window = LOCAL, layer.sliding_window
+        layer_type = LOCAL
+        window = layer.sliding_window
       types.append(layer_type)
-      ropes[layer_type] = rope_fields.write_rope(layer, whole_heads=False)
+      rope_of_type[layer_type] = rope_fields.write_rope(
+          layer, whole_heads=False)
     return dict(
-        layer_types=types, sliding_window=window, rope_parameters=ropes,
+        layer_types=types, sliding_window=window, rope_parameters=rope_of_type,
         # Nulls. Left out, transformers takes the ids of special tokens from
         # the published vocabulary, which may lie outside of ours.
         **dict.fromkeys(phi3.TOKEN_ID_FIELDS))

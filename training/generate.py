@@ -740,19 +740,33 @@ class _BeamSearcher:
     return has_room & step.texts.is_open_B.any()
 
   def add_token(self, step: _SearchStep) -> _SearchStep:
-    """Lets the model read the last token of each running text, and extends the
-    texts by the next one."""
-    # The logits of the token, for B * K texts in the rows of the model.
-    B, K, T = step.texts.running.tokens_BKT.shape
-    tokens = step.texts.running.tokens_BKT.reshape(B * K, T)
-    logits, cache = self.reader(step.cache, tokens, step.t)
+    """Extends the running texts of a beam search by one token: lets the model
+    read the last token of each, and keeps the K likeliest continuations of a
+    row.
+
+    The suffixes name axes: B rows of the batch, K texts of a row, T new tokens
+    of a text, V tokens in the vocabulary.
+
+    Args:
+      step: the state before, with t >= 1 new tokens in each running text.
+
+    Returns:
+      The state with t + 1 tokens.
+    """
+    # The logits of the next token. The model has a row for each of the B * K
+    # texts.
+    tokens_BKT = step.texts.running.tokens_BKT
+    B, K, T = tokens_BKT.shape
+    logits, cache = self.reader(
+        step.cache, tokens_BKT.reshape(B * K, T), step.t)
     logits_BKV = logits.reshape(B, K, -1)
 
-    # Choose the best texts. parent_BK says which text each of them extends, and
-    # so whose cache it needs.
+    # Choose the best texts. parent_BK says which of the K texts before each of
+    # them extends, and so whose cache it needs.
     texts, parent_BK = _extend_texts(
         self.beams, stop_tokens=self.stop_tokens, state=step.texts,
         logits_BKV=logits_BKV, t=step.t)
+    # Text k of row b is row b * K + k of the model and of its cache.
     first_row_B1 = K * jnp.arange(B)[:, None]
     parent_rows = (parent_BK + first_row_B1).reshape(-1)
     cache = _reorder_cache(cache, parent_rows=parent_rows,

@@ -354,11 +354,17 @@ class Split:
       and at last where that ends; and int64 [N], where each begins among the
       ids of the file.
     """
-    # The stream has a separator after each document, and the file has none.
+    # The number of tokens of each document in the file, selected or not.
     sizes, _ = self.tokens.table(shard).totals_of_documents()
-    wanted = self.select_in_shard(shard)
-    return sizes_to_bounds(sizes[wanted]
-                           + 1), sizes_to_bounds(sizes)[:-1][wanted]
+    is_selected = self.select_in_shard(shard)
+
+    # The stream has the selected documents alone, with a separator after each.
+    starts_in_stream = sizes_to_bounds(sizes[is_selected] + 1)
+
+    # The file has all documents, one right after the other. The last bound is
+    # the end of the file, where no document begins.
+    starts_in_file = sizes_to_bounds(sizes)[:-1]
+    return starts_in_stream, starts_in_file[is_selected]
 
   def select_in_shard(self, shard: int) -> np.ndarray:
     """Returns bool [documents]: which documents of a shard belong to the split.
