@@ -654,6 +654,9 @@ def merge_reports(first: Report, second: Report) -> Report:
   feed-forward network, into one. A report has losses, statistics and what else
   a part returns beside its result.
 
+  The suffixes name axes: B batch, H heads, L length, M keys, U features of the
+  router's state.
+
   Args:
     first: the report of one part.
     second: the report of the other part. Both must not have the same loss or
@@ -677,4 +680,6 @@ def merge_reports(first: Report, second: Report) -> Report:
 
 def _first_that_exists(first: Any, second: Any) -> Any:
   """Returns the first value, or the second where the first is None."""
-  return second if first is None else first
+  if first is None:
+    return second
+  return first

@@ -401,14 +401,18 @@ def dense(module: nn.Module, name: str, spec: str, x: jax.Array,
   Returns:
     The result, with the axes that `spec` names.
   """
-  w = weight(module, name, shape=shape, axes=axes, **weight_options)
-  y = product(module, name, spec, x, w, axes=axes, deterministic=deterministic)
+  matrix = weight(module, name, shape=shape, axes=axes, **weight_options)
+  y = product(module, name, spec, x, matrix, axes=axes,
+              deterministic=deterministic)
   if not with_bias:
     return y
+
+  # The bias has the axes of W that are outputs. They come after the inputs, of
+  # which there is one unless in_axes says otherwise.
   num_inputs = len(weight_options.get('in_axes', (0,)))
-  b = bias(module, f'{name}_bias', shape=shape[num_inputs:],
-           axes=axes[num_inputs:])
-  return add_bias(y, b)
+  vector = bias(module, f'{name}_bias', shape=shape[num_inputs:],
+                axes=axes[num_inputs:])
+  return add_bias(y, vector)
 
 
 def adapted_weight(module: nn.Module, name: str, w: jax.Array,

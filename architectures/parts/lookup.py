@@ -310,7 +310,12 @@ def hash_ngrams(config: ModelConfig, all_BM: jax.Array,
 
 def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
                        ) -> tuple[jax.Array, jax.Array]:
-  """Looks up the vectors of the n-grams that end at each token.
+  """Looks up the vectors of the n-grams that end at each token: a hash of the
+  last n tokens chooses a row of a table.
+
+  The suffixes name axes: B batch, L length, W = N - 1 tokens before those (N is
+  the longest n-gram), M = W + L tokens, T tables, S features of a row, U
+  features of the rows of all tables.
 
   Args:
     module: the module that declares the table, which holds all tables one after
@@ -319,31 +324,38 @@ def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
     state: the tokens before those of this call; None: there are none.
 
   Returns:
-    The vectors e of a token's n-grams side by side, [B, L, U] with U features
-    together; and the last N - 1 tokens of each row of the batch, [B, N - 1],
-    which the next call's n-grams begin with (N is the longest n-gram).
+    The vectors e of a token's n-grams side by side, [B, L, U]; and the last
+    tokens of each row of the batch, [B, W], which the next call's n-grams begin
+    with.
   """
   config: Any = module.config  # type: ignore[attr-defined]
-  ngrams, tokens_BL = config.part(NGramsConfig), ctx.tokens_BL
+  ngrams = config.part(NGramsConfig)
+  tokens_BL = ctx.tokens_BL
   assert tokens_BL is not None
-  # The tokens, after those before them; at a row's start, these are padding.
-  if state:
+  B, L = tokens_BL.shape
+  num_before = ngrams.order - 1
+
+  # Put the tokens before those of this call in front of them. At a row's start
+  # these are padding. Padding at the end matters only where a state is kept.
+  valid_BL = None
+  before_BW = jnp.full((B, num_before), ngrams.pad_token, tokens_BL.dtype)
+  if state is not None:
     assert state.tokens_BW is not None
     before_BW = state.tokens_BW
-  else:
-    shape = len(tokens_BL), ngrams.order - 1
-    before_BW = jnp.full(shape, ngrams.pad_token, tokens_BL.dtype)
-  all_BM = jnp.concatenate([before_BW, tokens_BL], 1)
-  # The vectors, [B, L, tables U, features S of each].
+    valid_BL = ctx.valid_BL
+  all_BM = jnp.concatenate([before_BW, tokens_BL], axis=1)
+
+  # Look up the vectors. All tables are one array, one behind the other, and
+  # each has a prime number of rows.
   num_rows = sum(first_primes(ngrams.rows, ngrams.tables))
-  row_ids_BLU = hash_ngrams(config, all_BM, ctx.segment_ids_BL)
-  e_BLUS = _read_rows_of_table(
-      module, num_rows=num_rows, size=ngrams.size, ids_BLU=row_ids_BLU)
-  # The last tokens that are no padding.
-  valid_BL = None if state is None else ctx.valid_BL
-  after_BW = features.last_inputs(all_BM, count=ngrams.order - 1,
-                                  length=tokens_BL.shape[1], valid_BL=valid_BL)
-  e_BLU = e_BLUS.reshape(*tokens_BL.shape, -1)
+  row_ids_BLT = hash_ngrams(config, all_BM, ctx.segment_ids_BL)
+  e_BLTS = _read_rows_of_table(
+      module, num_rows=num_rows, size=ngrams.size, ids_BLU=row_ids_BLT)
+  e_BLU = e_BLTS.reshape(B, L, -1)
+
+  # Keep the last tokens that are no padding.
+  after_BW = features.last_inputs(
+      all_BM, count=num_before, length=L, valid_BL=valid_BL)
   return sharding.constrain(e_BLU, 'batch', 'length', 'mlp'), after_BW
 
 

@@ -177,7 +177,9 @@ class LatentAttention(Attention):
     # The weight. Its name, which is part of its path in checkpoints, says what
     # it multiplies: a latent or the input.
     sizes = config.part(LatentConfig)
-    name = 'query_up' if sizes.q_rank else 'query'
+    name = 'query'
+    if sizes.q_rank:
+      name = 'query_up'
     shape = query_input_BLU.shape[-1], config.num_heads, sizes.key_dim
     gain = 1.0
     if config.init == 'fan_in':
@@ -230,6 +232,9 @@ class LatentAttention(Attention):
     """Projects the layer's input to a small vector, W x + b. The weight is
     declared here, and the bias too if attention has biases.
 
+    The suffixes name axes: B batch, L length, D d_model, U features of the
+    result.
+
     Args:
       name: 'query' or 'kv', what the small vector is for. The parameters are
         called `name`_down and `name`_down_bias.
@@ -240,14 +245,17 @@ class LatentAttention(Attention):
     Returns:
       The small vectors, [batch, length, size].
     """
-    config, name = self.config, f'{name}_down'
-    y_BLU = layers.dense(self, name, 'BLD,DU->BLU', x_BLD,
-                         shape=(config.d_model, size), axes=('embed', 'latent'),
-                         with_bias=False, deterministic=ctx.deterministic)
+    config = self.config
+    name_of_weight = f'{name}_down'
+    y_BLU = layers.dense(
+        self, name_of_weight, spec='BLD,DU->BLU', x=x_BLD,
+        shape=(config.d_model, size), axes=('embed', 'latent'), with_bias=False,
+        deterministic=ctx.deterministic)
     # The bias is whole on each device. layers.dense would give it the axis
     # 'latent' of the weight, by which it could be split over the mesh.
     if config.attention_bias:
-      bias_U = layers.bias(self, f'{name}_bias', shape=(size,), axes=(None,))
+      bias_U = layers.bias(
+          self, f'{name_of_weight}_bias', shape=(size,), axes=(None,))
       y_BLU = layers.add_bias(y_BLU, bias_U)
     return sharding.constrain(y_BLU, 'batch', 'length', None)
 

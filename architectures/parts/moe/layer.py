@@ -428,7 +428,11 @@ class MoE(nn.Module):
 
   def _weights(self) -> ExpertWeights:
     """Declares the weights of the experts' networks as parameters of this
-    layer, and returns them in the compute dtype."""
+    layer, and returns them in the compute dtype.
+
+    The suffixes name axes: E experts, D features that they read and return, F
+    hidden units.
+    """
     # The sizes by logical axis: the features that experts read and return, and
     # their hidden units.
     config, moe = self.config, self.config.part(MoEConfig)
@@ -454,7 +458,8 @@ class MoE(nn.Module):
 
     # Parameters draw their initial values in this order, so that another order
     # would be another model by the same seed.
-    gate_EDF = gate_bias_EF = None
+    gate_EDF = None
+    gate_bias_EF = None
     gated = layers.FFNS[moe.ffn].gated
     up_EDF = weight('up', 'embed', 'mlp')
     if gated:

@@ -258,14 +258,21 @@ class Layer(nn.Module):
       The result, [B, L, H, K]; and the last inputs of the convolution, which
       the next tokens need, or None without a convolution.
     """
-    axes = VALUE_AXES if name == 'value' else self.key_axes
-    x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
+    axes = self.key_axes
+    if name == 'value':
+      axes = VALUE_AXES
+    x_BLHK = self.project(name, x_BLD, axes=axes, shape=shape, ctx=ctx)
     if name not in self.convolved:
       return x_BLHK, None
+
+    # A convolution over 0 tokens is none. The SiLU may be there without it, and
+    # is computed in float32.
     if not self.sizes.conv:
       if self.silu_without_conv:
         x_BLHK = jax.nn.silu(x_BLHK.astype(jnp.float32)).astype(x_BLHK.dtype)
       return x_BLHK, None
+
+    # Not all layers with a convolution have a field for its bias.
     return features.declare_and_convolve(
         self, f'{name}_conv', x_BLHK, width=self.sizes.conv, axes=axes,
         with_bias=getattr(self.sizes, 'conv_bias', False),

@@ -133,35 +133,55 @@ def _map_groups(function: Callable[[Any], Any], most: int, x: Any) -> Any:
     function: a function of arrays [pieces, B rows, ...], in which pieces do not
       depend on each other.
     most: how many pieces a group has at most.
-    x: the function's argument for all pieces.
+    x: the function's argument for all pieces, a tree of such arrays.
 
   Returns:
     The function's result for all pieces.
   """
-  # All groups have the same size, as few as possible.
+  # Take as few groups as possible. All must have the same size, since a loop on
+  # the device has arrays of one shape.
   num_pieces = jax.tree.leaves(x)[0].shape[0]
   num_groups = -(-num_pieces // most)
   if num_groups == 1:
     return function(x)
   size = -(-num_pieces // num_groups)
 
-  # If the last group would reach past the end, dynamic slices begin earlier, so
-  # that they end with the last piece. Reading and writing must both do so.
-  def read_group(i: jax.Array | int) -> Any:
-    """Returns the argument for group i."""
-    return jax.tree.map(
-        lambda y: jax.lax.dynamic_slice_in_dim(y, i * size, size), x)
-
-  def write_group(i: jax.Array, results: Any) -> Any:
+  def add_group(i: jax.Array, results: Any) -> Any:
     """Returns the results with those of group i written into them."""
-    return jax.tree.map(
-        lambda y, group: jax.lax.dynamic_update_slice_in_dim(
-            y, group, i * size, 0), results, function(read_group(i)))
+    results_of_group = function(_read_pieces(x, i * size, size))
+    return _write_pieces(results, results_of_group, i * size)
 
-  shapes = jax.eval_shape(function, read_group(0))
-  empty = jax.tree.map(
-      lambda y: jnp.zeros((num_pieces, *y.shape[1:]), y.dtype), shapes)
-  return jax.lax.fori_loop(0, num_groups, write_group, empty)
+  # The loop begins with zeros in the shape of the results of all pieces.
+  first_group = _read_pieces(x, 0, size)
+  shapes_of_group = jax.eval_shape(function, first_group)
+  empty = _zeros_of_pieces(shapes_of_group, num_pieces)
+  return jax.lax.fori_loop(0, num_groups, add_group, empty)
+
+
+def _read_pieces(x: Any, start: jax.Array | int, size: int) -> Any:
+  """Returns `size` pieces of each array of a tree. Where these would reach past
+  the end, they are the last ones: a dynamic slice begins earlier then."""
+  def read(array: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, size)
+
+  return jax.tree.map(read, x)
+
+
+def _write_pieces(x: Any, pieces: Any, start: jax.Array | int) -> Any:
+  """Returns the arrays of a tree with some pieces replaced, those which
+  `_read_pieces` reads from there."""
+  def write(array: jax.Array, new: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, new, start, 0)
+
+  return jax.tree.map(write, x, pieces)
+
+
+def _zeros_of_pieces(shapes: Any, num_pieces: int) -> Any:
+  """Returns zeros for `num_pieces` pieces, by the shapes of fewer pieces."""
+  def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros((num_pieces, *shape.shape[1:]), shape.dtype)
+
+  return jax.tree.map(zeros, shapes)
 
 
 def _apply_to_rows(function: Callable[[Any], Any], x: Any) -> Any:

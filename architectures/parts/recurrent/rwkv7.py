@@ -215,18 +215,27 @@ class RWKV7(layer.Layer):
     D, S = x_BLD.shape[2], len(SHIFTED)
     share_SD = declare(self, 'shift_conv', init=initial_shares_of_shift,
                        shape=(S, D), role=Role((None, 'embed')))
-    repeat_for_each_use = lambda x: jnp.broadcast_to(
-        x[:, :, None], (*x.shape[:2], S, D))
 
-    # Mixing is a convolution over two tokens. `convolve` takes care of
-    # documents and caches; its "heads" are the S uses of the same input.
+    def repeat_for_each_use(x: jax.Array) -> jax.Array:
+      """Repeats x [B, length, D] for the S uses: [B, length, S, D]."""
+      return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], S, D))
+
+    before_B1SD = None
+    if cache is not None:
+      before_B1SD = repeat_for_each_use(cache.input_B1D)
+
+    # Mixing is a convolution over two tokens, the one before and the token
+    # itself. `convolve` takes care of documents and caches; its "heads" are the
+    # S uses of the same input.
+    filter_2SD = jnp.stack([share_SD, 1 - share_SD])
     x_BLSD, last_B1SD = features.convolve(
-        repeat_for_each_use(x_BLD), jnp.stack([share_SD, 1 - share_SD]),
-        before_BWHK=cache and repeat_for_each_use(cache.input_B1D),
+        repeat_for_each_use(x_BLD), filter_2SD, before_BWHK=before_B1SD,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
+    mixed = {}
+    for i, name in enumerate(SHIFTED):
+      mixed[name] = x_BLSD[:, :, i]
     # The last input is the same for all uses.
-    return {name: x_BLSD[:, :, i] for i, name in enumerate(SHIFTED)}, (
-        last_B1SD[:, :, 0])
+    return mixed, last_B1SD[:, :, 0]
 
   def _declare_by_feature(self, name: str, init: Callable,
                           shape: tuple[int, int]) -> jax.Array:
