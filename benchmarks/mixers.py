@@ -106,6 +106,7 @@ def compile_gradient(module: nn.Module, config: ModelConfig, rows: int,
       jax.random.key(1), x_BLD, context, *arguments))
 
   def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
+    """Returns the mean square of the output, plus the layer's own losses."""
     y_BLD, *_, report = module.apply(params, x_BLD, context, *arguments)
     losses_of_layer = sum(report.losses.values())
     return jnp.square(y_BLD.astype(jnp.float32)).mean() + losses_of_layer

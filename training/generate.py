@@ -228,17 +228,29 @@ class TokenWriter:
 
   def add_token(self, state: WritingState) -> WritingState:
     """Lets the model read the last token, and draws the next one of each row.
-    Rows that have ended are filled up with the first of the tokens that end a
-    text."""
-    t = state.t
-    logits_BV, cache = self.reader(state.cache, state.new_tokens_BT, t)
-    token_B, seen_BV = self.draw_token(logits_BV, t, state.seen_BV)
+
+    The suffixes name axes: B rows of the batch, T places for new tokens, V
+    tokens in the vocabulary.
+
+    Args:
+      state: the state with t >= 1 new tokens in each row.
+
+    Returns:
+      The state with t + 1 new tokens.
+    """
+    num_written = state.t
+    logits_BV, cache = self.reader(
+        state.cache, state.new_tokens_BT, num_written)
+    token_B, seen_BV = self.draw_token(logits_BV, num_written, state.seen_BV)
+
+    # A row that has ended is filled up with the first token that ends a text,
+    # until all rows have ended.
     is_done_B = state.is_done_B
     if self.stop_tokens:
       token_B = jnp.where(is_done_B, self.stop_tokens[0], token_B)
       is_done_B |= self.ends_text(token_B)
-    new_tokens_BT = state.new_tokens_BT.at[:, t].set(token_B)
-    return WritingState(t=t + 1, new_tokens_BT=new_tokens_BT,
+    new_tokens_BT = state.new_tokens_BT.at[:, num_written].set(token_B)
+    return WritingState(t=num_written + 1, new_tokens_BT=new_tokens_BT,
                         is_done_B=is_done_B, cache=cache, seen_BV=seen_BV)
 
 
@@ -508,13 +520,25 @@ class TokenReader:
     # M is the number of places of a text: those of the prompt and of new
     # tokens.
     M = self.prompts_BL.shape[1] + new_BT.shape[1]
-    lengths = [n for n in lengths_to_reread_at(self.module) if n < M - 1]
-    if not lengths:
+    lengths_that_fit = []
+    for length in lengths_to_reread_at(self.module):
+      if length < M - 1:
+        lengths_that_fit.append(length)
+    if not lengths_that_fit:
       return cache
-    is_outgrown_B = jnp.isin(self.lengths_B + t, jnp.array(lengths) + 1)
-    reread = functools.partial(
-        self._reread, cache, new_BT=new_BT, t=t, is_outgrown_B=is_outgrown_B)
-    return jax.lax.cond(is_outgrown_B.any(), reread, lambda: cache)
+
+    # A text outgrows a length with the first token past it.
+    is_outgrown_B = jnp.isin(
+        self.lengths_B + t, jnp.array(lengths_that_fit) + 1)
+
+    def reread(cache: Any) -> Any:
+      return self._reread(
+          cache, new_BT=new_BT, t=t, is_outgrown_B=is_outgrown_B)
+
+    def keep(cache: Any) -> Any:
+      return cache
+
+    return jax.lax.cond(is_outgrown_B.any(), reread, keep, cache)
 
   def _reread(self, cache: Any, new_BT: jax.Array, t: jax.Array,
               is_outgrown_B: jax.Array) -> Any:
@@ -1010,20 +1034,28 @@ def _reorder_cache(cache: Any, parent_rows: jax.Array, axis: int) -> Any:
 
   def reorder_layer(layer_cache: Any) -> Any:
     """Returns the cache of one layer with its rows in the new order."""
-    if not isinstance(layer_cache, Cache):  # an array of a recurrent state
+    # An array of a recurrent state is no Cache, and has rows alone.
+    if not isinstance(layer_cache, Cache):
       return take_rows(layer_cache)
-    # Each of these may be None, an array or a tree of arrays, which tree.map
-    # handles alike.
-    return dataclasses.replace(
-        layer_cache,
-        key_BMJK=jax.tree.map(take_rows, layer_cache.key_BMJK),
-        value_BMJK=jax.tree.map(take_rows, layer_cache.value_BMJK),
-        index_BMJK=jax.tree.map(take_rows, layer_cache.index_BMJK),
-        forget_BMHU=jax.tree.map(take_rows, layer_cache.forget_BMHU),
-        inputs=jax.tree.map(take_rows, layer_cache.inputs))
+    # A Cache also has the encoder's keys and values, which stay. Each of the
+    # others may be None, an array or a tree of arrays: tree.map handles all
+    # alike.
+    reordered = {}
+    for name in _FIELDS_OF_TEXT_IN_CACHE:
+      reordered[name] = jax.tree.map(take_rows, getattr(layer_cache, name))
+    return dataclasses.replace(layer_cache, **reordered)
 
-  return jax.tree.map(reorder_layer, cache,
-                      is_leaf=lambda x: isinstance(x, Cache))
+  return jax.tree.map(reorder_layer, cache, is_leaf=_is_cache)
+
+
+# The fields of a Cache that depend on the tokens of a text.
+_FIELDS_OF_TEXT_IN_CACHE = (
+    'key_BMJK', 'value_BMJK', 'index_BMJK', 'forget_BMHU', 'inputs')
+
+
+def _is_cache(x: Any) -> bool:
+  """Returns whether a node of a tree is the Cache of a layer."""
+  return isinstance(x, Cache)
 
 
 def generate_by_unmasking(
@@ -1325,18 +1357,27 @@ class BlockWriter:
 
   def _unmask_step(self, step: jax.Array, state: UnmaskingState,
                    places: PlacesOfBlock) -> UnmaskingState:
-    """Replaces some masks of a block by tokens: after step s of S steps,
-    (s + 1) / S of the new tokens of the block are known.
+    """Replaces some masks of a block by tokens: after step s of n steps,
+    (s + 1) / n of the new tokens of the block are known.
+
+    The suffixes name axes: B rows, S tokens of a block, D d_model, V tokens in
+    the vocabulary.
 
     Args:
       step: s, from 0 on.
       state: the state after the step before.
       places: the places of the block.
+
+    Returns:
+      The state after this step.
     """
+    # The model predicts all tokens of the block, by those that are known.
     output = self._apply(
         state.tokens_BS, positions_BL=places.positions_1S, cache=state.cache,
         estimate_BLD=state.estimate_BSD)
     logits_BSV = output.logits
+
+    # Of those that are masked, the surest become known.
     tokens_BS = unmask_surest(
         state.tokens_BS, logits_BLV=logits_BSV, is_new_BL=places.is_new_BS,
         key=jax.random.fold_in(places.key, step), mask=self.mask,

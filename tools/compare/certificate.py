@@ -170,30 +170,43 @@ def _effect_of_field(name: str) -> Effect | None:
 
 def quantity_of_field(name: str, config: Mapping[str, Any]) -> str:
   """Returns which quantity of a certificate a config field belongs to, such as
-  'model' or 'batches'. A certificate lists by quantity what a run was given. It
-  is '' for the seed, and for fields whose change computes the same.
+  'model' or 'batches'. A certificate lists by quantity what a run was given.
 
   Args:
     name: the dotted name of the field.
     config: the config, by dotted name.
+
+  Returns:
+    A name of QUANTITIES; '' for the seed, and for fields whose change computes
+    the same.
   """
-  field, effect = fields_lib.find_field(name), _effect_of_field(name)
-  is_of_model = name.startswith('model.')
   if name == 'seed':
     return ''
   if name == 'data.tokenizer':
     return 'tokenizer'
   if is_of_held_out_text(name, config):
     return 'held_out_text'
+
+  # Fields declare what their change does. One that is safe to change in the
+  # middle of a run, such as how often it is saved, changes no result.
+  field = fields_lib.find_field(name)
+  effect = _effect_of_field(name)
+  is_of_model = name.startswith('model.')
   if effect is not None and effect.kind == SAFE:
     return ''
   if field is not None and field.rule.choices == DTYPES:
     return 'precision'
+  if effect is AT_START and is_of_model:
+    return 'initialisation'
   if effect is AT_START:
-    return 'initialisation' if is_of_model else 'first_weights'
+    return 'first_weights'
+
+  # All others, by the beginning of their names.
   if name.startswith(spec.FIELDS_OF_BATCHES):
     return 'batches'
-  return 'model' if is_of_model else 'recipe'
+  if is_of_model:
+    return 'model'
+  return 'recipe'
 
 
 def group_fields_by_quantity(config: Mapping[str, Any]
@@ -405,16 +418,19 @@ def _certify_point(point: curves.Point, workdir, config: Mapping[str, Any],
     config: the fields of its config, by dotted name.
     tuning: the entry of `count_recipes` for it.
   """
-  ended = [seed for seed, run in point.runs.items()
-           if seed in point.final_losses or run.diverged]
-  return certify_runs(
-      config=config,
-      costs={name: getattr(point, name) for name in _COSTS},
-      folders=[layout.run_folder(workdir, point.name, seed)
-               for seed in point.runs],
-      seeds=ended, tuning=tuning,
-      seconds=[curves.training_seconds(point.runs[seed].rows)
-               for seed in ended])
+  # The folders of all runs are read, and the seeds and times of those that have
+  # ended, by diverging or otherwise.
+  folders = []
+  ended = []
+  seconds = []
+  for seed, run in point.runs.items():
+    folders.append(layout.run_folder(workdir, point.name, seed))
+    if seed in point.final_losses or run.diverged:
+      ended.append(seed)
+      seconds.append(curves.training_seconds(run.rows))
+  costs = {name: getattr(point, name) for name in _COSTS}
+  return certify_runs(config=config, costs=costs, folders=folders, seeds=ended,
+                      tuning=tuning, seconds=seconds)
 
 
 def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],

@@ -5,7 +5,7 @@ multiplier is that of a scaling law of the base over its sizes, by runs each of
 which was cooled down at its budget; the same law predicts a larger size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -91,33 +91,35 @@ def cooled_ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
     runs, a larger value is better, or the learning rate of a run had not fallen
     at its end.
   """
+  # Return None if no law can be fitted. A law has as many unknowns as the
+  # fewest sizes, and it is about losses at the end of a schedule.
   seeds = pairing.ended_seeds(pairs_by_size)
-
-  def table(figure: Callable[[Outcome], float]) -> np.ndarray:
-    """Returns a figure of each run, [seeds, 2, sizes], the base's first."""
-    rows = []
-    for seed in seeds:
-      base = [figure(pairs[seed].base) for pairs in pairs_by_size]
-      variant = [figure(pairs[seed].ours) for pairs in pairs_by_size]
-      rows.append([base, variant])
-    return np.array(rows, float)
-
-  # Return None if no law can be fitted.
   if min(len(pairs_by_size), len(seeds)) < statistics.MIN_SEEDS:
     return None
   if measure.better != LOWER:
     return None
-  if not np.all(table(lambda run: bool(run.cooled))):
-    return None
+  for pairs in pairs_by_size:
+    for seed in seeds:
+      if not (pairs[seed].base.cooled and pairs[seed].ours.cooled):
+        return None
 
-  # The FLOPs of the first seed, since all seeds spend alike.
+  # The losses of all runs, [seeds, 2, sizes], the base's first.
+  losses = []
+  for seed in seeds:
+    base = [pairs[seed].base.values[measure.name] for pairs in pairs_by_size]
+    variant = [pairs[seed].ours.values[measure.name] for pairs in pairs_by_size]
+    losses.append([base, variant])
+
+  # The FLOPs of the first seed, [2, sizes], since all seeds spend alike.
+  first_seed = seeds[0]
   flops = {}
   for name, count_flops in FLOPS_OF_MULTIPLIER.items():
-    spent = table(count_flops)[0]
+    base = [count_flops(pairs[first_seed].base) for pairs in pairs_by_size]
+    variant = [count_flops(pairs[first_seed].ours) for pairs in pairs_by_size]
+    spent = np.array([base, variant], float)
     if np.all(spent > 0):
       flops[name] = spent
-  return Ladder(flops=flops,
-                losses=table(lambda run: run.values[measure.name]))
+  return Ladder(flops=flops, losses=np.array(losses, float))
 
 
 def compute_multipliers(plan: Plan, sizes: Sequence[str],

@@ -207,12 +207,16 @@ def make_program(run: runs.Run, name: str) -> Program:
   prompts_are_prefixes = objectives.find_objective(run.config).prefix
 
   def write_text(params, prompts_BL, lengths_B, seed):
-    prefix_B = lengths_B if prompts_are_prefixes else None
+    """Writes new tokens after each prompt; returns them, int32 [B, new]."""
+    prefix_B = None
+    if prompts_are_prefixes:
+      prefix_B = lengths_B
     return generate.generate(
         run.module, params, prompts_BL, lengths_B, jax.random.key(seed),
         max_new_tokens=new_tokens, prefix_B=prefix_B)
 
   def integers(shape, sharding):
+    """Returns the description of an array of integers."""
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
   # Describe its arguments by shapes, without values. The rows of prompts are

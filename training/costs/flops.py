@@ -393,19 +393,22 @@ def _decoding_flops_by_part(config: ModelConfig, keys: int, memory_length: int
     keys: the number of tokens that the new token attends to, itself included.
     memory_length: the number of tokens of the encoder; 0: there is no encoder.
   """
-  # The shapes of the cache. An encoder has been run before, so that its keys
-  # and values are in the cache, and only the decoder runs.
+  # The shapes of the cache.
+  empty_cache = functools.partial(
+      architectures.init_cache, config, batch=_fewest_rows(config), length=keys)
+  cache = jax.eval_shape(empty_cache)
+
+  # An encoder has been run before, so that its keys and values are in the
+  # cache, and only the decoder runs.
   method = '__call__'
-  rows = _fewest_rows(config)
-  cache = jax.eval_shape(lambda: architectures.init_cache(
-      config, batch=rows, length=keys))
   if memory_length:
     method = 'decode'
     cache = _cache_with_memory(
         config, cache=cache, keys=keys, memory_length=memory_length)
 
-  # The new token stands at the last position, so that it sees the whole cache.
   def decode_token(module: Any, params: Any, token: Any, cache: Any):
+    # The new token stands at the last position, so that it sees the whole
+    # cache.
     position_11 = jnp.full((1, 1), keys - 1)
     return module.apply(params, token, positions_BL=position_11, cache=cache,
                         method=method)
@@ -485,12 +488,16 @@ def _row_flops_by_part(config: ModelConfig, program: Any, *args,
   module = architectures.build(config)
 
   def compute_outputs(params: Any, *args):
-    out = program(module, {'params': params}, *args)
-    mtp = [out.head.logits(x) for x in out.extra.get('mtp', ())]
+    """Returns all that a model computes: its logits, its other results, and the
+    logits of the modules that predict further tokens (MTP)."""
+    output = program(module, {'params': params}, *args)
+    logits_of_modules = []
+    for hidden_BLD in output.extra.get('mtp', ()):
+      logits_of_modules.append(output.head.logits(hidden_BLD))
     logits = None
-    if out.head is not None:
-      logits = out.head.logits(out.hidden[:, num_unread:])
-    return logits, out.extra, mtp
+    if output.head is not None:
+      logits = output.head.logits(output.hidden[:, num_unread:])
+    return logits, output.extra, logits_of_modules
 
   def sum_outputs(trained: Any, params: Any, *args):
     """Returns a loss that reads all outputs, so that no gradient is dropped."""
@@ -503,6 +510,7 @@ def _row_flops_by_part(config: ModelConfig, program: Any, *args,
     return total
 
   def compute_gradients(params: Any, *args):
+    """Returns the loss and its gradient by the trained parameters."""
     trained = shares.keep_trained(rate_shares, params)
     return jax.value_and_grad(sum_outputs)(trained, params, *args)
 
@@ -579,6 +587,7 @@ class Work(NamedTuple):
   kernels: int = 0
 
   def __add__(self, other: Any):
+    """Returns the work of two programs together."""
     return Work(
         flops=self.flops + other.flops,
         nbytes=self.nbytes + other.nbytes,

@@ -100,6 +100,9 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
   label smoothing s and the coefficient c of the z-loss (PaLM: Chowdhery et al.
   2022, section 5).
 
+  The suffixes name axes: B batch, L length, D features; V counts the tokens of
+  the vocabulary.
+
   Args:
     hidden_BLD: the hidden states that the head is applied to, [batch, length,
       features]; products are taken in their dtype and add up in float32.
@@ -154,6 +157,9 @@ def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
   """Computes the losses of all tokens, for one chunk of tokens after another,
   so that the logits of only one chunk exist at a time.
 
+  The suffixes name axes: B batch, L length, D features, V vocabulary. A chunk
+  has Q shards of its tokens, one for each device, and P positions of each row.
+
   Args:
     settings: the coefficients of the loss, and how tokens are cut into chunks.
     hidden_BLD: the hidden states that the head is applied to, [batch, length,
@@ -175,8 +181,7 @@ def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
     return None, _losses_of_logits(settings, logits_QBPV=logits_QBPV,
                                    targets_QBP=targets_QBP)
 
-  # Scan over the chunks. The axes of a chunk are [Q, B, P, ...]: Q shards of
-  # the tokens, one a device; B rows of a shard; P positions of each row.
+  # Scan over the chunks, whose axes are [Q, B, P, ...].
   chunks = _split_into_chunks(settings, (hidden_BLD, targets_BL))
   _, losses = jax.lax.scan(compute_losses_of_chunk, None, chunks)
   return _join_chunks(settings, arrays=losses, shape=targets_BL.shape)

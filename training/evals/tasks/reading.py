@@ -386,6 +386,9 @@ class FillMask(Task):
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Finds the likeliest tokens of each mask of the prompts, and prints them.
 
+    The suffixes name axes: B prompts, L length, P masks of all prompts
+    together, K fillings of a mask.
+
     Args:
       evaluation: the evaluation of the run: its model, parameters and options.
 
@@ -407,9 +410,10 @@ class FillMask(Task):
     num_tokens = min(evaluation.options.top_fillings, model.vocab_size)
     fill_masks = _make_fill_function(evaluation, num_tokens)
     step = evaluation.jit_once(fill_masks, 'fill_mask', num_tokens)
-    probabilities_PK, ids_PK = jax.device_get(step(
+    fillings_on_device = step(
         evaluation.params, tokens_BL, is_real_BL.astype(np.int32), rows_P,
-        places_P))
+        places_P)
+    probabilities_PK, ids_PK = jax.device_get(fillings_on_device)
 
     # Sort the fillings by prompt. np.nonzero goes row by row, so the masks of a
     # prompt are in order.
