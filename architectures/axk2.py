@@ -85,6 +85,8 @@ class HF(llama.Family):
       Further fields of config.model, by name. Groups, such as rope, are dicts.
       They replace fields of the same name in `fields`.
     """
+    # For a file that does not say them: the rank of the queries' products, and
+    # the number of layers at the start that have no experts.
     return deepseek_v32.read_shared_fields(
         reader, fields=fields, q_rank=384, dense=1)
 

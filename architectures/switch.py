@@ -55,8 +55,12 @@ def _read_interval_of_expert_layers(reader: hf.Reader, stack: str,
   Raises:
     RequestError: unless n is 1 or 2.
   """
+  # The default is that of transformers' config. The field `sparse_step` follows
+  # from this one.
   num_with_experts = reader(f'num_sparse_{stack}_layers', 3)
-  reader.ignore_fields(f'{stack}_sparse_step')  # It follows from the former.
+  reader.ignore_fields(f'{stack}_sparse_step')
+
+  # transformers divides and rounds down as well.
   interval = 0
   if num_with_experts:
     interval = layers // num_with_experts

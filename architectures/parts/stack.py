@@ -565,13 +565,15 @@ class Stack(nn.Module):
                          tuple[ScanCarry, LayerResults]],
       carry: ScanCarry, given: GivenToPass, start: int, end: int
       ) -> tuple[ScanCarry, LayerResults]:
-    """Runs the passes from `start` to before `end`, as one scan.
+    """Runs some of the passes over the layers, one after another, as one scan
+    (jax.lax.scan): those from number `start` to before number `end`.
 
     Args:
-      run_pass: the function of one pass, (carry, what it alone is given) ->
-        (carry, results).
+      run_pass: the function of one pass. It takes the carry and the inputs of
+        this pass, and returns the carry and the results of the pass.
       carry: the carry before the first of these passes.
-      given: what each of all passes is given, with an axis of passes in front.
+      given: the inputs of all passes of the model, such as caches. Each array
+        has an axis of passes in front.
       start: the number of the first pass.
       end: the number after that of the last pass.
 
@@ -580,7 +582,11 @@ class Stack(nn.Module):
       passes in front.
     """
     given_to_these = _rows(given, start, end)
-    unroll = 1 if self.config.scan_layers else end - start
+    # A scan that is unrolled as often as it runs is no loop any more. Programs
+    # without loops take longer to compile and may run faster.
+    unroll = 1
+    if not self.config.scan_layers:
+      unroll = end - start
     return jax.lax.scan(run_pass, carry, given_to_these, unroll=unroll)
 
   def _passes_without_gradient(self, num_passes: int) -> int:

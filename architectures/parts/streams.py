@@ -983,14 +983,19 @@ class Balanced(LearnedSum):
   fields = ('streams.temperature',)
 
   def factors(self, module: Any, size: int) -> SumFactors:
-    """Declares the numbers w, and returns the factors g of the branch F(x) and
-    sqrt(1 - g^2) of the stream x. Nothing is added to either.
+    """Declares a number w for each feature, and returns the factors of the sum
+
+      x' = sqrt(1 - g^2) x + g F(x),    g = sigmoid(w / temperature)
+
+    of the stream x and the branch F(x). Nothing is added to either.
+
+    The suffix D names the axis of the features.
 
     Args:
       module: the layer, which gets the parameter `gate` [D].
       size: the number D of features.
     """
-    # g, from the learned numbers w.
+    # Compute g from the learned numbers w, in float32.
     config: ModelConfig = module.config
     w_D = declare(module, 'gate', shape=(size,), role=Role(('embed',)),
                   init=nn.initializers.normal(config.init_stddev))

@@ -475,16 +475,27 @@ def _draw_misses(runs_of_tuning: tuning.TuningRuns, measure: Measure,
 
 def _fault_of_tuning(runs_of_tuning: tuning.TuningRuns,
                      pairs_by_size: Sequence[pairing.Pairs]) -> str:
-  """Returns AT_EDGE if a variant or the base has, at some size, a tuned value
-  at an edge of those that were tried; else TUNED_BY_FEW if too few seeds chose
-  the values; else ''."""
+  """Returns why the tuning of a variant cannot be trusted, as a note on its
+  verdict; '' if it can.
+
+  Args:
+    runs_of_tuning: the runs by which values such as learning rates were chosen.
+    pairs_by_size: for each size of the model, the pairs of a run of the variant
+      and one of the base.
+
+  Returns:
+    AT_EDGE if the variant or the base has a value at an edge of those that were
+    tried, beyond which a better one may lie; else TUNED_BY_FEW if too few seeds
+    chose the values.
+  """
   for pairs in pairs_by_size:
     for pair in pairs.values():
-      if runs_of_tuning.is_at_edge(pair.ours):
-        return AT_EDGE
-      if runs_of_tuning.is_at_edge(pair.base):
-        return AT_EDGE
-  return TUNED_BY_FEW if runs_of_tuning.has_few_seeds else ''
+      for run in (pair.ours, pair.base):
+        if runs_of_tuning.is_at_edge(run):
+          return AT_EDGE
+  if runs_of_tuning.has_few_seeds:
+    return TUNED_BY_FEW
+  return ''
 
 
 def _test_member(plan: Plan, member: FamilyMember,

@@ -142,6 +142,7 @@ class NanogptLog:
     return self._LINE.search(text) is not None
 
   def read(self, file, path, text):
+    """Returns the runs of a log; a step that comes again begins another."""
     rows = []
     for step, line in self._LINE.findall(text):
       figures = {name: float(x) for name, x in self._FIGURE.findall(line)}
@@ -166,6 +167,7 @@ class PrintedLosses:
     return any(pattern.search(text) for pattern in self._PATTERNS)
 
   def read(self, file, path, text):
+    """Returns the runs of a log; a step that comes again begins another."""
     rows = []
     for pattern in self._PATTERNS:
       for match in pattern.finditer(text):
@@ -673,23 +675,36 @@ def _merge_runs(results: Iterable[ForeignRun | ReportedMean]
   tasks of lm-eval.
 
   Args:
-    results: what the files hold. Runs of equal `path` are merged, and later
-      files win. Reported means stay as they are.
+    results: what the files hold. Runs of equal `path` are merged.
+
+  Returns:
+    The reported means, which stay as they are, and then the runs.
   """
-  merged: list[ForeignRun | ReportedMean] = []
-  by_path: dict[str, ForeignRun] = {}
+  means: list[ForeignRun | ReportedMean] = []
+  run_of_path: dict[str, ForeignRun] = {}
   for result in results:
     if isinstance(result, ReportedMean):
-      merged.append(result)
-      continue
-    earlier = by_path.get(result.path, result)
-    curves = {}
-    for name in earlier.curves | result.curves:
-      curves[name] = earlier.curves.get(name, {}) | result.curves.get(name, {})
-    by_path[result.path] = dataclasses.replace(
-        result, curves=curves, given=earlier.given | result.given,
-        items=earlier.items | result.items)
-  return merged + list(by_path.values())
+      means.append(result)
+    elif result.path in run_of_path:
+      run_of_path[result.path] = _merge_two_runs(
+          run_of_path[result.path], result)
+    else:
+      run_of_path[result.path] = result
+  return [*means, *run_of_path.values()]
+
+
+def _merge_two_runs(earlier: ForeignRun, later: ForeignRun) -> ForeignRun:
+  """Merges what two files hold of one run. Where both have a value, such as the
+  loss at the same step, the later file's counts."""
+  curves = {}
+  for name in earlier.curves | later.curves:
+    # A curve is {step: value}.
+    curve_of_earlier = earlier.curves.get(name, {})
+    curve_of_later = later.curves.get(name, {})
+    curves[name] = curve_of_earlier | curve_of_later
+  return dataclasses.replace(
+      later, curves=curves, given=earlier.given | later.given,
+      items=earlier.items | later.items)
 
 
 def _runs_of_rows(path: str, seed: int | None,
@@ -704,14 +719,19 @@ def _runs_of_rows(path: str, seed: int | None,
       is never known.
     rows: the step and the figures of each row, in the order of the file.
   """
+  # Collect the curves of each run, {name of the figure: {step: value}}. Rows
+  # are added to the last run.
   curves_of_runs: list[dict[str, dict[int, float]]] = [{}]
   for step, figures in rows:
-    is_known = any(step in curves_of_runs[-1].get(name, {})
-                   for name in figures)
-    if is_known:
-      curves_of_runs.append({})
+    last_run = curves_of_runs[-1]
+    has_step = any(step in last_run.get(name, {}) for name in figures)
+    if has_step:
+      last_run = {}
+      curves_of_runs.append(last_run)
     for name, value in figures.items():
-      curves_of_runs[-1].setdefault(name, {})[step] = value
+      last_run.setdefault(name, {})[step] = value
+
+  # The first run has the name of the file.
   runs = [ForeignRun(path=path, seed=seed, curves=curves_of_runs[0])]
   for number, curves in enumerate(curves_of_runs[1:], start=2):
     runs.append(ForeignRun(path=f'{path}#{number}', curves=curves))

@@ -335,9 +335,12 @@ class Bytes(Tokenizer):
       The ids, int32 [T]; and the first character of each token and the one
       after its last, int32 [T, 2].
     """
-    # Split the text into special tokens and the text between them.
+    # Split the text into special tokens and the text between them. The brackets
+    # of the pattern keep the special tokens among the pieces.
     patterns = [re.escape(written) for written in self.id_of_added_text]
     pieces = re.split(f'({"|".join(patterns)})', text)
+
+    # Encode each piece, and note where it lies in the text.
     ids = []
     spans = []
     start = 0

@@ -178,9 +178,16 @@ class Model(api.TemplateLM):
       add_generation_prompt: whether the text ends with the beginning of an
         answer. If not, it ends inside the last message, which the model is to
         continue.
+
+    Returns:
+      The text, without the marks by which the template tells its own words from
+      those of the messages.
     """
-    return conversations.remove_marks(self._template.render(
-        chat_history, add_generation_prompt, not add_generation_prompt))
+    # Either a new answer begins, or the last message goes on.
+    continues_last_message = not add_generation_prompt
+    rendered = self._template.render(
+        chat_history, add_generation_prompt, continues_last_message)
+    return conversations.remove_marks(rendered)
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                  **kwargs) -> list[int]:

@@ -219,24 +219,30 @@ def _routing_by_stack(layer_kinds: Mapping[str, Sequence],
 
   Args:
     layer_kinds: the kind of each layer of each stack, by its name.
-    choices: the arrays of ExpertRouting, by name, for all layers of experts of
-      the model. Those of the first stack come first.
+    choices: the decisions in all layers of experts of the model, those of the
+      first stack first: the arrays of ExpertRouting, by the names of its fields
+      except for `layers`.
   """
+  # Find the numbers of the layers with experts, counted in their stack.
   layers_by_stack = {}
   for stack, kinds in layer_kinds.items():
     has_experts = [kind.ffn == 'moe' for kind in kinds]
     layers_by_stack[stack] = np.flatnonzero(has_experts)
+
+  # Cut each array into one for each stack, in the order of the stacks.
   counts = [len(layers) for layers in layers_by_stack.values()]
-  split_choices = {}
+  arrays_by_name = {}
   for name, arrays_of_layers in choices.items():
-    split_choices[name] = _split_by_stack(arrays_of_layers, counts)
+    arrays_of_stacks = _split_by_stack(arrays_of_layers, counts)
+    arrays_by_name[name] = dict(zip(layers_by_stack, arrays_of_stacks))
 
   routing = {}
-  for i, (stack, layers) in enumerate(layers_by_stack.items()):
+  for stack, layers in layers_by_stack.items():
     if len(layers):
-      choices_of_stack = {
-          name: split[i] for name, split in split_choices.items()}
-      routing[stack] = ExpertRouting(layers=layers, **choices_of_stack)
+      arrays = {}
+      for name, array_of_stack in arrays_by_name.items():
+        arrays[name] = array_of_stack[stack]
+      routing[stack] = ExpertRouting(layers=layers, **arrays)
   return routing
 
 

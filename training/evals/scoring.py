@@ -291,19 +291,21 @@ def _make_batch(shape: BatchShape, rows: list[RowOfIndices],
 
 
 def _module_for_scoring(evaluation: Evaluation) -> nn.Module:
-  """Returns the model of an evaluation, as texts are scored with it.
+  """Returns the model of an evaluation, as texts are scored with it: each text
+  by itself, and whatever its length.
 
-  With a limit to the tokens of an expert (capacity), the probability of a text
-  would depend on the other texts of its batch, so there is none. And the kernel
-  of attention that training names may not take rows of these lengths, so it is
-  chosen anew, unless it is xla, which takes all.
+  Args:
+    evaluation: the evaluation, which has the model as it was trained.
   """
-  model = without_capacity(evaluation.run.model)
-  kernel = 'auto'
-  if model.attention_kernel == 'xla':
-    kernel = 'xla'
-  return evaluation.run.module.clone(config=dataclasses.replace(
-      model, attention_kernel=kernel))
+  # With a limit to the tokens of an expert (capacity), the probability of a
+  # text would depend on the other texts of its batch.
+  config = without_capacity(evaluation.run.model)
+
+  # A kernel of attention may take rows of some lengths only. Training names one
+  # for its own rows; 'auto' chooses one for the rows at hand. 'xla' takes all.
+  if config.attention_kernel != 'xla':
+    config = dataclasses.replace(config, attention_kernel='auto')
+  return evaluation.run.module.clone(config=config)
 
 
 def _score_targets(params: Any, batch: dict[str, jax.Array], module: nn.Module,

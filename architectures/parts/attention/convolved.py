@@ -240,18 +240,20 @@ def empty_inputs(config: ModelConfig, rows: tuple[int, ...]
     has half as many features, and the last inputs of the two convolutions of
     queries and of keys.
   """
-  # A convolution over W tokens needs the last W - 1.
+  # Queries and keys go through two convolutions, one after the other. One over
+  # n tokens needs the inputs of the last n - 1 tokens.
   fields = config.part(AttentionConfig)
-  tokens_and_heads = {}
-  heads_of = {'query': config.num_heads, 'key': config.num_kv_heads}
-  for name, heads in heads_of.items():
-    tokens_and_heads[TAPS.format(name)] = fields.cca_taps - 1, heads
-    tokens_and_heads[MIX.format(name)] = fields.cca_head_taps - 1, heads
+  shapes = {}
+  for name, heads in (('query', config.num_heads),
+                      ('key', config.num_kv_heads)):
+    tokens_of_taps = fields.cca_taps - 1
+    tokens_of_mix = fields.cca_head_taps - 1
+    shapes[TAPS.format(name)] = (*rows, tokens_of_taps, heads, config.head_dim)
+    shapes[MIX.format(name)] = (*rows, tokens_of_mix, heads, config.head_dim)
 
+  # Half of each value is made of the token before.
+  shapes[VALUE_SHIFT] = (*rows, 1, config.num_kv_heads, config.head_dim // 2)
   inputs = {}
-  for name, (tokens, heads) in tokens_and_heads.items():
-    shape = *rows, tokens, heads, config.head_dim
+  for name, shape in shapes.items():
     inputs[name] = jnp.zeros(shape, config.compute_dtype)
-  shape = *rows, 1, config.num_kv_heads, config.head_dim // 2
-  inputs[VALUE_SHIFT] = jnp.zeros(shape, config.compute_dtype)
   return inputs

@@ -505,25 +505,30 @@ class SelfAttention(Attention):
   def make_queries(self, x_BLD: jax.Array, mixed: Optional[MixedHeads],
                    ctx: Context, cache: Optional[Cache]
                    ) -> tuple[jax.Array, Optional[Cache]]:
-    """Makes the queries of the tokens, and applies all steps that change them,
-    such as a norm and the rotation by position.
+    """Makes the queries of the tokens, q = W_q x, and applies all steps that
+    change them, such as a norm and the rotation by position.
+
+    The suffixes name axes: B batch, L length, D d_model, H heads, K features of
+    a head.
 
     Args:
-      x_BLD: the layer's input, [batch, length, d_model].
+      x_BLD: the layer's input.
       mixed: queries and keys that are made already, by `mix_queries_and_keys`;
         None: the queries are a product of the input.
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
 
     Returns:
-      The queries, [batch, length, heads H, features K], and the cache, with the
-      last inputs of a convolution.
+      The queries, [B, L, H, K], and the cache, with the last inputs of a
+      convolution if there is one.
     """
-    if mixed is None:
+    if mixed is not None:
+      q_BLHK = mixed.q_BLHK
+    else:
       q_BLHK, cache = self.project_and_convolve('query', x_BLD, ctx=ctx,
                                                 cache=cache)
-    else:
-      q_BLHK = mixed.q_BLHK
+    # Each step is told what it is applied to, since keys go through most of
+    # them too. It returns its input where the model does not have the step.
     for apply_step in steps.QUERY_STEPS:
       q_BLHK = apply_step(self, 'query', q_BLHK, ctx)
     return q_BLHK, cache
@@ -605,7 +610,12 @@ class SelfAttention(Attention):
       inputs.
     """
     fields = self.config.part(AttentionConfig)
-    axis = 'heads' if name == 'query' else 'kv_heads'
+    axis = 'kv_heads'
+    if name == 'query':
+      axis = 'heads'
+
+    # The product, and what is computed over neighbouring tokens. Each of these
+    # steps belongs to another model, and does nothing in all others.
     if fields.cca and name == convolved.VALUE:
       x_BLHK, cache = convolved.make_values(self, x_BLD, ctx, cache)
     else:
@@ -641,8 +651,11 @@ def take_slots_of_tokens(keys: KeysAndValues, config: ModelConfig, ctx: Context
   if not removes_own_value and not fields.forget_gate:
     return keys
   index_BL11 = ctx.positions_BL[..., None, None]
-  return jax.tree.map(
-      lambda x_BMJK: jnp.take_along_axis(x_BMJK, index_BL11, axis=1), keys)
+
+  def take_tokens(x_BMJK: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BMJK, index_BL11, axis=1)
+
+  return jax.tree.map(take_tokens, keys)
 
 
 def write_and_read_cache(

@@ -469,17 +469,19 @@ def _draw_bound(k: jax.Array, batch: Any, blocks: _BlocksOfRows, num_draws: int,
   return jnp.where(is_masked_BL, factor_BL * nats_BL, 0).sum(1)
 
 
-def _draw_uniform(key_B: jax.Array, k: Any, shape: tuple[int, ...]
-                  ) -> jax.Array:
-  """Returns draw k of each row, [B, *shape], uniform from 0 to 1.
+def _draw_uniform(key_B: jax.Array, number: jax.Array | int,
+                  shape: tuple[int, ...]) -> jax.Array:
+  """Draws numbers from 0 to 1 for each row, [B, *shape].
 
   Args:
-    key_B: the random key of each row.
-    k: the number of the draw.
+    key_B: the random key of each row, from which several draws are made.
+    number: the number of the draw. Draws of different numbers are independent.
     shape: the shape of a row's numbers.
   """
+  # A row has a key of its own, so that its draws do not depend on the batch
+  # that it is in.
   def draw_for_row(key: jax.Array) -> jax.Array:
-    return jax.random.uniform(jax.random.fold_in(key, k), shape)
+    return jax.random.uniform(jax.random.fold_in(key, number), shape)
 
   return jax.vmap(draw_for_row)(key_B)
 
