@@ -44,10 +44,14 @@ SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
 
 
 def get_config(size: str = 'tiny'):
-  c = t5.of('switch', sizes=SIZES, model=dict(init_scale=0.1, moe=dict(
+  """Returns the config of a run of Switch Transformers at one size of SIZES, as
+  the paper trains it: half of the layers have experts."""
+  config = t5.of('switch', sizes=SIZES, model=dict(init_scale=0.1, moe=dict(
       capacity_factor=1.25, eval_capacity_factor=2.0, jitter=0.01,
       balance_loss='switch', balance_weight=0.01, z_loss_weight=0.001)),
             batch_size=2048, steps=550_000)(size)
-  if size == 'c-2048':  # in which every layer has experts
-    c.model.pattern, c.model.kinds = '', {}
-  return c
+  # In this one, every layer has experts.
+  if size == 'c-2048':
+    config.model.pattern = ''
+    config.model.kinds = {}
+  return config

@@ -22,13 +22,20 @@ def pins(report: dict) -> list[str]:
 
 
 def main(report: str, lock: str) -> None:
+  """Writes the versions that pip would install into a file of requirements.
+
+  Args:
+    report: the file that `pip install --dry-run --report` wrote.
+    lock: the file to write.
+  """
   with open(report) as file:
     lines = pins(json.load(file))
-  python = '{}.{}'.format(*sys.version_info[:2])
+  version = sys.version_info
+  head = (f'# Exact versions for Python {version.major}.{version.minor}, '
+          'written by `make lock`.')
   with open(lock, 'w') as file:
-    file.write(
-        f'# Exact versions for Python {python}, written by `make lock`.\n'
-        + '\n'.join(lines) + '\n')
+    for line in (head, *lines):
+      file.write(f'{line}\n')
   print(f'{lock}: {len(lines)} packages')
 
 

@@ -230,11 +230,18 @@ def _print_answer(session: Any, message: str) -> None:
   """
   # The handler only notes Ctrl-C. The session asks between tokens whether it
   # was pressed.
-  interrupts = []
-  handler_before = signal.signal(
-      signal.SIGINT, lambda *_: interrupts.append(True))
+  interrupts: list[int] = []
+
+  def note_interrupt(number: int, frame: types.FrameType | None) -> None:
+    del frame
+    interrupts.append(number)
+
+  def was_interrupted() -> bool:
+    return bool(interrupts)
+
+  handler_before = signal.signal(signal.SIGINT, note_interrupt)
   try:
-    for piece in session.ask(message, lambda: bool(interrupts)):
+    for piece in session.ask(message, stopped=was_interrupted):
       print(piece, end='', flush=True)
     print(flush=True)
   finally:

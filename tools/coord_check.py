@@ -172,9 +172,20 @@ def _read_depths_and_experts(args: Any) -> tuple[list[int], list[int]]:
 def _check_rules_of_mup(system: str, setting: 'TrainingSetting',
                         widths: Sequence[int], depths: Sequence[int],
                         experts: Sequence[int]) -> None:
-  """Raises RequestError for a system that muP has no rules for, which shows
-  when its widest model is resolved. `depths` and `experts` are [] where only
-  the width grows."""
+  """Checks that muP has rules for a system.
+
+  Args:
+    system: the name of the system.
+    setting: the settings of the training runs.
+    widths: the widths, ascending.
+    depths: the depths, of which the first is muP's base; []: only one.
+    experts: the numbers of experts of the base and of the widest model; []:
+      there are no experts, or always as many.
+
+  Raises:
+    RequestError: for a system without rules, which shows when its widest model
+      is resolved.
+  """
   widest = config_at_width(
       system, parametrization='mup', width=widths[-1], base=widths[0],
       setting=setting, experts=experts)
@@ -410,36 +421,59 @@ def mean_sizes_of_outputs(config: ml_collections.ConfigDict, steps: int,
     [steps + 1, outputs], the mean |x| of each block's output and of the logits,
     averaged over the initialisations.
   """
-  # The model, its training step, and the batch: bytes of TEXT, whose targets
-  # are the next bytes.
   module = architectures.build(config.model)
-  tx = build_optimizer(module, config.optim, steps)
-  step = make_train_step(module, tx, config)
-  bytes_ = np.frombuffer(TEXT.encode()[:BATCH * (LENGTH + 1)], np.uint8)
-  text_BL = bytes_.reshape(BATCH, LENGTH + 1).astype(np.int32)
-  batch = dict(tokens=text_BL[:, :-1], targets=text_BL[:, 1:],
-               weights=jnp.ones((BATCH, LENGTH)))
+  optimizer = build_optimizer(module, config.optim, steps)
+  step = make_train_step(module, optimizer, config)
+  batch = _batch_of_text()
 
-  def sizes_of_outputs(params: Any) -> jax.Array:
-    """Returns the mean |x| of each block's output and of the logits."""
-    output: Any = module.apply(
-        {'params': params}, batch['tokens'], keep_layers=True)
-    layers = output.aux['layers'][1:]
-    return jnp.append(jnp.abs(layers).mean((1, 2, 3)),
-                      jnp.abs(output.logits).mean())
+  def measure_and_step(state: Any, _: None) -> tuple[Any, jax.Array]:
+    """Returns the state after a step, and the sizes before it."""
+    sizes = _sizes_of_outputs(module, state.params, batch['tokens'])
+    new_state, _ = step(state, batch)
+    return new_state, sizes
 
   def train_from_key(key: jax.Array) -> jax.Array:
     """Returns the sizes of one initialisation, [steps + 1, outputs]."""
-    def measure_and_step(state, _):
-      return step(state, batch)[0], sizes_of_outputs(state.params)
+    first_state = init_state(
+        module, tx=optimizer, key=key, optim=config.optim)
+    last_state, sizes = jax.lax.scan(
+        measure_and_step, first_state, length=steps)
+    last_sizes = _sizes_of_outputs(module, last_state.params, batch['tokens'])
+    return jnp.concatenate([sizes, last_sizes[None]])
 
-    first_state = init_state(module, tx=tx, key=key, optim=config.optim)
-    state, sizes = jax.lax.scan(measure_and_step, first_state, length=steps)
-    return jnp.concatenate([sizes, sizes_of_outputs(state.params)[None]])
+  @jax.jit
+  def train_from_keys(keys: jax.Array) -> jax.Array:
+    """Trains all initialisations as one program; returns the mean sizes."""
+    return jax.vmap(train_from_key)(keys).mean(0)
 
-  # All initialisations are trained as one program.
-  keys = jax.random.split(jax.random.key(1), seeds)
-  return jax.jit(lambda keys: jax.vmap(train_from_key)(keys).mean(0))(keys)
+  return train_from_keys(jax.random.split(jax.random.key(1), seeds))
+
+
+def _batch_of_text() -> dict[str, Any]:
+  """Returns a batch of BATCH rows of LENGTH tokens, bytes of TEXT. The targets
+  are the bytes after them."""
+  text = TEXT.encode()[:BATCH * (LENGTH + 1)]
+  bytes_BL = np.frombuffer(text, np.uint8).reshape(BATCH, LENGTH + 1)
+  ids_BL = bytes_BL.astype(np.int32)
+  return dict(tokens=ids_BL[:, :-1], targets=ids_BL[:, 1:],
+              weights=jnp.ones((BATCH, LENGTH)))
+
+
+def _sizes_of_outputs(module: Any, params: Any, tokens_BL: np.ndarray
+                      ) -> jax.Array:
+  """Returns the mean |x| of the output of each block and of the logits, one
+  number each.
+
+  Args:
+    module: the model.
+    params: its parameters.
+    tokens_BL: the tokens that it reads, [batch, length].
+  """
+  output: Any = module.apply({'params': params}, tokens_BL, keep_layers=True)
+  # The first entry is the input of the first block.
+  layers_NBLD = output.aux['layers'][1:]
+  size_of_layers = jnp.abs(layers_NBLD).mean((1, 2, 3))
+  return jnp.append(size_of_layers, jnp.abs(output.logits).mean())
 
 
 def describe_slope(slope: float) -> str:

@@ -24,12 +24,15 @@ def words(program: list[str], cores: str = '') -> list[str]:
 
 
 def main() -> None:
+  """Becomes the program of the command line, after it has asked Linux to kill
+  this process when its parent dies, and taken the cores that it may run on."""
   parent, cores, *program = sys.argv[1:]
   if sys.platform == 'linux':
     if cores:
       os.sched_setaffinity(0, {int(core) for core in cores.split(',')})
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-  if os.getppid() != int(parent):  # it died before the line above
+  # The parent may have died before the line above, which then came too late.
+  if os.getppid() != int(parent):
     sys.exit(1)
   os.execvp(program[0], program)
 

@@ -64,12 +64,15 @@ LEAST_CHARACTERS = 200
 
 
 def main() -> int:
+  """Writes the texts of the packages that were downloaded: two files, of prose
+  and of code, with a line of JSON for each document. Returns the exit code."""
   parser = cli.Parser(prog='python -m tools.package_text', description=__doc__)
   parser.add_argument('--packages', default='.', help='the folder that the '
                       'packages lie in')
   parser.add_argument('--out', default='.', help='the folder to write in')
   args = parser.parse_args()
 
+  # Collect the documents by their hash, so that each is there once.
   documents: dict[str, dict[str, str]] = {'prose': {}, 'code': {}}
   for name, (corpus, folder, ending, checksum) in PACKAGES.items():
     path = pathlib.Path(args.packages) / name

@@ -143,8 +143,10 @@ class ExpertPanel(Hook):
     loads = np.asarray([load for load, _ in loads_and_tokens], np.float32)
     tokens = np.asarray([count for _, count in loads_and_tokens], np.float32)
     window = routing.summarize_window(loads, tokens)
-    return {f'health/window_{name}': np.asarray(x).tolist()
-            for name, x in window.items()}
+    figures = {}
+    for name, array in window.items():
+      figures[f'health/window_{name}'] = np.asarray(array).tolist()
+    return figures
 
 
 class StopOnSignal(Hook):
@@ -173,6 +175,15 @@ class Evaluate(Hook):
   def __init__(self, stop: signals.Stop, tokenizer: Tokenizer,
                eval_data: Sequence[pipeline.Loader], report: Report,
                save: 'Save'):
+    """Keeps what the evaluations need.
+
+    Args:
+      stop: whether a signal has asked the run to stop.
+      tokenizer: the tokenizer of the runs.
+      eval_data: the held-out data of each run.
+      report: the hook that shows figures.
+      save: the hook that saves runs, which may keep the best checkpoint.
+    """
     self._stop = stop
     self._tokenizer = tokenizer
     self._eval_data = eval_data
@@ -502,11 +513,14 @@ class Profile(Hook):
     self._tracing = False
 
   def before_step(self, loop: Loop) -> None:
+    """Starts the trace before the first step to be traced, and ends it after
+    the last one."""
     if self._tracing and loop.n >= self._stop:
       self.end(loop)
     # A run that resumes inside the range traces what is left of it.
     elif not self._tracing and self._start <= loop.n < self._stop:
-      jax.block_until_ready(loop.state)  # no earlier step is in the trace
+      # Earlier steps must have ended, so that none of them is in the trace.
+      jax.block_until_ready(loop.state)
       jax.profiler.start_trace(str(self._files.local))
       self._tracing = True
 

@@ -197,8 +197,8 @@ def has_array_of_fixed_size(cache: Callable[[tuple[int, ...]], Any]) -> bool:
     cache: a function that makes an empty cache, given (rows, tokens).
   """
   # Compare caches for two numbers of tokens. eval_shape makes no arrays.
-  cache_of_1024 = jax.eval_shape(lambda: cache((1, 1024)))
-  cache_of_2048 = jax.eval_shape(lambda: cache((1, 2048)))
+  cache_of_1024 = jax.eval_shape(functools.partial(cache, (1, 1024)))
+  cache_of_2048 = jax.eval_shape(functools.partial(cache, (1, 2048)))
   pairs = zip(jax.tree.leaves(cache_of_1024), jax.tree.leaves(cache_of_2048),
               strict=True)
   return any(shorter.shape == longer.shape for shorter, longer in pairs)

@@ -963,6 +963,8 @@ class EncoderDecoder(nn.Module):
   config: ModelConfig
 
   def setup(self):
+    """Makes the parts of the model: an embedding that source and target share,
+    the stacks of layers, and the head."""
     config = self.config
     self.embed = Embed(config)
     self.encoder = Stack(config,

@@ -16,6 +16,8 @@ LRS = (3e-3,)
 
 
 def suite(add):
+  """Adds the probe of parity for attention, and for DeltaNet without and with
+  negative eigenvalues."""
   for name, fields in {
       'attention': {},
       'positive': {'model.mixer': 'deltanet'},

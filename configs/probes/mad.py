@@ -13,6 +13,8 @@ LRS = (1e-4, 5e-4, 1e-3)
 
 
 def suite(add):
+  """Adds the six tasks, each with the length of its rows and the number of rows
+  that it is trained on."""
   for task, length, rows in (
       ('recall', 128, 12_800), ('noisy_recall', 128, 12_800),
       ('fuzzy_recall', 128, 12_800), ('selective_copying', 256, 12_800),

@@ -13,6 +13,7 @@ LRS = (1e-3,)
 
 
 def suite(add):
+  """Adds the tasks of the suite, each with its own lengths and levels."""
   for name, fields in {
       'depo1': {'data.length': 72, 'probe.vocab': 8, 'probe.levels': (1, 2)},
       'mano': {'data.length': 16, 'probe.vocab': 7, 'probe.levels': (1, 2, 3)},

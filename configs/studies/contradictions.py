@@ -83,6 +83,7 @@ _FACTORS = {
 
 
 def get_config():
+  """Returns the config of the base at the smallest size, by muP."""
   config = helpers.small_run_config(
       llama.get_config('tiny'), steps=150, batch_size=_ROWS, length=_LENGTH,
       eval_every=30, lr=8e-3, d_model=32, num_layers=4, num_heads=2,

@@ -35,6 +35,8 @@ def get_config():
 
 
 def sweep(add):
+  """Adds attention alone, DeltaNet alone, and hybrids with 1, 3 or 7 layers of
+  DeltaNet for each layer of attention."""
   add('attention')
   for recurrent in (1, 3, 7):
     add(f'{recurrent}-to-1', **{

@@ -27,6 +27,7 @@ SEEDS = 5
 
 
 def get_config():
+  """Returns the config of the base, a small model without a memory."""
   config = helpers.small_run_config(llama.get_config('tiny'), steps=150,
                                     batch_size=16, length=64, eval_every=25,
                                     d_model=32, d_ff=512, num_layers=2,
@@ -37,6 +38,8 @@ def get_config():
 
 
 def sweep(add):
+  """Adds each memory in one of the two layers, a mixture of experts, and both
+  together."""
   experts = {'model.ffn': 'moe'}
   engram = changes_of_memory('engram', pattern='plain,reads')
   over_encoding = changes_of_memory('over_encoding', pattern='reads,plain')

@@ -23,6 +23,8 @@ def get_config():
 
 
 def sweep(add):
+  """Adds for each learning rate the narrow model, and the wide one with the
+  standard parametrization and with muP."""
   for lr in _RATES:
     rate = {'optim.lr': lr}
     add(f'width=64-lr={lr:.2g}', **rate)

@@ -25,6 +25,7 @@ def get_config():
 
 
 def sweep(add):
+  """Adds the base, and one variant for each other part of it."""
   add('learned')
   for name, changes in helpers.one_at_a_time({
       'model.position': ('sinusoidal', 'rope', 'alibi', 'relative', 'none'),

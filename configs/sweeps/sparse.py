@@ -27,6 +27,8 @@ def get_config():
 
 
 def sweep(add):
+  """Adds full attention; each sparse attention in all layers; and each of these
+  in every other layer, with full attention between."""
   add('full')
   full_layer = {'attention': 'global'}
   sparse_layers = {'window': {'window': 16},

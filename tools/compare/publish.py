@@ -41,6 +41,7 @@ PATTERNS_OF_BUNDLED_FILES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of `python -m tools.compare publish` to a parser."""
   parser.add_argument('workdirs', nargs='*', metavar='WORKDIR',
                       help='of studies that are over, or their bundles, whose '
                       'results are then computed anew; none: the page is '

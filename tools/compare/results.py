@@ -120,10 +120,15 @@ def folders(workdir, phase: str = '') -> list[pathlib.Path]:
     workdir: the folder of the study.
     phase: the name of the phase; '': all phases.
   """
-  sweeps = [path.parent for path in pathlib.Path(workdir).glob('*/sweep.json')]
-  # Shorter names first, so that tune-10 comes after tune-9.
-  sweeps.sort(key=lambda path: (len(path.name), path.name))
-  wanted = [phase] if phase else [*phases.PHASES]
+  def length_and_name(folder: pathlib.Path) -> tuple[int, str]:
+    """Returns a key of sorting by which tune-10 comes after tune-9."""
+    return len(folder.name), folder.name
+
+  files = pathlib.Path(workdir).glob('*/sweep.json')
+  sweeps = sorted((file.parent for file in files), key=length_and_name)
+  wanted = list(phases.PHASES)
+  if phase:
+    wanted = [phase]
   ordered = []
   for name in wanted:
     for sweep in sweeps:

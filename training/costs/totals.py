@@ -415,9 +415,10 @@ def _cache_bytes_of_layer(layer: ModelConfig) -> tuple[int, int]:
     layer: the config of the model, as the layer reads it.
   """
   def bytes_of_length(length: int) -> int:
-    cache = jax.eval_shape(
-        lambda: blocks.empty_cache_of_layer(layer, (1, length)))
-    return _nbytes(cache)
+    """Returns the bytes of the cache of one row of this length."""
+    empty_cache = functools.partial(
+        blocks.empty_cache_of_layer, layer, (1, length))
+    return _nbytes(jax.eval_shape(empty_cache))
 
   one_token = bytes_of_length(1)
   two_tokens = bytes_of_length(2)

@@ -159,6 +159,12 @@ class JinjaLayout(Layout):
     self._template = template
 
   def lay_out(self, document: Any) -> Any:
+    """Returns a conversation as the parts that the template makes of it. A text
+    without roles is returned as it is.
+
+    Raises:
+      RequestError: for instructions, which have a template of their own.
+    """
     if _is_conversation(document):
       messages = [dict(role=role, content=text) for role, text in document]
       return self._template.split_into_parts(messages)

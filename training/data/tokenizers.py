@@ -237,6 +237,8 @@ class Bytes(Tokenizer):
     return len(self._shifts) == 1
 
   def encode_batch(self, texts: Sequence[str]):
+    """Returns the ids of each text, int32 [T * D]: D digits for each of its T
+    bytes, the highest first."""
     rows = []
     for text in texts:
       # Each of the T bytes becomes D digits: shift the byte, keep the low bits.

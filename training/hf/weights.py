@@ -158,6 +158,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   with progress.show_task('reading parameters', len(shapes)) as advance:
 
     def draw_or_read(key: Any, leaf: Any) -> jax.Array:
+      """Returns a parameter, by its path in the tree and its shape."""
       path = paths.path_to_string(key)
       if path in drawn:
         x = drawn[path]

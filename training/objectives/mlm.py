@@ -178,6 +178,7 @@ class Stretches:
     return int(self._starts[-1])
 
   def __getitem__(self, i: int) -> Stretch:
+    """Reads stretch i: up to `room` consecutive tokens of one document."""
     document = int(np.searchsorted(self._starts, i, side='right')) - 1
     stretch_of_document = int(i) - int(self._starts[document])
     start = stretch_of_document * self.room

@@ -124,6 +124,8 @@ class Pairs:
     return len(self._items)
 
   def __getitem__(self, i: int) -> Pair:
+    """Reads pair i: a text whose first part is the source and whose rest is the
+    target, or a source and target that belong together."""
     item = self._items[int(i)]
     if isinstance(item, causal.Window):
       M, L = self._lengths

@@ -484,12 +484,20 @@ class GrowingFile:
       self._file = self._path.open('ab', buffering=0)
 
   def write(self, data: bytes) -> None:
+    """Writes bytes at the end of the file.
+
+    Raises:
+      EnvironmentFailure: if they cannot be written, or the file was deleted.
+    """
     with explain_write_failures(self._path):
+      # A write may take a part of the bytes only.
       unwritten = memoryview(data)
       while unwritten:
         written = self._file.write(unwritten)
         unwritten = unwritten[written:]
-      if os.fstat(self._file.fileno()).st_nlink == 0:
+      # A deleted file has no name (link) left.
+      num_links = os.fstat(self._file.fileno()).st_nlink
+      if num_links == 0:
         raise FileNotFoundError(errno.ENOENT, 'it was deleted in mid-run')
 
   def flush(self) -> None:
@@ -515,8 +523,13 @@ class BucketUploads:
   """
 
   def __init__(self, folder: epath.Path):
+    """Makes the local folder, if the files are to lie in a bucket.
+
+    Args:
+      folder: the folder where the files are to lie in the end.
+    """
     self._folder = folder
-    # By file: its size and time when it was copied last.
+    # The size and the time of each file when it was copied last.
     self._sent: dict[pathlib.Path, tuple[int, int]] = {}
     self.local = folder
     if is_in_bucket(folder):

@@ -211,6 +211,11 @@ class Rows:
     return self._len
 
   def __getitem__(self, i: int) -> Row:
+    """Draws row i, at a random one of the levels.
+
+    Raises:
+      IndexError: if there is no such row.
+    """
     if not 0 <= i < self._len:
       raise IndexError(f'row {i} of {self._len}')
     # A row has a generator of its own, so that it is the same in whichever
