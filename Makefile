@@ -23,7 +23,7 @@ NOTICED_BY ?= tests/training/optim
 
 run = $(VENV)/bin/python
 test_extras = test,demo,data,tensorboard,bleu,slurm,finetune
-plan_extras = $(test_extras),plan,plan-gpu
+plan_extras = $(test_extras),plan,plan-gpu,tokamax
 locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 
 .DELETE_ON_ERROR:

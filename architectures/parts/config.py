@@ -232,8 +232,8 @@ class ModelConfig:
   kinds: FrozenDict = dataclasses.field(default_factory=FrozenDict)
   attention_kernel: str = field(
       'auto', 'The program that computes attention over whole sequences. auto: '
-      'splash on TPU and cudnn on GPU, where they can. Decoding with a cache '
-      'is always xla.', resume=SAME, about=RUN)
+      'splash on TPU and cudnn on GPU, where they can; never tokamax. Decoding '
+      'with a cache is always xla.', resume=SAME, about=RUN)
   sliding_window: int = field(
       0, 'The number of keys that a banded layer sees, that of the query '
       'included.', resume=FUNCTION)

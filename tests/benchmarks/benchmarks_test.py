@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from architectures.parts.attention import kernels
 from benchmarks import gpu, ours, rival, step, worker
 from common.errors import RequestError
 from tests.helpers import forked
@@ -143,3 +144,21 @@ def test_attention_alone_is_timed_on_a_cpu():
   config.data.update(length=32, batch_size=1)
   [row] = gpu.time_attention(config)
   assert row['way'] == 'xla' and 0 < row['seconds'] < math.inf
+
+
+@pytest.mark.slow
+def test_kernels_that_refuse_are_named_and_the_others_timed(monkeypatch):
+  def refuse_arrays(*_, **options):
+    raise RequestError('which refuses these arrays')
+  config = gpu.config_of_case('gpt2', toy=True)
+  config.data.update(length=32, batch_size=1)
+  kernel = kernels.KERNELS['tokamax']
+  monkeypatch.setattr(kernels, 'KERNELS', {
+      'named': kernel._replace(platform='cpu', refuse=lambda *_: 'which lacks'),
+      'traced': kernel._replace(platform='cpu', refuse=lambda *_: '',
+                                run=refuse_arrays)})
+  timed, *refused = gpu.time_attention(config)
+  assert timed['seconds'] > 0
+  assert refused == [
+      dict(way='named', error='named is refused, which lacks'),
+      dict(way='traced', error='which refuses these arrays')]

@@ -246,7 +246,12 @@ def _training_step(run: runs.Run) -> Program:
 
 def trace_program(run: runs.Run, program: Program):
   """Returns a program as jax traces it: its jaxpr, and .lower()."""
-  with run.context():
+  # Kernels of tokamax are made for the GPU that JAX computes on by default.
+  device = run.mesh.devices.flat[0]
+  default_device = None
+  if device.platform == 'gpu':
+    default_device = device
+  with run.context(), jax.default_device(default_device):
     return jax.jit(program.function, **program.options).trace(*program.args)
 
 

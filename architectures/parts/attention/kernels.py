@@ -19,6 +19,7 @@ import numpy as np
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts import tokamax_kernels
 from architectures.parts.attention import indexer
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.config import LayerKind, ModelConfig
@@ -848,9 +849,10 @@ _attend_by_key_head.defvjp(
 
 # Fused kernels, which never write the scores [B, H, L, M] to memory.
 #
-# xla     `attend`, as the compiler makes of it; anywhere, any mask
-# splash  Pallas' splash attention on TPU: skips the blocks that a mask hides
-# cudnn   cuDNN's flash attention on GPU (Dao et al. 2022)
+# xla      `attend`, as the compiler makes of it; anywhere, any mask
+# splash   Pallas' splash attention on TPU: skips the blocks that a mask hides
+# cudnn    cuDNN's flash attention on GPU (Dao et al. 2022)
+# tokamax  tokamax's on Hopper and Blackwell, by name alone: it was never run
 #
 # `auto` takes splash on TPU and cudnn on GPU where they compute the same
 # function, and xla elsewhere. The platform is that of the mesh, so that a
@@ -959,16 +961,19 @@ class Kernel(NamedTuple):
       'which ...'; '': it can.
     run: (q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale, softcap, sink_H) ->
       [B, L, H, K], with the last five as of attend.
+    is_for_auto: whether `auto` may take it. A kernel that nobody has timed is
+      taken by its name alone.
   """
   platform: str
   refuse: Callable[[ModelConfig, Mask, int, int], str]
   run: Callable[..., jax.Array]
+  is_for_auto: bool = True
 
 
 def choose_attention_kernel(config: ModelConfig, mask: Mask, q_length: int,
                             k_length: int, *, strict: bool = True) -> str:
   """Chooses the kernel that computes attention: 'xla' (plain JAX), 'splash'
-  (Pallas, for TPU) or 'cudnn' (for GPU).
+  (Pallas, for TPU), 'cudnn' or 'tokamax' (for GPU).
 
   Args:
     config: the layer's config. Its attention_kernel names a kernel, or is
@@ -988,7 +993,9 @@ def choose_attention_kernel(config: ModelConfig, mask: Mask, q_length: int,
   """
   # The order of KERNELS is the order of preference. xla computes everything.
   name, device = config.attention_kernel, sharding.traced_platform()
-  candidates = KERNELS if name == 'auto' else [name]
+  candidates = [name]
+  if name == 'auto':
+    candidates = [x for x in KERNELS if KERNELS[x].is_for_auto]
   for kernel in candidates:
     reason = reason_of_refusal(kernel, config, mask=mask, q_length=q_length,
                                k_length=k_length, device=device)
@@ -1112,13 +1119,11 @@ def _refuse_cudnn(config: ModelConfig, mask: Mask, q_length: int, k_length: int
     k_length: the number of keys.
   """
   # Dtype and scores, sizes, and last whether the library is there.
-  if config.compute_dtype != jnp.bfloat16:
-    return f'which computes in bfloat16, and model.dtype is {config.dtype}'
   if config.attention_softcap or config.attention_sinks:
     return 'which has neither model.attention_softcap nor attention_sinks'
-  if config.head_dim % 8 or config.head_dim > 128:
-    return ('which takes heads of a multiple of 8 features up to 128, and '
-            f'model.head_dim is {config.head_dim}')
+  reason = _refuse_dtype_and_head_of_gpu(config)
+  if reason:
+    return reason
   if q_length % 2 or k_length % 2:
     return (f'which takes even lengths, and {q_length} queries meet '
             f'{k_length} keys')
@@ -1127,11 +1132,45 @@ def _refuse_cudnn(config: ModelConfig, mask: Mask, q_length: int, k_length: int
   return ''
 
 
+def _refuse_dtype_and_head_of_gpu(config: ModelConfig) -> str:
+  """Returns why the kernels for GPU take neither the dtype nor the heads of a
+  layer: a clause 'which ...' for an error message, or '' if they do."""
+  if config.compute_dtype != jnp.bfloat16:
+    return f'which computes in bfloat16, and model.dtype is {config.dtype}'
+  if config.head_dim % 8 or config.head_dim > 128:
+    return ('which takes heads of a multiple of 8 features up to 128, and '
+            f'model.head_dim is {config.head_dim}')
+  return ''
+
+
 def _has_cudnn() -> bool:
   """Returns whether the library cuDNN is there: whether this machine computes
   on a GPU of CUDA."""
   return (jax.default_backend() == 'gpu'
           and 'cuda' in jax.devices()[0].client.platform_version)
+
+
+def _refuse_tokamax(config: ModelConfig, mask: Mask, q_length: int,
+                    k_length: int) -> str:
+  """Returns the reason why tokamax's attention cannot compute a layer's
+  attention: a clause 'which ...' for an error message, or '' if it can.
+
+  Args:
+    config: the layer's config.
+    mask: which keys a query sees, which is not read, as for cuDNN.
+    q_length: the number of queries.
+    k_length: the number of keys.
+  """
+  if config.attention_sinks:
+    return 'which has no model.attention_sinks'
+  reason = _refuse_dtype_and_head_of_gpu(config)
+  if reason:
+    return reason
+  # On Hopper a mask that is written out is read in tiles of 64 keys.
+  if q_length % 64 or k_length % 64:
+    return (f'which takes lengths in multiples of 64, and {q_length} queries '
+            f'meet {k_length} keys')
+  return tokamax_kernels.reason_of_refusal(generations=(9, 10))
 
 
 class _MeshLayout:
@@ -1408,20 +1447,32 @@ def _make_splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
 def cudnn_attention(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
                     mask: Mask, seen_BLM: Optional[jax.Array], *, scale: float
                     ) -> jax.Array:
-  """Computes attention by cuDNN's flash attention for GPU, in bfloat16:
-  softmax(scale * q k) v over the keys that each query sees.
+  """Computes attention by cuDNN's flash attention for GPU, in bfloat16; see
+  `attend_on_gpu`."""
+  kernel = functools.partial(
+      jax.nn.dot_product_attention, scale=scale, implementation='cudnn')
+  return attend_on_gpu(kernel, q_BLHK, k_BMJK, v_BMJK, mask=mask,
+                       seen_BLM=seen_BLM)
+
+
+def attend_on_gpu(kernel: Callable[..., jax.Array], q_BLHK: jax.Array,
+                  k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
+                  seen_BLM: Optional[jax.Array]) -> jax.Array:
+  """Computes attention by a kernel that is called as JAX calls cuDNN's, on each
+  device: softmax(scale * q k) v over the keys that each query sees.
 
   The suffixes name axes: B batch, L queries, M keys, H heads of queries, J
   heads of keys, K features of a head.
 
   Args:
+    kernel: (queries, keys, values, mask, is_causal, local_window_size) -> [B,
+      L, H, K], with arguments as of jax.nn.dot_product_attention.
     q_BLHK: queries.
     k_BMJK: keys.
     v_BMJK: values.
     mask: which keys a query sees, described.
     seen_BLM: bool, the same mask written out; None: all keys are seen. It is
-      read only where cuDNN cannot make the mask itself.
-    scale: the factor of the scores.
+      read only where the kernel cannot make the mask itself.
 
   Returns:
     The results of the heads, [B, L, H, K].
@@ -1429,8 +1480,8 @@ def cudnn_attention(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   (B, L), M = q_BLHK.shape[:2], k_BMJK.shape[1]
   layout = _MeshLayout(q_BLHK, k_BMJK)
 
-  # cuDNN makes causal masks and windows itself, for whole rows whose tokens are
-  # stored in their order. Every other mask is given to it written out.
+  # The kernel makes causal masks and windows itself, for whole rows whose
+  # tokens are stored in their order. Other masks are given to it written out.
   is_by_place = (mask.in_order and not mask.shows_later_keys
                  and not mask.has_indexer)
   is_whole_row = mask.q_ids_BL is None and not layout.length_axes
@@ -1447,8 +1498,8 @@ def cudnn_attention(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   def attend_on_device(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
                        seen_BLM: Optional[jax.Array]):
     """Returns one device's share of the result."""
-    return jax.nn.dot_product_attention(
-        q_BLHK, k_BMJK, v_BMJK, scale=scale, implementation='cudnn',
+    return kernel(
+        q_BLHK, k_BMJK, v_BMJK,
         mask=None if seen_BLM is None else seen_BLM[:, None],
         is_causal=is_native and mask.causal, local_window_size=window)
 
@@ -1478,8 +1529,22 @@ def _run_cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
                          scale=scale)
 
 
+def _run_tokamax(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+                 mask: Mask, seen_BLM: Optional[jax.Array], *, scale: float,
+                 softcap: float, sink_H: Optional[jax.Array]) -> jax.Array:
+  """Returns the result of tokamax's attention by the arguments of Kernel.run;
+  sinks have been refused."""
+  del sink_H
+  kernel = functools.partial(
+      tokamax_kernels.attention, scale=scale, softcap=softcap)
+  return attend_on_gpu(kernel, q_BLHK, k_BMJK, v_BMJK, mask=mask,
+                       seen_BLM=seen_BLM)
+
+
 # The fused kernels; `auto` takes the first that can compute the attention.
 KERNELS = {
     'splash': Kernel(platform='tpu', refuse=_refuse_splash, run=_run_splash),
     'cudnn': Kernel(platform='gpu', refuse=_refuse_cudnn, run=_run_cudnn),
+    'tokamax': Kernel(platform='gpu', refuse=_refuse_tokamax, run=_run_tokamax,
+                      is_for_auto=False),
 }

@@ -5,6 +5,7 @@ On TPU and GPU its products are those of a kernel:
 xla       jax.lax.ragged_dot, as the compiler makes of it; anywhere
 megablox  Pallas' gmm and tgmm on TPU (MegaBlocks: Gale et al. 2022): a grid
           over the tiles of rows that an expert has, so the work follows them
+tokamax   tokamax's on Hopper, by name alone: it was never run
 
 `auto` takes megablox on TPU and xla elsewhere. XLA's own is at times every
 expert for every row: on GPU, and on a TPU by the compiler's release. As in
@@ -43,10 +44,10 @@ from typing import Any, Callable, NamedTuple, Optional
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import layers, sharding
+from architectures.parts import layers, sharding, tokamax_kernels
 from architectures.parts.layers import HiddenUnits
 from architectures.parts.moe.routing import MoEConfig
-from common.errors import RequestError
+from common.errors import require
 
 # The sizes of blocks, each relative to the rows that an even load gives an
 # expert. They are dense around it, since a block that its rows do not fill
@@ -56,7 +57,9 @@ BLOCK_SIZES_OVER_EVEN_LOAD = (
 MOST_ROWS_OF_A_BLOCK = 1024  # so that it stays in a CPU's cache
 # All sizes of blocks are multiples of this number of rows.
 UNIT_OF_BLOCK_SIZES = 16
-GROUPED_KERNELS = ('auto', 'xla', 'megablox')
+GROUPED_KERNELS = ('auto', 'xla', 'megablox', 'tokamax')
+# The platform of each kernel that runs on one alone.
+PLATFORM_OF_KERNEL = {'megablox': 'tpu', 'tokamax': 'gpu'}
 # The rows of a tile of megablox, in order of choice. A tile that two experts
 # share is computed for both, so an expert should fill two: fewer rows a tile
 # waste less of the matrix units, more read the weights less often.
@@ -1021,11 +1024,11 @@ def _gradients_of_affine(x: jax.Array, dy: jax.Array, b: Optional[jax.Array]
 
 def choose_grouped_kernel(moe: MoEConfig) -> str:
   """Chooses the kernel that multiplies each row by the matrix of its expert:
-  'megablox' or 'xla'.
+  'megablox', 'tokamax' or 'xla'.
 
   megablox is a Pallas kernel for TPU, whose work follows the rows that each
-  expert has. xla is the compiler's own product, which is at times that of every
-  expert with every row, but runs anywhere.
+  expert has, and tokamax one for Hopper. xla is the compiler's own product,
+  which is at times that of every expert with every row, but runs anywhere.
 
   Args:
     moe: the config of the mixture of experts. Its grouped_kernel names one, or
@@ -1036,10 +1039,14 @@ def choose_grouped_kernel(moe: MoEConfig) -> str:
 
   Raises:
     RequestError: if the config names a kernel that does not run on the
-      platform.
+      platform, or that is not installed.
   """
   platform = sharding.traced_platform()
   check_grouped_kernel(moe, platform)
+  if moe.grouped_kernel == 'tokamax':
+    reason = tokamax_kernels.reason_of_refusal(generations=(9,))
+    require(not reason, f'model.moe.grouped_kernel is tokamax, {reason}: '
+                        'choose from auto, xla')
   if moe.grouped_kernel != 'auto':
     return moe.grouped_kernel
   if platform == 'tpu':
@@ -1050,10 +1057,11 @@ def choose_grouped_kernel(moe: MoEConfig) -> str:
 def check_grouped_kernel(moe: MoEConfig, device: str) -> None:
   """Raises RequestError where the kernel of the grouped products that the
   config names does not run on the platform `device`."""
-  if moe.grouped_kernel == 'megablox' and device != 'tpu':
-    raise RequestError(
-        'model.moe.grouped_kernel is megablox, which runs on tpu, and this '
-        f'program is for {device}: choose from auto, xla')
+  name = moe.grouped_kernel
+  platform = PLATFORM_OF_KERNEL.get(name, device)
+  require(platform == device,
+          f'model.moe.grouped_kernel is {name}, which runs on {platform}, and '
+          f'this program is for {device}: choose from auto, xla')
 
 
 def grouped_product_of_kernel(name: str, even_rows: int) -> Callable:
@@ -1066,6 +1074,8 @@ def grouped_product_of_kernel(name: str, even_rows: int) -> Callable:
   """
   if name == 'xla':
     return jax.lax.ragged_dot
+  if name == 'tokamax':
+    return tokamax_kernels.grouped_product
   return functools.partial(megablox_product, even_rows, False)
 
 

@@ -16,6 +16,7 @@ wide.
 """
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -157,6 +158,10 @@ class MoE(nn.Module):
     """
     # Zero experts return their input, and are no part of the computation.
     config, moe = self.config, self.config.part(MoEConfig)
+    # Parameters are initialised by the plain products, so that no platform
+    # refuses them.
+    if self.is_initializing():
+      moe = dataclasses.replace(moe, grouped_kernel='xla')
     clamp = config.find_part(ClampConfig)
     hidden = layers.HiddenUnits(kind=moe.ffn, clamp=clamp)
     return dispatch.compute_experts(

@@ -379,6 +379,16 @@ def test_the_product_equals_a_loop_over_experts(monkeypatch):
                                  err_msg=name)
 
 
+def test_a_kernel_of_another_platform_is_refused_but_not_for_parameters():
+  """So that a program can be compiled for devices that are not here."""
+  module = architectures.build(models.small_config(
+      'mixtral', moe=dict(grouped_kernel='megablox')))
+  tokens = models.random_tokens(1, 1)
+  params = jax.eval_shape(module.init, jax.random.key(0), tokens)
+  with pytest.raises(ValueError, match='runs on tpu, and this program is for'):
+    jax.eval_shape(module.apply, params, tokens)
+
+
 @pytest.mark.slow
 @pytest.mark.plan
 @pytest.mark.parametrize('chips, sizes', [

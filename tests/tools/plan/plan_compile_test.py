@@ -12,6 +12,7 @@ os.environ |= {
     'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
     'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}
 
+from tests.helpers import forked
 from tools.plan import chips, collectives, predict, programs
 from tools.plan.programs import DoesNotFit
 from training.costs import flops, memory
@@ -222,3 +223,30 @@ def test_gpus_of_two_hosts():
   tight = topology._replace(chip=topology.chip._replace(hbm=needed))
   with pytest.raises(DoesNotFit, match='GiB at its peak, and a device has'):
     programs.analyse_program(run, tight, 'train')
+
+
+@gpu
+def test_kernels_of_tokamax_are_in_a_program_for_hopper():
+  """Attention's, forward and the gradient's two; and of the 3 products of
+  experts, each forward and two of its gradient."""
+  pytest.importorskip('tokamax', reason='extra `tokamax`')
+  topology = chips.parse_topology('h100:1x1x2')
+  config = mixtral.get_config('tiny')
+  config.model.update(num_layers=1, d_ff=256, attention_kernel='tokamax',
+                      remat='none', moe=dict(grouped_kernel='tokamax'))
+  program = compiled(run_on(topology, 'fsdp=2', config), topology)
+  assert program.as_text().count(
+      'custom_call_target="mosaic_gpu_v2"') == 3 + 9
+
+
+@gpu
+def test_attention_of_tokamax_compiles_for_blackwell():
+  """In a process of its own, as JAX keeps the generation of the first GPU that
+  Mosaic compiles for."""
+  pytest.importorskip('tokamax', reason='extra `tokamax`')
+  result = forked.run(
+      '-m', 'tools.plan', '--config=configs/gpt.py:tiny',
+      '--topology=b200:1x1x1', '--config.model.num_layers=1',
+      '--config.model.dtype=bfloat16',
+      '--config.model.attention_kernel=tokamax')
+  assert result.returncode == 0, result.stderr
