@@ -202,6 +202,8 @@ class TokenWriter:
                  ) -> tuple[jax.Array, jax.Array | None]:
     """Draws new token t of each row.
 
+    The suffixes name axes: B rows of the batch, V tokens in the vocabulary.
+
     Args:
       logits_BV: the logits of the token.
       t: the index of the token. Each has a random key of its own.
@@ -435,6 +437,9 @@ def _inputs_of_encoder_decoder(module: nn.Module, params: Any,
                                source_lengths_B: jax.Array) -> PromptInputs:
   """Encodes the sources, and returns the inputs of the decoder.
 
+  The suffixes name axes: B batch, M tokens of a source, L tokens of a prompt, D
+  d_model.
+
   Args:
     module: an encoder-decoder.
     params: its parameters.
@@ -544,6 +549,9 @@ class TokenReader:
               is_outgrown_B: jax.Array) -> Any:
     """Returns the cache after some rows were read again from the start.
 
+    The suffixes name axes: B rows of the batch, L tokens of a prompt, T new
+    tokens, M = L + T.
+
     Args:
       cache: the cache before, which the other rows keep.
       new_BT: the new tokens, with room for T, of which the first t are written.
@@ -607,6 +615,9 @@ def lengths_to_reread_at(module: Any) -> tuple[int, ...]:
 def _texts_with_new_tokens(prompts_BL: jax.Array, lengths_B: jax.Array,
                            new_BT: jax.Array) -> jax.Array:
   """Writes the new tokens of each row behind its prompt, over the padding.
+
+  The suffixes name axes: B batch, L tokens of a prompt, T new tokens, M = L +
+  T.
 
   Args:
     prompts_BL: the prompts' tokens, padded on the right.
@@ -808,6 +819,8 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
   """Continues each prompt by the K likeliest texts of up to T tokens that a
   beam search finds.
 
+  The suffixes name axes: V tokens in the vocabulary.
+
   Args:
     module, params, prompts_BL, lengths_B, **inputs: those of `generate`.
     max_new_tokens: T, the largest number of new tokens.
@@ -879,6 +892,9 @@ def _extend_texts(beams: Beams, stop_tokens: tuple[int, ...],
   """Extends the running texts of a beam search by token t, and keeps the K best
   that go on and the K best that have ended.
 
+  The suffixes name axes: B rows of the batch, K texts that are kept of a row, C
+  candidates of a row, T new tokens of a text, V tokens in the vocabulary.
+
   Args:
     beams: the options of the search, with K, the number of texts that are
       followed in each row.
@@ -940,6 +956,9 @@ def _list_candidates(running: _ScoredTexts, logits_BKV: jax.Array,
   """Returns the likeliest of all extensions of the running texts by token t, so
   many that at least K of each row go on.
 
+  The suffixes name axes: B rows of the batch, K texts that are kept of a row, C
+  candidates of a row, T new tokens of a text, V tokens in the vocabulary.
+
   Args:
     running: the K running texts of each row.
     logits_BKV: the logits of token t after each of them.
@@ -974,6 +993,9 @@ def _keep_best_ended(state: _SearchState, candidates: _Candidates,
                      ) -> tuple[_ScoredTexts, jax.Array]:
   """Returns the K best of the texts that have ended, now or before; and bool
   [B, K], which of them are texts, as there may be fewer than K.
+
+  The suffixes name axes: B rows of the batch, K texts that are kept of a row, C
+  candidates of a row, T new tokens of a text.
 
   Args:
     state: the texts before, of which `ended` and `is_open_B` are read.
@@ -1320,6 +1342,9 @@ class BlockWriter:
 
   def write_block(self, block: jax.Array, text: WrittenText) -> WrittenText:
     """Writes one block of each row, from the cache of those before it.
+
+    The suffixes name axes: B rows, M tokens of a row, S tokens of a block, L =
+    S, D d_model.
 
     Args:
       block: the number of the block.

@@ -313,6 +313,8 @@ class Block(nn.Module):
     """Adds to the residual stream the vectors that the layer looks up in tables
     by the last tokens.
 
+    The suffixes name axes: B batch, L length, U residual streams, D d_model.
+
     Args:
       memory: the kind of tables: the entry of lookup.MEMORIES for model.memory.
       x: the residual stream [B, L, D] = [batch, length, d_model], or Streams.

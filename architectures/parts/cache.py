@@ -123,6 +123,9 @@ class Cache:
     a part of the keys. Numbers in bfloat16 are kept as their bits, in uint16:
     otherwise XLA's CPU backend would convert the whole cache to float32 and
     back for each token that is written.
+
+    The suffixes name axes: B batch, M slots (places for a token), J heads, K
+    features of a head.
     """
     # A cache of the new order knows where its slots stand.
     is_reordered = self.value_BMJK is not None
@@ -146,7 +149,7 @@ class Cache:
     """Writes the keys and values of new tokens into the cache.
 
     The suffixes name axes: B batch, L new tokens, J heads, K features of a
-    head.
+    head, M slots (places for a token), H heads of queries, U = 1.
 
     Args:
       key_BLJK: the keys of the new tokens.
@@ -296,6 +299,9 @@ def split_off_slots(entries: tuple[LayerCache, ...]
                     ) -> tuple[SlotsOfEntries, tuple]:
   """Splits the caches of layers into their arrays of keys and values, which a
   scan over the layers updates in place, and everything else.
+
+  The suffixes name axes: B batch, M slots (places for a token), J heads of
+  keys, K features of a head, H heads of queries, U = 1.
 
   Args:
     entries: the cache of each layer, or of each stack of layers.

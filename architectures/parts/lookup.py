@@ -669,6 +669,9 @@ def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns what a layer with tables of n-grams, or with smear, keeps between
   calls, before the first token.
 
+  The suffixes name axes: B batch, W last tokens that are kept, D features of an
+  input.
+
   Args:
     config: the config of the layer.
     shape: (..., rows, tokens). The state does not grow with the tokens.

@@ -413,6 +413,8 @@ def _append_clean_copy(ctx: Context, clean_BL: jax.Array) -> Context:
   al. 2025, arXiv 2503.09573, section 4). A noised block then sees the clean
   blocks before it.
 
+  The suffixes name axes: M = 2 L tokens of a row with its copy.
+
   Args:
     ctx: the context of the noised tokens, [B, L].
     clean_BL: the tokens without noise.
@@ -822,6 +824,9 @@ class Encoder(nn.Module):
     """Applies the heads for pretraining (BERT): the one that predicts masked
     words and, with next_sentence, the one that says whether the second text of
     a row follows the first.
+
+    The suffixes name axes: B batch, L length, D d_model, V tokens in the
+    vocabulary.
 
     Args:
       x_BLD: the result of the last layer, [batch, length, d_model].

@@ -58,6 +58,9 @@ class PassedOn:
   def after_layer(self, x: LayerInput, report: Report) -> 'PassedOn':
     """Returns these arrays with those that a layer has changed.
 
+    The suffixes name axes: B batch, L length, U features of the state that
+    routers pass on.
+
     Args:
       x: the residual stream after the layer.
       report: the report of the layer, which has its first values and the state
@@ -245,6 +248,9 @@ class Stack(nn.Module):
                    ) -> Carry:
     """Returns the state that the first layer is given: the residual stream, and
     empty places for what the layers pass on to one another.
+
+    The suffixes name axes: B batch, L length, D d_model, U features of the
+    state that routers pass on.
 
     Args:
       x_BLD: the embedding of the tokens, [batch, length, d_model].
@@ -693,6 +699,8 @@ class Stack(nn.Module):
     A load is the share of tokens that each expert got. The training step moves
     a bias of the router by it, and all passes share the bias.
 
+    The suffixes name axes: N runs of a period, E experts.
+
     Args:
       section: the section of the layers (the prefix, the repeated pattern or
         the suffix).
@@ -842,6 +850,8 @@ def _run_pass(carry: ScanCarry, given: GivenToPass, config: ModelConfig,
               ) -> tuple[ScanCarry, LayerResults]:
   """Runs one pass over layers that are run several times, as one turn of a scan
   over the passes.
+
+  The suffix N names the axis of the periods.
 
   Args:
     carry: what goes from layer to layer, and the slots (the cached keys and
@@ -1116,6 +1126,9 @@ class Period(nn.Module):
                ctx: Context, lent: dict[int, KeysAndValues]
                ) -> tuple[Carry, LayerResults]:
     """Runs the layers of one period of the layer pattern, one after another.
+
+    The suffixes name axes: B batch, L length, U features of the state that
+    routers pass on.
 
     Args:
       carry: what goes from layer to layer: the residual stream, and what else
@@ -1401,6 +1414,8 @@ def _stack_field_by_layer(sections: list[tuple[Report, ...]], field: str
 def gather_attention_weights(sections: list[tuple[Report, ...]]
                              ) -> dict[str, jax.Array]:
   """Gathers the attention weights of all layers of a stack.
+
+  The suffixes name axes: N layers, B batch, H heads, L queries, M keys.
 
   Args:
     sections: the reports of the layers, for each section of the stack (the

@@ -362,6 +362,9 @@ class Hyper(Mixed):
     Each is a parameter of the branch plus s tanh(n(x) W), which depends on the
     token and is left out without `dynamic`.
 
+    The suffixes name axes: B batch, L length, U streams (`count` of them), D
+    d_model, I = U + 2 numbers of a stream.
+
     Args:
       module: the Flax module of the branch, which declares the parameters.
       x: the streams x_1 to x_count, and the number k of the branch.
@@ -430,6 +433,9 @@ class MHC(Mixed):
       z = s rms(x) W + d_k
 
     Sinkhorn's algorithm makes the rows and columns of A sum to 1.
+
+    The suffixes name axes: B batch, L length, U streams (`count` of them), D
+    d_model, I = U (U + 2) numbers of a token.
 
     Args:
       module: the Flax module of the branch, which declares the parameters.
@@ -627,7 +633,10 @@ def _divide_by_sums(matrix_BLUU: jax.Array, axis: int) -> jax.Array:
 def _run_rounds_of_sinkhorn(matrix_BLUU: jax.Array, rounds: jax.Array
                             ) -> jax.Array:
   """Returns the matrices after one round of Sinkhorn's algorithm, of rows and
-  then columns, for each number in `rounds`."""
+  then columns, for each number in `rounds`.
+
+  The suffixes name axes: B batch, L length, U residual streams.
+  """
   def run_round(matrix_BLUU: jax.Array, _):
     rows_BLUU = _divide_by_sums(matrix_BLUU, axis=-1)
     return _divide_by_sums(rows_BLUU, axis=-2), None
@@ -1057,7 +1066,11 @@ class WithEmbedding(Residual):
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, jax.Array]:
     """Returns the input of a branch, r = a x + c e, [B, L, D]; and once more r,
     to which the result of the branch will be added. The learned numbers a and c
-    are 1 and 0 at first."""
+    are 1 and 0 at first.
+
+    The suffixes name axes: B batch, L length, U = 2 streams (x and the
+    embedding), D d_model.
+    """
     share = _declare_in_float32(module, 'stream', nn.initializers.ones)
     share_of_embedding = _declare_in_float32(
         module, 'embedding', nn.initializers.zeros)

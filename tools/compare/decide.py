@@ -761,6 +761,8 @@ def _effect_over_items(member: FamilyMember, over_seeds: Effect
   Only seeds whose runs ended at all sizes count; a score is the mean over the
   sizes.
 
+  The suffixes name axes: S seeds, Q items (such as questions).
+
   Args:
     member: the variant, the measure, and the pairs of runs.
     over_seeds: the effect over the seeds alone, whose interval may be by the

@@ -74,6 +74,8 @@ def compare_records(base_records: Mapping[str, Mapping[str, dict]],
   """Tests each figure, such as an accuracy, by the scores of single items that
   base and variant have for the same seeds. The p-values are not corrected.
 
+  The suffixes name axes: S seeds, Q items (such as questions).
+
   Args:
     base_records: the scores of the base, {seed: {figure: record}}.
     variant_records: the scores of the variant, in the same form.
@@ -126,6 +128,8 @@ def _test_figure(base_SQ: np.ndarray, variant_SQ: np.ndarray,
   (statistics.estimate_over_seeds_and_items). With one seed, it is McNemar's
   exact test (1947) if each item is right or wrong, and otherwise Student's
   t-test over the items.
+
+  The suffixes name axes: S seeds, Q items (such as questions).
 
   Args:
     base_SQ: the scores of the base, [seeds, items].

@@ -734,6 +734,8 @@ def _find_first_step_below(sample: Sample, metric: str, args
   one, and one that is corrected for looking at all of them
   (statistics.p_values_of_looks).
 
+  The suffixes name axes: R runs, L looks at them (evaluations).
+
   Args:
     sample: the entry.
     metric: the name of the figure.

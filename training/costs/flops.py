@@ -425,6 +425,9 @@ def _cache_with_memory(config: ModelConfig, cache: Any, keys: int,
   Every layer has keys and values of its own for the memory, whether or not it
   shares those of the text with other layers.
 
+  The suffixes name axes: B batch, M tokens of the memory, J heads of keys, K
+  features of a head.
+
   Args:
     config: the config of the model.
     cache: the shapes of the cache of the text.

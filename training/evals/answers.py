@@ -280,6 +280,8 @@ def squad_figures(predictions: Sequence[str],
                   right_answers: Sequence[Sequence[str]]) -> dict[str, Any]:
   """Computes the figures of SQuAD's official evaluation scripts, in percent.
 
+  The suffix N names the axis of the questions.
+
   Args:
     predictions: the answer of the model to each question; '': it says that
       there is none.

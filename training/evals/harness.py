@@ -338,6 +338,8 @@ class Model(api.TemplateLM):
                    ) -> Iterator[tuple[int, str]]:
     """Writes what follows the contexts of requests with the same options.
 
+    The suffixes name axes: B texts, L tokens of a prompt, T new tokens.
+
     Args:
       contexts: the context of each request, by the request's number.
       options: the options of the task of lm_eval.

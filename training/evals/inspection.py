@@ -131,6 +131,9 @@ def _run_and_keep_layers(module: nn.Module, params: Any,
   """Runs a model once, and keeps the states of its layers and the tokens that
   its head would predict from each of them (the logit lens).
 
+  The suffixes name axes: B batch, L length, D d_model, V tokens in the
+  vocabulary.
+
   Args:
     module: the Flax module of a model.
     params: its parameters, a tree of arrays.

@@ -492,6 +492,9 @@ def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
   exist at once. Each device has a shard of the tokens, and each chunk takes the
   same number of positions from every row of all shards.
 
+  The suffixes name axes: B batch, L length, D features, V tokens in the
+  vocabulary.
+
   Args:
     hidden_BLD: the hidden states that the head is applied to, [batch, length,
       features].

@@ -386,6 +386,8 @@ class SequenceToSequence(Objective):
     """Prepares texts as the sources of an encoder-decoder, which is to write
     the targets.
 
+    The suffixes name axes: B batch, M tokens of a source.
+
     Args:
       texts: the B sources.
       config: the config of the run.

@@ -611,6 +611,10 @@ class SWA(Attention):
       ) -> tuple['ScoredEntries', dict[str, jax.Array]]:
     """Has the indexer score the entries, by entries of its own as its keys.
 
+    The suffixes name axes: B batch, L length, D d_model, W entries, M tokens
+    that the cache has room for, H heads of queries, J = 1 head of keys, K
+    features of a head, U features of the queries' input.
+
     Args:
       x_BLD: the layer's input, [batch, length, d_model].
       query_input_BLU: the input of the indexer's queries, [batch, length, U].
@@ -704,6 +708,9 @@ def compress_windows(
 
   The parameters are declared in the module that calls: the layer's attention,
   or its indexer.
+
+  The suffixes name axes: B batch, L length, D d_model, W windows, K features of
+  an entry, M tokens of open windows, U values and scores of a token.
 
   Args:
     config: the config of the layer.

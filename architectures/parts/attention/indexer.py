@@ -136,6 +136,10 @@ class Indexer(nn.Module):
                ) -> Index:
     """Returns the indexer's queries and keys of the tokens.
 
+    The suffixes name axes: B batch, L length, D d_model, M keys, H heads of
+    queries, J = 1 head of keys, K features of a head, U features of the
+    queries' input.
+
     Args:
       x_BLD: the layer's input, [batch, length, d_model], of which keys are
         made.

@@ -146,7 +146,11 @@ class LatentAttention(Attention):
   def _make_query_input(self, x_BLD: jax.Array, ctx: Context
                         ) -> _QueryInput:
     """Returns what the queries are made of: a latent n(W_dq x) with
-    latent.q_rank, else x itself."""
+    latent.q_rank, else x itself.
+
+    The suffixes name axes: B batch, L length, D d_model, U features of the
+    small vector.
+    """
     q_rank = self.config.part(LatentConfig).q_rank
     if not q_rank:
       return _QueryInput(normed_BLU=x_BLD, raw_BLU=x_BLD, axis='embed')

@@ -282,6 +282,9 @@ class Attention(nn.Module):
     """Has the indexer score the keys, and chooses the best already where that
     is cheap: where one query in each row meets the slots of a cache.
 
+    The suffixes name axes: B batch, L queries, M keys, H heads of queries, J
+    heads of keys, K features of a head.
+
     Args:
       index: the indexer's queries and keys; None: there is no indexer.
       k_positions_BM: the positions of the keys, [batch, number of keys].
@@ -365,6 +368,8 @@ class Attention(nn.Module):
       num_keys: int) -> kernels.VisibleKeys:
     """Hides from each query all but the top_k keys that an indexer scores
     highest among those that the query sees.
+
+    The suffixes name axes: B batch, L queries, M keys.
 
     Args:
       visible: which keys the queries see.
@@ -637,6 +642,9 @@ def take_slots_of_tokens(keys: KeysAndValues, config: ModelConfig, ctx: Context
   They are needed where a layer shares the keys and values of an earlier one: it
   has those of all slots alone, and two of its steps read each token's own.
 
+  The suffixes name axes: B batch, L given tokens, M slots, J heads of keys, K
+  features of a head.
+
   Args:
     keys: the keys and values of all M slots, [batch, M, ...].
     config: the config of the layer.
@@ -664,6 +672,9 @@ def write_and_read_cache(
     ) -> tuple[KeysAndValues, Optional[indexer.Index], Optional[Cache]]:
   """Writes the keys and values of new tokens into the cache, and returns those
   that the queries are multiplied with.
+
+  The suffixes name axes: B batch, L new tokens, M slots (places for a token), J
+  heads of keys, K features of a head, H heads of queries, U = 1.
 
   Args:
     keys: the keys and values of the new tokens.

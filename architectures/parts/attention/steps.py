@@ -485,7 +485,10 @@ def add_forget_bias(visible: kernels.VisibleKeys,
 def add_bias_to_scores(visible: kernels.VisibleKeys, bias_BHLM: jax.Array
                        ) -> kernels.VisibleKeys:
   """Returns `visible` with a further bias, [batch, heads, queries, keys], on
-  the scores; it is added to the bias that `visible` has, if it has one."""
+  the scores; it is added to the bias that `visible` has, if it has one.
+
+  The suffixes name axes: B batch, H heads, L queries, M keys.
+  """
   sum_BHLM = bias_BHLM
   if visible.bias_BHLM is not None:
     sum_BHLM = bias_BHLM + visible.bias_BHLM
@@ -762,6 +765,8 @@ def normalise_results(module: Any, o_BLHK: jax.Array) -> jax.Array:
   """Divides the result o of each head by its root mean square (Muse Spark):
 
     o' = o / sqrt(mean over the features of o^2 + epsilon)
+
+  The suffixes name axes: B batch, L length, H heads, K features of a head.
 
   Args:
     module: the layer's attention.

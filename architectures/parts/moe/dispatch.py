@@ -308,7 +308,11 @@ def combine_results(
 def _combine_results_forward(
     y_PD: jax.Array, gate_A: Optional[jax.Array], token_A: jax.Array,
     row_A: jax.Array, assignment_P: jax.Array, tokens: int, choices: int):
-  """Returns `combine_results`, and what its gradient reads."""
+  """Returns `combine_results`, and what its gradient reads.
+
+  The suffixes name axes: T tokens, D d_model, A assignments (pairs of a token
+  and its expert), P rows.
+  """
   z_TD = combine_results(
       y_PD, gate_A, token_A=token_A, row_A=row_A, assignment_P=assignment_P,
       tokens=tokens, choices=choices)
@@ -474,6 +478,9 @@ class TokensAsRows(NamedTuple):
 
       z_t = sum over the assignments a of token t of gate_a * y[row_a]
 
+    The suffixes name axes: T tokens, D d_model, A assignments (pairs of a token
+    and its expert), P rows.
+
     Args:
       y_PD: the results of the rows.
       gate_A: the gate of each assignment; None: the rows have been multiplied
@@ -554,6 +561,9 @@ class LocalExperts:
   def assign_rows(self, expert_A: jax.Array) -> AssignedRows:
     """Gives each assignment a row in the layout of `compute_grouped`: the rows
     of expert 0 first, then those of expert 1, and so on, without gaps.
+
+    The suffixes name axes: A assignments (pairs of a token and its expert), E
+    experts.
 
     Args:
       expert_A: the expert of each assignment; the number of experts for a void

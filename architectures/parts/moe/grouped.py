@@ -547,6 +547,8 @@ def _split_hidden_units(w: Any, num_slices: int) -> list:
   """Cuts the experts' weights into slices, each with the weights of some of the
   hidden units.
 
+  The suffixes name axes: E experts, D features, F hidden units.
+
   Args:
     w: the weights, dispatch.ExpertWeights.
     num_slices: into how many slices they are cut. It must divide the number of
@@ -575,6 +577,8 @@ def _split_hidden_units(w: Any, num_slices: int) -> list:
 def _join_hidden_units(weights_of_slices: list) -> Any:
   """Joins slices of the experts' weights, or of their gradients, that have some
   of the hidden units each. This is the inverse of `_split_hidden_units`.
+
+  The suffixes name axes: E experts, D features, F hidden units.
 
   Args:
     weights_of_slices: the dispatch.ExpertWeights of each slice, in order.
@@ -892,6 +896,8 @@ def _backward_by_blocks(
     activation_inputs: Optional[tuple[jax.Array, ...]], dy_PD: jax.Array):
   """Returns the gradients of the rows, the gates and the weights, block by
   block (`BlockGradients.add_block`).
+
+  The suffixes name axes: P rows, E experts, D features, F hidden units.
 
   Args:
     activation: the function that makes the hidden units.

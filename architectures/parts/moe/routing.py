@@ -1007,7 +1007,11 @@ def _check_expert_groups(moe: MoEConfig, router: Router) -> None:
 
 def void_zero_experts(moe: MoEConfig, routed: Routing) -> Routing:
   """Returns the routing without its assignments to zero experts: these return
-  their input and compute nothing, so the dispatch must not see them."""
+  their input and compute nothing, so the dispatch must not see them.
+
+  The suffixes name axes: A assignments (pairs of a token and its expert), T
+  tokens, E experts.
+  """
   if not moe.zero_experts:
     return routed
   # Zero experts have the numbers after the E others, and E is no expert.

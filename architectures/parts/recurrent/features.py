@@ -460,6 +460,9 @@ def mask_other_documents(x_BLHK: jax.Array,
   """Replaces x by 0 at each token l for which the token l - gap belongs to
   another document or would stand before the row.
 
+  The suffixes name axes: B batch, L length, H heads, K features of a head; H
+  and K may be any later axes.
+
   Args:
     x_BLHK: an array [batch, length, ...].
     segment_ids_BL: the number of each token's document; None: a row is one

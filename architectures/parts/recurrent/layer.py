@@ -484,6 +484,9 @@ def _keep_state_on_padding(x: recurrence.Inputs, valid_BL: jax.Array
   """Changes the inputs of a linear recurrence so that padding leaves the state
   as it is: there the decay becomes 1, and nothing is written to the state.
 
+  The suffixes name axes: B batch, L length, J heads of keys, H heads of values,
+  K features of a key.
+
   Args:
     x: the inputs: queries, keys, values, decays and rates.
     valid_BL: 0 on padding, [batch, length].
@@ -514,6 +517,9 @@ def _forget_state_at_documents(x: recurrence.Inputs, ids_BL: jax.Array
                                ) -> recurrence.Inputs:
   """Changes the inputs of a linear recurrence so that its state is zero where a
   document begins: at its first token the decay becomes 0.
+
+  The suffixes name axes: B batch, L length, J heads of keys, H heads of values,
+  K features of a key, U features of a value.
 
   Args:
     x: the inputs: queries, keys, values, decays and rates.

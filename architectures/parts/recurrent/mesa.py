@@ -115,7 +115,11 @@ class Mesa(layer.Layer):
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     """Makes the inputs of the mesa layer: queries and keys of length 1, values,
     and for each head a decay a = sigmoid(W_a x + bias) and a rate b =
-    sigmoid(W_b x + bias). The arguments are those of `Layer.inputs`."""
+    sigmoid(W_b x + bias). The arguments are those of `Layer.inputs`.
+
+    The suffixes name axes: B batch, L length, D d_model, J heads of keys, H
+    heads of values (as many), K features of a key, U features of a value.
+    """
     del ctx
     q_BLJK = features.normalize_length(q_BLJK)
     k_BLJK = features.normalize_length(k_BLJK)

@@ -128,6 +128,9 @@ def _length_of_pieces(x: Inputs, most: Optional[int]) -> int:
   each feature of a key has a decay, a piece is halved again and again, so its
   length is rounded up to a power of 2.
 
+  The suffixes name axes: B batch, L length, J heads of keys, H heads of values,
+  K features of a key, U features of a value.
+
   Args:
     x: the inputs of the recurrence.
     most: the most places that a piece may have; None: `default_places`.
@@ -346,6 +349,9 @@ def _run_in_pieces_backward(places: int, steps: int, kept: Any, grads: Any):
   With S' = decay S + k^T d and o = q S + W d, where d = write - read S, they go
   through the pieces from the last to the first: dd = k dS' + W^T do, and dS =
   decay dS' + q^T do - read^T dd.
+
+  The suffixes name axes: B batch, L length, H heads, K features of a key, U
+  features of a value, P and Q places of a piece.
 
   Args:
     places: the number of places of a piece.
@@ -585,6 +591,9 @@ def _meet_places(steps: int, x: Inputs) -> _Pairs:
   """Computes the weights by which the places (steps) of each piece of a row
   read what earlier places of the piece wrote, and the decays between them.
 
+  The suffixes name axes: B batch, L length, J heads of keys, H heads of values,
+  K features of a key.
+
   Args:
     steps: how many places belong to one token.
     x: the inputs, cut into pieces.
@@ -822,6 +831,9 @@ def _run_additive_backward(places: int, kept: Any, grads: Any):
 
   With S' = decay S + k^T (after v) and o = W v + upto q S, they go through the
   pieces from the last to the first: dS = decay dS' + q^T (upto do).
+
+  The suffixes name axes: B batch, L length, J heads of keys, R heads of values
+  for each of these, H = J R, K features of a key, U features of a value.
   """
   x, states = kept
   d_o_BLHU, d_last_BHKU = grads

@@ -525,6 +525,8 @@ def _maps_for_script(inspected: Inspection, measures: FiguresByHead
   """Encodes the attention maps as values for JSON, in the form that the script
   inspect.js reads.
 
+  The suffixes name axes: N layers, H heads, L queries, M keys.
+
   Args:
     inspected: what was recorded of the model.
     measures: {attention: {figure: [N layers, H heads]}}.
@@ -688,6 +690,8 @@ def _lens_rows(lens: LogitLens, spelled_tokens: Sequence[str],
 def _norm_rows(stream: ResidualStream, spelled_tokens: Sequence[str]
                ) -> list[list[TableCell]]:
   """Makes the table of the norms of the hidden states.
+
+  The suffixes name axes: N states of the residual stream, L tokens.
 
   Args:
     stream: the figures of the states between layers.

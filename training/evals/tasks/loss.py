@@ -436,6 +436,9 @@ def _draw_bound(k: jax.Array, batch: Any, blocks: _BlocksOfRows, num_draws: int,
 
     estimate = sum over blocks  n / l  sum over masked i  of  -log p(x_i)
 
+  The suffixes name axes: B rows, L tokens of a row, N blocks of a row, S places
+  of a block.
+
   Args:
     k: the number of the draw.
     batch: the arrays of the batch, B rows of L tokens.
@@ -647,6 +650,8 @@ def _sum_by_document(evaluation: Evaluation, step: Any,
                      loader: pipeline.Loader) -> np.ndarray:
   """Sums the losses of each document, though rows are cut out of a stream of
   documents without regard to where these begin.
+
+  The suffixes name axes: N rows, L tokens of a row.
 
   Args:
     evaluation: the evaluation of the run.

@@ -116,6 +116,9 @@ class Embed(Task):
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Computes a vector (embedding) of each text, and writes them to a file.
 
+    The suffixes name axes: N texts, B texts of a batch, L length, D features of
+    a vector.
+
     Args:
       evaluation: the evaluation of the run: its model, parameters and options.
 

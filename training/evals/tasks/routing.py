@@ -123,6 +123,8 @@ def draw_load(load_NE: np.ndarray, path: Any) -> None:
   """Draws the load of each expert over the mean of its layer, as a picture with
   a row for each layer of experts.
 
+  The suffixes name axes: N layers, E experts.
+
   Args:
     load_NE: the share of the assignments that each expert gets, [layers,
       experts].

@@ -171,6 +171,8 @@ class Samples(Task):
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Writes texts that go on from the prompts, and prints them.
 
+    The suffixes name axes: B prompts, K texts of a beam search, T new tokens.
+
     Args:
       evaluation: the evaluation of the run: its model, parameters and options.
 
@@ -242,6 +244,8 @@ class DiffusionSamples(Task):
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Writes texts by unmasking (masked diffusion), and prints them.
+
+    The suffixes name axes: B prompts, T new tokens.
 
     Args:
       evaluation: the evaluation of the run: its model, parameters and options.
@@ -315,6 +319,8 @@ def _print_samples(evaluation: Evaluation, prepared: PreparedPrompts,
                    tokens_BT: np.ndarray, stop_strings: Sequence[str] = ()
                    ) -> list[dict[str, str]]:
   """Decodes and prints what was written after each prompt, up to its end.
+
+  The suffixes name axes: B texts, T tokens.
 
   Args:
     evaluation: the evaluation of the run.
@@ -538,6 +544,9 @@ def write_targets_of_batch(module: Any, params: Any,
                            ) -> list[WrittenTarget]:
   """Lets an encoder-decoder write the target of each pair of a batch, such as
   the translation of a sentence.
+
+  The suffixes name axes: B rows, K texts of a beam search, M tokens of a
+  source, T tokens of a target.
 
   Args:
     module: the Flax module of the model.
