@@ -428,7 +428,8 @@ def mean_sizes_of_outputs(config: ml_collections.ConfigDict, steps: int,
 
   def measure_and_step(state: Any, _: None) -> tuple[Any, jax.Array]:
     """Returns the state after a step, and the sizes before it."""
-    sizes = _sizes_of_outputs(module, state.params, batch['tokens'])
+    sizes = _sizes_of_outputs(
+        module, params=state.params, tokens_BL=batch['tokens'])
     new_state, _ = step(state, batch)
     return new_state, sizes
 
@@ -438,7 +439,8 @@ def mean_sizes_of_outputs(config: ml_collections.ConfigDict, steps: int,
         module, tx=optimizer, key=key, optim=config.optim)
     last_state, sizes = jax.lax.scan(
         measure_and_step, first_state, length=steps)
-    last_sizes = _sizes_of_outputs(module, last_state.params, batch['tokens'])
+    last_sizes = _sizes_of_outputs(
+        module, params=last_state.params, tokens_BL=batch['tokens'])
     return jnp.concatenate([sizes, last_sizes[None]])
 
   @jax.jit

@@ -242,8 +242,9 @@ class TokenWriter:
     """
     num_written = state.t
     logits_BV, cache = self.reader(
-        state.cache, state.new_tokens_BT, num_written)
-    token_B, seen_BV = self.draw_token(logits_BV, num_written, state.seen_BV)
+        state.cache, new_BT=state.new_tokens_BT, t=num_written)
+    token_B, seen_BV = self.draw_token(
+        logits_BV, t=num_written, seen_BV=state.seen_BV)
 
     # A row that has ended is filled up with the first token that ends a text,
     # until all rows have ended.
@@ -793,7 +794,7 @@ class _BeamSearcher:
     tokens_BKT = step.texts.running.tokens_BKT
     B, K, T = tokens_BKT.shape
     logits, cache = self.reader(
-        step.cache, tokens_BKT.reshape(B * K, T), step.t)
+        step.cache, new_BT=tokens_BKT.reshape(B * K, T), t=step.t)
     logits_BKV = logits.reshape(B, K, -1)
 
     # Choose the best texts. parent_BK says which of the K texts before each of
@@ -1402,7 +1403,7 @@ class BlockWriter:
         estimate_BLD=state.estimate_BSD)
     logits_BSV = output.logits
 
-    # Of those that are masked, the surest become known.
+    # The surest of those that are masked become known.
     tokens_BS = unmask_surest(
         state.tokens_BS, logits_BLV=logits_BSV, is_new_BL=places.is_new_BS,
         key=jax.random.fold_in(places.key, step), mask=self.mask,

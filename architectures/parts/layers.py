@@ -402,7 +402,7 @@ def dense(module: nn.Module, name: str, spec: str, x: jax.Array,
     The result, with the axes that `spec` names.
   """
   matrix = weight(module, name, shape=shape, axes=axes, **weight_options)
-  y = product(module, name, spec, x, matrix, axes=axes,
+  y = product(module, name, spec=spec, x=x, w=matrix, axes=axes,
               deterministic=deterministic)
   if not with_bias:
     return y

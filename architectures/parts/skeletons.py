@@ -673,9 +673,9 @@ class Encoder(nn.Module):
           embedded=embed(tokens_BL, prefix=prefix)).replace(extra={})
       if places_BM is not None:
         generated = self._guess_masked_words(
-            generated, places_BM, ctx.deterministic)
+            generated, places_BM=places_BM, deterministic=ctx.deterministic)
         tokens_BL = _replace_tokens(
-            tokens_BL, places_BM, generated.extra['drawn'])
+            tokens_BL, places_BM=places_BM, new_BM=generated.extra['drawn'])
 
     # The embedding, the layers and the final norm.
     if embedded is None:

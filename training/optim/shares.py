@@ -58,7 +58,8 @@ def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
           'tables that n-grams look up: leave it at 1, or set model.memory')
   shape_of_path = paths.flatten_by_path(shapes)
   stacks = paths.Stacks(shape_of_path)
-  _check_patterns(patterns, list(shape_of_path), stacks)
+  _check_patterns(
+      patterns, parameter_paths=list(shape_of_path), stacks=stacks)
 
   def share_of_parameter(key: Any, role: Role, x: Any) -> float | np.ndarray:
     """Returns the share of one parameter: a number where all layers that it
@@ -73,7 +74,9 @@ def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
     shares_of_layers = []
     for layer_path, power in _layers_and_powers(path, stacks):
       share = 0.0
-      if not _is_frozen(path, layer_path, patterns, role, adapted):
+      is_frozen = _is_frozen(path, layer_path=layer_path, patterns=patterns,
+                             role=role, adapted=adapted)
+      if not is_frozen:
         share = optim.layer_decay ** power
         if role.reads:
           share *= optim.table_rate

@@ -504,9 +504,9 @@ class SWA(Attention):
     Returns:
       The product, with the axes that `spec` names.
     """
-    return layers.dense(self, name, spec, x, shape=(x.shape[-1], *outputs),
-                        axes=axes, with_bias=False,
-                        deterministic=ctx.deterministic)
+    return layers.dense(self, name, spec=spec, x=x,
+                        shape=(x.shape[-1], *outputs), axes=axes,
+                        with_bias=False, deterministic=ctx.deterministic)
 
   def _project_output_of_groups(self, o_BLHK: jax.Array, ctx: Context
                                 ) -> jax.Array:

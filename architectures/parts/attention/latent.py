@@ -191,7 +191,7 @@ class LatentAttention(Attention):
       # config's scale is another, the weight takes up the difference.
       gain = sizes.key_dim ** -0.5 / sizes.scale
     q_BLHK = layers.dense(
-        self, name, 'BLU,UHK->BLHK', query_input_BLU, shape=shape,
+        self, name, spec='BLU,UHK->BLHK', x=query_input_BLU, shape=shape,
         axes=(axis, 'heads', 'head'), gain=gain, with_bias=False,
         deterministic=ctx.deterministic)
     q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')

@@ -956,7 +956,7 @@ def _compute_on_device(
     # A token goes to an expert once, so at most to all experts of a device.
     most_rows_sent = T * min(routed.choices, E // devices)
 
-  # What is dropped must not depend on the mesh.
+  # Dropout must not depend on the mesh.
   if dropout is not None:
     dropout = _number_units_over_mesh(
         dropout, axes=axes, first_row=shard_index * num_assignments,

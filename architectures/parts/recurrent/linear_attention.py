@@ -275,7 +275,8 @@ class Comba(DeltaNet):
     Returns:
       The inputs. Their query is (q - d k) / sqrt(K).
     """
-    gated_delta_rule = super().inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx)
+    gated_delta_rule = super().inputs(
+        x_BLD, q_BLJK=q_BLJK, k_BLJK=k_BLJK, v_BLHU=v_BLHU, ctx=ctx)
     unit_k_BLJK = gated_delta_rule.k_BLJK.astype(jnp.float32)
 
     # The superclass has divided the query by sqrt(K) already, so what leaves

@@ -148,11 +148,12 @@ def _map_groups(function: Callable[[Any], Any], most: int, x: Any) -> Any:
 
   def add_group(i: jax.Array, results: Any) -> Any:
     """Returns the results with those of group i written into them."""
-    results_of_group = function(_read_pieces(x, i * size, size))
-    return _write_pieces(results, results_of_group, i * size)
+    start = i * size
+    results_of_group = function(_read_pieces(x, start=start, size=size))
+    return _write_pieces(results, pieces=results_of_group, start=start)
 
   # The loop begins with zeros in the shape of the results of all pieces.
-  first_group = _read_pieces(x, 0, size)
+  first_group = _read_pieces(x, start=0, size=size)
   shapes_of_group = jax.eval_shape(function, first_group)
   empty = _zeros_of_pieces(shapes_of_group, num_pieces)
   return jax.lax.fori_loop(0, num_groups, add_group, empty)
@@ -162,7 +163,8 @@ def _read_pieces(x: Any, start: jax.Array | int, size: int) -> Any:
   """Returns `size` pieces of each array of a tree. Where these would reach past
   the end, they are the last ones: a dynamic slice begins earlier then."""
   def read(array: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(array, start, size)
+    return jax.lax.dynamic_slice_in_dim(
+        array, start_index=start, slice_size=size)
 
   return jax.tree.map(read, x)
 
@@ -171,7 +173,8 @@ def _write_pieces(x: Any, pieces: Any, start: jax.Array | int) -> Any:
   """Returns the arrays of a tree with some pieces replaced, those which
   `_read_pieces` reads from there."""
   def write(array: jax.Array, new: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, new, start, 0)
+    return jax.lax.dynamic_update_slice_in_dim(
+        array, update=new, start_index=start, axis=0)
 
   return jax.tree.map(write, x, pieces)
 
