@@ -18,7 +18,9 @@ import jax
 from jax.extend import backend
 import jax.numpy as jnp
 
-from common.errors import RequestError
+from common.errors import RequestError, require
+
+SIDE_OF_TILE = 64
 
 
 def reason_of_refusal(generations: tuple[int, ...]) -> str:
@@ -88,14 +90,25 @@ def grouped_product(x_PI: jax.Array, m_EIO: jax.Array, count_E: jax.Array,
 
   Returns:
     The products, [P, O], 0 for rows past the counts.
+
+  Raises:
+    RequestError: if tokamax has no kernel for these sizes.
   """
   import tokamax
+  # The kernel and its gradient read rows and matrices in tiles.
+  inputs, outputs = m_EIO.shape[1:]
+  require(inputs % SIDE_OF_TILE == 0 and outputs % SIDE_OF_TILE == 0,
+          'model.moe.grouped_kernel is tokamax, which takes matrices with '
+          f'sides in multiples of {SIDE_OF_TILE}, and those of experts are '
+          f'{inputs} x {outputs} on each device: choose auto or xla')
+  num_rows = len(x_PI)
+  padded_PI = jnp.pad(x_PI, ((0, -num_rows % SIDE_OF_TILE), (0, 0)))
   with _refuse_as_request('model.moe.grouped_kernel'):
-    y_PO = tokamax.ragged_dot(x_PI, m_EIO, count_E,
-                              implementation=implementation)
+    padded_PO = tokamax.ragged_dot(padded_PI, m_EIO, count_E,
+                                   implementation=implementation)
   # The kernel leaves unwritten memory in rows past the counts.
-  is_experts_row_P = jnp.arange(len(x_PI)) < count_E.sum()
-  return jnp.where(is_experts_row_P[:, None], y_PO, 0)
+  is_experts_row_P = jnp.arange(num_rows) < count_E.sum()
+  return jnp.where(is_experts_row_P[:, None], padded_PO[:num_rows], 0)
 
 
 @contextlib.contextmanager

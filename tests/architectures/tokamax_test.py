@@ -82,7 +82,8 @@ def test_products_of_experts_equal_a_loop(on_xla, monkeypatch):
   counts, multiply = [3, 0, 6, 2], tokamax.ragged_dot
   monkeypatch.setattr(tokamax, 'ragged_dot', lambda *args, **options: multiply(
       *args, **options).at[sum(counts):].set(jnp.nan))
-  x_PI, m_EIO, d_PO = normal(0, 16, 8), normal(1, 4, 8, 12), normal(2, 16, 12)
+  x_PI, m_EIO, d_PO = normal(0, 16, 64), normal(1, 4, 64, 128), normal(
+      2, 16, 128)
   product = grouped.grouped_product_of_kernel('tokamax', even_rows=4)
 
   def loss(x_PI, m_EIO):
@@ -146,6 +147,9 @@ def test_what_its_products_cannot_do_is_refused(on_card, monkeypatch):
 @pytest.mark.plan
 def test_an_error_of_tokamax_is_a_request_refused():
   pytest.importorskip('tokamax', reason='extra `tokamax`')
+  with pytest.raises(RequestError, match='of 64, and those of experts are 64'):
+    tokamax_kernels.grouped_product(
+        normal(0, 16, 64), normal(1, 2, 64, 96), jnp.array([8, 8]))
   arrays = [normal(i, 1, 64, 2, 8) for i in range(3)]
   with pytest.raises(RequestError, match='attention_kernel is tokamax, which'):
     tokamax_kernels.attention(
