@@ -75,10 +75,13 @@ def attention_case(name, dtype):
 @pytest.mark.parametrize('kernel, dtype', [
     pytest.param('xla', 'float32', marks=long_elsewhere),
     pytest.param('xla', 'bfloat16', marks=long_elsewhere),
-    pytest.param('cudnn', 'bfloat16', marks=only_there)])
+    pytest.param('cudnn', 'bfloat16', marks=only_there),
+    pytest.param('tokamax', 'bfloat16', marks=only_there)])
 def test_attention_equals_a_plain_softmax(kernel, dtype, name):
   """Compares outputs and gradients with float32 on the CPU, with shared
   keys."""
+  if kernel == 'tokamax':
+    pytest.importorskip('tokamax', reason='extra `tokamax`')
   args, mask, seen_BLM = attention_case(name, dtype)
 
   def ours(q, k, v, w):
