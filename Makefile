@@ -30,8 +30,10 @@ locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 .PHONY: train test test-fast fuzz verify lint docs docs-test plan-test slurm-test \
   mutants lock clean
 train: $(demo)
-	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
-	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
+	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR) \
+	  --config.data.tokenizer=sotu
+	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples \
+	  --prompt="My fellow citizens" --temperature=0.8
 
 test: $(VENV)/.test
 	$(run) -m pytest $(TEST_FLAGS)

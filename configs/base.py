@@ -111,8 +111,8 @@ class Data:
       20, 'Every n-th document is held out of training; of a single text file, '
       'its last n-th part. 0: nothing is held out.', most=MOST)
   tokenizer: str = field(
-      'bytes', 'The tokenizer: bytes | bytes:N (in N ids) | a tokenizer.json | '
-      'a folder | hf://ORG/NAME.',
+      'bytes', 'The tokenizer: bytes | bytes:N (in N ids) | sotu (1,024 tokens '
+      'made of the default text) | a tokenizer.json | a folder | hf://ORG/NAME.',
       resume=Effect(INCOMPATIBLE, 'token numbers mean something else'))
   length: int = _batches(256, 'The tokens in a sequence (in the source, with '
                          'seq2seq).', least=1, most=2**24)

@@ -83,8 +83,10 @@ def _save(tree, page, name):
 @pytest.fixture(scope='module')
 def tiny(tree):
   """What `make train` prints."""
-  commands = '\n'.join(re.findall(r'^\t(\$\(run\) (?:train|eval)\.py.*)',
-                                  (ROOT / 'Makefile').read_text(), re.M))
+  # A command goes on in the next line where a line ends in a backslash.
+  commands = '\n'.join(re.findall(
+      r'^\t(\$\(run\) (?:train|eval)\.py(?:.*\\\n)*.*)',
+      (ROOT / 'Makefile').read_text(), re.M))
   return _run(tree, commands.replace('$(WORKDIR)', 'runs/tiny').replace(
       '$(run)', 'python'))
 

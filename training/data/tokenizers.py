@@ -1,6 +1,6 @@
 """Tokenizers behind one small interface: text to ids, and back.
 
-`load(spec)` takes data.tokenizer: `bytes`, `bytes:N`, a Hugging Face
+`load(spec)` takes data.tokenizer: `bytes`, `bytes:N`, `sotu`, a Hugging Face
 tokenizer.json, or a folder (or hf://ORG/NAME) with the files of FOLDERS. A
 tokenizer.json is read by the package tokenizers; the other files by the class
 of transformers that the folder names, whose pipelines are the same package's
@@ -27,6 +27,9 @@ from common.errors import RequestError, require
 from training import hub
 from training.workdir import storage
 
+# The tokenizer of 1,024 tokens that comes with the package. It was made by
+# `python -m tools.tokenizer train --vocab_size 1024 --out FILE`.
+TOKENIZER_OF_SOTU = pathlib.Path(__file__).with_name('sotu_tokenizer.json')
 NUM_SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
 
 # Where a file's own tokenizer_config.json says nothing, the special tokens
@@ -525,8 +528,8 @@ def load(spec: str) -> Tokenizer:
   """Loads the tokenizer that data.tokenizer names.
 
   Args:
-    spec: `bytes` or `bytes:N`, where tokens are bytes or parts of them; a
-      tokenizer.json; a Hugging Face folder; or hf://ORG/NAME.
+    spec: `bytes` or `bytes:N`, where tokens are bytes or parts of them; `sotu`;
+      a tokenizer.json; a Hugging Face folder; or hf://ORG/NAME.
 
   Raises:
     RequestError: if there is no such file, or it is no tokenizer.
@@ -538,11 +541,9 @@ def load(spec: str) -> Tokenizer:
             f'from bytes:{Bytes.LEAST} to bytes:{Bytes.USUAL}')
     return Bytes(size)
 
-  # Download the files if the name is one of the Hugging Face hub. A folder is
-  # read by its tokenizer.json; if it has none, by the class of transformers
-  # that it names.
-  spec = str(hub.download_if_on_hub(spec, weights=False))
-  path = pathlib.Path(spec).expanduser()
+  # A folder is read by its tokenizer.json; if it has none, by the class of
+  # transformers that it names.
+  path = find_path(spec)
   if path.is_dir():
     names = find_tokenizer_files(path)
     if not names:
@@ -558,13 +559,25 @@ def load(spec: str) -> Tokenizer:
   if not path.is_file() or path.suffix != '.json':
     raise RequestError(
         f'unknown tokenizer {spec!r}, which is no such file or folder: choose '
-        'bytes, bytes:N, a tokenizer.json, or a folder of Hugging Face with a '
-        'tokenizer, of the hub hf://ORG/NAME')
+        'bytes, bytes:N, sotu, a tokenizer.json, or a folder of Hugging Face '
+        'with a tokenizer, of the hub hf://ORG/NAME')
   from training.data import limited
   limited.call_with_limits(
       f'tokenizer {spec!r} cannot be read as a Hugging Face ' 'tokenizer.json',
       'read_json', str(path.absolute()))
   return _read_tokenizer_json(spec, path)
+
+
+def find_path(spec: str) -> pathlib.Path:
+  """Returns where the file or the folder of a tokenizer is.
+
+  Args:
+    spec: `sotu`; a path; or hf://ORG/NAME, whose files this downloads.
+  """
+  if spec == 'sotu':
+    return TOKENIZER_OF_SOTU
+  path = hub.download_if_on_hub(spec, weights=False)
+  return pathlib.Path(path).expanduser()
 
 
 def find_tokenizer_files(folder: pathlib.Path) -> tuple[str, ...]:

