@@ -4,6 +4,7 @@ A model's cache holds one LayerCache for each layer. In it stands what the mixer
 of the layer keeps: a Cache of keys and values, or the state of a recurrence.
 """
 
+import functools
 from typing import Any, Optional
 
 from flax import struct
@@ -163,20 +164,19 @@ class Cache:
     Returns:
       The cache with the new tokens.
     """
+    # All arrays are written at the same positions. The axis of the slots is
+    # another one where the cache is reordered for single tokens.
     key_axis, value_axis = self._slot_axes()
+    write = functools.partial(self._write_array, positions_BL=positions_BL)
     return self.replace(
-        key_BMJK=self._write_array(self.key_BMJK, new_BLJK=key_BLJK,
-                                   positions_BL=positions_BL,
-                                   slot_axis=key_axis),
-        value_BMJK=self._write_array(self.value_BMJK, new_BLJK=value_BLJK,
-                                     positions_BL=positions_BL,
-                                     slot_axis=value_axis),
-        index_BMJK=self._write_array(self.index_BMJK, new_BLJK=index_BLJK,
-                                     positions_BL=positions_BL,
-                                     slot_axis=key_axis),
-        forget_BMHU=self._write_array(self.forget_BMHU, new_BLJK=forget_BLHU,
-                                      positions_BL=positions_BL,
-                                      slot_axis=SLOT_AXIS))
+        key_BMJK=write(
+            self.key_BMJK, new_BLJK=key_BLJK, slot_axis=key_axis),
+        value_BMJK=write(
+            self.value_BMJK, new_BLJK=value_BLJK, slot_axis=value_axis),
+        index_BMJK=write(
+            self.index_BMJK, new_BLJK=index_BLJK, slot_axis=key_axis),
+        forget_BMHU=write(
+            self.forget_BMHU, new_BLJK=forget_BLHU, slot_axis=SLOT_AXIS))
 
   def _write_array(self, slots: Optional[jax.Array],
                    new_BLJK: Optional[jax.Array], positions_BL: jax.Array,

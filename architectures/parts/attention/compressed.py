@@ -460,12 +460,13 @@ class SWA(Attention):
       The small vectors, [B, L, U], which an indexer makes its own queries of
       too; and the queries, [B, L, H, K].
     """
-    # The small vector of each token.
-    config, fields = self.config, self.config.part(CompressedConfig)
-    query_input_BLU = self._dense('query_down', 'BLD,DU->BLU', x_BLD,
-                                  ('embed', None), ctx, fields.q_rank)
-    query_input_BLU = layers.norm(
-        config, 'query_norm', 'latent')(query_input_BLU)
+    # The small vector of each token, after its norm.
+    config = self.config
+    q_rank = config.part(CompressedConfig).q_rank
+    down_BLU = self._dense('query_down', 'BLD,DU->BLU', x_BLD,
+                           ('embed', None), ctx, q_rank)
+    normalise_vector = layers.norm(config, 'query_norm', 'latent')
+    query_input_BLU = normalise_vector(down_BLU)
 
     # The queries of all heads, each with a norm that has no parameters.
     q_BLHK = self._dense('query_up', 'BLU,UHK->BLHK', query_input_BLU,
@@ -474,8 +475,8 @@ class SWA(Attention):
     q_BLHK = layers.PlainRMSNorm(config, name='head_norm')(q_BLHK)
     q_BLHK = rotate_last_features(
         q_BLHK, positions_BL=ctx.positions_BL, config=config, length=ctx.length)
-    return query_input_BLU, sharding.constrain(
-        q_BLHK, 'batch', 'length', 'heads', 'head')
+    q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')
+    return query_input_BLU, q_BLHK
 
   def _make_keys(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns the key of each token, [B, L, 1, K]."""

@@ -818,7 +818,9 @@ class CrossAttention(Attention):
     Returns:
       The result, [B, L, H, K].
     """
-    axis = 'heads' if name == 'query' else 'kv_heads'
+    axis = 'kv_heads'
+    if name == 'query':
+      axis = 'heads'
     x_BLHK = self.project(name, x_BLD, ctx)
     x_BLHK = sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head')
     for apply_step in steps_to_apply:

@@ -370,17 +370,20 @@ class Layer(nn.Module):
     rank = rank or sizes.rank
     down_DU = layers.weight(self, f'{name}_down', shape=(config.d_model, rank),
                             axes=('embed', None), output=True)
-    axes = 'latent', 'heads', 'head'
-    up_UHK = layers.weight(self, f'{name}_up', shape=(
-        rank, sizes.value_heads, features), axes=axes)
+    up_axes = 'latent', 'heads', 'head'
+    up_UHK = layers.weight(
+        self, f'{name}_up', shape=(rank, sizes.value_heads, features),
+        axes=up_axes)
+
     # The rank does not grow with the width, so muP divides the first product by
     # `widening`, as it does logits.
     y_BLU = layers.einsum('BLD,DU->BLU', x_BLD, down_DU,
                           dtype=config.compute_dtype)
-    y_BLHK = layers.einsum('BLU,UHK->BLHK', through(y_BLU / config.widening),
-                           up_UHK, dtype=config.compute_dtype, axes=axes)
-    return sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head'
-                              ).astype(jnp.float32)
+    hidden_BLU = through(y_BLU / config.widening)
+    y_BLHK = layers.einsum('BLU,UHK->BLHK', hidden_BLU, up_UHK,
+                           dtype=config.compute_dtype, axes=up_axes)
+    y_BLHK = sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head')
+    return y_BLHK.astype(jnp.float32)
 
   def rate(self, x_BLD: jax.Array) -> jax.Array:
     """Returns b of the delta rule, float32 [B, L, H], or [B, L, H x n]."""

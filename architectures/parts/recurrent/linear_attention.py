@@ -137,18 +137,21 @@ class DeltaNet(layer.Layer):
     Returns:
       Queries, keys and values, the logarithm of the decay a, and the rate b.
     """
-    # A token may take n steps of the recurrence (n "householders"). Then it has
-    # n keys, values and rates, which are moved one after another in the row.
-    # Keys are scaled to the length 1, and queries to 1 / sqrt(K), where K is
-    # that of muP's base model.
     del ctx
     log_decay_BLHK = self.log_decay(x_BLD)
+
+    # Keys are scaled to the length 1, and queries to 1 / sqrt(K), where K is
+    # that of muP's base model.
+    unit_q_BLJK = features.normalize_length(q_BLJK, self.base_key_dim ** -0.5)
+    unit_k_BLJK = features.normalize_length(k_BLJK)
+
+    # A token may take n steps of the recurrence (n "householders"). Then it has
+    # n keys, values and rates, which are moved one after another in the row.
     move_steps_to_length = functools.partial(
         layer.steps_to_places, self.sizes.householders)
     return recurrence.Inputs(
-        features.normalize_length(q_BLJK, self.base_key_dim ** -0.5),
-        move_steps_to_length(features.normalize_length(k_BLJK)),
-        move_steps_to_length(v_BLHU), log_decay_BLHK=log_decay_BLHK,
+        q_BLJK=unit_q_BLJK, k_BLJK=move_steps_to_length(unit_k_BLJK),
+        v_BLHU=move_steps_to_length(v_BLHU), log_decay_BLHK=log_decay_BLHK,
         rate_BLH=move_steps_to_length(self.rate(x_BLD)))
 
   def run(self, inputs: recurrence.Inputs, x_BLD: jax.Array, ctx: Context,
@@ -396,18 +399,29 @@ class GDN2(KDA):
     """
     # The gates b, over the features of a key, and w, over those of a value.
     sizes = self.sizes
-    erase_BLJK = jax.nn.sigmoid(self.project('erase', x_BLD, self.key_axes, (
-        sizes.key_heads, sizes.key_dim), ctx).astype(jnp.float32))
-    write_BLHU = jax.nn.sigmoid(self.project('write', x_BLD, layer.VALUE_AXES, (
-        sizes.value_heads, sizes.value_dim), ctx).astype(jnp.float32))
+    erase_logits_BLJK = self.project(
+        'erase', x_BLD, axes=self.key_axes,
+        shape=(sizes.key_heads, sizes.key_dim), ctx=ctx)
+    erase_BLJK = jax.nn.sigmoid(erase_logits_BLJK.astype(jnp.float32))
+    write_logits_BLHU = self.project(
+        'write', x_BLD, axes=layer.VALUE_AXES,
+        shape=(sizes.value_heads, sizes.value_dim), ctx=ctx)
+    write_BLHU = jax.nn.sigmoid(write_logits_BLHU.astype(jnp.float32))
 
-    # With the setting `negative`, a bool, b is doubled: 1 + True is 2. Then
-    # more than all may be erased, which flips the sign of a part of the state.
-    k_BLJK = features.normalize_length(k_BLJK)
+    # With the setting `negative`, b is doubled. Then more than all may be
+    # erased, which flips the sign of a part of the state.
+    most_erased = 1
+    if sizes.negative:
+      most_erased = 2
+
+    # Keys have the length 1, and queries 1 / sqrt(K), where K is that of muP's
+    # base model.
+    unit_q_BLJK = features.normalize_length(q_BLJK, self.base_key_dim ** -0.5)
+    unit_k_BLJK = features.normalize_length(k_BLJK)
     return recurrence.Inputs(
-        features.normalize_length(q_BLJK, self.base_key_dim ** -0.5), k_BLJK,
-        write_BLHU * v_BLHU, log_decay_BLHK=self.log_decay(x_BLD),
-        erase_BLJK=(1 + sizes.negative) * erase_BLJK * k_BLJK)
+        q_BLJK=unit_q_BLJK, k_BLJK=unit_k_BLJK, v_BLHU=write_BLHU * v_BLHU,
+        log_decay_BLHK=self.log_decay(x_BLD),
+        erase_BLJK=most_erased * erase_BLJK * unit_k_BLJK)
 
 
 class LowRank(layer.Recurrence):
@@ -511,14 +525,15 @@ class GLA(layer.Layer):
     bias_HK = layers.bias(self, 'decay_bias',
                           shape=(sizes.heads, sizes.key_dim),
                           axes=('heads', 'head'))
-    z_BLHK = layers.add_bias(
-        self.project_low_rank('decay', x_BLD, sizes.key_dim), bias_HK)
-    log_decay_BLHK = jax.nn.log_sigmoid(z_BLHK) / sizes.temperature
+    product_BLHK = self.project_low_rank('decay', x_BLD, sizes.key_dim)
+    logit_BLHK = layers.add_bias(product_BLHK, bias_HK)
+    log_decay_BLHK = jax.nn.log_sigmoid(logit_BLHK) / sizes.temperature
+
     # The scale is 1 / sqrt(K). Under muP it falls as 1 / K where heads are
     # wider than in the base model.
     scale = jnp.asarray(self.base_key_dim ** 0.5 / sizes.key_dim, q_BLJK.dtype)
-    return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU,
-                             log_decay_BLHK=log_decay_BLHK)
+    return recurrence.Inputs(q_BLJK=scale * q_BLJK, k_BLJK=k_BLJK,
+                             v_BLHU=v_BLHU, log_decay_BLHK=log_decay_BLHK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -591,8 +606,8 @@ class RetNet(layer.Layer):
     log_decay_BLH1 = jnp.broadcast_to(
         jnp.asarray(log_decay_H, jnp.float32)[None, None, :, None],
         (*v_BLHU.shape[:3], 1))
-    return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU,
-                             log_decay_BLHK=log_decay_BLH1)
+    return recurrence.Inputs(q_BLJK=scale * q_BLJK, k_BLJK=k_BLJK,
+                             v_BLHU=v_BLHU, log_decay_BLHK=log_decay_BLH1)
 
 
 def config_of_rotated_heads(config: ModelConfig) -> ModelConfig:
