@@ -35,7 +35,7 @@ import numpy as np
 
 from common.errors import RequestError, check_choice, require, shorten
 from training import hub
-from training.data import texts
+from training.data import texts, tokenizers
 from training.data.tokenizers import Tokenizer, read_special_tokens
 from training.workdir import storage
 
@@ -732,7 +732,7 @@ def special_tokens_of_template(tokenizer: Tokenizer) -> dict[str, str]:
   """
   # The files of a tokenizer may name its special tokens. The tokenizer is
   # called by the path of its file or folder; one of bytes has neither.
-  folder = pathlib.Path(tokenizer.name)
+  folder = tokenizers.find_path(tokenizer.name)
   if not folder.is_dir():
     folder = folder.parent
   named = {}

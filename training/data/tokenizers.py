@@ -544,6 +544,10 @@ def load(spec: str) -> Tokenizer:
   # A folder is read by its tokenizer.json; if it has none, by the class of
   # transformers that it names.
   path = find_path(spec)
+  if hub.repository_of_name(spec):
+    # The folder of the downloaded files is the tokenizer's name, because the
+    # chat template, for example, is read from there.
+    spec = str(path)
   if path.is_dir():
     names = find_tokenizer_files(path)
     if not names:

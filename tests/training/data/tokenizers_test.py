@@ -11,7 +11,7 @@ import tokenizers as hf
 from configs import base
 from tests.helpers import data_files as files
 from tools import tokenizer as tool
-from training.data import limited, tokenizers
+from training.data import conversations, limited, tokenizers
 from training.hf import tokenizer as hf_tokenizer
 
 TEXT = (
@@ -67,6 +67,16 @@ def test_the_shipped_tokenizer_is_what_the_tool_makes_of_the_default_text(
       hf_tokenizer._files_of_tokenizer(tokenizer)):
     assert files_of_tokenizer == {
         'tokenizer.json': tokenizers.TOKENIZER_OF_SOTU}
+
+
+def test_the_shipped_tokenizer_reads_nothing_of_the_working_directory(
+    tmp_path, monkeypatch):
+  config_file = tmp_path / 'tokenizer_config.json'
+  config_file.write_text(json.dumps({'bos_token': '<of another>'}))
+  monkeypatch.chdir(tmp_path)
+  tokenizer = tokenizers.load('sotu')
+  named = conversations.special_tokens_of_template(tokenizer)
+  assert '<of another>' not in named.values()
 
 
 def test_bytes_are_the_ids():
