@@ -17,34 +17,40 @@ from configs import base
 LOCAL_ROPE = gemma4.ROPE_OF_LAYER_TYPE[gemma4.SLIDING]
 
 
-def _layers_that_share_keys(num_own: int, num_shared: int, d_ff: int,
-                            period: int) -> dict:
-  """Returns the fields of the layers of E2B and E4B, of which the last ones
-  read the keys of earlier ones.
+def _layers_that_share_keys(num_with_keys: int, num_without_keys: int,
+                            d_ff_without_keys: int, period: int) -> dict:
+  """Returns the fields of the layers of the sizes e2b and e4b. The first layers
+  compute keys and values, and the layers above them compute none: they attend
+  to the keys and values of a layer below.
 
   Args:
-    num_own: how many layers have keys of their own.
-    num_shared: how many have not.
-    d_ff: the hidden units of the networks of these.
-    period: how many layers there are for each that sees all keys.
+    num_with_keys: how many layers compute keys and values.
+    num_without_keys: how many layers do not.
+    d_ff_without_keys: the hidden units of the feed-forward networks of the
+      layers that compute no keys.
+    period: one layer in so many has global attention; the others have a window.
 
   Returns:
     The fields of config.model, by name.
   """
-  # In each period the last layer sees all keys, and the others have a window.
-  own = ['local'] * (period - 1) + ['global']
-  shared = [name + gemma4.SHARED for name in own]
-  # A kind that reads the keys of another one has all else of its own kind.
-  sharing = dict(kv_sharing=True, d_ff=d_ff)
+  # The last layer of each period has global attention.
+  kinds_of_period = ['local'] * (period - 1) + ['global']
+  kinds_without_keys = [kind + '_shared' for kind in kinds_of_period]
+  num_periods_with_keys = num_with_keys // period
+
   local_layer = dict(window=512, rope=LOCAL_ROPE)
   global_layer = dict(window=0, head_dim=512)
+  without_keys = dict(kv_sharing=True, d_ff=d_ff_without_keys)
   return dict(
-      num_layers=num_own + num_shared, pattern=','.join(shared),
-      prefix=','.join(own * (num_own // period)), kinds={
+      num_layers=num_with_keys + num_without_keys,
+      # The kinds of the first layers, and the kinds that the others repeat.
+      prefix=','.join(kinds_of_period * num_periods_with_keys),
+      pattern=','.join(kinds_without_keys),
+      kinds={
           'local': local_layer,
           'global': global_layer | dict(keys_as_values=False),
-          'local_shared': local_layer | sharing,
-          'global_shared': global_layer | sharing})
+          'local_shared': local_layer | without_keys,
+          'global_shared': global_layer | without_keys})
 
 
 SIZES = base.table_of_sizes(
@@ -61,9 +67,9 @@ SIZES |= base.table_of_sizes(
     num_heads=8, head_dim=256, max_len=131_072, vocab_size=262_144,
     memory='per_layer', per_layer=dict(size=256))
 SIZES['e2b'] |= _layers_that_share_keys(
-    num_own=15, num_shared=20, d_ff=2 * 6144, period=5)
+    num_with_keys=15, num_without_keys=20, d_ff_without_keys=2 * 6144, period=5)
 SIZES['e4b'] |= _layers_that_share_keys(
-    num_own=24, num_shared=18, d_ff=10240, period=6)
+    num_with_keys=24, num_without_keys=18, d_ff_without_keys=10240, period=6)
 SIZES['tiny'] = base.SMALL_DECODER | {
     'kinds.global.num_kv_heads': 1, 'kinds.global.head_dim': 64}
 

@@ -3,8 +3,8 @@
 A chat template can loop without an end. A tokenizer.json of a few lines can
 write a gigabyte for a word, or end the process that reads it. So a template is
 rendered, and the files of a tokenizer are read before they are read here, in a
-process that may take SECONDS of the processor's time and BYTES of memory, and
-WAITS times as long in all. It imports neither JAX nor the rest of the project.
+process that may take MOST_SECONDS of the processor's time and MOST_BYTES of
+memory, and WAITING_FACTOR times as long in all. It does not import JAX.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ def call_with_limits(subject: str, function: str, *args: Any,
 
   Args:
     subject: the beginning of a message, which says what fails.
-    function: the name of the function.
+    function: the name of the function, a key of _FUNCTIONS.
     *args: its arguments, which must fit into JSON.
     keep: whether the process stays alive for the next call. If not, its memory
       is freed, of which a large vocabulary takes much.
@@ -89,8 +89,11 @@ def _start_limited_process(_: int) -> Any:
   already (the function has a cache).
 
   Args:
-    _: the id of the calling process. It makes a forked process start one of its
-      own.
+    _: the id of the calling process, by which the cache looks up the process
+      with limits: so a forked process starts another one.
+
+  Returns:
+    The process, a subprocess.Popen whose stdin and stdout are text.
   """
   paths = os.pathsep.join(map(os.path.abspath, sys.path))
   return subprocess.Popen(
@@ -185,34 +188,50 @@ def _try_tokenizer(pipeline: Any) -> None:
     pipeline.decode(pipeline.encode(_LONG_TEXT).ids)
 
 
+# What `call_with_limits` may call, by name.
+_FUNCTIONS = {
+    'render': render,
+    'read_json': read_json,
+    'read_others': read_others,
+}
+
+
 def main() -> None:
   """Runs the process with limits: reads one call a line from standard input
   and writes one reply a line, until the process that calls has ended.
 
-  A reply is the JSON list [what the function returns, why it has failed].
+  The program has three arguments, in this order: the seconds of the processor's
+  time that a call may take, the bytes of memory that the process may take, and
+  the seconds that a call may take in all.
+
+  A call is the JSON list [name of the function, its arguments ...]; a reply is
+  the JSON list [what the function returns, why it has failed].
   """
-  seconds, size, at_most = map(int, sys.argv[1:])
-  # Set the limits that hold for all calls: no core dump, and little memory.
-  # Ignore signals from the terminal: the calling process ends this one.
+  cpu_seconds, memory_bytes, total_seconds = map(int, sys.argv[1:])
+  # Set the limits that hold for all calls: no core dump, and `memory_bytes` of
+  # memory. Ignore signals from the terminal: the calling process ends this one.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-  resource.setrlimit(resource.RLIMIT_DATA, (size, size))
-  _, most = resource.getrlimit(resource.RLIMIT_CPU)
+  resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+  _, hard_cpu_limit = resource.getrlimit(resource.RLIMIT_CPU)
 
   # Lines that a library prints must not be taken for a reply: send them to
   # standard error.
   replies = sys.stdout
   sys.stdout = sys.stderr
   for line in sys.stdin:
-    function, *args = json.loads(line)
+    name, *args = json.loads(line)
     # Limit the processor time of this call; the system counts it from the start
     # of the process. An alarm limits the time of a call that only waits.
-    until = int(sum(os.times()[:2])) + 1 + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (until, most))
-    signal.alarm(at_most)
+    user_seconds, system_seconds = os.times()[:2]
+    used_cpu_seconds = int(user_seconds + system_seconds)
+    cpu_limit = used_cpu_seconds + 1 + cpu_seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, hard_cpu_limit))
+    signal.alarm(total_seconds)
     try:
-      reply = json.dumps([globals()[function](*args), ''])
+      value = _FUNCTIONS[name](*args)
+      reply = json.dumps([value, ''])
     except BaseException as error:
       # Reply to all errors. A panic of Rust is a BaseException.
       why = ' '.join(str(error).split())[:200] or type(error).__name__
