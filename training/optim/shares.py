@@ -34,17 +34,19 @@ STACKS = ('encoder', 'decoder')  # from the bottom
 
 def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
                          shapes: Any, adapted: bool = False):
-  """Returns what the learning rate of each parameter is multiplied by, as a
-  tree; 0 for a frozen one.
-
-  A leaf is a number, or where the layers that share an array differ an array
-  [N, 1, ...] of as many axes as the parameter.
+  """Computes the share of each parameter: the factor by which the learning rate
+  is multiplied for it, 0 if the parameter is frozen.
 
   Args:
     optim: config.optim.
     roles: the Role of each parameter.
     shapes: the parameters' shapes.
     adapted: whether the model has low-rank adapters.
+
+  Returns:
+    A tree with the share of each parameter: a number, or, where an array holds
+    several layers whose shares differ, an array [N, 1, ...] with as many axes
+    as the parameter.
 
   Raises:
     RequestError: for a pattern that is no regular expression or matches no
@@ -62,37 +64,57 @@ def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
       patterns, parameter_paths=list(shape_of_path), stacks=stacks)
 
   def share_of_parameter(key: Any, role: Role, x: Any) -> float | np.ndarray:
-    """Returns the share of one parameter: a number where all layers that it
-    holds agree, or else an array that multiplies it.
-
-    Args:
-      key: the path of the parameter in the tree.
-      role: its Role.
-      x: the parameter's shape and dtype.
-    """
     path = paths.path_to_string(key)
     shares_of_layers = []
     for layer_path, power in _layers_and_powers(path, stacks):
-      share = 0.0
       is_frozen = _is_frozen(path, layer_path=layer_path, patterns=patterns,
                              role=role, adapted=adapted)
-      if not is_frozen:
-        share = optim.layer_decay ** power
-        if role.reads:
-          share *= optim.table_rate
-      shares_of_layers.append(share)
-    if len(set(shares_of_layers)) == 1:
-      return shares_of_layers[0]
-
-    # The layers are the first axis of the parameter.
-    later_axes = [1] * (len(x.shape) - 1)
-    return np.array(shares_of_layers, np.float32).reshape(-1, *later_axes)
+      shares_of_layers.append(
+          _share_of_layer(optim, role=role, power=power, is_frozen=is_frozen))
+    return _join_shares(shares_of_layers, ndim=len(x.shape))
 
   tree = jax.tree_util.tree_map_with_path(share_of_parameter, roles, shapes)
   require(any(map(np.any, jax.tree.leaves(tree))),
           f'optim.freeze is {optim.freeze!r}, which leaves no parameter to '
           'train')
   return tree
+
+
+def _share_of_layer(optim: ml_collections.ConfigDict, role: Role, power: int,
+                    is_frozen: bool) -> float:
+  """Returns the factor of the learning rate of one layer of a parameter.
+
+  Args:
+    optim: config.optim.
+    role: the parameter's Role.
+    power: the power of optim.layer_decay for this layer.
+    is_frozen: whether the layer is not trained.
+  """
+  if is_frozen:
+    return 0.0
+  share = optim.layer_decay ** power
+  # A table that n-grams look up has a rate of its own.
+  if role.reads:
+    share *= optim.table_rate
+  return share
+
+
+def _join_shares(shares_of_layers: list[float], ndim: int
+                 ) -> float | np.ndarray:
+  """Joins the shares of the layers that one parameter holds.
+
+  Args:
+    shares_of_layers: the share of each of these layers, N of them.
+    ndim: the number of axes of the parameter, of which the first is its layers.
+
+  Returns:
+    A number if all layers have the same share; else an array [N, 1, ...] of
+    `ndim` axes.
+  """
+  if len(set(shares_of_layers)) == 1:
+    return shares_of_layers[0]
+  other_axes = [1] * (ndim - 1)
+  return np.array(shares_of_layers, np.float32).reshape(-1, *other_axes)
 
 
 def _check_patterns(patterns: list[re.Pattern], parameter_paths: list[str],
