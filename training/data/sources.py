@@ -201,27 +201,37 @@ def hold_out_end_of_text(source: Source, every: int | None,
   if not is_one_text or every is None or every < 2:
     return source
 
-  def read(path: str) -> Iterator[str]:
-    """Yields the two documents of each text of a file.
-
-    Args:
-      path: the path of the file.
-    """
+  def read_in_two(path: str) -> Iterator[str]:
     for text in source.read(path):
-      # Document 1, which training reads, must not depend on `part`. -(-a // b)
-      # rounds the quotient up.
-      held_out_size = -(-len(text) // every)
-      start = len(text) - held_out_size
-      middle = (start + len(text)) // 2
-      slice_of_part = {'': slice(start, None), 'first': slice(start, middle),
-                       'second': slice(middle, None)}
-      yield text[slice_of_part[part]]
-      yield text[:start]
+      held_out, trained_on = _cut_off_end(text, every=every, part=part)
+      yield held_out
+      yield trained_on
 
   # Tokens are found in the cache by the reader's name, among other things. So
   # each way of cutting must have its own name.
   reader = f'{source.reader}, the last 1/{every} first {part}'.rstrip()
-  return dataclasses.replace(source, read=read, is_cut=True, reader=reader)
+  return dataclasses.replace(
+      source, read=read_in_two, is_cut=True, reader=reader)
+
+
+def _cut_off_end(text: str, every: int, part: str) -> tuple[str, str]:
+  """Cuts the held-out end off a text.
+
+  Args:
+    text: the whole text.
+    every: the end is 1/every of the characters, rounded up.
+    part: which half of the end is returned, 'first' or 'second'; '': all of it.
+
+  Returns:
+    The held-out end, or that half of it; and the text before the end, which is
+    trained on and does not depend on `part`.
+  """
+  held_out_size = -(-len(text) // every)  # -(-a // b) rounds the quotient up
+  start = len(text) - held_out_size
+  middle = (start + len(text)) // 2
+  slice_of_part = {'': slice(start, None), 'first': slice(start, middle),
+                   'second': slice(middle, None)}
+  return text[slice_of_part[part]], text[:start]
 
 
 def _published_layout() -> conversations.Layout:
