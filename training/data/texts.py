@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 import csv
 import importlib
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -159,7 +158,7 @@ def check_text(text: Any, location: str) -> str:
   return text
 
 
-def read_rows(path: str, names: bool = True) -> Rows:
+def read_rows(path: str, has_header: bool = True) -> Rows:
   """Yields the rows of a file as (location, {column: value}). The location is
   the file and the line, for messages.
 
@@ -168,13 +167,14 @@ def read_rows(path: str, names: bool = True) -> Rows:
 
   Args:
     path: the path of the file.
-    names: whether the first line of a table has the names of its columns.
+    has_header: whether the first line of a table has the names of its columns.
+      If not, they are called '0', '1', and so on.
 
   Raises:
     RequestError: for a row that cannot be read.
   """
   if path.endswith(TABLE_ENDINGS):
-    yield from _read_table(path, names)
+    yield from _read_table(path, has_header)
     return
   with open(path, 'rb') as file:
     is_list = file.read(1) == b'['
@@ -198,14 +198,17 @@ def _read_json_lines(path: str) -> Iterator[tuple[str, Any]]:
     yield location, parse_json(line, f'{location},')
 
 
-def _read_table(path: str, names: bool) -> Rows:
+def _read_table(path: str, has_header: bool) -> Rows:
   """Yields the rows of a .tsv or a .csv as (location, {column: cell}). The
   location is the file and the line, for messages.
 
   Args:
     path: the path of the file.
-    names: whether the first line has the names of the columns. If not, they are
-      called '0', '1', and so on.
+    has_header: whether the first line has the names of the columns. If not,
+      they are called '0', '1', and so on.
+
+  Raises:
+    RequestError: for quotes that are not closed, and the like.
   """
   # In a .tsv, quotes have no meaning, as in the files of GLUE. By default the
   # module csv refuses a cell of more than 131,072 characters.
@@ -216,21 +219,22 @@ def _read_table(path: str, names: bool) -> Rows:
   text = io.StringIO(read_text(path).removeprefix('\ufeff'), newline='')
   reader = csv.reader(text, strict=True, **dialect)
 
-  # Skip empty lines. A quoted cell may have several lines, so the location is
-  # the line at which a row begins: the one after the last line of the row
-  # before.
+  # A quoted cell may have several lines, so the location is the line at which a
+  # row begins: the one after the last line of the row before.
   columns = None
   first_line = 1
   try:
     for cells in reader:
-      if any(map(str.strip, cells)):
-        if names and columns is None:
-          columns = cells
-        else:
-          numbers = map(str, itertools.count())
-          row = dict(zip(columns or numbers, cells))
-          yield f'{path}, line {first_line}', row
+      location = f'{path}, line {first_line}'
       first_line = reader.line_num + 1
+      is_empty = not any(map(str.strip, cells))
+      if is_empty:
+        continue
+      if has_header and columns is None:
+        columns = cells
+        continue
+      names = columns or map(str, range(len(cells)))
+      yield location, dict(zip(names, cells))
   except csv.Error as error:
     raise RequestError(f'{path}, line {first_line}, is broken CSV: {error}.'
                        ) from error
