@@ -352,8 +352,14 @@ def _format_figures(step: int, total: int, figures: Mapping[str, Any]) -> str:
 
 
 class StepFigures(NamedTuple):
-  """The figures of a step, read from the devices, and the time at which the
-  step was done, as DeferredFigures was told to take it."""
+  """The figures of a step as numbers.
+
+  Attributes:
+    step: the number of the step.
+    figures: {name: number, or nested list where several runs train as one}.
+    done: the time at which the step was done, as the function `now` of
+      DeferredFigures returns it.
+  """
   step: int
   figures: dict[str, Any]
   done: Any
@@ -370,7 +376,8 @@ class DeferredFigures:
   """
 
   def __init__(self, now: Callable[[], Any]):
-    self._waiting: tuple[int, Mapping[str, Any], Any] | None = None
+    # (step, its metrics, when it was done or None) of the step not yet read.
+    self._unread: tuple[int, Mapping[str, Any], Any] | None = None
     self._now = now
 
   def push(self, step: int, metrics: Mapping[str, Any]) -> StepFigures | None:
@@ -382,36 +389,38 @@ class DeferredFigures:
       metrics: its metrics, arrays that may not be computed yet.
 
     Returns:
-      The metrics of the step before, as numbers; None at the first call.
+      The figures of the step before; None at the first call.
     """
     import jax  # late: what only draws progress needs no jax
     # Begin to copy the metrics to the host, without waiting.
-    leaves = jax.tree.leaves(metrics)
-    for value in leaves:
-      value.copy_to_host_async()
-    # Wait for the step before. This must come before the time is taken below.
-    last_figures = self.flush()
-    # If the step has been computed already, as on a CPU, which computes while
-    # it dispatches (distributed/cpu.py), it was done now and not when it is
-    # read.
+    arrays = jax.tree.leaves(metrics)
+    for array in arrays:
+      array.copy_to_host_async()
+    # Read the step before, which waits until it is done. The time is taken only
+    # after that.
+    figures_of_step_before = self.flush()
+    # A step is usually done when `flush` reads it, one call later. On a CPU it
+    # is done here already, since it is computed while it is dispatched
+    # (distributed/cpu.py): so its time is taken here.
     done = None
-    if all(x.is_ready() for x in leaves):
+    if all(array.is_ready() for array in arrays):
       done = self._now()
-    self._waiting = step, metrics, done
-    return last_figures
+    self._unread = step, metrics, done
+    return figures_of_step_before
 
   def flush(self) -> StepFigures | None:
     """Waits until the last step is done, and returns its metrics, which `push`
     has kept. It must also be called before an evaluation, a save and the end.
 
     Returns:
-      The metrics as numbers; None if none are kept.
+      The figures of that step; None if they have been returned already, or if
+      there was no step.
     """
-    if self._waiting is None:
+    if self._unread is None:
       return None
     import jax  # late, as above
-    step, metrics, done = self._waiting
-    self._waiting = None
+    step, metrics, done = self._unread
+    self._unread = None
     arrays = jax.device_get(dict(metrics))
     figures = jax.tree.map(lambda x: x.tolist(), arrays)
     return StepFigures(step=step, figures=figures, done=done or self._now())

@@ -77,7 +77,7 @@ class Record(NamedTuple):
   Attributes:
     texts: one or two, neither of them empty.
     label: as it is written; '': the row has none.
-    location: the file and the line, for messages.
+    where: the file and the line with a comma after them, as a message begins.
     names: the names of the columns of `texts`.
   """
   texts: tuple[str, ...]
@@ -96,11 +96,17 @@ class Record(NamedTuple):
 
 
 class Sentence(NamedTuple):
-  """A sentence: its words, a label for each or none at all, and the line where
-  each word stands."""
+  """A sentence of labelled words.
+
+  Attributes:
+    words: the words, in order.
+    labels: the label of each word; []: there are none.
+    locations: where each word stands, such as the file and the line, for
+      messages.
+  """
   words: list[str]
   labels: list[str]
-  lines: list[str]
+  locations: list[str]
 
 
 class Question(NamedTuple):
@@ -245,7 +251,8 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
   columns = fields
   names: tuple[str, ...] = ()
   size = 0
-  for number, (location, row) in enumerate(texts.read_rows(path, names=False)):
+  for number, (location, row) in enumerate(
+      texts.read_rows(path, has_header=False)):
     if number == 0:
       size = len(row)
       named = _find_named_columns(location, row=row, fields=fields)
@@ -499,12 +506,13 @@ def _read_questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
   return _group_into_paragraphs(asked())
 
 
-def _sentence_of_words(location: str, words: list[Any], labels: list[Any]
-                       | None = None) -> Sentence:
+def _sentence_of_words(location: str, words: list[Any],
+                       labels: list[Any] | None = None) -> Sentence:
   """Makes a record of a sentence from its words and their labels.
 
   Args:
-    location: the row, for messages.
+    location: the row that holds the sentence, such as 'NAME, row 3'; messages
+      go on after a comma.
     words: the words of the sentence.
     labels: the label of each word, in the same order; None: there are none.
 
@@ -518,13 +526,12 @@ def _sentence_of_words(location: str, words: list[Any], labels: list[Any]
     raise RequestError(f'{location}, has {len(words)} words and {len(labels)} '
                        'labels: there is one for each word')
 
-  # Keep the place of each word, for messages about it or its label.
-  sentence = Sentence(words=[], labels=[], lines=[])
+  sentence = Sentence(words=[], labels=[], locations=[])
   for number, word in enumerate(words, 1):
     sentence.words.append(texts.check_text(word, f'{location},'))
-    sentence.lines.append(f'{location}, word {number}')
-  for label, line in zip(labels, sentence.lines):
-    sentence.labels.append(_label_as_text(label, f'{line},'))
+    sentence.locations.append(f'{location}, word {number}')
+  for label, location_of_word in zip(labels, sentence.locations):
+    sentence.labels.append(_label_as_text(label, f'{location_of_word},'))
   return sentence
 
 
@@ -569,12 +576,12 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
     path: the path of the file.
 
   Yields:
-    Each sentence, with its words, labels and lines.
+    Each sentence, with its words, their labels and their locations.
 
   Raises:
     RequestError: naming the line without one of these columns.
   """
-  sentence = Sentence(words=[], labels=[], lines=[])
+  sentence = Sentence(words=[], labels=[], locations=[])
   # The shape of the first line that is surely a word's: whether it has a tab,
   # and how many columns.
   shape_of_words = None
@@ -588,7 +595,7 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
     if not text.strip() or fields[0] == '-DOCSTART-':
       if sentence.words:
         yield sentence
-      sentence = Sentence(words=[], labels=[], lines=[])
+      sentence = Sentence(words=[], labels=[], locations=[])
       continue
 
     # A line that begins with # before a sentence is a comment, unless it has
@@ -607,7 +614,7 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
     word, *labels = _word_and_label(fields, columns=columns, location=location)
     sentence.words.append(word)
     sentence.labels.extend(labels)
-    sentence.lines.append(location)
+    sentence.locations.append(location)
 
   # The last sentence may have no empty line after it.
   if sentence.words:
@@ -659,7 +666,7 @@ def check_entities(sentence: Sentence) -> None:
   # without its first two characters is its TYPE. 'O' has none: 'O'[2:] is '',
   # which equals no TYPE.
   previous_label = 'O'
-  for label, location in zip(sentence.labels, sentence.lines):
+  for label, location in zip(sentence.labels, sentence.locations):
     require(bool(_PATTERN_OF_ENTITY_LABEL.fullmatch(label)),
             f'{location}, has the label {label!r} '
             'among labels of entities, which are O, B-TYPE and I-TYPE')

@@ -638,7 +638,7 @@ class Sentences(Rows):
     self.num_bytes = 0
     for number, (sentence, words) in enumerate(zip(self.records, tokenised)):
       class_numbers_W = self._numbers(sentence)
-      shared = choose_stride(config, room=room, location=sentence.lines[0])
+      shared = choose_stride(config, room=room, location=sentence.locations[0])
       self.items += _cut_sentence(number, words=words, numbers=class_numbers_W,
                                   shared=shared, room=room)
       self.num_tokens += len(words.ids)
@@ -647,14 +647,15 @@ class Sentences(Rows):
   def _numbers(self, sentence: labelled.Sentence) -> np.ndarray:
     """Returns the number of the label of each word; 0 where it has none."""
     numbers_W = np.zeros(len(sentence.words), np.int32)
-    for i, (label, location) in enumerate(zip(sentence.labels, sentence.lines)):
+    labels = zip(sentence.labels, sentence.locations)
+    for i, (label, location) in enumerate(labels):
       check_choice(f'label in {location}:', value=label, choices=self._number)
       numbers_W[i] = self._number[label]
     return numbers_W
 
   def labels_with_places(self) -> Iterator[tuple[str, str]]:
     for sentence in self.records:
-      yield from zip(sentence.labels, sentence.lines)
+      yield from zip(sentence.labels, sentence.locations)
 
 
 def _cut_sentence(sentence: int, words: Words, numbers: np.ndarray,

@@ -37,32 +37,30 @@ def resolve_mesh_shape(sizes: Mapping[str, int], num_devices: int
   Raises:
     RequestError: where the product of the sizes is not the number of devices.
   """
-  # Multiply the sizes that are given, and find the axis that is -1.
   shape = {axis: sizes[axis] for axis in tables.MESH_AXES}
-  text = ', '.join(f'mesh.{axis}={size}' for axis, size in shape.items())
-  free_axes = []
-  product_of_sizes = 1
+  written_sizes = ', '.join(f'mesh.{axis}={size}'
+                            for axis, size in shape.items())
   for axis, size in shape.items():
     require(size >= 1 or size == -1, f'mesh.{axis} is {size}: choose a size '
             '>= 1, or -1 for what the other axes leave')
-    if size == -1:
-      free_axes.append(axis)
-    else:
-      product_of_sizes *= size
-  require(len(free_axes) <= 1, f'{text}: only one axis may be -1')
+  free_axes = [axis for axis, size in shape.items() if size == -1]
+  require(len(free_axes) <= 1, f'{written_sizes}: only one axis may be -1')
 
-  # The axes must use all devices.
-  fault = ''
-  if free_axes and num_devices % product_of_sizes:
-    fault = 'does not divide'
-  elif not free_axes and num_devices != product_of_sizes:
-    fault = 'is not'
-  if fault:
+  # The axes must use all devices: without a free axis their sizes multiply to
+  # the number of devices, with one the product divides that number.
+  product_of_sizes = math.prod(size for size in shape.values() if size != -1)
+  if free_axes:
+    uses_all_devices = num_devices % product_of_sizes == 0
+    relation = 'does not divide'
+  else:
+    uses_all_devices = num_devices == product_of_sizes
+    relation = 'is not'
+  if not uses_all_devices:
     devices = format_count(num_devices, 'device')
     raise RequestError(
-        f'{text}: the sizes multiply to {product_of_sizes}, which {fault} the '
-        f'{devices} there are: choose sizes whose product is {num_devices}, '
-        'or -1 for one of them')
+        f'{written_sizes}: the sizes multiply to {product_of_sizes}, which '
+        f'{relation} the {devices} there are: choose sizes whose product is '
+        f'{num_devices}, or -1 for one of them')
   for axis in free_axes:
     shape[axis] = num_devices // product_of_sizes
   return shape

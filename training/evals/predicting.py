@@ -260,7 +260,7 @@ def _make_sentence(row: Any, location: str) -> labelled.Sentence:
                        'list of its words')
   checked_words = [_check_not_empty(word, location) for word in words]
   return labelled.Sentence(words=checked_words, labels=[],
-                           lines=[location] * len(words))
+                           locations=[location] * len(words))
 
 
 def _make_paragraph(row: Any, location: str) -> labelled.Paragraph:

@@ -578,44 +578,49 @@ class _Export:
   """The tensors of a model in the Hugging Face format, made one by one.
 
   Attributes:
-    tensors: the tensors that are made of parameters, by name.
-    constants: the tensors that follow from the config, by name.
-    dtypes: the type in which each of `tensors` is written.
+    tensors: the tensors that are made of parameters, by their name in the files
+      of transformers.
+    constants: the arrays that follow from the config, such as rotary
+      frequencies, by the same names.
+    dtypes: {name: the type in which the tensor is written} of `tensors`.
   """
 
   def __init__(self, config: ModelConfig, flat: Mapping[str, Any], dtype: str):
-    """Lists the tensors of a model that is to be written, with the type of
-    each.
+    """Lists the tensors of the files and chooses the type of each. No tensor is
+    made yet.
 
     Args:
       config: the config of the model.
       flat: the parameters, by path.
       dtype: the type to write them in; '': the type that each has.
     """
-    page = architectures.hugging_face(config.arch)
+    hugging_face = architectures.hugging_face(config.arch)
+    self._parameters = flat
+    # Each row of the table says which parameters one tensor holds, or several.
+    rows = hugging_face.rows(config)
     shapes = {path: x.shape for path, x in flat.items()}
-    # The table of names of the architecture says which parameters each tensor
-    # holds, one or several.
-    tensors = tensor_map.map_tensors(page.rows(config), shapes)
-    self._flat = flat
+    tensors = tensor_map.map_tensors(rows, shapes)
     self.tensors = {tensor.name: tensor for tensor in tensors}
-    self.constants = page.constants(config)
+    self.constants = hugging_face.constants(config)
+
+    # By default a tensor has the type of its first parameter. A tensor of whole
+    # numbers, such as a table of ids, is written as int64, though its parameter
+    # is of floats.
     self.dtypes: dict[str, np.dtype] = {}
-    self._floats: dict[str, np.dtype] = {}  # of the parameters
-    # By default a tensor has the type of its first parameter. Integers stay
-    # integers in the file, though our parameters are floats.
+    self._float_dtypes: dict[str, np.dtype] = {}
     for tensor in tensors:
-      tensor_dtype = np.dtype(dtype or flat[tensor.paths[0]].dtype)
-      self._floats[tensor.name] = tensor_dtype
-      if re.fullmatch(page.integers, tensor.name):
-        tensor_dtype = np.dtype('int64')
-      self.dtypes[tensor.name] = tensor_dtype
+      float_dtype = np.dtype(dtype or flat[tensor.paths[0]].dtype)
+      self._float_dtypes[tensor.name] = float_dtype
+      has_integers = re.fullmatch(hugging_face.integers, tensor.name)
+      self.dtypes[tensor.name] = (
+          np.dtype('int64') if has_integers else float_dtype)
 
   def check_ranges(self) -> None:
-    """Raises RequestError for a value that its type does not reach."""
+    """Raises RequestError for a parameter with a value that is not finite, or
+    too large for the type that it is written in."""
     for name, tensor in self.tensors.items():
-      words = ' and '.join(tensor.paths)
-      check_values_fit(words, self._joined(name), dtype=self._floats[name])
+      check_values_fit(' and '.join(tensor.paths), self._join(name),
+                       dtype=self._float_dtypes[name])
 
   def sizes(self) -> dict[str, int]:
     """Returns the number of bytes of each tensor, by name."""
@@ -630,14 +635,16 @@ class _Export:
     """Returns a tensor as it is written."""
     if name in self.constants:
       return self.constants[name]
-    return self._joined(name).astype(self.dtypes[name], copy=False)
+    return self._join(name).astype(self.dtypes[name], copy=False)
 
-  def _joined(self, name: str) -> np.ndarray:
-    """Returns a tensor in the type of its parameters."""
+  def _join(self, name: str) -> np.ndarray:
+    """Makes a tensor out of the parameters that it holds, in their type."""
     tensor = self.tensors[name]
-    ours = [np.asarray(self._flat[path][index])
-            for path, index in zip(tensor.paths, tensor.indices)]
-    return tensor.join_parameters(ours)
+    parameters = []
+    for path, index in zip(tensor.paths, tensor.indices):
+      # A layer or an expert is one index of the parameter's leading axes.
+      parameters.append(np.asarray(self._parameters[path][index]))
+    return tensor.join_parameters(parameters)
 
 
 def is_new_head(ours: ModelConfig, theirs: ModelConfig) -> bool:
