@@ -45,7 +45,7 @@ DIRECTIONS = {
     'muon': matrices.scale_by_muon({'x': MATRIX}, beta=0.5),
     'normuon': matrices.scale_by_normuon({'x': MATRIX}, beta=0.5, b2=0.7),
     'soap': soap.scale_by_soap(
-        {'x': MATRIX}, b1=0.6, b2=0.7, eps=0.5, every=1, most=4),
+        {'x': MATRIX}, b1=0.6, b2=0.7, eps=0.5, basis_every=1, max_side=4),
     'sgd': optax.trace(0.5)}
 TRAINED_APART = ('muon', 'normuon', 'soap')  # their vectors are Adam's
 

@@ -296,14 +296,13 @@ def read_config_json(tree: dict[str, Any], files: Collection[str] | None = None
   reader = Reader(tree)
   _refuse_quantised(reader)
   fields = read_model_fields(reader)
-  page = architectures.hugging_face(fields.arch)
-  # `page` says how this architecture is written in the Hugging Face format.
-  # That of a decoder does not ask for is_encoder_decoder, which old files have.
+  hf_format = architectures.hugging_face(fields.arch)
+  # A decoder alone does not read is_encoder_decoder, which old files have.
   if 'is_encoder_decoder' not in reader.names_read:
     reader.require_values(is_encoder_decoder=False)
 
   # Refuse fields that were not read and may matter, and note the others.
-  unread = reader.refuse_unread_fields(known_fields(page.model_type))
+  unread = reader.refuse_unread_fields(known_fields(hf_format.model_type))
   if unread:
     reader.notes.append(
         f'config.json has {", ".join(unread)}, {NOTE_OF_UNREAD_FIELDS} in a '
@@ -311,7 +310,7 @@ def read_config_json(tree: dict[str, Any], files: Collection[str] | None = None
 
   # Some fields follow only from the names of the tensors.
   if files is not None:
-    fields.update(page.read_tensor_names(files))
+    fields.update(hf_format.read_tensor_names(files))
   model = architectures.resolve(fields)
   _check_model(model)
   return ContentOfConfigJson(fields=fields, model=model, notes=reader.notes)
@@ -388,8 +387,8 @@ def _refuse_quantised(reader: Reader) -> None:
 
 def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
   """Returns the fields of our config.model that a config.json of Hugging Face
-  describes. Its model_type names the architecture, whose page (a module with
-  its names in the Hugging Face format) says how to read it.
+  describes. Its model_type names the architecture, whose module in
+  architectures/ says how to read it.
 
   Args:
     reader: the reader of the config.json, which records the fields that are
@@ -397,31 +396,31 @@ def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
   """
   arch = reader.read_choice('model_type', '',
                             architectures.arch_of_model_type())
-  page = architectures.hugging_face(arch)
-  fields = _read_table(reader, page)
-  reader.require_values(**page.only)
-  reader.ignore_fields(*page.fields_without_effect)
-  fields |= _read_head(reader, page)
+  hf_format = architectures.hugging_face(arch)
+  fields = _read_table(reader, hf_format)
+  reader.require_values(**hf_format.only)
+  reader.ignore_fields(*hf_format.fields_without_effect)
+  fields |= _read_head(reader, hf_format)
 
   # Begin with the defaults. They are overwritten by what the architecture
-  # always has, then by the fields of the page's table, then by what the page
-  # reads in its own way.
+  # always has (PARTS), then by the fields of its table, then by those that its
+  # function `read` finds.
   model = ml_collections.ConfigDict(flat.default_tree())
   model.update(architectures.system(arch).PARTS, arch=arch)
   model.update_from_flattened_dict(fields)
-  fields_of_page = page.read(reader, fields)
-  if 'kinds' in fields_of_page:
-    model.kinds = {}
-  model.update(fields_of_page)
+  more_fields = hf_format.read(reader, fields)
+  if 'kinds' in more_fields:
+    model.kinds = {}  # else `update` would keep the kinds of PARTS beside them
+  model.update(more_fields)
 
-  # Fields about biases that the page has not read must agree with the model.
+  # Fields about biases that were not read must agree with the model.
   for hf_name, our_name in hf.BIAS_FIELDS.items():
     if hf_name not in reader.names_read:
       reader.require_values(**{hf_name: model[our_name]})
   return model
 
 
-def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
+def _read_table(reader: Reader, hf_format: hf.HuggingFace) -> dict[str, Any]:
   """Returns the fields of our config.model that are read by the table of an
   architecture (HuggingFace.fields).
 
@@ -433,11 +432,10 @@ def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
   Args:
     reader: the reader of the config.json, which records the fields that are
       read.
-    page: the module that says how the architecture is written in the Hugging
-      Face format.
+    hf_format: how the architecture is written in the Hugging Face format.
   """
   fields: dict[str, Any] = {}
-  for our_name, (hf_names, default, *choices) in page.fields.items():
+  for our_name, (hf_names, default, *choices) in hf_format.fields.items():
     # A default may be a function of the fields that were read before.
     value = default
     if callable(default):
@@ -458,7 +456,7 @@ REGRESSION = 'regression'
 CLASSIFICATION = 'single_label_classification'
 
 
-def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
+def _read_head(reader: Reader, hf_format: hf.HuggingFace) -> dict[str, Any]:
   """Returns the fields of our config.model that say which head a model has. A
   config.json names the class of transformers, such as
   BertForSequenceClassification, from which this follows.
@@ -466,7 +464,8 @@ def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
   Args:
     reader: the reader of the config.json, which records the fields that are
       read.
-    page: the module of the architecture, which has the class for each head.
+    hf_format: how the architecture is written in the Hugging Face format. It
+      has the class of transformers for each head.
 
   Returns:
     {'head': name}, with 'lm' if the class has no head of a task; and
@@ -474,7 +473,7 @@ def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
   """
   class_names = reader.read_list('architectures')
   head = 'lm'
-  for name, task_head in page.heads.items():
+  for name, task_head in hf_format.heads.items():
     if task_head.architecture in class_names:
       head = name
       break
@@ -554,25 +553,27 @@ def config_json_of_model(config: ModelConfig,
   Raises:
     RequestError: for a field of the model that a config.json cannot express.
   """
-  page = architectures.hugging_face(config.arch)
+  hf_format = architectures.hugging_face(config.arch)
   _check_model(config)
-  architecture = page.architecture
-  if config.head in page.heads:
-    architecture = page.heads[config.head].architecture
-  # Write the fields of the page's table, those that the page writes in its own
-  # way, and those of the head.
-  tree = dict(model_type=page.model_type, architectures=[architecture])
-  tree |= _write_table(config, page)
-  tree |= page.write(flat.with_all_parts(config))
+  architecture = hf_format.architecture
+  if config.head in hf_format.heads:
+    architecture = hf_format.heads[config.head].architecture
+  # Write the fields of the architecture's table, those that its function
+  # `write` returns, and those of the head.
+  tree = dict(model_type=hf_format.model_type, architectures=[architecture])
+  tree |= _write_table(config, hf_format)
+  tree |= hf_format.write(flat.with_all_parts(config))
   tree |= _write_head(config, labels)
   # Read the result again and compare the two models. This finds each field that
   # the config.json does not express.
   check_same_function(config, their_model=model_of_config_json(tree),
-                      why=f'a {page.model_type} config.json cannot say that')
+                      why=f'a {hf_format.model_type} config.json cannot say '
+                          'that')
   return tree
 
 
-def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
+def _write_table(config: ModelConfig, hf_format: hf.HuggingFace
+                 ) -> dict[str, Any]:
   """Returns the fields of a model's config.json that are written by the table
   of its architecture (HuggingFace.fields). It is the inverse of `_read_table`.
 
@@ -582,11 +583,10 @@ def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
 
   Args:
     config: the config of the model.
-    page: the module that says how the architecture is written in the Hugging
-      Face format.
+    hf_format: how the architecture is written in the Hugging Face format.
   """
   tree = {}
-  for our_name, (hf_names, _, *choices) in page.fields.items():
+  for our_name, (hf_names, _, *choices) in hf_format.fields.items():
     # Leave out a field such as moe.top_k if no layer of the model reads the
     # fields of this group.
     group = our_name.rpartition('.')[0]

@@ -67,8 +67,8 @@ def rows_of_adapters(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
     RequestError: for an adapter of a product that transformers computes
       together with others.
   """
-  page = architectures.hugging_face(config.arch)
-  for our_path, our_axes, hf_name, hf_axes in page.rows(config):
+  hf_format = architectures.hugging_face(config.arch)
+  for our_path, our_axes, hf_name, hf_axes in hf_format.rows(config):
     # Skip weights without an adapter, and those of experts (the axis E). A path
     # such as .../query|key names parameters that are one tensor in
     # transformers.
@@ -87,7 +87,7 @@ def rows_of_adapters(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
     has_inputs_first = our_axes == input_axes + output_axes
     if not has_inputs_first:
       input_axes, output_axes = output_axes, input_axes
-    hf_module = hf_name.removesuffix('.weight').replace(*page.module, 1)
+    hf_module = hf_name.removesuffix('.weight').replace(*hf_format.module, 1)
     # The adapter adds B A to the weight. Z is the axis between A and B, whose
     # size is the rank. PEFT's matrices always lie as [outputs, inputs].
     row_of_a = (our_path + layers.SUFFIX_OF_LORA_A, f'{input_axes}Z',
@@ -108,10 +108,10 @@ def tensors_of_adapters(config: ModelConfig, params: Any
     params: the parameters of the model, or their shapes. They tell how many
       layers there are, as not every layer may have an adapter.
   """
-  page = architectures.hugging_face(config.arch)
+  hf_format = architectures.hugging_face(config.arch)
   shapes = {path: x.shape for path, x in paths.flatten_by_path(params).items()}
   # The rows of the model are needed only to count its layers.
-  all_rows = [*page.rows(config)]
+  all_rows = [*hf_format.rows(config)]
   for row, _ in rows_of_adapters(config):
     all_rows.append(row)
   adapters = []
@@ -214,8 +214,8 @@ def read_adapters(config: ModelConfig, folder: pathlib.Path
             'an adapter of the same product in another layer')
 
   # Each is put where it stands among the layers.
-  page = architectures.hugging_face(config.arch)
-  finder = weights.TensorFinder(page, source=source, config=config)
+  hf_format = architectures.hugging_face(config.arch)
+  finder = weights.TensorFinder(hf_format, source=source, config=config)
   flat = {}
   for path, x in paths.flatten_by_path(shapes).items():
     if weights.is_adapter(path):

@@ -116,13 +116,13 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
     new_head: whether the head of a task is drawn where the files lack it, and
       that of a language model passed over.
   """
-  page = architectures.hugging_face(module.config.arch)
+  hf_format = architectures.hugging_face(module.config.arch)
   like = nn.meta.unbox(like or parameter_shapes(module))
   shapes = {path: leaf.shape
             for path, leaf in paths.flatten_by_path(like).items()}
 
   # A config.json with far too many layers is refused before all are listed.
-  rows = page.rows(module.config)
+  rows = hf_format.rows(module.config)
   num_needed = tensor_map.count_tensors(rows, shapes)
   num_in_files = len(list(source))
   if not partial and num_needed > 2 * num_in_files + 100:
@@ -130,13 +130,13 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
         f'config.json is of a model of {num_needed:,} tensors, of which the '
         f'files hold {num_in_files:,}')
   tensors = tensor_map.map_tensors(rows, shapes)
-  finder = TensorFinder(page, source=source, config=module.config)
+  finder = TensorFinder(hf_format, source=source, config=module.config)
 
   # Tensors that one of the two has and the other has not.
   comparison = _Comparison()
   if new_head:
     comparison.pass_head(finder.find_all(names_of_replaced_head(module)))
-  comparison.pass_optional(page.optional, set(source), tensors)
+  comparison.pass_optional(hf_format.optional, set(source), tensors)
   comparison.skipped += finder.find_unused(tensors, comparison.placed)
   comparison.compare(tensors, finder, new_head)
   if comparison.skipped and not partial:
@@ -267,15 +267,21 @@ def _filter_by_pattern(pattern: str, names: Collection[str]) -> list[str]:
 
 class TensorFinder:
   """The tensors of a folder, found by the names that transformers gives them:
-  some files spell a name in another way, or leave its prefix out."""
+  some files spell a name in another way, or leave its prefix out.
 
-  def __init__(self, page: hf.HuggingFace, source: hf_files.Files,
+  Args:
+    hf_format: how the architecture is written in the Hugging Face format.
+    source: the tensors of the folder, by name.
+    config: the config of the model.
+  """
+
+  def __init__(self, hf_format: hf.HuggingFace, source: hf_files.Files,
                config: ModelConfig):
-    self._page = page
+    self._hf_format = hf_format
     self._source = source
-    self._constants = page.constants(config)
-    self._ignored = page.ignored_in(config)
-    self._spellings = page.spellings_with_head(config)
+    self._constants = hf_format.constants(config)
+    self._ignored = hf_format.ignored_in(config)
+    self._spellings = hf_format.spellings_with_head(config)
 
   def find_spelling(self, name: str) -> str:
     """Returns the name under which the files have a tensor. Files of different
@@ -325,7 +331,7 @@ class TensorFinder:
     shape = self._source.shape(name)
     # Some architectures have tensors of integers, such as a table of ids.
     may_be_integers = dtype in ('I64', 'int64') and re.fullmatch(
-        self._page.integers, tensor.name)
+        self._hf_format.integers, tensor.name)
     if dtype not in hf_files.DTYPES and not may_be_integers:
       raise RequestError(f'{name} is of type {dtype}: weights are read from '
                          f'{", ".join(hf_files.DTYPES)}')
@@ -354,7 +360,7 @@ class TensorFinder:
     """
     used = {self.find_spelling(tensor.name) for tensor in tensors} | set(passed)
     tied_to = {}
-    for name, twin_name in self._page.tied.items():
+    for name, twin_name in self._hf_format.tied.items():
       tied_to[self.find_spelling(name)] = twin_name
     lines = []
     for name in self._source:
@@ -594,14 +600,14 @@ class _Export:
       flat: the parameters, by path.
       dtype: the type to write them in; '': the type that each has.
     """
-    hugging_face = architectures.hugging_face(config.arch)
+    hf_format = architectures.hugging_face(config.arch)
     self._parameters = flat
     # Each row of the table says which parameters one tensor holds, or several.
-    rows = hugging_face.rows(config)
+    rows = hf_format.rows(config)
     shapes = {path: x.shape for path, x in flat.items()}
     tensors = tensor_map.map_tensors(rows, shapes)
     self.tensors = {tensor.name: tensor for tensor in tensors}
-    self.constants = hugging_face.constants(config)
+    self.constants = hf_format.constants(config)
 
     # By default a tensor has the type of its first parameter. A tensor of whole
     # numbers, such as a table of ids, is written as int64, though its parameter
@@ -611,7 +617,7 @@ class _Export:
     for tensor in tensors:
       float_dtype = np.dtype(dtype or flat[tensor.paths[0]].dtype)
       self._float_dtypes[tensor.name] = float_dtype
-      has_integers = re.fullmatch(hugging_face.integers, tensor.name)
+      has_integers = re.fullmatch(hf_format.integers, tensor.name)
       self.dtypes[tensor.name] = (
           np.dtype('int64') if has_integers else float_dtype)
 
@@ -703,11 +709,11 @@ def names_of_replaced_head(module: nn.Module) -> set[str]:
   head of a task replaces: those of the head of a language model."""
   lm = dataclasses.replace(module.config, head='lm', num_labels=0,
                            head_dropout=0.0, pooling='cls')
-  page = architectures.hugging_face(lm.arch)
+  hf_format = architectures.hugging_face(lm.arch)
   shapes = shapes_only_in_other_model(module, lm)
-  rows = [row for row in page.rows(lm) if row[0] in shapes]
+  rows = [row for row in hf_format.rows(lm) if row[0] in shapes]
   names = {tensor.name for tensor in tensor_map.map_tensors(rows, shapes)}
-  return names | set(page.tied)
+  return names | set(hf_format.tied)
 
 
 def without_adapters(model: ModelConfig) -> ModelConfig:

@@ -115,7 +115,7 @@ def soap(optim: Optim, roles: Any) -> Transformation:
   """
   direction = scale_by_soap(
       roles, b1=optim.b1, b2=optim.b2, eps=optim.eps,
-      every=optim.precondition_every, most=optim.precondition_max)
+      basis_every=optim.precondition_every, max_side=optim.precondition_max)
   return _combine_with_adam(optim, roles=roles, direction=direction,
                             is_chosen=_is_matrix)
 

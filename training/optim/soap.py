@@ -8,14 +8,14 @@ whose defaults these are but for b1), with b1, b2 and eps of Adam, at step t:
     step = sqrt(1 - b2^t) / (1 - b1^t) QL (M / (sqrt(V) + eps)) QR'
     L = b2 L + (1 - b2) G G',   R = b2 R + (1 - b2) G' G
 
-and every `every` steps QL and QR come nearer to the eigenvectors of L and R,
+and every `basis_every` steps QL and QR come nearer to the eigenvectors of L and R,
 by a QR decomposition of L QL and R QR with the columns in the order of QL' L QL
 and QR' R QR; M and V go with them. The first gradient only makes L, R and, by
 an eigendecomposition, QL and QR: no gradient is seen in a basis that it is part
 of.
 
-A side that is longer than `most` has no preconditioner, as in a basis that is
-the identity (one-sided SOAP). Layers and experts that share an array are
+A side that is longer than `max_side` has no preconditioner, as in a basis that
+is the identity (one-sided SOAP). Layers and experts that share an array are
 matrices of their own; several axes of inputs, or of outputs, such as heads, are
 one side. Vectors are not preconditioned: they are Adam's (optimizers.py).
 """
@@ -56,18 +56,20 @@ class SoapState(NamedTuple):
   right_basis: Any
 
 
-def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
-                  most: int) -> optax.GradientTransformation:
+def scale_by_soap(roles: Any, b1: float, b2: float, eps: float,
+                  basis_every: int, max_side: int
+                  ) -> optax.GradientTransformation:
   """Returns SOAP's step before the learning rate, by the equations at the head
   of this file.
 
   Args:
     roles: the Role of each parameter, as a tree.
     b1, b2, eps: Adam's; b2 is the decay of the preconditioners too.
-    every: the steps between two updates of the bases.
-    most: the longest side that has a preconditioner.
+    basis_every: the steps between two updates of the bases.
+    max_side: the longest side of a matrix that has a preconditioner.
   """
-  soap = _Soap(roles=roles, b1=b1, b2=b2, eps=eps, every=every, most=most)
+  soap = _Soap(roles=roles, b1=b1, b2=b2, eps=eps, basis_every=basis_every,
+               max_side=max_side)
   return optax.GradientTransformation(soap.init, soap.update)
 
 
@@ -79,8 +81,8 @@ class _Soap:
   b1: float
   b2: float
   eps: float
-  every: int
-  most: int
+  basis_every: int
+  max_side: int
 
   def init(self, params: Any) -> SoapState:
     """Returns the state before the first gradient, which is all zeros."""
@@ -95,9 +97,9 @@ class _Soap:
 
   def _zero_left_factor(self, axes: Axes, x: jax.Array) -> jax.Array | None:
     """Returns zeros in the shape of L [inputs, inputs] for the parameter x;
-    None if it has more inputs than `most`."""
+    None if it has more inputs than `max_side`."""
     num_inputs, _ = axes.sizes(x.shape)
-    if num_inputs > self.most:
+    if num_inputs > self.max_side:
       return None
     # L keeps the parameter's axes of inputs, and has one axis of outputs.
     shape = list(x.shape)
@@ -108,7 +110,7 @@ class _Soap:
 
   def _zero_right_factor(self, axes: Axes, x: jax.Array) -> jax.Array | None:
     """Returns zeros in the shape of R, which is L of the transposed parameter;
-    None if x has more outputs than `most`."""
+    None if x has more outputs than `max_side`."""
     return self._zero_left_factor(_transpose_axes(axes), x)
 
   def update(self, grads: optax.Updates, state: SoapState,
@@ -159,7 +161,7 @@ class _Soap:
       field_matrices.append(_reshape_to_matrices(field_axes, field))
     step_matrices, new_state = _update_matrices(
         grad_matrices, state=SoapState(count, *field_matrices), b1=self.b1,
-        b2=self.b2, eps=self.eps, every=self.every)
+        b2=self.b2, eps=self.eps, basis_every=self.basis_every)
 
     # Reshape the results to the parameter and its state.
     step = matrices.reshape_from_matrices(axes, step_matrices, grad.shape)
@@ -190,7 +192,8 @@ def _reshape_from_matrices(axes: Axes, x: jax.Array | None,
 
 
 def _update_matrices(grad: jax.Array, state: SoapState, b1: float, b2: float,
-                     eps: float, every: int) -> tuple[jax.Array, SoapState]:
+                     eps: float, basis_every: int
+                     ) -> tuple[jax.Array, SoapState]:
   """Returns SOAP's step for matrices with the gradient G, and the new state.
 
     P = QL' G QR                              G in the basis of the step before
@@ -203,7 +206,7 @@ def _update_matrices(grad: jax.Array, state: SoapState, b1: float, b2: float,
     state: the state of these matrices; its count is t, from 0 at the first
       gradient.
     b1, b2, eps: those of Adam.
-    every: the number of steps between two updates of the bases.
+    basis_every: the number of steps between two updates of the bases.
   """
   is_first = state.count == 0
 
@@ -231,7 +234,7 @@ def _update_matrices(grad: jax.Array, state: SoapState, b1: float, b2: float,
     state = state._replace(right=new_right)
 
   # The bases follow them: from the first gradient on, and at every few steps.
-  is_basis_step = ~is_first & (state.count % every == 0)
+  is_basis_step = ~is_first & (state.count % basis_every == 0)
   state = jax.lax.cond(is_first, _start_bases, _keep_state, state)
   state = jax.lax.cond(is_basis_step, _refine_bases, _keep_state, state)
   return step, state

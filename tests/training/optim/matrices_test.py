@@ -129,11 +129,12 @@ def bases_of(state):
     ((4, 4), 1, 99), ((5, 3), 3, 99), ((3, 5), 2, 99), ((5, 3), 2, 4),
     ((3, 5), 2, 4), ((5, 5), 2, 4)])
 def test_soap_is_that_of_its_authors(shape, every, most):
-  settings = dict(b1=0.9, b2=0.95, eps=1e-8, every=every, most=most)
-  tx = soap.scale_by_soap({'x': MATRIX}, **settings)
+  adam_settings = dict(b1=0.9, b2=0.95, eps=1e-8)
+  tx = soap.scale_by_soap(
+      {'x': MATRIX}, **adam_settings, basis_every=every, max_side=most)
   grads = gradients(shape)
   steps, early = ours(tx, grads)
-  reference = Published(**settings, bases=[
+  reference = Published(**adam_settings, every=every, most=most, bases=[
       basis if basis is None else basis.copy() for basis in bases_of(early)])
   for t, (g, step) in enumerate(zip(grads, steps)):
     np.testing.assert_allclose(-step, reference(g), rtol=1e-6, atol=1e-9,
