@@ -143,21 +143,21 @@ def write_shards_of_job(args: argparse.Namespace) -> dict[str, Any]:
 
   # Cut the source into shards, and begin the folder. If it was begun before, it
   # must be for the same source: names and sizes of files tell that.
-  parts, sizes = sources.plan_shards(source, args.shard_mib << 20)
+  shards, shard_bytes = sources.plan_shards(source, args.shard_mib << 20)
   files = [[os.path.basename(path), size]
            for path, size, _ in sources.file_stats(source)]
   content = tokens.digest_json([source.reader, source.content, files])
   begun = sources.begin_folder(
-      out, source=source, parts=parts, content=content, tokenizer=tokenizer)
+      out, source=source, shards=shards, content=content, tokenizer=tokenizer)
 
   # Write the shards of this job. The jobs take turns, from the largest shard to
   # the smallest, so that each has about as much to do.
   is_finished = tokens.find_finished_shards(out, begun)
-  largest_first = sorted(range(len(parts)), key=lambda i: -sizes[i])
+  largest_first = sorted(range(len(shards)), key=lambda i: -shard_bytes[i])
   for i in largest_first[args.job::args.jobs]:
     if not is_finished[i]:
       sources.write_shard(
-          out, i=i, part=parts[i], tokenizer=tokenizer, begun=begun)
+          out, i=i, shard=shards[i], tokenizer=tokenizer, begun=begun)
 
   # Other jobs may have finished theirs meanwhile.
   is_finished = tokens.find_finished_shards(out, begun)
@@ -169,7 +169,7 @@ def write_shards_of_job(args: argparse.Namespace) -> dict[str, Any]:
   if all(is_finished):
     loaded = tokens.load_tokens(str(out), f'tokens:{out}')
     everything = tokens.Split(
-        loaded, every=None, split='train', part='', separator=0)
+        loaded, holdout_every=None, split='train', part='', separator=0)
     # Split counts a separator for each document, which is no token of the text.
     figures |= {
         'documents': everything.documents,

@@ -107,13 +107,13 @@ def train_tokenizer(kind: str, documents: Iterator[str], size: int,
   return tokenizer
 
 
-def _training_texts(spec: str, every: int) -> Iterator[str]:
+def _training_texts(spec: str, holdout_every: int) -> Iterator[str]:
   """Yields the texts of a data source, except the documents that a run would
   hold out for evaluation.
 
   Args:
     spec: the source, as data.source names it.
-    every: one of this many documents is held out (data.holdout_every).
+    holdout_every: data.holdout_every; one of so many documents is held out.
 
   Raises:
     RequestError: if a source holds something other than text, such as images.
@@ -124,10 +124,10 @@ def _training_texts(spec: str, every: int) -> Iterator[str]:
 
     # A run selects its documents by this function too, so that the tokenizer
     # learns from no text that a run is evaluated on.
-    documents = sources.hold_out_end_of_text(source, every).documents()
-    for i, document in enumerate(documents):
+    cut_source = sources.hold_out_end_of_text(source, holdout_every)
+    for i, document in enumerate(cut_source.documents()):
       selected = tokens.select_documents(
-          np.array([i]), every=every, split='train')
+          np.array([i]), holdout_every=holdout_every, split='train')
       if not selected.any():
         continue
       # A conversation is a list of pairs, in which the text comes second.

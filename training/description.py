@@ -97,14 +97,14 @@ def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
   rows = f'{config.data.batch_size:,} rows'
   if config.train.grad_accumulation > 1:
     rows += f' in {config.train.grad_accumulation} micro-batches'
-  at_most = ''
-  if shorter:
-    at_most = 'at most '
+  is_padded_to_several = bool(shorter)
+  at_most = 'at most ' if is_padded_to_several else ''
+  if is_padded_to_several:
     rows += (f' padded to {", ".join(map(str, shorter))} or {longest} tokens '
              '(a program each)')
   lines = [f'step: {rows}, {at_most}{tokens:,} tokens']
-  for until, size in zip(ramp.change_steps, ramp.sizes):
-    lines.append(f'until step {until:,}: {size:,} rows')
+  for end_step, num_rows in zip(ramp.change_steps, ramp.sizes):
+    lines.append(f'until step {end_step:,}: {num_rows:,} rows')
 
   # Describe how many steps there are.
   row_tokens = tokens // ramp.last

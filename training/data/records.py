@@ -49,15 +49,15 @@ def read_training_records(config: Any) -> list[Any]:
   data = config.data
   training_records = []
   # If the run has separate evaluation data, no record is held out.
-  every = 0 if data.eval_source else data.holdout_every
+  holdout_every = 0 if data.eval_source else data.holdout_every
   for _, source in sources.parse_sources(data.source):
     records = list(source.records())
     labelled.check_all_labelled(source.name, records)
     # Labels and class weights must not depend on the records that are held out
     # for evaluation. The selection follows from the number of a record in its
     # source, as it does for the rows of batches.
-    is_of_training = tokens.select_documents(np.arange(len(records)),
-                                             every=every, split='train')
+    is_of_training = tokens.select_documents(
+        np.arange(len(records)), holdout_every=holdout_every, split='train')
     training_records += itertools.compress(records, is_of_training)
   return training_records
 

@@ -181,15 +181,16 @@ class Corpus:
             f'{self.name!r} holds pairs or conversations: name a field of text')
 
 
-def hold_out_end_of_text(source: Source, every: int | None,
+def hold_out_end_of_text(source: Source, holdout_every: int | None,
                          part: str = '') -> Source:
   """Prepares a data source that is one text to have its end held out: it is
-  then read as two documents. Document 0, which is held out, is the last 1/every
-  of the characters, rounded up. Document 1 is the text before it.
+  then read as two documents. Document 0, which is held out, is the last
+  1/holdout_every of the characters, rounded up. Document 1 is the text before
+  it.
 
   Args:
     source: a data source. If it has several documents, it is returned as it is.
-    every: data.holdout_every; None or less than 2: nothing is held out.
+    holdout_every: data.holdout_every; None or less than 2: nothing is held out.
     part: eval.part: only this half of document 0 is read, 'first' or 'second';
       '': all of it.
 
@@ -198,35 +199,37 @@ def hold_out_end_of_text(source: Source, every: int | None,
   """
   # Where there are several documents, some are held out as a whole.
   is_one_text = source.is_text and len(source.files) == 1
-  if not is_one_text or every is None or every < 2:
+  if not is_one_text or holdout_every is None or holdout_every < 2:
     return source
 
   def read_in_two(path: str) -> Iterator[str]:
     for text in source.read(path):
-      held_out, trained_on = _cut_off_end(text, every=every, part=part)
+      held_out, trained_on = _cut_off_end(
+          text, holdout_every=holdout_every, part=part)
       yield held_out
       yield trained_on
 
   # Tokens are found in the cache by the reader's name, among other things. So
   # each way of cutting must have its own name.
-  reader = f'{source.reader}, the last 1/{every} first {part}'.rstrip()
+  reader = f'{source.reader}, the last 1/{holdout_every} first {part}'.rstrip()
   return dataclasses.replace(
       source, read=read_in_two, is_cut=True, reader=reader)
 
 
-def _cut_off_end(text: str, every: int, part: str) -> tuple[str, str]:
+def _cut_off_end(text: str, holdout_every: int, part: str) -> tuple[str, str]:
   """Cuts the held-out end off a text.
 
   Args:
     text: the whole text.
-    every: the end is 1/every of the characters, rounded up.
+    holdout_every: the end is 1/holdout_every of the characters, rounded up.
     part: which half of the end is returned, 'first' or 'second'; '': all of it.
 
   Returns:
     The held-out end, or that half of it; and the text before the end, which is
     trained on and does not depend on `part`.
   """
-  held_out_size = -(-len(text) // every)  # -(-a // b) rounds the quotient up
+  # -(-a // b) rounds the quotient up.
+  held_out_size = -(-len(text) // holdout_every)
   start = len(text) - held_out_size
   middle = (start + len(text)) // 2
   slice_of_part = {'': slice(start, None), 'first': slice(start, middle),
@@ -494,7 +497,7 @@ def _check_unpacked_size(metadata: Any, field: str, path: str) -> None:
   # The rows are stored in groups, each of which is unpacked into memory as a
   # whole. Check the unpacked size of each group. A field of lists has several
   # columns, FIELD.list.element and so on.
-  most = max(MOST_UNPACKED_TIMES * size, ALLOWED_UNPACKED_BYTES)
+  max_unpacked = max(MOST_UNPACKED_TIMES * size, ALLOWED_UNPACKED_BYTES)
   for number in range(metadata.num_row_groups):
     group = metadata.row_group(number)
     unpacked = 0
@@ -503,8 +506,8 @@ def _check_unpacked_size(metadata: Any, field: str, path: str) -> None:
       if column.path_in_schema.split('.')[0] == field:
         unpacked += column.total_uncompressed_size
     texts.check_size(f'{path}, row group {number},', unpacked)
-    require(unpacked <= most, f'{path} makes {unpacked:,} bytes of field '
-            f'{field!r} of {size:,}: it is no file of texts')
+    require(unpacked <= max_unpacked, f'{path} makes {unpacked:,} bytes of '
+            f'field {field!r} of {size:,}: it is no file of texts')
 
 
 def _parse_parallel(name: str, pattern: str) -> Source:
@@ -789,19 +792,20 @@ def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
   # Add files to a shard until the next one would make it larger than the
   # target. The plan must depend on the files alone, so that all machines make
   # the same.
-  parts: list[list[str]] = []
-  totals: list[int] = []
+  paths_of_shards: list[list[str]] = []
+  bytes_of_shards: list[int] = []
   for path, size in zip(source.files, sizes):
-    if not parts or totals[-1] + size > target:
-      parts.append([])
-      totals.append(0)
-    parts[-1].append(path)
-    totals[-1] += size
-  planned = [dataclasses.replace(source, files=tuple(part)) for part in parts]
-  return planned, totals
+    if not paths_of_shards or bytes_of_shards[-1] + size > target:
+      paths_of_shards.append([])
+      bytes_of_shards.append(0)
+    paths_of_shards[-1].append(path)
+    bytes_of_shards[-1] += size
+  shards = [dataclasses.replace(source, files=tuple(paths))
+            for paths in paths_of_shards]
+  return shards, bytes_of_shards
 
 
-def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
+def begin_folder(folder: epath.Path, source: Source, shards: list[Source],
                  content: str, tokenizer: Tokenizer) -> dict[str, Any]:
   """Begins a folder of tokens, or checks that it was begun for the same.
 
@@ -811,7 +815,7 @@ def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
   Args:
     folder: the folder of the tokens.
     source: the source that they are made of.
-    parts: the source as `plan_shards` divides it.
+    shards: the sources into which `plan_shards` divides it.
     content: the digest of its content.
     tokenizer: the tokenizer of the run.
 
@@ -823,12 +827,12 @@ def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
   """
   # A build is the same if the content is, and how it is cut into shards. Ids
   # have 16 bits where they fit, as files of tokens are large.
-  files_of_shards = [len(part.files) for part in parts]
+  files_of_shards = [len(shard.files) for shard in shards]
   digest_of_build = tokens.digest_json([content, files_of_shards])
   if not (folder / tokens.BEGUN_FILE).exists():
     written = dict(
         format=tokens.FORMAT_VERSION, source=source.name, content=content,
-        digest=digest_of_build, shards=len(parts),
+        digest=digest_of_build, shards=len(shards),
         dtype='<u4' if tokenizer.vocab_size > 1 << 16 else '<u2',
         tokenizer=dict(
             name=tokenizer.name, fingerprint=tokenizer.fingerprint,
@@ -851,7 +855,7 @@ def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
   return begun
 
 
-def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
+def write_shard(folder: epath.Path, i: int, shard: Source, tokenizer: Tokenizer,
                 begun: dict[str, Any]) -> tokens.Table:
   """Tokenises the documents of one shard (some of the files of a data source),
   and writes their token ids to NUMBER.tokens and a table of them to
@@ -860,7 +864,7 @@ def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
   Args:
     folder: the folder of the tokens.
     i: the number of the shard.
-    part: the files of the shard, as a source.
+    shard: the files of the shard, as a source.
     tokenizer: the tokenizer, as tokenizers.load returns it.
     begun: the content of begun.json, which describes the whole folder.
 
@@ -871,18 +875,18 @@ def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
     EnvironmentFailure: where the shard cannot be written, or the source files
       have changed meanwhile.
   """
-  print(f'tokenising {part.name}, shard {i + 1} of {begun["shards"]}',
+  print(f'tokenising {shard.name}, shard {i + 1} of {begun["shards"]}',
         file=sys.stderr, flush=True)
   # Write the ids. The source files are not locked, so compare their sizes and
   # times before and after. The file of ids gets its name only when it is
   # complete.
-  before = file_stats(part)
+  before = file_stats(shard)
   with storage.write_atomically(folder / f'{i:05}.tokens') as write:
-    table = _write_tokens(write, part=part, tokenizer=tokenizer,
+    table = _write_tokens(write, shard=shard, tokenizer=tokenizer,
                           dtype=begun['dtype'])
-  if file_stats(part) != before:
+  if file_stats(shard) != before:
     raise EnvironmentFailure(
-        f'data source {part.name!r} changed while it was being read: start '
+        f'data source {shard.name!r} changed while it was being read: start '
         'again when its files are complete')
 
   # Write the table last: if it exists, the shard is complete.
@@ -903,13 +907,13 @@ def file_stats(source: Source) -> list[list[Any]]:
   return rows
 
 
-def _write_tokens(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
-                  ) -> tokens.Table:
+def _write_tokens(write: Callable[[bytes], Any], shard: Source,
+                  tokenizer: Tokenizer, dtype: str) -> tokens.Table:
   """Writes the tokens of the documents of a shard, a block of bytes at a time.
 
   Args:
     write: writes some bytes.
-    part: the source whose documents make the shard.
+    shard: the source whose documents make the shard.
     tokenizer: the tokenizer, as tokenizers.load returns it.
     dtype: the type of a token in the file.
 
@@ -917,34 +921,35 @@ def _write_tokens(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
     The table of the shard: the sizes and kinds of its documents, and a checksum
     of each block.
   """
-  kinds: list[int] = []  # of each part
-  counts: list[int] = []  # of the parts of each document
-  sizes: list[int] = []  # of each part in tokens
-  num_bytes: list[int] = []  # of each part
+  kinds: list[int] = []  # of each part of a document
+  sizes: list[int] = []  # the tokens of each part
+  num_bytes: list[int] = []  # the bytes of each part
+  counts: list[int] = []  # the parts of each document
   checksums: list[int] = []  # of each block
-  left = b''  # what fills no block yet
-  for chunk in _group_documents(part.documents()):
+  unwritten = b''  # bytes that fill no block yet
+  for chunk in _group_documents(shard.documents()):
     for parts in chunk:
       counts.append(len(parts))
       for kind, _ in parts:
         kinds.append(tokens.KINDS_OF_PARTS.index(kind))
-    rows = [left]
+    pieces = [unwritten]
     for ids, text in encode_parts(tokenizer, chunk):
       ids = np.asarray(ids).astype(dtype)
-      rows.append(ids.tobytes())
+      pieces.append(ids.tobytes())
       sizes.append(len(ids))
       num_bytes.append(len(text.encode('utf-8')))
 
-    # Whole blocks are written.
-    left = b''.join(rows)
-    whole = len(left) // tokens.BLOCK_BYTES * tokens.BLOCK_BYTES
-    checksums += _checksums(left[:whole])
-    write(left[:whole])
-    left = left[whole:]
+    # Write the whole blocks.
+    unwritten = b''.join(pieces)
+    num_blocks = len(unwritten) // tokens.BLOCK_BYTES
+    end = num_blocks * tokens.BLOCK_BYTES
+    checksums += _checksums(unwritten[:end])
+    write(unwritten[:end])
+    unwritten = unwritten[end:]
 
   # The last block may be shorter.
-  checksums += _checksums(left)
-  write(left)
+  checksums += _checksums(unwritten)
+  write(unwritten)
   return tokens.Table(
       sizes=np.array(sizes, np.int64), bytes=np.array(num_bytes, np.int64),
       kinds=np.array(kinds, np.uint8), counts=np.array(counts, np.int64),
@@ -954,7 +959,8 @@ def _write_tokens(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
 def _checksums(data: bytes) -> list[int]:
   """Returns the CRC-32 of each block of some bytes."""
   starts = range(0, len(data), tokens.BLOCK_BYTES)
-  return [zlib.crc32(data[at:at + tokens.BLOCK_BYTES]) for at in starts]
+  return [zlib.crc32(data[start:start + tokens.BLOCK_BYTES])
+          for start in starts]
 
 
 def _group_documents(documents: Iterable[Document]
@@ -1134,17 +1140,17 @@ def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
   # killed process has finished are kept. The first document is read before the
   # hash of all bytes is computed, so that a file which is no text is refused at
   # once.
-  parts, _ = plan_shards(source)
+  shards, _ = plan_shards(source)
   storage.check_folder_is_writable(path.parent, 'data.cache_dir')
   with _share_as_folder(cache_folder(cache_dir)), _lock_entry(path,
                                                               source.name):
     if not _has_all_shards(path):
       next(source.documents())
-      begun = begin_folder(path, source=source, parts=parts,
+      begun = begin_folder(path, source=source, shards=shards,
                            content=source.digest(), tokenizer=tokenizer)
       for i, is_done in enumerate(tokens.find_finished_shards(path, begun)):
         if not is_done:
-          write_shard(path, i=i, part=parts[i], tokenizer=tokenizer,
+          write_shard(path, i=i, shard=shards[i], tokenizer=tokenizer,
                       begun=begun)
       print(f'the tokens are kept in {path}', file=sys.stderr)
   return tokens.load_tokens(str(path), source.name)

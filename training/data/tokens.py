@@ -61,41 +61,41 @@ HELD_OUT_PARTS = ('', 'first', 'second')
 _LOCK_OF_PARSER = threading.Lock()
 
 
-def select_documents(numbers: np.ndarray, every: int | None, split: str,
+def select_documents(numbers: np.ndarray, holdout_every: int | None, split: str,
                      part: str = '') -> np.ndarray:
   """Selects which documents of a data source belong to the training data, or to
-  the held-out data. The first one of every `every` documents is held out.
+  the held-out data. One document in `holdout_every` is held out, the first.
 
   Args:
     numbers: int64 [N], the numbers of the documents in the source.
-    every: data.holdout_every; 0: none is held out; None: the source is only for
-      evaluation (data.eval_source) or only for training, and all belong to it.
+    holdout_every: data.holdout_every; 0: none is held out; None: the source is
+      only for evaluation (data.eval_source) or only for training, and all
+      belong to it.
     split: 'train' for the data to train on, or 'eval' for the held-out data.
-    part: eval.part, the half of the held-out documents that is read; '': all.
+    part: eval.part, the half of the held-out documents that is read, 'first' or
+      'second'; '': all.
 
   Returns:
     bool [N], whether each document is selected.
   """
-  # Select the documents of the split. `order` numbers the held-out documents:
-  # 0, 1, 2, ...
-  wanted = np.ones(len(numbers), bool)
-  order = numbers
-  if every is not None:
-    held_out = np.zeros(len(numbers), bool)
-    if every:
-      held_out = numbers % every == 0
-    wanted = ~held_out
-    if split == 'eval':
-      wanted = held_out
-    order = numbers // max(every, 1)
+  # Select the documents of the split. The held-out documents have the numbers
+  # 0, 1, 2, ... in `numbers_if_held_out`; the others' are not used.
+  if holdout_every is None:
+    is_selected = np.ones(len(numbers), bool)
+    numbers_if_held_out = numbers
+  else:
+    is_held_out = np.zeros(len(numbers), bool)
+    if holdout_every:
+      is_held_out = numbers % holdout_every == 0
+    is_selected = is_held_out if split == 'eval' else ~is_held_out
+    numbers_if_held_out = numbers // max(holdout_every, 1)
 
   # Held-out documents belong to the two parts in turn: the even ones to the
-  # first part, the odd ones to the second. HELD_OUT_PARTS begins with '', so 1
-  # is subtracted.
+  # first part, the odd ones to the second.
   if part and split == 'eval':
-    is_second = HELD_OUT_PARTS.index(part) - 1
-    wanted = wanted & (order % 2 == is_second)
-  return wanted
+    remainder = {'first': 0, 'second': 1}[part]
+    is_selected = is_selected & (numbers_if_held_out % 2 == remainder)
+  return is_selected
 
 
 class Table(NamedTuple):
@@ -241,8 +241,8 @@ class Split:
     num_bytes: the bytes of the text.
   """
 
-  def __init__(self, tokens: Tokens, every: int | None, split: str, part: str,
-               separator: int):
+  def __init__(self, tokens: Tokens, holdout_every: int | None, split: str,
+               part: str, separator: int):
     """Finds the documents of a folder of tokens that belong to the training
     data, or to the held-out data.
 
@@ -250,11 +250,11 @@ class Split:
 
     Args:
       tokens: the tokens of the folder, in several files, called shards.
-      every, split, part: the arguments of `select_documents`.
+      holdout_every, split, part: the arguments of `select_documents`.
       separator: the id of the token between two documents.
     """
     self.tokens = tokens
-    self._chosen = (every, split, part)
+    self._selection = (holdout_every, split, part)
     self._separator = separator
     # Count the selected documents of each shard, their tokens and their bytes.
     # Documents are numbered through all shards, as `select_documents` needs.
@@ -264,9 +264,9 @@ class Split:
     first = 0
     for table in tokens.tables():
       count = len(table.counts)
-      wanted = select_documents(first + np.arange(count), *self._chosen)
-      sizes, num_bytes = table.totals_of_documents()[:, wanted].sum(1)
-      totals.append([wanted.sum(), sizes, num_bytes])
+      is_selected = select_documents(first + np.arange(count), *self._selection)
+      sizes, num_bytes = table.totals_of_documents()[:, is_selected].sum(1)
+      totals.append([is_selected.sum(), sizes, num_bytes])
       counts.append(count)
       kinds.update(np.unique(table.kinds).tolist())
       first += count
@@ -370,7 +370,7 @@ class Split:
     """Returns bool [documents]: which documents of a shard belong to the split.
     """
     numbers = np.arange(self._firsts[shard], self._firsts[shard + 1])
-    return select_documents(numbers, *self._chosen)
+    return select_documents(numbers, *self._selection)
 
 
 class Documents:
@@ -408,13 +408,11 @@ class Documents:
 
     # Find the first part of each document of the split, and the one after its
     # last.
-    wanted_of_shards = []
-    for shard in range(len(tables)):
-      wanted_of_shards.append(split.select_in_shard(shard))
-    wanted = np.concatenate(wanted_of_shards)
+    is_selected = np.concatenate(
+        [split.select_in_shard(shard) for shard in range(len(tables))])
     ends = np.cumsum(counts)
-    self.first = (ends - counts)[wanted]
-    self.end = ends[wanted]
+    self.first = (ends - counts)[is_selected]
+    self.end = ends[is_selected]
 
   def __len__(self) -> int:
     return len(self.first)

@@ -529,18 +529,19 @@ def _open_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
     RequestError: for a record without a label where it needs one, and where no
       record is left.
   """
-  every = _holdout_every(config.data)
+  holdout_every = _holdout_every(config.data)
   records = list(source.records())
   if not bare:
     labelled.check_all_labelled(source.name, records)
-  # Every `every`-th record is held out.
-  chosen = tokens.select_documents(np.arange(len(records)), every=every,
-                                   split=split, part=part)
-  text = _describe_part(source, every=every, split=split, part=part,
-                        num_taken=chosen.sum(), num_documents=len(records))
+  is_selected = tokens.select_documents(
+      np.arange(len(records)), holdout_every=holdout_every, split=split,
+      part=part)
+  text = _describe_part(
+      source, holdout_every=holdout_every, split=split, part=part,
+      num_selected=is_selected.sum(), num_documents=len(records))
   return sources.Corpus(
       name=source.name, text=text, split=split, tokenizer=tokenizer,
-      config=config, records=list(itertools.compress(records, chosen)))
+      config=config, records=list(itertools.compress(records, is_selected)))
 
 
 def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
@@ -558,62 +559,65 @@ def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
   # A single text, without documents, is cut in two, so that its end can be held
   # out. Then open the tokens of all documents, from a folder of tokens or from
   # the cache of tokenised text.
-  every = _holdout_every(config.data)
-  source = sources.hold_out_end_of_text(source, every=every, part=part)
+  holdout_every = _holdout_every(config.data)
+  source = sources.hold_out_end_of_text(
+      source, holdout_every=holdout_every, part=part)
   if source.tokens:
-    whole = tokens.load_tokens(source.tokens, source.name)
-    tokens.check_tokenizer(whole, tokenizer=tokenizer, name=source.name)
+    all_tokens = tokens.load_tokens(source.tokens, source.name)
+    tokens.check_tokenizer(all_tokens, tokenizer=tokenizer, name=source.name)
   else:
-    whole = sources.load_or_tokenize(source, tokenizer=tokenizer,
-                                     cache_dir=config.data.cache_dir)
+    all_tokens = sources.load_or_tokenize(
+        source, tokenizer=tokenizer, cache_dir=config.data.cache_dir)
 
   # Choose the documents of the split. Where a text was cut in two, that has
   # already taken the half of eval.part, which must not be halved again.
-  chosen = tokens.Split(whole, every=every, split=split,
-                        part='' if source.is_cut else part,
-                        separator=tokenizer.separator_id)
-  text = _describe_part(source, every=every, split=split, part=part,
-                        num_taken=chosen.documents,
-                        num_documents=chosen.num_documents_of_folder)
+  tokens_of_split = tokens.Split(
+      all_tokens, holdout_every=holdout_every, split=split,
+      part='' if source.is_cut else part, separator=tokenizer.separator_id)
+  text = _describe_part(
+      source, holdout_every=holdout_every, split=split, part=part,
+      num_selected=tokens_of_split.documents,
+      num_documents=tokens_of_split.num_documents_of_folder)
   return sources.Corpus(
       name=source.name, text=text, split=split, tokenizer=tokenizer,
-      config=config, tokens=chosen)
+      config=config, tokens=tokens_of_split)
 
 
-def _describe_part(source: sources.Source, every: int | None, split: str,
-                   part: str, num_taken: int, num_documents: int) -> str:
+def _describe_part(source: sources.Source, holdout_every: int | None,
+                   split: str, part: str, num_selected: int, num_documents: int
+                   ) -> str:
   """Describes in words which part of a data source belongs to a split.
 
   Args:
     source: the source, whose end may be held out as a document of its own.
-    every: data.holdout_every: each document with this distance is held out;
-      None: nothing is.
+    holdout_every: data.holdout_every; one document in so many is held out;
+      None: none is.
     split: 'train' for the data to train on, or 'eval' for the held-out data.
     part: the half of the held-out data that is read (eval.part); '': all.
-    num_taken: how many documents of the source belong to the split.
+    num_selected: how many documents of the source belong to the split.
     num_documents: how many documents the source has.
 
   Raises:
     RequestError: for a split without a document.
   """
   # A small source may leave a split without a document.
-  if not num_taken:
+  if not num_selected:
     location = f'{split} with eval.part={part}' if part else split
     raise RequestError(
         f'data source {source.name!r} has {num_documents} document(s), of '
-        f'which data.holdout_every={every} leaves none for {location}: set '
-        'data.eval_source or another data.holdout_every')
+        f'which data.holdout_every={holdout_every} leaves none for {location}: '
+        'set data.eval_source or another data.holdout_every')
   # A single text was cut in two by its length.
   if source.is_cut:
-    words = f'the last 1/{every} of {source.name}'
+    words = f'the last 1/{holdout_every} of {source.name}'
     if part:
       words = f'the {part} half of {words}'
     if split != 'eval':
       words = f'all but {words}'
     return words
-  if num_taken == num_documents:
+  if num_selected == num_documents:
     return source.name
-  return f'{num_taken:,} of {num_documents:,} documents of {source.name}'
+  return f'{num_selected:,} of {num_documents:,} documents of {source.name}'
 
 
 # Batches that grow.

@@ -8,11 +8,11 @@ whose defaults these are but for b1), with b1, b2 and eps of Adam, at step t:
     step = sqrt(1 - b2^t) / (1 - b1^t) QL (M / (sqrt(V) + eps)) QR'
     L = b2 L + (1 - b2) G G',   R = b2 R + (1 - b2) G' G
 
-and every `basis_every` steps QL and QR come nearer to the eigenvectors of L and R,
-by a QR decomposition of L QL and R QR with the columns in the order of QL' L QL
-and QR' R QR; M and V go with them. The first gradient only makes L, R and, by
-an eigendecomposition, QL and QR: no gradient is seen in a basis that it is part
-of.
+and every `basis_every` steps QL and QR come nearer to the eigenvectors of L and
+R, by a QR decomposition of L QL and R QR with the columns in the order of
+QL' L QL and QR' R QR; M and V go with them. The first gradient only makes L, R
+and, by an eigendecomposition, QL and QR: no gradient is seen in a basis that it
+is part of.
 
 A side that is longer than `max_side` has no preconditioner, as in a basis that
 is the identity (one-sided SOAP). Layers and experts that share an array are

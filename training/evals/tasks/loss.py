@@ -275,14 +275,16 @@ def _held_out_documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   holdout_every = data.holdout_every
   if data.eval_source:
     holdout_every = None  # all of that source is held out
-  source = sources.hold_out_end_of_text(source, every=holdout_every, part=part)
+  source = sources.hold_out_end_of_text(
+      source, holdout_every=holdout_every, part=part)
   if source.is_cut:
     part = ''
 
   # Select the held-out documents, each of which must be text.
   documents = list(source.documents())
   is_held_out = tokens.select_documents(
-      np.arange(len(documents)), every=holdout_every, split='eval', part=part)
+      np.arange(len(documents)), holdout_every=holdout_every, split='eval',
+      part=part)
   held_out_documents = []
   for document, is_chosen in zip(documents, is_held_out):
     if is_chosen:
