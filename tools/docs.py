@@ -37,8 +37,10 @@ PROGRAMS = (
 # thousand times as much as one in a text, and a reference has every word in its
 # titles.
 SEARCH_WEIGHT_OF_PATH = {
-    'howto/change_': 1, 'howto/': 4, 'tutorials/': 4, 'pods.md': 4,
-    'install.md': 4, 'sweeps.md': 8,
+    'howto/change_': 1, 'howto/add_a_system.md': 8, 'howto/curves.md': 8,
+    'howto/evaluate.md': 8, 'howto/finetune.md': 8, 'howto/own_data.md': 8,
+    'howto/resume.md': 8, 'howto/': 4, 'tutorials/': 4, 'install.md': 4,
+    'performance.md': 4, 'pods.md': 4, 'sweeps.md': 8,
     'reference/': .001, 'contributing.md': .001, 'changelog.md': .001}
 _CODE_BLOCK = re.compile(r'(^ *```.*?^ *```)', re.M | re.S)
 # A link of Markdown to a file: its text, its path, and its #anchor if any.
