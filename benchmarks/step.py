@@ -207,27 +207,27 @@ def pytorch_sides(request: dict, args: flags.FlagValues, section: str
   is never compiled.
 
   Args:
-    request: the model and the batch, as the process of a side reads them. This
-      adds `dtype` and `compiled`.
-    args: the flags of this program.
+    request: the model and the batch, as the process that runs a variant reads
+      them, without the fields `dtype` and `compiled`.
+    args: the flags of this program; `args.compare` is the module of benchmarks/
+      that runs PyTorch.
     section: 'step' or 'generate'.
 
   Returns:
-    For each variant, by its name: the module of benchmarks/ that runs it, and
-    its whole request.
+    {name of the variant: (module of benchmarks/, request with all fields)}.
   """
   is_compiled_choices = [False]
   if args.torch_compile and section == 'step':
     is_compiled_choices.append(True)
-  sides = {}
+  variants = {}
   for dtype in PYTORCH_DTYPES[args.dtype]:
     for is_compiled in is_compiled_choices:
       name = f'{args.compare} {dtype}'
       if is_compiled:
         name += ', compiled'
       whole_request = request | dict(dtype=dtype, compiled=is_compiled)
-      sides[name] = args.compare, whole_request
-  return sides
+      variants[name] = args.compare, whole_request
+  return variants
 
 
 if __name__ == '__main__':

@@ -97,6 +97,8 @@ class Worker:
     self.process = subprocess.Popen(
         [sys.executable, '-m', 'benchmarks.worker', side],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # The first job is the request. The process replies to it when its training
+    # step is compiled.
     self.do(request)
 
   def __enter__(self):

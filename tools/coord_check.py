@@ -183,9 +183,10 @@ def _check_rules_of_mup(system: str, setting: 'TrainingSetting',
       there are no experts, or always as many.
 
   Raises:
-    RequestError: for a system without rules, which shows when its widest model
-      is resolved.
+    RequestError: for a system without rules.
   """
+  # Resolving a model with model.parametrization=mup raises the error. The rules
+  # concern what differs from muP's base, so the widest model has them all.
   widest = config_at_width(
       system, parametrization='mup', width=widths[-1], base=widths[0],
       setting=setting, experts=experts)

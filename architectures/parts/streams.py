@@ -1126,6 +1126,8 @@ class Skips:
   one. There is one slot more than layers in the first half: layers of the first
   half read it, and get 0; later it takes what nobody reads.
 
+  The suffixes name axes: B batch, L length, U slots, D d_model.
+
   Attributes:
     kept_BLUD: the results, in a slot for each layer of the first half, and one
       more. Slots that are not written yet are 0.
@@ -1189,7 +1191,8 @@ def read_skip(x: LayerInput, skips: Skips) -> LayerInput:
     x' of the type and shapes of x.
   """
   # The slot of the partner. That of a layer in the first half, or in the middle
-  # of an odd number, would be past the end: it reads the last slot, which is 0.
+  # of an odd number, would be past the end: it reads the last slot, whose
+  # weight is 0. The suffixes name axes: B batch, L length, U slots, D d_model.
   partner = skips.num_layers - 1 - skips.layer
   slot = jnp.minimum(partner, skips.last_slot)
   kept_BLD = jax.lax.dynamic_index_in_dim(

@@ -197,10 +197,10 @@ def loss_of_guessing(measures: Sequence[dict], config, vocab: int) -> float:
     stated_losses = [measure.get('chance') for measure in measures
                      if measure['figure'] == 'loss']
     loss = stated_losses[0] if stated_losses else None
-  require(loss is not None, f'objective {config.objective!r} has no loss '
-          'that guessing gives, by which runs that diverge are known: say it '
-          "in MEASURES, as {'figure': 'loss', 'chance': 2.5}; of numbers, it "
-          'is the variance of what is to be told')
+  require(loss is not None, f'objective {config.objective!r} has no loss of '
+          'guessing that is known, and runs that diverge are recognised by it: '
+          "write it in MEASURES, as {'figure': 'loss', 'chance': 2.5}; where "
+          'the targets are numbers, it is their variance')
   return float(loss)
 
 

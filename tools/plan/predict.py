@@ -153,23 +153,27 @@ class _Step:
 
 
 def _layers_of_pass(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
-  """Returns the kind of each layer that one pass through the model runs, a
-  looped layer once for each of its loops.
+  """Lists the layers that the forward pass or the backward pass runs, in their
+  order. With model.loop, a section of layers is run several times.
 
   Args:
     model: the config of the model.
-    back: whether the pass is the backward pass, in which a looped layer may run
-      less often than in the forward pass.
+    back: whether to list the layers of the backward pass, which may run a
+      section less often than the forward pass does.
+
+  Returns:
+    The kind of each layer, repeated as often as the layer is run.
   """
+  # '/layers/' is in the path of the parameters of all layers that are repeated.
+  max_repeats = layers.count_reads_of_weight(model, '/layers/', back=back)
   lengths_of_stacks = [model.num_layers]
   if architectures.stack(model) == 'encoder-decoder':
     lengths_of_stacks.append(model.num_decoder_layers)
-  max_loops = layers.count_reads_of_weight(model, '/layers/', back=back)
   layer_kinds: tuple[LayerKind, ...] = ()
   for num_layers in lengths_of_stacks:
     for section in model.sections(num_layers):
-      loops = min(section.passes, max_loops)
-      layer_kinds += section._replace(passes=loops).layers
+      repeats = min(section.passes, max_repeats)
+      layer_kinds += section._replace(passes=repeats).layers
   return layer_kinds
 
 

@@ -102,7 +102,7 @@ def cut_heads_into_pieces(places: int, x_BLH: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def map_pieces_in_groups(function: Callable[[Any], Any], most: int, x: Any
+def map_pieces_in_groups(function: Callable[[Any], Any], max_pieces: int, x: Any
                          ) -> Any:
   """Applies a function to all pieces of rows, a group of pieces at a time. So
   the function's intermediate results take little memory. The backward pass
@@ -116,23 +116,23 @@ def map_pieces_in_groups(function: Callable[[Any], Any], most: int, x: Any
   Args:
     function: a function of arrays [B, ...], whose rows do not depend on each
       other.
-    most: how many pieces a group has at most. All groups have the same size, so
-      the last one may begin with some pieces of the group before it.
+    max_pieces: how many pieces a group has at most. All groups have the same
+      size, so the last one may begin with some pieces of the group before it.
     x: the function's argument, arrays [pieces, B rows, ...].
 
   Returns:
     The function's result for all pieces, arrays [pieces, B, ...].
   """
-  return _map_groups(functools.partial(_apply_to_rows, function), most, x)
+  return _map_groups(functools.partial(_apply_to_rows, function), max_pieces, x)
 
 
-def _map_groups(function: Callable[[Any], Any], most: int, x: Any) -> Any:
+def _map_groups(function: Callable[[Any], Any], max_pieces: int, x: Any) -> Any:
   """Applies a function to groups of pieces, one group after another.
 
   Args:
     function: a function of arrays [pieces, B rows, ...], in which pieces do not
       depend on each other.
-    most: how many pieces a group has at most.
+    max_pieces: how many pieces a group has at most.
     x: the function's argument for all pieces, a tree of such arrays.
 
   Returns:
@@ -141,7 +141,7 @@ def _map_groups(function: Callable[[Any], Any], most: int, x: Any) -> Any:
   # Take as few groups as possible. All must have the same size, since a loop on
   # the device has arrays of one shape.
   num_pieces = jax.tree.leaves(x)[0].shape[0]
-  num_groups = -(-num_pieces // most)
+  num_groups = -(-num_pieces // max_pieces)
   if num_groups == 1:
     return function(x)
   size = -(-num_pieces // num_groups)
@@ -206,13 +206,14 @@ def _apply_to_rows(function: Callable[[Any], Any], x: Any) -> Any:
   return jax.tree.map(split_rows_into_pieces, result)
 
 
-def _map_pieces_forward(function: Callable[[Any], Any], most: int, x: Any):
+def _map_pieces_forward(function: Callable[[Any], Any], max_pieces: int,
+                        x: Any):
   """Keeps the argument alone for the backward pass."""
-  return map_pieces_in_groups(function, most, x), x
+  return map_pieces_in_groups(function, max_pieces, x), x
 
 
-def _map_pieces_backward(function: Callable[[Any], Any], most: int, x: Any,
-                         d_result: Any) -> Any:
+def _map_pieces_backward(function: Callable[[Any], Any], max_pieces: int,
+                         x: Any, d_result: Any) -> Any:
   """Computes the gradient of `map_pieces_in_groups`, which applied a function
   to the pieces of rows, a group of pieces at a time. The gradient is computed
   in the same groups, each of which goes through the function again, so that no
@@ -220,7 +221,7 @@ def _map_pieces_backward(function: Callable[[Any], Any], most: int, x: Any,
 
   Args:
     function: the function of arrays [B rows, ...] that was applied.
-    most: how many pieces a group has at most.
+    max_pieces: how many pieces a group has at most.
     x: the function's argument, arrays [pieces, B, ...].
     d_result: the gradient of its result, arrays [pieces, B, ...].
 
@@ -236,7 +237,7 @@ def _map_pieces_backward(function: Callable[[Any], Any], most: int, x: Any,
     _, backward = jax.vjp(apply_to_group, x_of_group)
     return backward(d_result_of_group)
 
-  return _map_groups(gradient_of_group, most, (x, d_result))
+  return _map_groups(gradient_of_group, max_pieces, (x, d_result))
 
 
 map_pieces_in_groups.defvjp(_map_pieces_forward, _map_pieces_backward)

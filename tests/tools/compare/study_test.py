@@ -189,7 +189,7 @@ def test_what_guessing_numbers_costs_is_what_the_measure_of_the_loss_states():
   config = types.SimpleNamespace(objective='regression', data=None)
   stated = [dict(figure='pearson', chance=0.0), dict(figure='loss', chance=2.5)]
   assert measures.loss_of_guessing(stated, config, 7) == 2.5
-  with pytest.raises(RequestError, match="'regression' has no loss that guess"):
+  with pytest.raises(RequestError, match="'regression' has no loss of guess"):
     measures.loss_of_guessing(stated[:1], config, 7)
 
 
