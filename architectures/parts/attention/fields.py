@@ -174,13 +174,14 @@ class LatentConfig:
   def derived(self, config: Sizes) -> 'LatentConfig':
     """Returns the fields with those that were left open (0), which follow from
     the size of a head of the model."""
+    # Each field reads config.head_dim only where it is left open. Where none is,
+    # nothing has read model.head_dim, and the user who sets it is told so.
+    nope_dim = self.nope_dim or config.head_dim
     # Half of a head's size is turned, rounded up to an even number, since
     # features turn in pairs.
-    head_dim = config.head_dim
-    nope_dim = self.nope_dim or head_dim
-    rope_dim = self.rope_dim or 2 * -(-head_dim // 4)
+    rope_dim = self.rope_dim or 2 * -(-config.head_dim // 4)
     return dataclasses.replace(
-        self, kv_rank=self.kv_rank or 4 * head_dim, nope_dim=nope_dim,
-        rope_dim=rope_dim, v_dim=self.v_dim or head_dim,
+        self, kv_rank=self.kv_rank or 4 * config.head_dim, nope_dim=nope_dim,
+        rope_dim=rope_dim, v_dim=self.v_dim or config.head_dim,
         scale=self.scale or (nope_dim + rope_dim) ** -0.5,
         norm_eps=self.norm_eps or config.norm_eps)
