@@ -174,8 +174,8 @@ class LatentConfig:
   def derived(self, config: Sizes) -> 'LatentConfig':
     """Returns the fields with those that were left open (0), which follow from
     the size of a head of the model."""
-    # Each field reads config.head_dim only where it is left open. Where none is,
-    # nothing has read model.head_dim, and the user who sets it is told so.
+    # Read config.head_dim only for a field that is left open. Where none is,
+    # nothing reads model.head_dim, and a user who sets it gets an error.
     nope_dim = self.nope_dim or config.head_dim
     # Half of a head's size is turned, rounded up to an even number, since
     # features turn in pairs.
