@@ -76,6 +76,36 @@ def test_weights_are_born_with_the_size_that_the_init_says(init):
   assert np.std(params['head/kernel']) == pytest.approx(want, rel=0.03)
 
 
+LATENT_EXPERTS = dict(ffn='moe', moe=dict(num_experts=4, latent_dim=12))
+
+
+@pytest.mark.parametrize('system, changes', [
+    ('gpt', LATENT_EXPERTS), ('bart', {}), ('deepseek_v2', {}),
+    ('deepseek_v4', {}), ('lfm2', {}),
+    ('gpt', dict(memory='engram', ngrams=dict(rows=40))),
+    *(('llama', dict(mixer=name)) for name in (
+        'comba', 'deltanet', 'gdn2', 'gla', 'kda', 'mamba', 'mamba2', 'mamba3',
+        'mesa', 'retnet', 'rwkv7'))])
+def test_the_products_that_end_in_the_residual_stream_are_born_smaller(
+    system, changes, monkeypatch):
+  """Which weights these are is known by their names: the last of attention,
+  recurrences and networks, and the way back from latent experts."""
+  last_products = ('out', 'down', 'latent_up')
+  born_smaller, declare_weight = {}, layers.weight
+
+  def weight(module, name, *args, residual=False, **kwargs):
+    born_smaller[(*module.path, name)] = residual
+    return declare_weight(module, name, *args, residual=residual, **kwargs)
+
+  monkeypatch.setattr(layers, 'weight', weight)
+  module = architectures.build(models.small_config(system, **changes))
+  jax.eval_shape(module.init, jax.random.key(0), models.random_tokens())
+  assert any(born_smaller.values())
+  for path, is_smaller in born_smaller.items():
+    expected = path[-1] in last_products or path[-2:] == ('memory', 'value')
+    assert is_smaller == expected, path
+
+
 def test_a_product_in_bfloat16_rounds_its_operands_alone():
   """Its gradients too: each near that of float32, and of its operand's type."""
   x, w, d = normal(0, 64, 48), normal(1, 48, 40), normal(2, 64, 40)
