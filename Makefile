@@ -1,4 +1,4 @@
-# make train: a GPT on real text, in about five minutes on two CPU cores.
+# make train: a GPT on real text, in about three minutes on two CPU cores.
 # make train EXTRA=cuda13: the same on a GPU (cuda: CUDA 12; tpu: a TPU).
 # make test, test-fast, fuzz, verify, lint, docs, docs-test, plan-test, slurm-test,
 # mutants, lock, clean: see CONTRIBUTING.md.

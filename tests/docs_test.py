@@ -138,7 +138,7 @@ def test_the_line_of_a_step_is_as_printed():
   line, = re.findall(r'^step 10/2500.*', page, re.M)
   stream = io.StringIO()
   progress.make_run_progress(2500, stream=stream).update(10, dict(
-      loss=6.7180, tokens_per_second=7592.0, step_seconds=0.135))
+      loss=6.7180, tokens_per_second=11938.0, step_seconds=0.0858))
   assert _shape(stream.getvalue()) == _shape(line)
 
 
