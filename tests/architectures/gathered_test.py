@@ -53,7 +53,7 @@ SMALL = 4 * 2 ** 20
 
 
 @pytest.mark.parametrize('system', models.mark_long_except(
-    ('deepseek_v4', 'kimi_linear', 'mamba'), models.SYSTEMS))
+    ('deepseek_v4', 'kimi_linear', 'mamba', 'zaya'), models.SYSTEMS))
 def test_no_large_matrix_stands_whole_along_fsdp(system):
   """At all published sizes, from the shapes and the table of rules alone."""
   rules = dict(tables.RULES['default'])
@@ -72,7 +72,8 @@ def test_no_large_matrix_stands_whole_along_fsdp(system):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('system', [
-    'mamba', pytest.param('deepseek_v4', marks=pytest.mark.long)])
+    'mamba', *(pytest.param(system, marks=pytest.mark.long)
+               for system in ('deepseek_v4', 'zaya'))])
 def test_products_of_low_rank_equal_one_device(system):
   module, params = models.make_model(system)
   tokens_BL, step = models.random_tokens(8, LENGTH), step_of(module)

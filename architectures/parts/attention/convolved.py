@@ -140,7 +140,7 @@ def _convolve_twice(module: Any, name: str, x_BLHK: jax.Array, ctx: Context,
 
   # The second convolution, a product with a matrix M_i of each head for each
   # of the tokens seen, [K, U] with U = K.
-  axes_of_weight = None, axes[0], 'head', None
+  axes_of_weight = None, axes[0], 'head', 'latent'
   weight_WHKU = layers.weight(
       module, mix, shape=(num_seen, H, K, K), axes=axes_of_weight,
       in_axes=(0, 2), batch_axes=(1,))

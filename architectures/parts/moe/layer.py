@@ -350,7 +350,8 @@ class MoE(nn.Module):
                       shape=(size,), role=Role((None,)))
     y_TU = layers.rmsnorm(state_TU, scale_U, self.config.norm_eps)
     for name in ('router_hidden_1', 'router_hidden_2'):
-      w_UU = layers.weight(self, name, shape=(size, size), axes=(None, None))
+      w_UU = layers.weight(self, name, shape=(size, size),
+                           axes=(None, 'latent'))
       bias_U = layers.bias(self, f'{name}_bias', shape=(size,), axes=(None,))
       z_TU = layers.add_bias(_multiply_in_float32(y_TU, w_UU), bias_U)
       y_TU = jax.nn.gelu(z_TU, approximate=False)
