@@ -401,3 +401,23 @@ def test_networks_of_one_form_have_the_same_tensors(system):
     config = architectures.resolve(models.small_config(system, ffn=ffn))
     names[layers.FFNS[ffn].gated].add(tuple(page.rows_of_model(config)))
   assert all(len(rows) <= 1 for rows in names.values())
+
+
+@pytest.mark.parametrize('field', [True, False])
+def test_the_head_of_an_mt5_is_tied_where_it_has_no_tensor(field, tmp_path):
+  """Whatever tie_word_embeddings says, as in transformers, which does not scale
+  the logits of either."""
+  module, params = jax.device_get(models.make_model('mt5'))
+  weights.to_hf(module, params, tmp_path / 'whole')
+  folder = _edit(tmp_path / 'whole', tmp_path, tie_word_embeddings=field)
+  untied, its_params = weights.from_hf(folder)
+  assert not untied.config.tie_embeddings
+  _equal(its_params, params)
+
+  tensors = load_file(folder / hf_files.SAFE)
+  del tensors['lm_head.weight']
+  save_file(tensors, folder / hf_files.SAFE)
+  tied, its_params = weights.from_hf(folder)
+  assert tied.config.tie_embeddings and tied.config.logits_scale == 1
+  del params['head']
+  _equal(its_params, params)
