@@ -14,6 +14,10 @@ from common.errors import RequestError
 from training import plugins
 
 CODE_FOLDER = pathlib.Path(__file__).parents[2]
+# The folders in which a new file changes the program, even if nothing else was
+# edited: a new system, for example. A new config or a user's own file elsewhere
+# does not: a run records its config, and the parts that it takes from files.
+FOLDERS_OF_PROGRAM = ('architectures', 'common', 'tools', 'training')
 # A variable in the environment of a study's runs.
 PLAN_VARIABLE = 'ARCHETYPE_PLAN'
 
@@ -32,8 +36,8 @@ def describe_this_start(data: Mapping[str, str] | None = None) -> dict[str,
     A dict with these keys.
     commit: the commit of this code; None if the code is in no git repository of
       its own (it may be installed), or git is missing.
-    diff: a hash of all changes since the commit and of Python files in no
-      commit; '' if there are none, None without a commit.
+    diff: a hash of all changes since the commit and of the program's Python
+      files in no commit; '' if there are none, None without a commit.
     command: the command line.
     data: the argument `data`, if it is given.
     files: a short hash of each file of the user's own code that was loaded, by
@@ -78,13 +82,15 @@ def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
   try:
     commit = run_git('rev-parse', 'HEAD').decode().strip()
     changes = run_git('diff', '--binary', 'HEAD')
+    # A star stands for folders too.
+    patterns = [f'{folder}/*.py' for folder in FOLDERS_OF_PROGRAM]
     new_files = run_git(
-        'ls-files', '-z', '--others', '--exclude-standard', '*.py')
+        'ls-files', '-z', '--others', '--exclude-standard', '--', *patterns)
   except (OSError, subprocess.CalledProcessError):
     return unknown
 
-  # Count new Python files among the changes. With -z, each name ends with a
-  # NUL.
+  # Count the program's new Python files among the changes. With -z, each name
+  # ends with a NUL.
   for name in new_files.split(b'\0')[:-1]:
     changes += name + b'\0'
     file = root / os.fsdecode(name)

@@ -45,14 +45,20 @@ def test_commit_and_what_differs_from_it(repository):
   assert code(repository) == clean
   (repository / 'a.py').write_text('a = 2\n')
   changed = code(repository)
-  (repository / 'b.py').write_text('b = 1\n')
+  new_file = repository / 'architectures/parts/b.py'
+  new_file.parent.mkdir(parents=True)
+  new_file.write_text('b = 1\n')
   new = code(repository)
-  (repository / 'b.py').write_text('b = 2\n')
-  diffs = {clean['diff'], changed['diff'], new['diff'],
-           code(repository)['diff']}
-  assert len(diffs) == 4
+  new_file.write_text('b = 2\n')
+  edited = code(repository)
+  assert len({x['diff'] for x in (clean, changed, new, edited)}) == 4
   assert changed['commit'] == clean['commit']
-  (repository / 'b.py').unlink()
+  # A new config, and a sweep that a user saves here, are not the program.
+  (repository / 'configs').mkdir()
+  for name in ('configs/mine.py', 'sweep.py'):
+    (repository / name).write_text('c = 1\n')
+  assert code(repository) == edited
+  new_file.unlink()
   (repository / 'a.py').write_text('a = 1\n')
   assert code(repository) == clean
 
