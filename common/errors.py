@@ -139,7 +139,8 @@ def shorten(value: Any) -> str:
   """Returns the text of a value for a message, cut off after 57 characters
   where it has more than 60."""
   if type(value) is int and value.bit_length() > 80:
-    # Python does not write out integers of thousands of digits.
+    # Python does not write out integers of thousands of digits. A bit is about
+    # 0.3 of a digit (log10 of 2).
     return f'a number of about {value.bit_length() * 3 // 10} digits'
   text = repr(value)
   if len(text) > 60:
