@@ -105,7 +105,8 @@ class Model:
 
   def __call__(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
                **inputs: Tokens) -> jax.Array:
-    """Returns the logits, float32 [B, L, V].
+    """Returns the logits, float32 [B, L, V]: for each of L tokens in B rows, V
+    numbers, one for each id of the vocabulary.
 
     Args:
       tokens: the tokens, [B, L], or [L] for one row; in an encoder-decoder

@@ -67,8 +67,9 @@ def suggest_name(name: str, choices: Collection[str], before: str = '') -> str:
   Args:
     name: the unknown name.
     choices: the known names, with dots between their parts; or a mapping from
-      these names to their descriptions.
-    before: the text that stands before each choice in the question.
+      these names to their descriptions, without which rule 2 is not tried.
+    before: the text that stands before each choice in the question, such as
+      '--config.'.
   """
   # Rule 1: the last part is the same.
   last_part = name.rpartition('.')[2]
@@ -99,6 +100,7 @@ def _choice_with_shortest_sentence(name: str, sentences: Mapping[str, str]
     A list with this one choice, or an empty list if no sentence has the words.
   """
   # The words stand side by side, with spaces or underscores between them.
+  # (re.escape leaves an underscore as it is.)
   pattern = re.escape(name).replace('_', '[ _]')
   words = re.compile(rf'\b{pattern}\b')
   shortest: list[str] = []

@@ -181,9 +181,10 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
 
   # Adapters are written by themselves, or merged into the weights.
   if adapter:
-    size = peft.write_adapters(module.config, params=params, folder=folder,
-                               base=config.init_from, dtype=dtype)
-    print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
+    num_parameters = peft.write_adapters(
+        module.config, params=params, folder=folder, base=config.init_from,
+        dtype=dtype)
+    print(f'{folder}: the adapters of {workdir}, {num_parameters:,} parameters')
     return
   module, params = weights.merge_adapters(module, params)
 

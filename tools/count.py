@@ -71,8 +71,8 @@ def main() -> None:
 
 
 def list_all_sizes() -> list[tuple[str, str]]:
-  """Returns the file in configs/, such as 'llama', and the name of every
-  published model size."""
+  """Returns every published model size as a pair: its file in configs/, such as
+  'llama', and its name in that file, such as '7b'."""
   sizes = []
   for path in sorted(configs.FOLDER.glob('*.py')):
     module = importlib.import_module(f'configs.{path.stem}')

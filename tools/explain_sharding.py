@@ -241,13 +241,13 @@ def explain_sharding(config: Any, mesh: dict[str, int]) -> dict:
     collectives: the collectives of a training step, summed by kind.
   """
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
-  count = math.prod(mesh.values())
-  device_mesh = devices.make_mesh(mesh, jax.devices()[:count])
+  num_devices = math.prod(mesh.values())
+  device_mesh = devices.make_mesh(mesh, jax.devices()[:num_devices])
   run = runs.build(config, model, device_mesh)
 
   # Predict the collectives. All devices are taken to be on host 0, so that no
   # bytes count as sent between hosts.
-  host_of_device = np.zeros(count, int)
+  host_of_device = np.zeros(num_devices, int)
   predicted = predict.predict_collectives(run, host_of_device)
   return dict(
       model=model.arch, mesh=dict(mesh), rules=config.mesh.rules,
@@ -294,15 +294,15 @@ def main() -> int:
   mesh = {axis: abs(args.config.mesh[axis]) for axis in tables.MESH_AXES}
   if args.mesh:
     mesh = devices.parse_mesh(args.mesh, 0)
-  count = math.prod(mesh.values())
-  require(count <= MAX_DEVICES,
-          f'a mesh of {count:,} devices is asked for: choose '
+  num_devices = math.prod(mesh.values())
+  require(num_devices <= MAX_DEVICES,
+          f'a mesh of {num_devices:,} devices is asked for: choose '
           f'one of {MAX_DEVICES:,} at most, as each becomes a virtual '
           'CPU device')
 
   # Make as many virtual CPU devices as the mesh has.
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', count)
+  jax.config.update('jax_num_cpu_devices', num_devices)
   preflight.check_config(args.config, cli.overridden_fields())
   report = explain_sharding(args.config, mesh)
   if args.json:

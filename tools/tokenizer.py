@@ -74,7 +74,11 @@ def train_tokenizer(kind: str, documents: Iterator[str], size: int,
     kind: the algorithm, a key of ALGORITHMS.
     documents: the texts.
     size: the number of ids, special tokens included.
-    more_special_tokens: special tokens in addition to those of the algorithm.
+    more_special_tokens: special tokens in addition to those of the algorithm,
+      after which they are numbered.
+
+  Returns:
+    The trained tokenizer.
 
   Raises:
     RequestError: if the training fails, or `size` is too small.

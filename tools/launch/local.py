@@ -262,9 +262,10 @@ class _ProcessGroup:
     self._sent_signals: set[int] = set()  # by number
     self._deadline: float | None = None  # when the remaining ones are killed
 
-    # Process 0 writes to the terminal of this program, and each other process
-    # to a file. Each is in a session of its own, so that Ctrl-C in the terminal
-    # reaches it only once, passed on by this program.
+    # Process 0 writes to the terminal of this program (to Popen, None stands
+    # for that), and each other process to a file. Each is in a session of its
+    # own, so that Ctrl-C in the terminal reaches it only once, passed on by
+    # this program.
     logs.mkdir(parents=True, exist_ok=True)
     for i, env in enumerate(envs):
       output: Any = contextlib.nullcontext()

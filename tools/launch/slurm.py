@@ -76,10 +76,10 @@ def launch(job: job_lib.Job, args: flags.FlagValues) -> int:
     reason = ' '.join(result.stderr.split()) or 'it said nothing'
     raise EnvironmentFailure(
         f'sbatch ended with exit code {result.returncode}: {reason}')
-  # sbatch prints NUMBER;CLUSTER.
-  number = result.stdout.strip().partition(';')[0]
-  print(f'job {number}; to end it: scancel {number}; to see its output: '
-        f'tail -n 0 -F {shlex.quote(str(log))}', flush=True)
+  # With --parsable, sbatch prints NUMBER, or NUMBER;CLUSTER.
+  job_number = result.stdout.strip().partition(';')[0]
+  print(f'job {job_number}; to end it: scancel {job_number}; to see its '
+        f'output: tail -n 0 -F {shlex.quote(str(log))}', flush=True)
   return 0
 
 

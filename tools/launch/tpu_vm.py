@@ -75,6 +75,12 @@ def launch(job: job_lib.Job, args: flags.FlagValues) -> int:
   Args:
     job: the job; with `dry_run`, the command is printed and not run.
     args: the flags of the launcher.
+
+  Returns:
+    The exit code of this program, 0, with `dry_run`.
+
+  Raises:
+    RequestError: if gcloud or bash is not installed here.
   """
   command = command_to_launch(job, args)
   if job.dry_run:

@@ -92,11 +92,14 @@ class Collective(NamedTuple):
 
 
 def bytes_sent(collectives: list[Collective]) -> tuple[float, float]:
-  """Returns the bytes that a device sends in a step within its slice or host,
-  and those that it sends to other slices or hosts.
+  """Sums the bytes that a device sends in a step.
 
   Args:
     collectives: all collectives of the step.
+
+  Returns:
+    The bytes that it sends within its slice (TPU) or host (GPU), and those that
+    it sends to other slices or hosts.
   """
   total = outside = 0.0
   for collective in collectives:
@@ -356,17 +359,18 @@ def _walk_instructions(text: str, num_passes: int | None
       yield instruction._replace(runs=runs, known=known)
 
       # The body of a loop runs in each pass, and all other callees run once.
-      calls: int | None = 1
+      passes: int | None = 1
       if instruction.op == 'while':
-        calls = _trip_count(instruction, computations)
-        if calls is None:
-          calls = num_passes
-      is_known_inside = known and calls is not None
-      if calls is None:
-        calls = 1
+        passes = _trip_count(instruction, computations)
+        if passes is None:
+          passes = num_passes
+      is_known_inside = known and passes is not None
+      if passes is None:
+        passes = 1
+      # The name of an asynchronous call's thread is no computation.
       for callee in _called_computations(instruction):
         if callee in computations:
-          yield from visit(callee, runs=runs * calls, known=is_known_inside)
+          yield from visit(callee, runs=runs * passes, known=is_known_inside)
 
   yield from visit(entry, runs=1, known=True)
 
@@ -385,11 +389,11 @@ def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
   current = entry = ''
   for line in text.splitlines():
     # A line either opens a computation or has an instruction of the open one.
-    head = _PATTERN_OF_COMPUTATION.match(line)
-    if head:
-      current = head[2]
+    opening = _PATTERN_OF_COMPUTATION.match(line)
+    if opening:
+      entry_mark, current = opening.groups()
       computations[current] = []
-      if head[1]:
+      if entry_mark:
         entry = current
       continue
     match = _PATTERN_OF_INSTRUCTION.match(line)
@@ -403,7 +407,8 @@ def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _called_computations(instruction: _Instruction) -> list[str]:
-  """Returns the names of the computations that an instruction calls."""
+  """Returns the names of the computations that an instruction calls, such as
+  the body of a loop or the branches of a conditional."""
   called = _PATTERN_OF_CALLED.findall(instruction.arguments)
   names = [name for _, name in called]
   for branches in _PATTERN_OF_BRANCHES.findall(instruction.arguments):

@@ -291,8 +291,8 @@ def compile_program(run: runs.Run, program: Program, traced: Any, hbm: float):
       program, so its peak is checked here too.
     RequestError: if a kernel needs more on-chip memory than there is.
   """
-  task = progress.show_task(f'compiling {program.name}')
-  with run.context(), _translate_memory_errors(program.name), task:
+  shown_task = progress.show_task(f'compiling {program.name}')
+  with run.context(), _translate_memory_errors(program.name), shown_task:
     executable = traced.lower().compile()
   peak = peak_bytes(executable.memory_analysis())
   _check_peak(program.name, peak=peak, hbm=hbm)
@@ -318,7 +318,8 @@ def _translate_memory_errors(name: str) -> Iterator[None]:
       raise
     reason = str(error).split('RESOURCE_EXHAUSTED: ')[-1].splitlines()[0]
     # Memory other than HBM is on the chip, such as VMEM. Sharding the model
-    # over more devices does not help a kernel that needs too much of it.
+    # over more devices does not help a kernel that needs too much of it, so
+    # that this is no DoesNotFit.
     if 'hbm' not in reason.lower():
       raise RequestError(
           f'{name} cannot be compiled: a kernel takes more on-chip memory '

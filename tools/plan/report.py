@@ -74,8 +74,8 @@ def _line_of_compiler(plan: dict) -> str:
 
 
 def _lines_of_program(program: dict) -> list[str]:
-  """Returns the lines of a report that are about one program: its memory, its
-  collectives and its time.
+  """Returns the lines of a report that are about one program: its memory in GiB
+  (2**30 bytes), its collectives and its time.
 
   Args:
     program: the report of the program, as programs.analyse_program returns it.

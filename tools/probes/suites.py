@@ -308,9 +308,9 @@ def card_as_text(card: Mapping[str, Any]) -> str:
   Args:
     card: the card, as `make_card` returns it.
   """
-  seeds = len(card['seeds'])
-  lines = [f'accuracy over {seeds} seeds, at the best learning rate: mean and '
-           '95 % interval']
+  num_seeds = len(card['seeds'])
+  lines = [f'accuracy over {num_seeds} seeds, at the best learning rate: mean '
+           'and 95 % interval']
   for task, row in card['tasks'].items():
     # The accuracy over all rows. There is none if runs diverged at all rates.
     if row['lr'] is None:
@@ -320,9 +320,9 @@ def card_as_text(card: Mapping[str, Any]) -> str:
       lines.append(
           f'{task}, lr {row["lr"]:g}: {accuracy} (the commonest answer: '
           f'{row["commonest"]:.4f}); by {row["what"]}:')
-    for lr, runs in row['diverged'].items():
+    for lr, seeds in row['diverged'].items():
       lines.append(f'  left out, since runs diverged: lr {lr:g} '
-                   f'({len(runs)} of {seeds} runs)')
+                   f'({len(seeds)} of {num_seeds} runs)')
 
     # The accuracy at each level, and on rows longer than in training.
     for name, figure in row['level'].items():
