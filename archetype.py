@@ -105,7 +105,8 @@ class Model:
 
   def __call__(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
                **inputs: Tokens) -> jax.Array:
-    """Returns the logits, float32 [B, L, V].
+    """Returns the logits, float32 [B, L, V]: for each of L tokens in B rows, V
+    numbers, one for each id of the vocabulary.
 
     Args:
       tokens: the tokens, [B, L], or [L] for one row; in an encoder-decoder
@@ -123,8 +124,9 @@ class Model:
 
   def hidden_states(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
                     **inputs: Tokens) -> Layers:
-    """Returns the input of the first layer and the output of each layer,
-    [N + 1, B, L, D]; an encoder-decoder has {'encoder': ..., 'decoder': ...}.
+    """Returns the input of the first layer and the output of each layer: the
+    states [N + 1, B, L, D] of N layers, B rows, L tokens and D numbers for each
+    token (d_model). An encoder-decoder has {'encoder': ..., 'decoder': ...}.
 
     They are float32, in numpy. The last is what the last layer returns, before
     the final norm if there is one. (transformers' `hidden_states` end with the
@@ -145,13 +147,14 @@ class Model:
                         decoder_tokens: Tokens | None = None,
                         **inputs: Tokens) -> Layers:
     """Returns the weight that each query gives each key, in each layer and
-    head: float32 [N, B, H, L, M].
+    head: float32 [N, B, H, L, M], for N layers, B rows, H heads, L queries and
+    M keys. In a decoder or an encoder, M is L.
 
     An encoder-decoder has {'encoder': [N, B, H, M, M], 'decoder':
-    [N, B, H, L, L], 'cross': [N, B, H, L, M]}. The arrays are numpy's, and
-    layers count from 0. A row sums to 1, less the share
-    of an attention sink; a hidden key has weight 0. The weights are worked out
-    by plain products, whichever kernel computes the attention itself.
+    [N, B, H, L, L], 'cross': [N, B, H, L, M]}, with M tokens of the source. The
+    arrays are numpy's, and layers count from 0. The weights of a query sum to
+    1, less the share of an attention sink; a hidden key has weight 0. They are
+    worked out by plain products, whichever kernel computes the attention.
 
     Args:
       tokens: the tokens, [B, L], or [L] for one row; in an encoder-decoder
@@ -308,9 +311,13 @@ class Model:
     return predictions
 
   def count(self, length: Size = 0) -> dict[str, Any]:
-    """Returns the costs of the model: parameters, in all and active for a
-    token, also by part; FLOPs per token; bytes of the parameters and of the
-    key-value cache. `length`: the tokens of a sequence; default: max_len."""
+    """Returns the costs of the model by name: its parameters, in all and active
+    for a token, also by part; the FLOPs per token; and the bytes of the
+    parameters and of the key-value cache.
+
+    Args:
+      length: the number of tokens of a sequence; 0: max_len of the model.
+    """
     length = length or self.config.max_len
     return totals.count_costs(self._config_of_run(), length=length,
                               model=self.config)
@@ -335,16 +342,22 @@ class Model:
     old_params = paths.flatten_by_path(self.params)
     new_params = _draw_parameters(module, seed)
     drawn = []
-    for name, x in paths.flatten_by_path(new_params).items():
-      if name not in old_params or old_params[name].shape != x.shape:
-        drawn.append(name)
+    for path, new_value in paths.flatten_by_path(new_params).items():
+      if path not in old_params or old_params[path].shape != new_value.shape:
+        drawn.append(path)
 
-    def old_or_drawn(key: tuple, x: jax.Array) -> jax.Array:
-      """Returns the old value of a parameter, if it keeps it, else `x`."""
-      name = paths.path_to_string(key)
-      if name in drawn:
-        return x
-      return old_params[name]
+    def old_or_drawn(keys: tuple, new_value: jax.Array) -> jax.Array:
+      """Returns the value of a parameter in the new model: its old value if it
+      keeps that, and else the one that was drawn.
+
+      Args:
+        keys: jax's path of the parameter.
+        new_value: the value that was drawn.
+      """
+      path = paths.path_to_string(keys)
+      if path in drawn:
+        return new_value
+      return old_params[path]
 
     params = jax.tree_util.tree_map_with_path(old_or_drawn, new_params)
     # Keep the names of the labels if there are as many as before.
@@ -374,7 +387,9 @@ class Model:
     config = self._config_of_run()
     generation = self.generation
 
-    # Find out whether the tokenizer can be written.
+    # Find out whether the tokenizer can be written. Only imported weights have
+    # a generation_config.json, so a byte tokenizer beside one stands in for
+    # theirs.
     tokenizer = self.tokenizer
     if isinstance(tokenizer, tokenizers.Bytes):
       stands_in = generation is not None
@@ -400,7 +415,8 @@ class Model:
 
   def _config_of_run(self) -> ml_collections.ConfigDict:
     """Returns the config of the run that the model is from; for a model from
-    elsewhere the defaults, with the objective that trains such a head."""
+    elsewhere the default config, in which the objective, the architecture and
+    the length of a row are made to suit the model."""
     if self.run is not None:
       return self.run
     config = base.base()
@@ -415,7 +431,13 @@ class Model:
 
     Args:
       wanted: the part to return: 'logits', 'layers' or 'attention'.
-      tokens, decoder_tokens, inputs: the arguments of the model's call.
+      tokens: the tokens, [B, L] or [L]; in an encoder-decoder the source.
+      decoder_tokens: the tokens that the decoder of an encoder-decoder is
+        shown; None: the source.
+      inputs: the other inputs of the call by name, such as `mask`.
+
+    Returns:
+      The part, as `_compute_output` describes it.
     """
     arguments = self._as_arguments(tokens, decoder_tokens=decoder_tokens,
                                    inputs=inputs)
@@ -423,8 +445,19 @@ class Model:
 
   def _as_arguments(self, tokens: Tokens, decoder_tokens: Tokens | None,
                     inputs: Mapping[str, Tokens]) -> dict[str, jax.Array]:
-    """Returns the arguments of a call of the model as arrays, checked, by the
-    names that the module has for them."""
+    """Checks the arguments of a call of the model, and returns them as int32
+    arrays [B, L], by the names that the module has for them.
+
+    Args:
+      tokens: the tokens, [B, L] or [L]; in an encoder-decoder the source.
+      decoder_tokens: the tokens that the decoder of an encoder-decoder is
+        shown, or None.
+      inputs: the other inputs of the call by name, such as `mask`.
+
+    Raises:
+      RequestError: for an input that this model does not take, and for ids
+        that are not in its vocabulary.
+    """
     arguments = dict(inputs, tokens=tokens)
     if decoder_tokens is not None:
       arguments['decoder_tokens'] = decoder_tokens
@@ -439,13 +472,18 @@ class Model:
       by_layer: an array for each layer, those of the encoder first.
       num_extra: the number of arrays that each stack has beside those of its
         layers, such as 1 for the input of the first layer.
+
+    Returns:
+      One array whose first dimension is the layers, or a dict of two.
     """
     if self.stack != 'encoder-decoder':
       return _as_numpy_float32(by_layer)
     num_encoder_layers = len(self.config.layer_kinds(self.config.num_layers))
-    num_encoder = num_extra + num_encoder_layers
-    return dict(encoder=_as_numpy_float32(jnp.stack(by_layer[:num_encoder])),
-                decoder=_as_numpy_float32(jnp.stack(by_layer[num_encoder:])))
+    decoder_start = num_extra + num_encoder_layers
+    of_encoder = jnp.stack(by_layer[:decoder_start])
+    of_decoder = jnp.stack(by_layer[decoder_start:])
+    return dict(encoder=_as_numpy_float32(of_encoder),
+                decoder=_as_numpy_float32(of_decoder))
 
 
 def _as_numpy_float32(x: jax.Array) -> Any:
@@ -466,9 +504,12 @@ def _compute_output(module: nn.Module, params: Any,
     module: the Flax module of the model.
     params: its parameters, a tree of arrays.
     arguments: the arguments of the model's call, by name.
-    wanted: 'logits'; 'layers', the states of all layers; or 'attention', the
-      weights of attention and, in an encoder-decoder, those of attention to the
-      encoder's output, else None.
+    wanted: the part to return: 'logits', 'layers' or 'attention'.
+
+  Returns:
+    For 'logits', float32 [B, L, V]. For 'layers', the states of all layers. For
+    'attention', the weights of attention and, in an encoder-decoder, those of
+    attention to the encoder's output, else None.
   """
   options: dict[str, Any] = dict(
       arguments, keep_layers=wanted == 'layers',
@@ -575,6 +616,10 @@ def _load_run(workdir: Any, step: parameters.StepChoice, tokenizer: str | None
       parameters; None: the newest good one.
     tokenizer: another tokenizer than the run's, written as in data.tokenizer;
       None: the run's.
+
+  Raises:
+    RequestError: where there is no such run or step.
+    EnvironmentFailure: where the checkpoint cannot be read.
   """
   config = runs.load_run_config(workdir)
   module = architectures.build(runs.load_run_model_config(workdir, config))
@@ -598,22 +643,26 @@ def _draw_parameters(module: nn.Module, seed: int) -> Any:
     module: the Flax module of the model.
     seed: the seed of the run.
 
+  Returns:
+    The parameters, a tree of arrays without flax's boxes of axis names.
+
   Raises:
     RequestError: if they are larger than all memory of a device.
   """
   init = jax.jit(module.init)
   # The parameters do not depend on the input, so one token is enough.
-  inputs = jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)
+  key = jax.random.key(seed)
+  token = jnp.zeros((1, 1), jnp.int32)
 
   # Check their size before anything is allocated. The program that is traced
   # here for the shapes is traced only once, as it is the one that runs below.
-  shapes = nn.meta.unbox(init.eval_shape(*inputs)['params'])
+  shapes = nn.meta.unbox(init.eval_shape(key, token)['params'])
   num_bytes = 0
-  for x in jax.tree.leaves(shapes):
-    num_bytes += math.prod(x.shape) * x.dtype.itemsize
+  for parameter in jax.tree.leaves(shapes):
+    num_bytes += math.prod(parameter.shape) * parameter.dtype.itemsize
   runs.check_bytes_fit(num_bytes, device=jax.local_devices()[0],
-                          what='the parameters')
-  return nn.meta.unbox(init(*inputs)['params'])
+                       what='the parameters')
+  return nn.meta.unbox(init(key, token)['params'])
 
 
 # Fields from which others are derived when a run's config is resolved: they
@@ -643,7 +692,9 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
             f'model.{name} decides the sizes of other '
             'parts: build a model with it, from a file of configs/')
   # Turn the config back into fields that a user may set. Reset those that were
-  # derived, so that they are derived again.
+  # derived, so that they are derived again: lora.alpha is derived as lora.rank,
+  # so a value equal to it counts as derived, and only an encoder-decoder has a
+  # number of decoder layers of its own.
   tree = ml_collections.ConfigDict(flat.default_tree())
   with tree.ignore_type():
     tree.update(flat.to_dict(config))

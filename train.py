@@ -142,13 +142,13 @@ def train(args: flags.FlagValues) -> int:
 
 
 def _describe_complete_run(request, start) -> str:
-  """Tells the user that a run has nothing left to do, and how to evaluate or
-  continue it.
+  """Returns the sentences which tell the user that a run has nothing left to
+  do, and how to evaluate or continue it.
 
   Args:
     request: the checked request for the run (begin.RunRequest).
-    start: the step at which the run has ended, and the reason if it has ended
-      early (begin.StartingPoint).
+    start: the step at which the run has ended, and the reason if evaluations
+      that no longer improved ended it early (begin.StartingPoint).
   """
   workdir = request.workdir
   last_step = request.config.train.steps

@@ -67,8 +67,9 @@ def suggest_name(name: str, choices: Collection[str], before: str = '') -> str:
   Args:
     name: the unknown name.
     choices: the known names, with dots between their parts; or a mapping from
-      these names to their descriptions.
-    before: the text that stands before each choice in the question.
+      these names to their descriptions, without which rule 2 is not tried.
+    before: the text that stands before each choice in the question, such as
+      '--config.'.
   """
   # Rule 1: the last part is the same.
   last_part = name.rpartition('.')[2]
@@ -99,6 +100,7 @@ def _choice_with_shortest_sentence(name: str, sentences: Mapping[str, str]
     A list with this one choice, or an empty list if no sentence has the words.
   """
   # The words stand side by side, with spaces or underscores between them.
+  # (re.escape leaves an underscore as it is.)
   pattern = re.escape(name).replace('_', '[ _]')
   words = re.compile(rf'\b{pattern}\b')
   shortest: list[str] = []
@@ -139,7 +141,8 @@ def shorten(value: Any) -> str:
   """Returns the text of a value for a message, cut off after 57 characters
   where it has more than 60."""
   if type(value) is int and value.bit_length() > 80:
-    # Python does not write out integers of thousands of digits.
+    # Python does not write out integers of thousands of digits. A bit is about
+    # 0.3 of a digit (log10 of 2).
     return f'a number of about {value.bit_length() * 3 // 10} digits'
   text = repr(value)
   if len(text) > 60:

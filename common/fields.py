@@ -107,7 +107,8 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
     of_layers: whether some layers may have a value of their own.
     several: whether a text lists several names, with commas between them.
   """
-  # The range of a whole number, where none is given.
+  # The range of a whole number, where none is given. A bool, which is an int to
+  # isinstance, has no range.
   if type(default) is int:
     if least is None and above is None:
       least = 0
@@ -146,13 +147,15 @@ def declared_fields(group: type, prefix: str = '') -> dict[str, DeclaredField]:
     prefix: the text that is put before each name.
   """
   declared = {}
-  for field_ in dataclasses.fields(group):
-    name = prefix + field_.name
-    if dataclasses.is_dataclass(field_.default_factory):
-      declared |= declared_fields(field_.default_factory, f'{name}.')
-    elif 'rule' in field_.metadata:
-      rule = field_.metadata['rule']
-      declared[name] = DeclaredField(default=field_.default, rule=rule)
+  for member in dataclasses.fields(group):
+    name = prefix + member.name
+    # The default factory of a group inside is the dataclass of that group. A
+    # member that was not made by `field` has no rule, and is not a field.
+    if dataclasses.is_dataclass(member.default_factory):
+      declared |= declared_fields(member.default_factory, f'{name}.')
+    elif 'rule' in member.metadata:
+      rule = member.metadata['rule']
+      declared[name] = DeclaredField(default=member.default, rule=rule)
   return declared
 
 
@@ -185,25 +188,24 @@ def check_values(values: Iterable[FieldValue]) -> None:
     RequestError: if a value is not of its field's type, in its range and among
       its choices.
   """
-  for declared, value, subject, choices in values:
-    value_type = type(declared.default)
+  for declared, value, subject, given_choices in values:
+    expected_type = type(declared.default)
     is_scalar_array = getattr(value, 'shape', None) == ()
-    if value_type is not str and is_scalar_array:
+    if expected_type is not str and is_scalar_array:
       continue
     check_type(value, default=declared.default, subject=subject)
-    if value_type in (int, float):
+    if expected_type in (int, float):
       check_number(subject, value=value, bounds=declared.rule.bounds)
 
     # A text is one of the choices, or lists several, if its field allows that.
-    choices = choices or declared.rule.choices
+    choices = given_choices or declared.rule.choices
     if not choices:
       continue
     names = [value]
     if declared.rule.several:
       names = value.split(',')
     for name in names:
-      if name not in choices:
-        check_choice(subject, value=name, choices=choices)
+      check_choice(subject, value=name, choices=choices)
 
 
 def check_type(value: Any, default: Any, subject: str) -> None:
@@ -240,6 +242,7 @@ def check_number(subject: str, value: float,
     value: the number to check.
     bounds: pairs of a sign and a number, such as ('>=', 1).
   """
+  # A comparison with NaN is false, so that it is refused too.
   is_in_range = -math.inf < value < math.inf
   for sign, bound in bounds:
     is_in_range = is_in_range and _COMPARISON_OF_SIGN[sign](value, bound)
@@ -277,6 +280,10 @@ def check_argument_types(function: F) -> F:
 
   Args:
     function: the function or class to decorate.
+
+  Returns:
+    For a function, one that checks its arguments and calls it. For a class, the
+    class itself, whose methods are replaced by such functions.
   """
   # For a class, replace each public method.
   if isinstance(function, type):
@@ -292,6 +299,8 @@ def check_argument_types(function: F) -> F:
 
   @functools.cache
   def annotations() -> dict[str, Any]:
+    """Returns the annotation of each argument, by its name; with the bounds of
+    an Annotated type, which get_type_hints would drop."""
     return typing.get_type_hints(function, include_extras=True)
 
   @functools.wraps(function)

@@ -59,6 +59,7 @@ def place_experts(model: Mapping[str, Any], interval: int) -> dict[str, Any]:
   """
   names_in_pattern = split_kind_names(model.get('pattern', ''))
   kinds = dict(model.get('kinds', {}))
+  # With experts in every layer, no kind differs from the model in its network.
   if interval == 1:
     return {'pattern': ','.join(names_in_pattern), 'kinds': kinds}
 

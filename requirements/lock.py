@@ -12,12 +12,19 @@ _UNPINNED = re.compile(r'archetype|torch|triton|(nvidia|cuda)-.*')
 
 
 def pins(report: dict) -> list[str]:
-  """Returns 'name==version' for each package of the report, sorted."""
+  """Returns 'name==version' for each package of the report, sorted.
+
+  Args:
+    report: the report of `pip install --dry-run --report`, in which `install`
+      lists the packages.
+  """
   versions = {}
-  for item in report['install']:
-    name = re.sub(r'[-_.]+', '-', item['metadata']['name']).lower()
+  for package in report['install']:
+    metadata = package['metadata']
+    # A name may be spelt in several ways, which PEP 503 brings to this one.
+    name = re.sub(r'[-_.]+', '-', metadata['name']).lower()
     if not _UNPINNED.fullmatch(name):
-      versions[name] = item['metadata']['version']
+      versions[name] = metadata['version']
   return [f'{name}=={version}' for name, version in sorted(versions.items())]
 
 

@@ -13,7 +13,7 @@ name:
   about.json      vocab_size, steps, and the run's config
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import io
 import json
 import pathlib
@@ -52,12 +52,12 @@ def main() -> int:
 def _write(workdir: Any, folder: pathlib.Path) -> None:
   """Writes the batches that a run trained and was evaluated on, as .npz files.
 
-  Each file holds an array [batches, *shape of a batch] for each key of a batch;
-  about.json holds the vocabulary size, the steps and the config.
+  Each file holds the batches of up to STEPS steps, or of one source of held-out
+  data; about.json holds the vocabulary size, the steps and the config.
 
   Args:
     workdir: the folder of the run, which is only read.
-    folder: where to write.
+    folder: the folder to write.
 
   Raises:
     RequestError: where the batches of a file differ in shape.
@@ -67,36 +67,51 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
 
   # The batches of each file, by the name of the file. They are iterators: a
   # file's batches are made only when it is written.
-  streams = {}
-  train = pipeline.make_training_loader(config, tokenizer)
+  batches_of_file = {}
+  train_loader = pipeline.make_training_loader(config, tokenizer)
   steps = config.train.steps
-  for first in range(0, steps, STEPS):
-    last = min(first + STEPS, steps)
-    streams[f'train-{first}'] = train.iterate(first, last)
+  for start in range(0, steps, STEPS):
+    end = min(start + STEPS, steps)
+    batches_of_file[f'train-{start}'] = train_loader.iterate(start, end)
   eval_loaders = pipeline.make_evaluation_loaders(config, tokenizer)
   for i, loader in enumerate(eval_loaders):
-    count = loader.first(config.eval.batches)
-    streams[f'held_out-{i}'] = loader.iterate(0, count)
+    num_batches = loader.first(config.eval.batches)
+    batches_of_file[f'held_out-{i}'] = loader.iterate(0, num_batches)
 
-  # Batches are stacked to one array, which needs equal shapes.
-  for name, stream in streams.items():
-    batches = list(stream)
-    shapes = [_shapes_of_arrays(batch) for batch in batches]
-    if not batches or any(one != shapes[0] for one in shapes):
-      raise RequestError(f'{workdir}: batches differ in shape: take a run with '
-                         'data.length_buckets=1 and no batch_ramp')
-    arrays, data = {}, io.BytesIO()
-    for key in batches[0]:
-      arrays[key] = np.stack([batch[key] for batch in batches])
-    np.savez_compressed(data, **arrays)
-    storage.write_file(storage.checked_path(folder / f'{name}.npz'),
-                       data.getvalue())
+  for name, batches in batches_of_file.items():
+    content = _pack_batches(list(batches), workdir)
+    storage.write_file(storage.checked_path(folder / f'{name}.npz'), content)
 
   model, _ = runs.resolve_model(config, tokenizer)
   about = {'vocab_size': model.vocab_size, 'steps': steps,
            'config': run_config.flatten(config)}
   storage.write_file(storage.checked_path(folder / 'about.json'),
                      json.dumps(about, indent=2) + '\n')
+
+
+def _pack_batches(batches: Sequence[Mapping[str, np.ndarray]], workdir: Any
+                  ) -> bytes:
+  """Returns the content of an .npz file with some batches: for each array of a
+  batch, such as tokens, one array [batches, *shape of the array].
+
+  Args:
+    batches: the arrays of each batch, by name.
+    workdir: the folder of the run, for the message.
+
+  Raises:
+    RequestError: where the batches differ in shape, or there is none.
+  """
+  # Only arrays of equal shapes can be stacked.
+  shapes = [_shapes_of_arrays(batch) for batch in batches]
+  if not batches or any(shape != shapes[0] for shape in shapes):
+    raise RequestError(f'{workdir}: batches differ in shape: take a run with '
+                       'data.length_buckets=1 and no batch_ramp')
+  stacked = {}
+  for name in batches[0]:
+    stacked[name] = np.stack([batch[name] for batch in batches])
+  file = io.BytesIO()
+  np.savez_compressed(file, **stacked)
+  return file.getvalue()
 
 
 def _shapes_of_arrays(batch: Mapping[str, np.ndarray]

@@ -98,8 +98,9 @@ def _sampling_options(generation: dict[str, Any], overrides: dict[str, Any]
   options = {flag.name: flag.default for flag in writing.SAMPLING_FLAGS}
   draw_options = {'temperature', 'top_k', 'top_p', 'min_p'}
   if generation and not draw_options & overrides.keys():
-    # The values of transformers, in place of what the file does not say: it
-    # draws only with do_sample, and then from the 50 likeliest tokens.
+    # What the file does not say is as transformers has it: tokens are drawn
+    # only with do_sample, and then from the 50 likeliest. Without do_sample,
+    # the likeliest token is taken, which a temperature of 0 stands for.
     if generation.get('do_sample'):
       options['top_k'] = 50
       for name in draw_options & generation.keys():
@@ -233,10 +234,12 @@ def _print_answer(session: Any, message: str) -> None:
   interrupts: list[int] = []
 
   def note_interrupt(number: int, frame: types.FrameType | None) -> None:
+    """Notes the number of a signal; Python calls it when the signal comes."""
     del frame
     interrupts.append(number)
 
   def was_interrupted() -> bool:
+    """Whether Ctrl-C was pressed since the answer began."""
     return bool(interrupts)
 
   handler_before = signal.signal(signal.SIGINT, note_interrupt)

@@ -181,9 +181,10 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
 
   # Adapters are written by themselves, or merged into the weights.
   if adapter:
-    size = peft.write_adapters(module.config, params=params, folder=folder,
-                               base=config.init_from, dtype=dtype)
-    print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
+    num_parameters = peft.write_adapters(
+        module.config, params=params, folder=folder, base=config.init_from,
+        dtype=dtype)
+    print(f'{folder}: the adapters of {workdir}, {num_parameters:,} parameters')
     return
   module, params = weights.merge_adapters(module, params)
 
@@ -297,15 +298,18 @@ def _generation_of_export(workdir: epath.Path, config: Any, model: Any,
   tokens that begin, end and pad a text, and the fields of
   generation_config.json.
 
+  An imported run has kept those that its model was published with. Any other
+  run gets them from its tokenizer.
+
   Args:
     workdir: the folder of the run.
     config: the config of the run.
     model: the config of its model.
     step: the step of the checkpoint.
   """
-  # An imported run has kept the settings that its model was published with. If
-  # it was imported without its tokenizer and then trained further, another
-  # tokenizer stood in, whose ids mean something else: the settings are wrong.
+  # The kept settings are wrong for one kind of run: it was imported without its
+  # tokenizer, so that another one stands in, whose ids mean something else, and
+  # then it was trained further, on these ids.
   kept = hf_generation.load_generation(workdir)
   if kept and (hf_generation.is_published(workdir, step)
                or not hf_tokenizer.is_stand_in(config.data.tokenizer)):
@@ -330,12 +334,14 @@ def _make_workdir(workdir: epath.Path) -> Iterator[None]:
           f'{workdir} holds a run already: choose another WORKDIR')
   storage.refuse_folder_of_others(workdir, 'WORKDIR')
 
-  # Files that were in the folder before stay there.
+  # Files that were in the folder before stay there. Ctrl-C is a BaseException,
+  # and must not leave half a workdir either.
   files_before = set(epath.Path(workdir).glob('*'))
   try:
     yield
   except BaseException:
-    for path in set(epath.Path(workdir).glob('*')) - files_before:
+    new_files = set(epath.Path(workdir).glob('*')) - files_before
+    for path in new_files:
       if path.is_dir():
         path.rmtree()
       else:
@@ -354,12 +360,16 @@ def _load_from_hugging_face(source: pathlib.Path, partial: bool, seed: int,
     dtype: the type of the parameters; '': that of the model's config.
 
   Returns:
-    The config of a run with this model, the module, and its parameters.
+    The config of a run with this model, the Flax module, and its parameters.
+
+  Raises:
+    RequestError: for a config.json with a value that no architecture here
+      honours, and, unless `partial`, for parameters that the files lack.
   """
   # Read config.json, and make the model that it describes.
-  tree = hf_config.load_config_json(_folder_of_source(source))
+  config_json = hf_config.load_config_json(_folder_of_source(source))
   files = hf_files.Files(source)
-  model, _, notes = hf_config.read_config_json(tree, files)
+  model, _, notes = hf_config.read_config_json(config_json, files)
   for note in notes:
     print(f'warning: {note}', file=sys.stderr)
   model.param_dtype = dtype or model.param_dtype
@@ -372,7 +382,7 @@ def _load_from_hugging_face(source: pathlib.Path, partial: bool, seed: int,
   if model.head != objectives.find_objective(config).head:
     config.objective = objectives.find_objective_of_head(module.config)
   if model.head != 'lm':
-    labels = hf_config.read_labels(tree)
+    labels = hf_config.read_labels(config_json)
     if not labels and model.num_labels > 1:
       labels = hf_config.default_labels(model.num_labels)
     config.data.labels = labels or ()
@@ -394,7 +404,11 @@ def _load_from_workdir(workdir: epath.Path, step: int | str | None):
     step: the step of the checkpoint; None: the newest one.
 
   Returns:
-    The config of the run, the module, its parameters, and the step.
+    The config of the run, the Flax module, its parameters, and the step of the
+    checkpoint that was read.
+
+  Raises:
+    RequestError: where there is no such run or step.
   """
   config = runs.fit_mesh_to_this_machine(runs.load_run_config(workdir))
   run = runs.build(config, runs.load_run_model_config(workdir))
@@ -427,8 +441,8 @@ def _write_workdir(workdir: epath.Path, config: Any, params: Any,
   with progress.show_task('saving'), checkpoints.Checkpoints(
       workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)
-  # The config is written last. With it, a run whose import was cut short would
-  # begin without its parameters.
+  # The config is written last, because a folder with a config counts as a run:
+  # one whose import was cut short would begin without its parameters.
   run_config.save_config(workdir, config, dict(derived))
   print(f'{workdir}: {runs.count_parameters(params):,} parameters {origin}')
   print(f'to go on: {run_config.training_command(workdir, config)}')

@@ -151,6 +151,9 @@ def _read_depths_and_experts(args: Any) -> tuple[list[int], list[int]]:
   """Returns the numbers of layers and of experts over which to measure, from
   the flags; [] where the flag is not set.
 
+  Args:
+    args: the flags of this program.
+
   Raises:
     RequestError: where both flags are set, and for numbers of experts that are
       no multiples of the first.
@@ -179,8 +182,8 @@ def _check_rules_of_mup(system: str, setting: 'TrainingSetting',
     setting: the settings of the training runs.
     widths: the widths, ascending.
     depths: the depths, of which the first is muP's base; []: only one.
-    experts: the numbers of experts of the base and of the widest model; []:
-      there are no experts, or always as many.
+    experts: the numbers of experts, of which the first is muP's base; []: there
+      are no experts, or always as many.
 
   Raises:
     RequestError: for a system without rules.
@@ -205,15 +208,18 @@ def read_sizes(flag: str, texts: Sequence[str], is_one: bool = False
     is_one: whether there must be one number rather than several.
 
   Raises:
-    RequestError: for another number of them, and for what is no number.
+    RequestError: for another number of them, for a number that is given twice,
+      and for what is no number.
   """
   sizes = sorted({int(text) for text in texts if text.isdecimal()})
   wanted = 'two numbers or more, each once'
-  is_right = len(sizes) >= 2
+  is_right_count = len(sizes) >= 2
   if is_one:
     wanted = 'one number, beside several of --depths or --experts'
-    is_right = len(sizes) == 1
-  if not is_right or len(sizes) != len(texts):
+    is_right_count = len(sizes) == 1
+  # The set has fewer elements than there are texts if some text is no number,
+  # or a number is there twice.
+  if not is_right_count or len(sizes) != len(texts):
     raise RequestError(f'{flag} is {",".join(texts)}: give {wanted}')
   return sizes
 
@@ -314,19 +320,27 @@ def grow_experts(model: ml_collections.ConfigDict, base: int, number: int,
                  what_grows: str) -> None:
   """Changes the experts of a model from those of the base.
 
+  Let f be the number of experts over that of the base. Always, the number of
+  experts grows by f. For `active` and `grain`, so does the number of experts
+  that a token goes to (top_k); for `grain`, the hidden units of an expert
+  (d_ff) are divided by f, so that the hidden units of a token stay:
+
+    (f top_k) (d_ff / f) = top_k d_ff
+
   Args:
     model: config.model, with the experts of a token, and the size of an expert,
       of the base. It is changed.
     base: the number of experts of the base.
     number: the number of experts, a multiple of it.
-    what_grows: one of EXPERTS_GROW.
+    what_grows: one of EXPERTS_GROW: 'alone', 'active' or 'grain'.
 
   Raises:
     RequestError: for a number by which the size of an expert cannot be divided.
   """
   moe = model.moe
   factor = number // base
-  top_k, d_ff = moe.top_k, moe.d_ff or model.d_ff
+  top_k = moe.top_k
+  d_ff = moe.d_ff or model.d_ff  # 0 stands for that of the dense layers
   if model.parametrization == 'mup':
     moe.update(mup_base_experts=base, mup_base_top_k=top_k, mup_base_d_ff=d_ff)
   moe.num_experts = number
@@ -419,8 +433,8 @@ def mean_sizes_of_outputs(config: ml_collections.ConfigDict, steps: int,
     seeds: the number of initialisations.
 
   Returns:
-    [steps + 1, outputs], the mean |x| of each block's output and of the logits,
-    averaged over the initialisations.
+    [steps + 1, outputs], the mean absolute value of each block's output and of
+    the logits, averaged over the initialisations.
   """
   module = architectures.build(config.model)
   optimizer = build_optimizer(module, config.optim, steps)
@@ -428,7 +442,8 @@ def mean_sizes_of_outputs(config: ml_collections.ConfigDict, steps: int,
   batch = _batch_of_text()
 
   def measure_and_step(state: Any, _: None) -> tuple[Any, jax.Array]:
-    """Returns the state after a step, and the sizes before it."""
+    """Returns the state after a step, and the sizes [outputs] before it. It has
+    the form of a body of jax.lax.scan, which stacks the sizes of all steps."""
     sizes = _sizes_of_outputs(
         module, params=state.params, tokens_BL=batch['tokens'])
     new_state, _ = step(state, batch)
@@ -453,8 +468,11 @@ def mean_sizes_of_outputs(config: ml_collections.ConfigDict, steps: int,
 
 
 def _batch_of_text() -> dict[str, Any]:
-  """Returns a batch of BATCH rows of LENGTH tokens, bytes of TEXT. The targets
-  are the bytes after them."""
+  """Returns a batch of BATCH rows of LENGTH tokens, which are bytes of TEXT:
+  its tokens, the targets, which are the bytes one position later, and the
+  weights of the targets, all 1; each [BATCH, LENGTH]."""
+  # A row takes one byte more than it has tokens, for the last target. The
+  # reshape relies on TEXT to be long enough for all rows.
   text = TEXT.encode()[:BATCH * (LENGTH + 1)]
   bytes_BL = np.frombuffer(text, np.uint8).reshape(BATCH, LENGTH + 1)
   ids_BL = bytes_BL.astype(np.int32)
@@ -464,8 +482,8 @@ def _batch_of_text() -> dict[str, Any]:
 
 def _sizes_of_outputs(module: Any, params: Any, tokens_BL: np.ndarray
                       ) -> jax.Array:
-  """Returns the mean |x| of the output of each block and of the logits, one
-  number each.
+  """Returns the mean absolute value of the output of each block and of the
+  logits, [N + 1] for N blocks.
 
   Args:
     module: the model.
@@ -473,10 +491,12 @@ def _sizes_of_outputs(module: Any, params: Any, tokens_BL: np.ndarray
     tokens_BL: the tokens that it reads, [batch, length].
   """
   output: Any = module.apply({'params': params}, tokens_BL, keep_layers=True)
-  # The first entry is the input of the first block.
+  # The first entry is the input of the first block. The others are [blocks,
+  # batch, length, d_model].
   layers_NBLD = output.aux['layers'][1:]
-  size_of_layers = jnp.abs(layers_NBLD).mean((1, 2, 3))
-  return jnp.append(size_of_layers, jnp.abs(output.logits).mean())
+  size_of_blocks = jnp.abs(layers_NBLD).mean((1, 2, 3))
+  size_of_logits = jnp.abs(output.logits).mean()
+  return jnp.append(size_of_blocks, size_of_logits)
 
 
 def describe_slope(slope: float) -> str:
@@ -498,20 +518,24 @@ def format_figures(row: dict) -> str:
   Args:
     row: the figures, as `measure_growth` returns them.
   """
-  # The columns: 10 characters for a name, 9 for a number.
+  # Only one of the three grows: the models have one of each of the others.
   grown, title = row['widths'], 'width'
   if len(row['depths']) > 1:
     grown, title = row['depths'], 'depth'
   if row['experts']:
     grown, title = row['experts'], 'experts'
-  columns = ''.join(f'{size:>9}' for size in grown)
+
+  # The columns: 10 characters for a name, 9 for a number.
+  columns = ''.join(f'{number:>9}' for number in grown)
   lines = [f'{row["system"]}, {row["parametrization"]}: mean |x| after '
            f'{row["steps"]} steps of {row["optimizer"]} at lr {row["lr"]:g}',
            f'  {title:10}{columns}    slope']
-  for i, name in enumerate(row['outputs']):
-    sizes = ''.join(f'{size[-1][i]:9.3g}' for size in row['sizes'])
+  for i, output in enumerate(row['outputs']):
+    # The sizes of a model are [steps + 1, outputs]: -1 is after the last step.
+    sizes = ''.join(f'{sizes_of_model[-1][i]:9.3g}'
+                    for sizes_of_model in row['sizes'])
     slope = row['slopes'][i]
-    lines.append(f'  {name:10}{sizes}{slope:+9.2f}  {describe_slope(slope)}')
+    lines.append(f'  {output:10}{sizes}{slope:+9.2f}  {describe_slope(slope)}')
   return '\n'.join(lines)
 
 

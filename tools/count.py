@@ -71,8 +71,8 @@ def main() -> None:
 
 
 def list_all_sizes() -> list[tuple[str, str]]:
-  """Returns the file in configs/, such as 'llama', and the name of every
-  published model size."""
+  """Returns every published model size as a pair: its file in configs/, such as
+  'llama', and its name in that file, such as '7b'."""
   sizes = []
   for path in sorted(configs.FOLDER.glob('*.py')):
     module = importlib.import_module(f'configs.{path.stem}')
@@ -190,11 +190,12 @@ def _lines_of_layer_kinds(figures: dict) -> list[str]:
     figures: the figures, as totals.count_costs returns them.
   """
   lines = []
-  for row in figures['kinds_of_layer']:
-    changes = [f'{field}={value}' for field, value in row['changes'].items()]
+  for layers in figures['kinds_of_layer']:
+    changes = [f'{field}={value}' for field, value in layers['changes'].items()]
     note = ', '.join(changes) or 'as the model'
-    kind = row['kind'] or 'no kind'
-    lines.append(_format_figure(f'layers of {kind}', row['layers'], f' {note}'))
+    name = layers['kind'] or 'no kind'
+    lines.append(
+        _format_figure(f'layers of {name}', layers['layers'], f' {note}'))
   return lines
 
 
@@ -231,10 +232,10 @@ def _lines_of_bytes(figures: dict) -> list[str]:
   if figures['kv_cache_bytes_per_token'] is not None:
     lines.append(_format_figure('KV-cache bytes per token',
                                 figures['kv_cache_bytes_per_token']))
-    for row in figures['kinds_of_layer']:
-      kind = row['kind'] or 'no kind'
-      lines.append(_format_figure(f'  of a layer of {kind}',
-                                  row['kv_cache_bytes_per_token']))
+    for layers in figures['kinds_of_layer']:
+      name = layers['kind'] or 'no kind'
+      lines.append(_format_figure(f'  of a layer of {name}',
+                                  layers['kv_cache_bytes_per_token']))
 
   # The other figures, except those that are 0 or do not apply to the model.
   key_of_name = {
@@ -253,10 +254,11 @@ def _lines_of_bytes(figures: dict) -> list[str]:
 
 def _table_of_sizes(rows: Iterable[dict]) -> Iterator[str]:
   """Yields the lines of a table of model sizes, each as soon as its row has
-  been counted.
+  been counted: the numbers of parameters, all and active, the published number,
+  and by which share the counted one differs from it.
 
   Args:
-    rows: the rows, as `count_all_sizes` yields them.
+    rows: a dict for each size, as `count_size` returns it.
   """
   yield (f'{"system:size":<26}{"parameters":>20}{"active":>20}'
          f'{"published":>20}{"difference":>12}')

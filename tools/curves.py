@@ -99,18 +99,20 @@ def _curves_of_run(folder: str, weight: float) -> dict[str, dict[str, list]]:
 
   # The costs of the run give the axes of tokens and of FLOPs. A figure is named
   # 'train/loss' or 'eval/loss'; a run may not have all of them.
-  spent = cost.cost_of_run(config)
+  run_cost = cost.cost_of_run(config)
+  flat_config = run_config.flatten(config)
   curve_of_figure = {}
   for figure in TITLE_OF_FIGURE:
     split, name = figure.split('/')
     curve = curves.curve_from_rows(
-        rows, split=split, name=name, config=run_config.flatten(config),
-        tokens=spent.tokens, flops_per_token=spent.flops_per_token)
+        rows, split=split, name=name, config=flat_config,
+        tokens=run_cost.tokens, flops_per_token=run_cost.flops_per_token)
     if not curve:
       continue
     # Evaluations average over many batches, and need no smoothing.
     if split != 'eval':
-      curve = curve | {'loss': smooth_curve(curve['loss'], weight)}
+      smooth_values = smooth_curve(curve['loss'], weight)
+      curve = curve | {'loss': smooth_values}
     curve_of_figure[figure] = curve
   return curve_of_figure
 
@@ -122,29 +124,43 @@ def _table_of_differences(folders: Sequence[str]) -> page.Table:
   Args:
     folders: the folders of the runs.
   """
-  configs = {}
+  # The config of each run, {dotted name of a field: value}.
+  config_of_folder = {}
   for folder in folders:
     config = runs.load_run_config(storage.checked_path(folder))
-    configs[folder] = run_config.flatten(config)
+    config_of_folder[folder] = run_config.flatten(config)
+
+  # Each field that any of them has, once, in the order of the configs.
+  fields = dict.fromkeys(
+      itertools.chain.from_iterable(config_of_folder.values()))
   rows = []
-  for field in dict.fromkeys(itertools.chain.from_iterable(configs.values())):
-    values = [config.get(field, run_config.MISSING_VALUE)
-              for config in configs.values()]
-    if any(value != values[0] for value in values):
-      cells = {folder: page.Cell(str(value), str(value))
-               for folder, value in zip(configs, values)}
-      rows.append({'field': page.Cell(field, field), **cells})
+  for field in fields:
+    value_of_folder = {}
+    for folder, config in config_of_folder.items():
+      value_of_folder[folder] = config.get(field, run_config.MISSING_VALUE)
+    values = list(value_of_folder.values())
+    if all(value == values[0] for value in values):
+      continue
+    row = {'field': page.Cell(field, field)}
+    for folder, value in value_of_folder.items():
+      row[folder] = page.Cell(str(value), str(value))
+    rows.append(row)
   return page.Table('differences', 'What the configs have different', rows)
 
 
 def smooth_curve(values: Sequence[float], weight: float) -> list[float]:
   """Returns the exponential moving average of a curve, without the bias towards
-  a start of 0: a_t = sum_s w^(t - s) x_s / sum_s w^(t - s).
+  a start of 0 (as Adam corrects its moments, Kingma and Ba 2015):
+
+    a_t = sum_s w^(t - s) x_s / sum_s w^(t - s), over the values s <= t
 
   Args:
     values: the values x_t. A value that is not finite stays as it is, and is in
       no average.
     weight: the weight w, from 0 (no smoothing) to below 1.
+
+  Returns:
+    The average a_t in the place of each value.
   """
   # The numerator at t is w times that at t - 1, plus x_t. The denominator is w
   # times that at t - 1, plus 1.
@@ -170,27 +186,32 @@ def _draw_picture(curves_of_runs: Mapping[str, Mapping],
       folder of the run.
     title_of_panel: the title of each panel, by the name of its figure.
     axis: the name of the horizontal axis, a key of curves.AXES.
+
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib import ticker
   from matplotlib.figure import Figure
   with figures.drawing_style('curves'):
-    names = list(curves_of_runs)
-    style_of_run = figures.line_styles('', names)
-    label_of_run = figures.shorten_labels(names)
-    rows = math.ceil(len(title_of_panel) / 2)
-    figure = Figure(figsize=(figures.PAGE_WIDTH, 1.9 * rows + 0.5))
+    folders = list(curves_of_runs)
+    style_of_run = figures.line_styles('', folders)
+    label_of_run = figures.shorten_labels(folders)
+    # Two panels stand side by side; sizes are in inches.
+    num_rows = math.ceil(len(title_of_panel) / 2)
+    figure = Figure(figsize=(figures.PAGE_WIDTH, 1.9 * num_rows + 0.5))
 
-    # Draw a panel for each figure, with a line for each run.
+    # Draw a panel for each figure, with a line for each run. A run without the
+    # figure has a line of no points, so that the legend has all runs.
     for number, panel in enumerate(title_of_panel, 1):
-      axes = figure.add_subplot(rows, 2, number)
-      for name, lines in curves_of_runs.items():
-        line = lines.get(panel, {axis: [], 'loss': []})
+      axes = figure.add_subplot(num_rows, 2, number)
+      for folder, curve_of_panel in curves_of_runs.items():
+        curve = curve_of_panel.get(panel, {axis: [], 'loss': []})
         # A line of one point could not be seen without a marker.
         marker = ''
-        if len(line[axis]) == 1:
+        if len(curve[axis]) == 1:
           marker = 'o'
-        axes.plot(line[axis], line['loss'], marker=marker,
-                  label=label_of_run[name], **style_of_run[name])
+        axes.plot(curve[axis], curve['loss'], marker=marker,
+                  label=label_of_run[folder], **style_of_run[folder])
       axes.set(title=title_of_panel[panel], xlabel=curves.AXES[axis])
       axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
       axes.locator_params(axis='x', nbins=5)
@@ -219,10 +240,13 @@ def _render_page(curves_of_runs: Mapping[str, Mapping],
   # One series for each run. `look` names the CSS classes of its line: c0 to c5
   # are colours, and d0, d1, ... are patterns of dashes for more than six runs.
   series = []
-  for i, (name, lines) in enumerate(curves_of_runs.items()):
-    thinned = {figure: plots.thin_curve(line) for figure, line in lines.items()}
-    series.append({'name': name, 'base': False, 'look': f'c{i % 6} d{i // 6}',
+  for i, (folder, curve_of_figure) in enumerate(curves_of_runs.items()):
+    thinned = {}
+    for figure, curve in curve_of_figure.items():
+      thinned[figure] = plots.thin_curve(curve)
+    series.append({'name': folder, 'base': False, 'look': f'c{i % 6} d{i // 6}',
                    'mean': thinned})
+  # The chosen axis comes first, because the page shows the first one.
   plot = {
       'id': 'curves-0', 'title': 'curves', 'curves': True, 'log': False,
       'x': {axis: curves.AXES[axis]} | curves.AXES, 'y': title_of_panel,

@@ -177,18 +177,19 @@ def render_llms_txt(config) -> str:
     config: MkDocs' config. An entry of its navigation is a page, or a group of
       pages with a title.
   """
-  # MkDocs has each entry, and each page of a group, as a dict of one item.
+  # MkDocs has an entry as a dict of one item: {title: file} for a page, and
+  # {title: [{title: file}, ...]} for a group of pages.
   lines = [f'# {config.site_name}', '', f'> {config.site_description}', '']
   for entry in config.nav:
-    for title, pages in entry.items():
-      pages_of_entry = pages
-      if isinstance(pages, str):
-        pages_of_entry = [entry]
+    for title, file_or_pages in entry.items():
+      if isinstance(file_or_pages, str):
+        pages = [entry]
       else:
+        pages = file_or_pages
         lines += ['', f'## {title}', '']
-      for page in pages_of_entry:
-        for name, uri in page.items():
-          lines.append(f'- [{name}]({uri.replace(".md", ".html")})')
+      for page in pages:
+        for name, file in page.items():
+          lines.append(f'- [{name}]({file.replace(".md", ".html")})')
   return '\n'.join(lines) + '\n'
 
 
@@ -196,7 +197,8 @@ def render_notebook(text: str) -> str:
   """Returns a notebook as Markdown, with the output of its cells.
 
   Args:
-    text: the text of its .ipynb file, which is JSON.
+    text: the text of its .ipynb file, which is JSON (nbformat 4): a list of
+      cells, each with its source and, if it is code, its outputs.
   """
   parts = []
   for cell in json.loads(text)['cells']:
@@ -206,15 +208,17 @@ def render_notebook(text: str) -> str:
     else:
       parts.append(f'```python\n{source}\n```')
 
-    # HTML is put on one line, so that nothing of it is taken for Markdown.
+    # An output is what was printed (`text`), or a value in several formats
+    # (`data`). HTML is put on one line, so that nothing of it is taken for
+    # Markdown.
     for output in cell.get('outputs', ()):
       data = output.get('data', {})
-      printed = ''.join(output.get('text') or data['text/plain']).rstrip()
+      plain_text = ''.join(output.get('text') or data['text/plain']).rstrip()
       if 'text/html' in data:
-        lines = ''.join(data['text/html']).splitlines()
-        parts.append(' '.join(lines))
+        html_lines = ''.join(data['text/html']).splitlines()
+        parts.append(' '.join(html_lines))
       else:
-        parts.append(f'```text\n{printed}\n```')
+        parts.append(f'```text\n{plain_text}\n```')
   return '\n\n'.join(parts)
 
 
@@ -223,8 +227,10 @@ def render_config_fields() -> str:
   group of fields, with their defaults and meanings."""
   lines = ['# Fields of a config', '',
            'Each field is a flag: `--config.optim.lr=3e-4`.']
+  # FIELDS has the fields of a group one after the other. A field without a
+  # group, such as `seed`, is the run's own.
   group_before = None
-  for name, leaf in base.FIELDS.items():
+  for name, field in base.FIELDS.items():
     group = name.rpartition('.')[0]
     if group != group_before:
       lines += ['', f'## {group or "The run"}', '', '| field | default | |',
@@ -233,11 +239,12 @@ def render_config_fields() -> str:
 
     # Add the row of the field. Characters that Markdown or HTML would read as
     # markup are escaped.
-    text = leaf.rule.doc
-    if leaf.rule.choices:
-      text += f' One of {", ".join(leaf.rule.choices)}.'
-    description = re.sub(r'([|*_])', r'\\\1', text.replace('<', '&lt;'))
-    lines.append(f'| `{name}` | `{leaf.default!r}` | {description} |')
+    text = field.rule.doc
+    if field.rule.choices:
+      text += f' One of {", ".join(field.rule.choices)}.'
+    without_html = text.replace('<', '&lt;')
+    description = re.sub(r'([|*_])', r'\\\1', without_html)
+    lines.append(f'| `{name}` | `{field.default!r}` | {description} |')
   return '\n'.join(lines) + '\n'
 
 
@@ -247,6 +254,9 @@ def _render_help(program: str) -> str:
 
   Args:
     program: the words after `python`, such as '-m tools.plan'.
+
+  Raises:
+    subprocess.CalledProcessError: where it fails, which ends the build.
   """
   command = [sys.executable, *program.split(), '--help']
   result = subprocess.run(

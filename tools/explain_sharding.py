@@ -91,12 +91,16 @@ def describe_array(run: runs.Run, name: str, x: Any,
 def _why_not_sharded(rule_axes: list[str], mesh_axes: tuple[str, ...],
                      used_axes: set[str]) -> str:
   """Explains in a few words why a dimension of an array is not sharded over all
-  mesh axes that the sharding rules name for it, or returns '' if it is.
+  mesh axes that the sharding rules name for it.
 
   Args:
     rule_axes: the mesh axes that the rules name for the dimension.
     mesh_axes: the mesh axes that do shard the dimension.
     used_axes: the mesh axes that shard any dimension of the array.
+
+  Returns:
+    The words, with a space before them, for the first reason that holds; '' if
+    the dimension is sharded over all of these axes.
   """
   missing = [name for name in rule_axes if name not in mesh_axes]
   # A mesh axis can shard only one dimension of an array.
@@ -121,11 +125,12 @@ def describe_parameters(run: runs.Run) -> list[dict]:
   # tree of parameters is cut at these boxes, and not at the arrays in them.
   leaves, _ = jax.tree_util.tree_flatten_with_path(
       abstract_params(run.module), is_leaf=lambda x: hasattr(x, 'names'))
-  rows = []
+  descriptions = []
   for path, box in leaves:
     name = paths.path_to_string(path)
-    rows.append(describe_array(run, name=name, x=box.value, axes=box.names))
-  return rows
+    descriptions.append(
+        describe_array(run, name=name, x=box.value, axes=box.names))
+  return descriptions
 
 
 def describe_activations(run: runs.Run) -> list[dict]:
@@ -145,24 +150,26 @@ def describe_activations(run: runs.Run) -> list[dict]:
   for key, (shape, dtype) in objectives.shapes_of_batch(run.config).items():
     batch[key] = jax.ShapeDtypeStruct(shape, dtype)
 
-  def loss(params, batch):
+  def compute_loss(params, batch):
+    """Returns the loss of a batch, as in training (with dropout)."""
     rngs = {name: jax.random.key(0) for name in RANDOM_STREAMS}
     output = objective.apply(
         run.module, params, batch, deterministic=False, rngs=rngs)
-    return objective.loss(output, batch, run.config)[0]
+    loss, _ = objective.loss(output, batch, run.config)
+    return loss
 
   # Trace the loss. In the traced program (a jaxpr), each constraint on the
   # sharding of an activation is an operation of its own.
   with run.context():
-    jaxpr = jax.make_jaxpr(loss)(run.abstract_state.params, batch)
+    jaxpr = jax.make_jaxpr(compute_loss)(run.abstract_state.params, batch)
 
   # Describe the constraints. The description itself is the key, so that those
   # of equal layers are kept once.
-  rows = {}
-  for name, x, axes in _find_constraints(jaxpr.jaxpr, ''):
-    description = describe_array(run, name=name, x=x, axes=axes)
-    rows[json.dumps(description)] = description
-  return list(rows.values())
+  descriptions = {}
+  for name, activation, axes in _find_constraints(jaxpr.jaxpr, ''):
+    description = describe_array(run, name=name, x=activation, axes=axes)
+    descriptions[json.dumps(description)] = description
+  return list(descriptions.values())
 
 
 def _find_constraints(jaxpr: Any, names_above: str
@@ -201,13 +208,21 @@ def _find_constraints(jaxpr: Any, names_above: str
 
 
 def _path_of_module(stack: str) -> str:
-  """Returns the path of a module, given JAX's stack of names inside of it. The
-  stack also has names that JAX and Flax add, such as jit(...)."""
-  parts = []
-  for part in stack.split('/'):
-    if part and not _ADDED_NAMES.match(part):
-      parts.append(part.split('.')[0])
-  return '/'.join(dict.fromkeys(parts)) or 'loss'
+  """Returns the path of a module, such as layers/attention.
+
+  Args:
+    stack: JAX's stack of names inside of it, with slashes between them. It also
+      has names that JAX and Flax add, such as jit(...), and methods after the
+      names of modules, as in attention.project.
+
+  Returns:
+    The names of the modules, each once; 'loss' outside of all modules.
+  """
+  names = []
+  for name in stack.split('/'):
+    if name and not _ADDED_NAMES.match(name):
+      names.append(name.split('.')[0])
+  return '/'.join(dict.fromkeys(names)) or 'loss'
 
 
 def explain_sharding(config: Any, mesh: dict[str, int]) -> dict:
@@ -226,14 +241,13 @@ def explain_sharding(config: Any, mesh: dict[str, int]) -> dict:
     collectives: the collectives of a training step, summed by kind.
   """
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
-  count = math.prod(mesh.values())
-  device_mesh = devices.make_mesh(mesh, jax.devices()[:count])
+  num_devices = math.prod(mesh.values())
+  device_mesh = devices.make_mesh(mesh, jax.devices()[:num_devices])
   run = runs.build(config, model, device_mesh)
-
 
   # Predict the collectives. All devices are taken to be on host 0, so that no
   # bytes count as sent between hosts.
-  host_of_device = np.zeros(count, int)
+  host_of_device = np.zeros(num_devices, int)
   predicted = predict.predict_collectives(run, host_of_device)
   return dict(
       model=model.arch, mesh=dict(mesh), rules=config.mesh.rules,
@@ -248,15 +262,17 @@ def format_report(report: dict) -> str:
   Args:
     report: the result of `explain_sharding`.
   """
-  total = sum(row['bytes_per_device'] for row in report['parameters'])
-  mesh = ' '.join(f'{axis}={n}' for axis, n in report['mesh'].items())
+  nbytes = sum(array['bytes_per_device'] for array in report['parameters'])
+  mesh = ' '.join(f'{axis}={size}' for axis, size in report['mesh'].items())
   lines = [f'{report["model"]}, mesh {mesh}, rules {report["rules"]!r}: '
-           f'{total / 2**20:,.1f} MiB of parameters a device']
+           f'{nbytes / 2**20:,.1f} MiB of parameters a device']
   for kind in ('parameters', 'activations'):
     lines += ['', kind]
-    for row in report[kind]:
-      lines.append(f'  {row["name"]}  [{", ".join(row["dimensions"])}]  '
-                   f'{row["bytes_per_device"] / 2**20:,.3f} MiB a device')
+    for array in report[kind]:
+      dimensions = ', '.join(array['dimensions'])
+      mebibytes = array['bytes_per_device'] / 2**20
+      lines.append(f'  {array["name"]}  [{dimensions}]  '
+                   f'{mebibytes:,.3f} MiB a device')
   lines += ['', 'collectives of a training step, by an estimate '
             '(python -m tools.plan compiles it)']
   lines += plans.table_of_collectives(report['collectives'], mark='')
@@ -278,15 +294,15 @@ def main() -> int:
   mesh = {axis: abs(args.config.mesh[axis]) for axis in tables.MESH_AXES}
   if args.mesh:
     mesh = devices.parse_mesh(args.mesh, 0)
-  count = math.prod(mesh.values())
-  require(count <= MAX_DEVICES,
-          f'a mesh of {count:,} devices is asked for: choose '
+  num_devices = math.prod(mesh.values())
+  require(num_devices <= MAX_DEVICES,
+          f'a mesh of {num_devices:,} devices is asked for: choose '
           f'one of {MAX_DEVICES:,} at most, as each becomes a virtual '
           'CPU device')
 
   # Make as many virtual CPU devices as the mesh has.
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', count)
+  jax.config.update('jax_num_cpu_devices', num_devices)
   preflight.check_config(args.config, cli.overridden_fields())
   report = explain_sharding(args.config, mesh)
   if args.json:

@@ -31,7 +31,9 @@ def main() -> None:
   require(importlib.util.find_spec('lm_eval') is not None, 'tools.lm_eval '
           "needs the package lm_eval: pip install -e '.[lm-eval]'")
 
-  # Add the defaults of this project, right after the word `run`.
+  # Add the defaults of this project, right after the word `run`. lm_eval reads
+  # sys.argv, in which that is word 1. An option is written --NAME=VALUE or as
+  # two words.
   if words[0] == 'run' and not {'-h', '--help'} & set(words):
     from training.distributed import cpu
     cpu.configure_cpu()
@@ -53,7 +55,8 @@ def _default_options(options: set[str]) -> list[str]:
   options that it does not have.
 
   Args:
-    options: the names of the options that the command has.
+    options: the names of the options that the command has, long or short, such
+      as '--tasks' or '-t'.
 
   Raises:
     RequestError: if the command names no run, or no tasks.

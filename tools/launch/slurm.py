@@ -76,19 +76,23 @@ def launch(job: job_lib.Job, args: flags.FlagValues) -> int:
     reason = ' '.join(result.stderr.split()) or 'it said nothing'
     raise EnvironmentFailure(
         f'sbatch ended with exit code {result.returncode}: {reason}')
-  # sbatch prints NUMBER;CLUSTER.
-  number = result.stdout.strip().partition(';')[0]
-  print(f'job {number}; to end it: scancel {number}; to see its output: '
-        f'tail -n 0 -F {shlex.quote(str(log))}', flush=True)
+  # With --parsable, sbatch prints NUMBER, or NUMBER;CLUSTER.
+  job_number = result.stdout.strip().partition(';')[0]
+  print(f'job {job_number}; to end it: scancel {job_number}; to see its '
+        f'output: tail -n 0 -F {shlex.quote(str(log))}', flush=True)
   return 0
 
 
 def command_to_launch(job: job_lib.Job, args: flags.FlagValues) -> list[str]:
-  """Returns the sbatch command that submits a job, as a list of words.
+  """Returns the command that submits a job: sbatch with its options, then the
+  script slurm.sh with its arguments, and last the command of the run.
 
   Args:
     job: the job.
     args: the flags of the launcher.
+
+  Returns:
+    The words of the command.
 
   Raises:
     RequestError: if the quotes of --sbatch are not closed.
@@ -100,7 +104,9 @@ def command_to_launch(job: job_lib.Job, args: flags.FlagValues) -> list[str]:
   except ValueError as error:
     raise RequestError(f'--sbatch is {args.sbatch!r}: {error}') from error
 
-  # The options of the launcher.
+  # The options of the launcher. Before the time limit, SLURM sends SIGTERM, on
+  # which the run saves; then the job is queued again, and its next log is added
+  # to the first.
   processes_per_node = args.gpus if args.per_gpu else 1
   logs = os.path.abspath(job.logs)
   # sbatch reads % as the start of a placeholder, and %% as the sign itself.

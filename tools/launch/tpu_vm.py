@@ -75,6 +75,12 @@ def launch(job: job_lib.Job, args: flags.FlagValues) -> int:
   Args:
     job: the job; with `dry_run`, the command is printed and not run.
     args: the flags of the launcher.
+
+  Returns:
+    The exit code of this program, 0, with `dry_run`.
+
+  Raises:
+    RequestError: if gcloud or bash is not installed here.
   """
   command = command_to_launch(job, args)
   if job.dry_run:
@@ -85,11 +91,15 @@ def launch(job: job_lib.Job, args: flags.FlagValues) -> int:
 
 
 def command_to_launch(job: job_lib.Job, args: flags.FlagValues) -> list[str]:
-  """Returns the command that runs here and starts the job on the TPU's workers.
+  """Returns the command that runs here and starts the job on the TPU's workers:
+  the script tpu_vm.sh, with the shell commands that each worker runs.
 
   Args:
     job: the job.
     args: the flags of the launcher.
+
+  Returns:
+    The words of the command.
 
   Raises:
     RequestError: for a folder that the workers cannot use.
@@ -104,13 +114,14 @@ def command_to_launch(job: job_lib.Job, args: flags.FlagValues) -> list[str]:
     raise RequestError(f'--folder is {args.folder!r}: choose a whole path, or '
                        'one from the home folder')
 
-  # The commands that start and stop the run on a worker.
+  # The commands that start and stop the run on a worker. The first one writes
+  # the number of the run's process to train.pid, which the second one reads.
   env = [f'{name}={value}' for name, value in job.env.items()]
-  quoted = shlex.quote(folder)
+  quoted_folder = shlex.quote(folder)
   start = _SHELL_OF_WORKER.format(
-      folder=quoted, setup=args.setup,
+      folder=quoted_folder, setup=args.setup,
       command=shlex.join([*env, *job.words]))
-  stop = f'kill -TERM "$(cat {quoted}/train.pid)"'
+  stop = f'kill -TERM "$(cat {quoted_folder}/train.pid)"'
 
   # tpu_vm.sh takes these arguments in this order, and passes the last ones on
   # to gcloud.

@@ -142,7 +142,10 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
   Args:
     name: the name of a chip, a colon and a shape. For TPUs it is the shape of a
       slice, which is a part of a pod. For GPUs it is 1xHOSTSxGPUS.
-    slices: the number of slices of TPUs.
+    slices: the number of slices of TPUs; 1 for GPUs.
+
+  Returns:
+    The topology: the chip, the shape and the slices.
 
   Raises:
     RequestError: for an unknown chip, or a shape that does not exist. This is
@@ -184,8 +187,12 @@ def _parse_shape(name: str, chip_name: str, text: str) -> tuple[int, ...]:
     chip_name: the name of the chip, a key of CHIPS.
     text: the shape, as it is written in the name.
 
+  Returns:
+    The sides, such as (4, 4, 8).
+
   Raises:
-    RequestError: if it does not have as many sides as slices of the chip have.
+    RequestError: if it does not have as many sides as slices of the chip have,
+      or a side is no number of 1 or more.
   """
   # Slices of TPUs have two sides or three, and GPUs are given by three numbers.
   if CHIPS[chip_name].shapes == _SHAPES_OF_PLANES:
@@ -205,10 +212,11 @@ def _parse_shape(name: str, chip_name: str, text: str) -> tuple[int, ...]:
 
 def _is_shape_of_cubes(chip: Chip, shape: tuple[int, ...]) -> bool:
   """Whether a slice that is built from cubes of 4x4x4 chips is sold in this
-  shape."""
+  shape: its sides are multiples of 4, in rising order."""
   if chip.shapes != _SHAPES_OF_CUBES or math.prod(shape) > chip.max_chips:
     return False
-  return list(shape) == sorted(shape) and all(side % 4 == 0 for side in shape)
+  is_rising = list(shape) == sorted(shape)
+  return is_rising and all(side % 4 == 0 for side in shape)
 
 
 class _GpuDescription(NamedTuple):
@@ -363,12 +371,14 @@ def described_devices(topology: Topology) -> list:
 def _target_config(chip_name: str, chip: Chip) -> str:
   """Describes a GPU to XLA, which can then compile for it where there is none.
 
-  Returns the text of a GpuTargetConfigProto. The numbers that are written out
-  here are the same for all GPUs of CHIPS.
+  The numbers that are written out here are the same for all GPUs of CHIPS.
 
   Args:
     chip_name: the name of the GPU, a key of CHIPS.
-    chip: the GPU.
+    chip: the GPU, the value of this key.
+
+  Returns:
+    The text of XLA's GpuTargetConfigProto.
   """
   gpu = _DESCRIPTION_OF_GPU[chip_name]
   major, minor = gpu.compute_capability
@@ -398,11 +408,12 @@ def _hide_stderr():
   itself is redirected to /dev/null.
   """
   sys.stderr.flush()
-  before, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-  os.dup2(sink, 2)
+  stderr_before = os.dup(2)
+  null_device = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(null_device, 2)
   try:
     yield
   finally:
-    os.dup2(before, 2)
-    os.close(before)
-    os.close(sink)
+    os.dup2(stderr_before, 2)
+    os.close(stderr_before)
+    os.close(null_device)

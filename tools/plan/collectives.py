@@ -92,11 +92,14 @@ class Collective(NamedTuple):
 
 
 def bytes_sent(collectives: list[Collective]) -> tuple[float, float]:
-  """Returns the bytes that a device sends in a step within its slice or host,
-  and those that it sends to other slices or hosts.
+  """Sums the bytes that a device sends in a step.
 
   Args:
     collectives: all collectives of the step.
+
+  Returns:
+    The bytes that it sends within its slice (TPU) or host (GPU), and those that
+    it sends to other slices or hosts.
   """
   total = outside = 0.0
   for collective in collectives:
@@ -157,7 +160,8 @@ def parse_groups(arguments: str) -> np.ndarray | None:
 
   Returns:
     The devices of each group, int [groups, devices]; None if the instruction
-    names no groups.
+    names no groups. Of a permute, whose pairs {{source,target},...} are written
+    like groups, each pair is a row.
   """
   shaped = _PATTERN_OF_SHAPED_GROUPS.search(arguments)
   if shaped:
@@ -184,25 +188,26 @@ def _groups_of_mesh(axes: str, order: str, along: str) -> np.ndarray:
     along: the text of the axes along which the devices of a group differ, such
       as 'a'.
   """
-  pairs = re.findall(r"'([^']+)'=(\d+)", axes)
-  sizes = {name: int(size) for name, size in pairs}
+  axes_with_sizes = re.findall(r"'([^']+)'=(\d+)", axes)
+  size_of_axis = {name: int(size) for name, size in axes_with_sizes}
 
   # Lay the numbers of the devices out as an array with a dimension for each
   # axis of the mesh.
   given_order = re.search(_PATTERN_OF_IOTA, order)
   if given_order:
-    devices = _parse_iota(*given_order.groups())
+    dims, transposition = given_order.groups()
+    devices = _parse_iota(dims, transposition)
   else:
-    devices = np.arange(math.prod(sizes.values()))
-  devices = devices.reshape(list(sizes.values()))
+    devices = np.arange(math.prod(size_of_axis.values()))
+  devices = devices.reshape(list(size_of_axis.values()))
 
-  # The devices of a group differ along the last dimensions once these are the
-  # group's axes, so that the reshape makes each group a row.
-  names = re.findall(r"'([^']+)'", along)
-  mesh_axes = list(sizes)
-  group_dimensions = [mesh_axes.index(name) for name in names]
-  last_dimensions = range(-len(names), 0)
-  group_size = math.prod(sizes[name] for name in names)
+  # Move the axes of a group to the end, so that the reshape makes each group a
+  # row.
+  group_axes = re.findall(r"'([^']+)'", along)
+  mesh_axes = list(size_of_axis)
+  group_dimensions = [mesh_axes.index(name) for name in group_axes]
+  last_dimensions = range(-len(group_axes), 0)
+  group_size = math.prod(size_of_axis[name] for name in group_axes)
   devices = np.moveaxis(devices, group_dimensions, last_dimensions)
   return devices.reshape(-1, group_size)
 
@@ -269,6 +274,10 @@ def read_collectives(text: str, mesh_shape: Mapping[str, int], *,
       uneven load, so its size says less. 0: count the whole array.
     num_passes: the number of passes of loops whose length depends on data;
       None: it is not known, and one pass is counted.
+
+  Returns:
+    The collectives in the order of the program, each once, with the number of
+    its runs in a step. Those of a single device are left out.
   """
   collectives: list[Collective] = []
   counted_channels = set()
@@ -350,17 +359,18 @@ def _walk_instructions(text: str, num_passes: int | None
       yield instruction._replace(runs=runs, known=known)
 
       # The body of a loop runs in each pass, and all other callees run once.
-      calls: int | None = 1
+      passes: int | None = 1
       if instruction.op == 'while':
-        calls = _trip_count(instruction, computations)
-        if calls is None:
-          calls = num_passes
-      is_known_inside = known and calls is not None
-      if calls is None:
-        calls = 1
+        passes = _trip_count(instruction, computations)
+        if passes is None:
+          passes = num_passes
+      is_known_inside = known and passes is not None
+      if passes is None:
+        passes = 1
+      # The name of an asynchronous call's thread is no computation.
       for callee in _called_computations(instruction):
         if callee in computations:
-          yield from visit(callee, runs=runs * calls, known=is_known_inside)
+          yield from visit(callee, runs=runs * passes, known=is_known_inside)
 
   yield from visit(entry, runs=1, known=True)
 
@@ -379,11 +389,11 @@ def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
   current = entry = ''
   for line in text.splitlines():
     # A line either opens a computation or has an instruction of the open one.
-    head = _PATTERN_OF_COMPUTATION.match(line)
-    if head:
-      current = head[2]
+    opening = _PATTERN_OF_COMPUTATION.match(line)
+    if opening:
+      entry_mark, current = opening.groups()
       computations[current] = []
-      if head[1]:
+      if entry_mark:
         entry = current
       continue
     match = _PATTERN_OF_INSTRUCTION.match(line)
@@ -397,7 +407,8 @@ def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _called_computations(instruction: _Instruction) -> list[str]:
-  """Returns the names of the computations that an instruction calls."""
+  """Returns the names of the computations that an instruction calls, such as
+  the body of a loop or the branches of a conditional."""
   called = _PATTERN_OF_CALLED.findall(instruction.arguments)
   names = [name for _, name in called]
   for branches in _PATTERN_OF_BRANCHES.findall(instruction.arguments):
@@ -428,14 +439,14 @@ def _trip_count(loop: _Instruction,
     return None
 
   # Look up the constant by its name, the second operand of the comparison.
-  constants = {}
+  value_of_constant = {}
   for instruction in condition:
     value = re.match(r'(-?\d+)\)', instruction.arguments)
     if instruction.op == 'constant' and value:
-      constants[instruction.name] = int(value[1])
+      value_of_constant[instruction.name] = int(value[1])
   operands = root.arguments.split(')')[0]
-  bound = re.findall(r'%?([\w.\-]+)', operands)[-1]
-  return constants.get(bound)
+  name_of_bound = re.findall(r'%?([\w.\-]+)', operands)[-1]
+  return value_of_constant.get(name_of_bound)
 
 
 class _Array(NamedTuple):
@@ -452,7 +463,12 @@ class _Array(NamedTuple):
 
 
 def _parse_arrays(shape: str) -> list[_Array]:
-  """Parses the text of a shape, or of a tuple of shapes, into its arrays."""
+  """Parses the text of a shape, or of a tuple of shapes, into its arrays.
+
+  Args:
+    shape: the text as XLA writes it, such as (f32[8,16]{1,0}, pred[]), where
+      the braces have the layout in memory.
+  """
   without_layouts = re.sub(r'\{[^{}]*\}', '', shape)
   arrays = []
   for dtype, bits, dims in re.findall(
@@ -500,14 +516,17 @@ def _collective_of_instruction(instruction: _Instruction,
   shape = _text_of_results(instruction)
   arrays = _arrays_of_result(kind, instruction=instruction, shape=shape)
   payload = sum(array.nbytes for array in arrays)
+  # A fusion of this name holds an all-reduce, of which each device keeps its
+  # slice.
   if kind == 'all-reduce' and instruction.computation.startswith(
       'all-reduce-scatter'):
-    # A fusion of this name holds an all-reduce and keeps a slice of it.
     kind = 'reduce-scatter'
     payload = payload // members.shape[1]
+  # The array of a ragged collective has room for the most uneven load. Count
+  # the share of its rows that is sent if all experts get equally many.
   if kind == 'ragged-all-to-all' and ragged_rows:
-    rows = int(re.findall(r'\[(\d+)', shape)[0])
-    payload = payload * min(rows, ragged_rows) // rows
+    rows_of_array = int(re.findall(r'\[(\d+)', shape)[0])
+    payload = payload * min(rows_of_array, ragged_rows) // rows_of_array
 
   # The group that spans the most hosts counts for all groups.
   num_hosts = max(len(set(host_of_device[group])) for group in members)

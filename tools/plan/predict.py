@@ -40,11 +40,15 @@ def predict_collectives(run: runs.Run, host_of_device: np.ndarray
     run: the run, on the topology's devices.
     host_of_device: int [devices], the number of the slice (TPU) or host (GPU)
       of each device, in the order of the mesh.
+
+  Returns:
+    The collectives, each with the number of its runs in a step.
   """
   step = _Step(run, host_of_device)
   num_gathers = memory.gathers_per_step(run)
-  for path, x in paths.flatten_by_path(run.abstract_state.params).items():
-    step.add_parameter(path, x, gathers=num_gathers[path])
+  parameters = paths.flatten_by_path(run.abstract_state.params)
+  for path, parameter in parameters.items():
+    step.add_parameter(path, parameter, gathers=num_gathers[path])
   step.add_layers()
   return step.sent
 
@@ -69,38 +73,45 @@ class _Step:
       payload: the bytes of its result on one device.
       times: how often a step runs it.
     """
-    shape = tuple(self.mesh.items())
-    size, hosts = _size_of_group(shape, axes, self.host_of_device.tobytes())
+    size_of_axes = tuple(self.mesh.items())
+    # Results are cached by the arguments, so the array is given as bytes.
+    size, hosts = _size_of_group(size_of_axes, axes,
+                                 self.host_of_device.tobytes())
     if size > 1:
       self.sent.append(collectives.Collective(
           kind=kind, axes=axes, size=size, hosts=hosts, dtype=self.model.dtype,
           elements=0, payload=payload, runs=times))
 
-  def add_parameter(self, path: str, x: Any, gathers: int) -> None:
+  def add_parameter(self, path: str, parameter: jax.ShapeDtypeStruct,
+                    gathers: int) -> None:
     """Adds the collectives that gather a parameter and reduce its gradients.
 
     Args:
       path: the path of the parameter.
-      x: its shape, dtype and sharding.
+      parameter: its shape, dtype and sharding.
       gathers: how often a micro-batch gathers it.
     """
     # Each time that the backward pass reads the parameter, there is a gradient
     # that must be summed over devices.
-    shard_bytes = math.prod(x.sharding.shard_shape(x.shape)) * self.itemsize
+    sharding: Any = parameter.sharding
+    shard_size = math.prod(sharding.shard_shape(parameter.shape))
+    shard_bytes = shard_size * self.itemsize
     reads = layers.count_reads_of_weight(self.model, path, back=True)
     reductions = self.accumulation * reads
 
     # Gather the parameter along one mesh axis after the other, so that a device
-    # holds more of it with each. The gradient is scattered the other way.
+    # holds more of it with each. The gradient is scattered the other way. The
+    # payload of either is its result: of an all-gather the larger array, of a
+    # reduce-scatter the smaller one.
     nbytes = shard_bytes
-    for axis in reversed(memory.gathered_axes(x.sharding)):
+    for axis in reversed(memory.gathered_axes(sharding)):
       self.add('reduce-scatter', (axis,), payload=nbytes, times=reductions)
       nbytes *= self.mesh[axis]
       self.add('all-gather', (axis,), payload=nbytes,
                times=gathers * self.accumulation)
 
     # Its gradients are summed over the axes of the batch that do not shard it.
-    sharded_axes = memory.sharded_axes(x.sharding)
+    sharded_axes = memory.sharded_axes(sharding)
     whole_axes = tuple(axis for axis in _BATCH_AXES if axis not in sharded_axes)
     self.add('all-reduce', whole_axes, payload=shard_bytes, times=reductions)
 
@@ -164,7 +175,8 @@ def _layers_of_pass(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
   Returns:
     The kind of each layer, repeated as often as the layer is run.
   """
-  # '/layers/' is in the path of the parameters of all layers that are repeated.
+  # '/layers/' is in the path of the parameters of all layers that are repeated,
+  # so a weight there is read as often as these layers are run.
   max_repeats = layers.count_reads_of_weight(model, '/layers/', back=back)
   lengths_of_stacks = [model.num_layers]
   if architectures.stack(model) == 'encoder-decoder':
@@ -178,22 +190,22 @@ def _layers_of_pass(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
 
 
 @functools.lru_cache
-def _size_of_group(shape: tuple, axes: tuple[str, ...], host_of_device: bytes
-                   ) -> tuple[int, int]:
+def _size_of_group(size_of_axes: tuple, axes: tuple[str, ...],
+                   host_of_device: bytes) -> tuple[int, int]:
   """Returns the sizes of a group of devices that communicate along some axes of
   a mesh. All arguments are hashable, because results are cached.
 
   Args:
-    shape: pairs of the name of a mesh axis and its size.
+    size_of_axes: pairs of the name of a mesh axis and its size, for all axes.
     axes: the mesh axes along which the devices of a group differ.
     host_of_device: the bytes of an int64 array [devices] with the number of the
-      host of each device.
+      host of each device, in the order of the mesh.
 
   Returns:
     The number of devices in a group, and the number of hosts that a group spans
     at most.
   """
-  names, sizes = zip(*shape)
+  names, sizes = zip(*size_of_axes)
   dimensions = [names.index(axis) for axis in axes]
   group_size = math.prod(sizes[i] for i in dimensions)
 
@@ -228,8 +240,12 @@ def require_peak_flops(topology: Topology, dtype: str) -> float:
 def step_times(topology: Topology, dtype: str, *, flops: float,
                hbm_bytes: float, sent: float, sent_outside: float,
                model_flops: float) -> dict:
-  """Returns the roofline of a step: the least seconds that its products, its
-  memory traffic and its network traffic each take.
+  """Returns the roofline of a step (Williams et al. 2009): the least seconds
+  that its products, its memory traffic and its network traffic each take. All
+  of them at once, the step takes the longest of these times:
+
+    step_seconds = max over the bounds of amount / published rate
+    highest_mfu = model_flops / (peak_flops * step_seconds)
 
   Args:
     topology: the devices, whose published figures are taken.
@@ -249,7 +265,7 @@ def step_times(topology: Topology, dtype: str, *, flops: float,
     peak_flops: the peak FLOP/s of a device.
     unknown: the bounds for which no figure is published.
   """
-  # Each bound is an amount over the published rate.
+  # For some chips no rate between slices or hosts is published.
   chip = topology.chip
   peak = require_peak_flops(topology, dtype)
   seconds = {
@@ -263,15 +279,14 @@ def step_times(topology: Topology, dtype: str, *, flops: float,
   elif sent_outside:
     unknown.append('network_outside')
 
-  # The longest of them bounds the step.
   bound = max(seconds, key=seconds.get)
-  step = seconds[bound]
+  step_seconds = seconds[bound]
   highest_mfu = 0.0
-  if step:
-    highest_mfu = model_flops / peak / step
+  if step_seconds:
+    highest_mfu = model_flops / peak / step_seconds
   return dict(
-      seconds=seconds, bound=bound, step_seconds=step, highest_mfu=highest_mfu,
-      peak_flops=peak, unknown=unknown)
+      seconds=seconds, bound=bound, step_seconds=step_seconds,
+      highest_mfu=highest_mfu, peak_flops=peak, unknown=unknown)
 
 
 def memory_traffic(run: runs.Run, products: float, training: bool) -> float:

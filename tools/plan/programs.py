@@ -147,14 +147,18 @@ def largest_parameters_whole_along_fsdp(run: runs.Run) -> list[dict]:
   Returns:
     A row for each, the largest first, with its name and its bytes on a device.
   """
+  # With one device along fsdp, there is nothing to shard over.
   if run.mesh.shape['fsdp'] == 1:
     return []
   rows = []
-  for name, x in paths.flatten_by_path(run.abstract_state.params).items():
-    nbytes = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    is_whole = 'fsdp' not in memory.sharded_axes(x.sharding)
+  parameters = paths.flatten_by_path(run.abstract_state.params)
+  for path, parameter in parameters.items():
+    # Other axes of the mesh may shard it, so that a device has a part.
+    part_of_device = parameter.sharding.shard_shape(parameter.shape)
+    nbytes = math.prod(part_of_device) * parameter.dtype.itemsize
+    is_whole = 'fsdp' not in memory.sharded_axes(parameter.sharding)
     if is_whole and nbytes >= LEAST_BYTES_NAMED:
-      rows.append(dict(name=name, bytes_per_device=nbytes))
+      rows.append(dict(name=path, bytes_per_device=nbytes))
   rows.sort(key=lambda row: -row['bytes_per_device'])
   return rows[:MOST_PARAMETERS_NAMED]
 
@@ -234,7 +238,14 @@ def make_program(run: runs.Run, name: str) -> Program:
 
 def _training_step(run: runs.Run) -> Program:
   """Returns the training step of a run as a program: a function of the state
-  and a batch, and the shapes of both."""
+  and a batch, and the shapes of both.
+
+  As in a run, the old state is given up (donated), so that the new one may
+  take its memory.
+
+  Args:
+    run: the run, on the topology's devices.
+  """
   batch = {}
   for key, (shape, dtype) in objectives.shapes_of_batch(run.config).items():
     batch[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=run.batch_sharding)
@@ -245,7 +256,15 @@ def _training_step(run: runs.Run) -> Program:
 
 
 def trace_program(run: runs.Run, program: Program):
-  """Returns a program as jax traces it: its jaxpr, and .lower()."""
+  """Traces a program, which neither compiles nor runs it.
+
+  Args:
+    run: the run, on the topology's devices.
+    program: the program.
+
+  Returns:
+    The traced program (jax.stages.Traced): its `jaxpr`, and `lower()`.
+  """
   # Kernels of tokamax are made for the GPU that JAX computes on by default.
   device = run.mesh.devices.flat[0]
   default_device = None
@@ -272,8 +291,8 @@ def compile_program(run: runs.Run, program: Program, traced: Any, hbm: float):
       program, so its peak is checked here too.
     RequestError: if a kernel needs more on-chip memory than there is.
   """
-  task = progress.show_task(f'compiling {program.name}')
-  with run.context(), _translate_memory_errors(program.name), task:
+  shown_task = progress.show_task(f'compiling {program.name}')
+  with run.context(), _translate_memory_errors(program.name), shown_task:
     executable = traced.lower().compile()
   peak = peak_bytes(executable.memory_analysis())
   _check_peak(program.name, peak=peak, hbm=hbm)
@@ -299,7 +318,8 @@ def _translate_memory_errors(name: str) -> Iterator[None]:
       raise
     reason = str(error).split('RESOURCE_EXHAUSTED: ')[-1].splitlines()[0]
     # Memory other than HBM is on the chip, such as VMEM. Sharding the model
-    # over more devices does not help a kernel that needs too much of it.
+    # over more devices does not help a kernel that needs too much of it, so
+    # that this is no DoesNotFit.
     if 'hbm' not in reason.lower():
       raise RequestError(
           f'{name} cannot be compiled: a kernel takes more on-chip memory '
@@ -464,6 +484,9 @@ def _work_of_program(run: runs.Run, topology: chips.Topology, program: Program,
     topology: the devices.
     program: the program.
     jaxpr: the program, as jax traced it.
+
+  Returns:
+    The work of all devices together.
   """
   # Find how many rows of activations an expert layer gets, as the trace cannot
   # tell. Decoding reads the whole prompts first, outside of its loop, and in
@@ -490,7 +513,8 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   Returns:
     `weights`: in training 6 N_active T, where N_active is the number of weights
       that a token is multiplied with and T the number of tokens, less the
-      gradients of frozen parameters.
+      gradients of frozen parameters; in generation 2 N_active T, for the
+      forward pass alone.
     `attention`: the FLOPs of the scores and weighted values that the mask
     shows.
   """
@@ -498,8 +522,9 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   model = run.model
   num_rows = config.data.batch_size
   if name == 'train':
-    flops_of_row = flops.training_flops_of_row(config, model)
-    return {part: num_rows * n for part, n in flops_of_row.items()}
+    needed = flops.training_flops_of_row(config, model)
+    return {part: num_rows * flops_of_row
+            for part, flops_of_row in needed.items()}
 
   # A generation reads the prompt and then, one at a time, all new tokens but
   # the last. In sum this is a forward pass over these tokens.
@@ -515,9 +540,12 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
     needed['attention'] += both_ways['attention'] - causal['attention']
 
   # The head computes logits only where a token is drawn, and so for none but
-  # the last token of the prompt.
-  needed['weights'] -= (prompt - 1) * 2 * model.d_model * model.vocab_size
-  return {part: num_rows * n for part, n in needed.items()}
+  # the last token of the prompt. A product with its matrix [d_model,
+  # vocab_size] is two FLOPs for each weight.
+  flops_of_head = 2 * model.d_model * model.vocab_size
+  needed['weights'] -= (prompt - 1) * flops_of_head
+  return {part: num_rows * flops_of_row
+          for part, flops_of_row in needed.items()}
 
 
 def ragged_rows(run: runs.Run, name: str) -> int:

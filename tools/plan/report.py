@@ -37,7 +37,11 @@ def plan_as_text(plan: dict) -> str:
 
 def _line_of_devices(plan: dict) -> str:
   """Returns the line of a plan that names the model, its devices and their
-  mesh."""
+  mesh.
+
+  Args:
+    plan: the plan, as programs.make_plan returns it.
+  """
   topology = plan['topology']
   if plan['slices'] > 1:
     topology += f' x {plan["slices"]} slices'
@@ -70,8 +74,8 @@ def _line_of_compiler(plan: dict) -> str:
 
 
 def _lines_of_program(program: dict) -> list[str]:
-  """Returns the lines of a report that are about one program: its memory, its
-  collectives and its time.
+  """Returns the lines of a report that are about one program: its memory in GiB
+  (2**30 bytes), its collectives and its time.
 
   Args:
     program: the report of the program, as programs.analyse_program returns it.
@@ -132,6 +136,7 @@ def _row_of_collective(row: dict, mark: str) -> str:
     mark: a sign that is put before each figure: ~ for estimates, or ''.
   """
   axes = f'{",".join(row["axes"])} ({row["devices"]})'
+  # A loop whose passes are not known was counted as one pass.
   at_least = '' if row['exact'] else '>='
   runs = f'{mark}{at_least}{row["runs_per_step"]:,}'
   sent = f'{mark}{row["bytes_sent_per_device"] / GIB:.3f}'
@@ -153,6 +158,7 @@ def _lines_of_performance(program: dict, mark: str) -> list[str]:
   roofline = program['roofline']
 
   def format_flops(count: float) -> str:
+    """Returns a number of FLOPs as text, in TFLOP (1e12)."""
     return f'{mark}{count / 1e12:,.4g} TFLOP'
 
   # The FLOPs that are computed, beside those that the model needs.

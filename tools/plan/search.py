@@ -57,7 +57,8 @@ def possible_meshes(config: ml_collections.ConfigDict, model: ModelConfig,
       continue
     data = count // model_parallel
 
-    # Only data parallelism crosses the slow network between slices.
+    # Only data parallelism crosses the slow network between slices. So each
+    # slice has as many devices along `data` as every other.
     if topology.slices > 1 and data % topology.slices:
       continue
 
@@ -117,9 +118,13 @@ def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
   Args:
     run: the run on that mesh.
     topology: the devices.
-    activations: the bytes that memory.bytes_kept_for_backward returns, by the
-      name of a remat policy. They are the same on each mesh: a missing policy
-      is traced and added here, so that the next mesh finds it.
+    activations: for each remat policy, by its name, the bytes on devices and in
+      the memory of hosts that memory.bytes_kept_for_backward returns. They are
+      the same on each mesh: a missing policy is traced and added here, so that
+      the next mesh finds it.
+
+  Returns:
+    The plans, as `_estimate_plan` returns them.
   """
   accumulations = _possible_accumulations(run)
   plans = []
@@ -154,13 +159,15 @@ def _possible_accumulations(run: runs.Run) -> Sequence[int]:
     run: the run, on its mesh.
   """
   config = run.config
-  shape = run.mesh.shape
+  mesh = run.mesh.shape
   batch_sizes = (*pipeline.read_ramp(config).sizes, config.data.batch_size)
-  shards = shape['data'] * shape['fsdp'] * shape['expert']
+  # The rows of a batch are split over these axes of the mesh.
+  shards_of_batch = mesh['data'] * mesh['fsdp'] * mesh['expert']
   accumulations = []
   for power in range(MOST_HALVINGS_OF_BATCH + 1):
     num_parts = 2 ** power
-    if all(size % (shards * num_parts) == 0 for size in batch_sizes):
+    divisor = shards_of_batch * num_parts
+    if all(batch_size % divisor == 0 for batch_size in batch_sizes):
       accumulations.append(num_parts)
   return accumulations
 
@@ -200,21 +207,25 @@ def _estimate_plan(run: runs.Run, topology: chips.Topology,
   model = run.model
   accumulation = run.config.train.grad_accumulation
 
-  # Count the FLOPs of a device. If the backward pass recomputes the layers, a
-  # step costs four forward passes in place of three.
-  needed = sum(programs.model_flops(run, 'train').values()) / topology.devices
-  computed = needed
+  # Count the FLOPs of a device. A backward pass costs two forward passes, so a
+  # step costs three of them, or four if the backward pass recomputes the
+  # layers.
+  flops_of_parts = programs.model_flops(run, 'train')
+  needed_flops = sum(flops_of_parts.values()) / topology.devices
+  computed_flops = needed_flops
   if layers.remat_of_model(model).recomputes_products:
-    computed = needed * 4 / 3
+    computed_flops = needed_flops * 4 / 3
 
   # Estimate the least time of a step, and the peak of its memory.
   sent = predict.predict_collectives(
       run, programs.host_of_devices(run, topology))
   inside, outside = collectives.bytes_sent(sent)
+  # The products are not traced, so their bytes are not known: those of the
+  # weights and of the state remain as the bound of memory.
+  hbm_bytes = predict.memory_traffic(run, products=0.0, training=True)
   bounds = predict.step_times(
-      topology, dtype=model.dtype, flops=computed,
-      hbm_bytes=predict.memory_traffic(run, products=0.0, training=True),
-      sent=inside, sent_outside=outside, model_flops=needed)
+      topology, dtype=model.dtype, flops=computed_flops, hbm_bytes=hbm_bytes,
+      sent=inside, sent_outside=outside, model_flops=needed_flops)
   estimate = memory.estimate_peak_bytes(
       run, bytes_in_all=kept, platform=topology.chip.platform)
 

@@ -35,13 +35,16 @@ def flags_of_command(argv: list[str]) -> list[str]:
 
   Args:
     argv: the words of the command line, the program first.
+
+  Returns:
+    The words of the new command, or the same words if `run` is not there.
   """
-  args = argv[1:]
-  if args[:1] == ['run']:
-    args = args[1:]
-    if args and not args[0].startswith('-'):
-      args = [f'--config={args[0]}', *args[1:]]
-  return [argv[0], *args]
+  words = argv[1:]
+  if words[:1] == ['run']:
+    words = words[1:]
+    if words and not words[0].startswith('-'):
+      words = [f'--config={words[0]}', *words[1:]]
+  return [argv[0], *words]
 
 
 def main() -> int:

@@ -64,7 +64,12 @@ class Suite(NamedTuple):
   configs: dict[str, ml_collections.ConfigDict]
 
   def runs(self, task: str) -> Iterator[Run]:
-    """Yields the runs of a task."""
+    """Yields the runs of a task, one for each learning rate and seed, each with
+    a config of its own.
+
+    Args:
+      task: the label of the task, a key of `configs`.
+    """
     for lr in self.lrs:
       for seed in self.seeds:
         config = self.configs[task].copy_and_resolve_references()
@@ -175,10 +180,12 @@ def train_suite(suite: Suite, workdir: epath.Path) -> None:
     # Runs of equal shapes form a group, which trains as one program. A group is
     # the indices of its runs. Each run gets a writer of its files, which says
     # how the run ended.
-    for group in vectorised.group_configs([run.config for run in runs]):
+    groups = vectorised.group_configs([run.config for run in runs])
+    for group in groups:
       configs = [runs[i].config for i in group]
       folders = [runs[i].folder(workdir) for i in group]
-      for writer in vectorised.train_group(configs, folders):
+      writers = vectorised.train_group(configs, folders)
+      for writer in writers:
         if writer.stop_requested or writer.code == loop.STOPPED:
           raise Stopped
 
@@ -215,6 +222,10 @@ def _row_of_task(suite: Suite, task: str, workdir: epath.Path
     suite: the suite, whose runs are trained.
     task: the label of the task.
     workdir: the folder of the suite.
+
+  Returns:
+    A dict for JSON. Its `lr` is the best rate, or None, without figures, if a
+    run diverged at every rate; `diverged` has the seeds of these runs by rate.
   """
   from training.evals.tasks import probe as probe_task
 
@@ -280,11 +291,14 @@ def _figures_of_run(run: Run, workdir: epath.Path) -> dict[str, float]:
   """
   # Each line of the file is a JSON object with the figures of a step, and the
   # last evaluation is near the end.
-  lines = (run.folder(workdir) / 'metrics.jsonl').read_text().splitlines()
+  metrics_file = run.folder(workdir) / 'metrics.jsonl'
+  lines = metrics_file.read_text().splitlines()
   for line in reversed(lines):
-    row = json.loads(line)
-    if 'probe/accuracy' in row and row['step'] == run.config.train.steps:
-      return _with_prefix('probe/', row)
+    figures = json.loads(line)
+    if 'probe/accuracy' not in figures:
+      continue
+    if figures['step'] == run.config.train.steps:
+      return _with_prefix('probe/', figures)
   return {}
 
 
@@ -294,9 +308,9 @@ def card_as_text(card: Mapping[str, Any]) -> str:
   Args:
     card: the card, as `make_card` returns it.
   """
-  seeds = len(card['seeds'])
-  lines = [f'accuracy over {seeds} seeds, at the best learning rate: mean and '
-           '95 % interval']
+  num_seeds = len(card['seeds'])
+  lines = [f'accuracy over {num_seeds} seeds, at the best learning rate: mean '
+           'and 95 % interval']
   for task, row in card['tasks'].items():
     # The accuracy over all rows. There is none if runs diverged at all rates.
     if row['lr'] is None:
@@ -306,9 +320,9 @@ def card_as_text(card: Mapping[str, Any]) -> str:
       lines.append(
           f'{task}, lr {row["lr"]:g}: {accuracy} (the commonest answer: '
           f'{row["commonest"]:.4f}); by {row["what"]}:')
-    for lr, runs in row['diverged'].items():
+    for lr, seeds in row['diverged'].items():
       lines.append(f'  left out, since runs diverged: lr {lr:g} '
-                   f'({len(runs)} of {seeds} runs)')
+                   f'({len(seeds)} of {num_seeds} runs)')
 
     # The accuracy at each level, and on rows longer than in training.
     for name, figure in row['level'].items():
@@ -362,11 +376,14 @@ def _draw_card(card: Mapping[str, Any]) -> Any:
   for y, row in enumerate(tasks.values()):
     if row['lr'] is None:
       axes.text(0, y, 'diverged', ha='center', va='center', fontsize=8)
-    cells = list(enumerate(row['level'].items()))
-    for x, (name, cell) in enumerate(row['beyond'].items(),
-                                     num_level_columns):
-      cells.append((x, (f'{name} length', cell)))
-    for x, (name, cell) in cells:
+    # The cells of a row: (column, name, figure).
+    cells = []
+    for x, (name, figure_of_level) in enumerate(row['level'].items()):
+      cells.append((x, name, figure_of_level))
+    for x, (name, figure_of_length) in enumerate(row['beyond'].items(),
+                                                 num_level_columns):
+      cells.append((x, f'{name} length', figure_of_length))
+    for x, name, cell in cells:
       values[y, x] = cell['mean']
       words = '\n'.join([name, *_figure_with_interval(cell, 2).split(' ', 1)])
       color = 'white' if cell['mean'] < 0.6 else 'black'
