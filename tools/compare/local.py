@@ -72,7 +72,16 @@ class Runner:
   def __init__(self, workdir, ledger: layout.Ledger, parallel: int, group: int,
                begun: Callable[[Sequence], None] = lambda runs: None,
                ended: Callable[[layout.Run], None] = lambda run: None):
-    """Enters this runner (a process that trains runs) into the ledger."""
+    """Enters this runner (a process that trains runs) into the ledger.
+
+    Args:
+      workdir: the folder of the sweep.
+      ledger: the database of its runs, which other runners may share.
+      parallel: the number of processes that train at once.
+      group: the most runs that are trained as one program.
+      begun: called with the runs that are about to be trained.
+      ended: called with each run that has ended.
+    """
     self._workdir = pathlib.Path(workdir)
     self._ledger = ledger
     self._parallel = parallel
