@@ -608,7 +608,7 @@ def record_prediction(workdir, frozen: FrozenPlan, phase: str,
           'time': time.time(), 'plan': frozen.hash,
           'hash': layout.json_checksum(rows), 'rows': rows, 'blind': is_blind}
       predictions = [*predictions, record]
-    # The list is changed in place, since the plan itself is frozen.
+    # The list is changed in place, so that all who hold it see the prediction.
     frozen.predictions[:] = predictions
     _write_with_ledger(ledger, workdir, frozen)
   return record

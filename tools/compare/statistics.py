@@ -918,7 +918,8 @@ def correct_p_values(p: Sequence[float | None], method: str = 'holm'
     The corrected p-values, in the order of `p` and with its None.
   """
   # A test that could not be done counts as one with p = 1.
-  corrected = np.array([1.0 if x is None else x for x in p])
+  corrected = np.array(
+      [1.0 if p_value is None else p_value for p_value in p])
   if method == 'holm':
     # Multiply the smallest p by n, the next by n - 1, and so on. None may be
     # below the one before it, or above 1.
@@ -929,8 +930,8 @@ def correct_p_values(p: Sequence[float | None], method: str = 'holm'
   elif len(corrected):
     from scipy import stats
     corrected = stats.false_discovery_control(corrected)
-  return [None if before is None else after
-          for before, after in zip(p, corrected.tolist())]
+  return [None if p_value is None else p_corrected
+          for p_value, p_corrected in zip(p, corrected.tolist())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1142,7 +1143,7 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
   # A floor that is given is taken off the losses, and the law above it is one
   # of floor 0.
   pinned_floor = floor or 0.0
-  y = loss.ravel() - pinned_floor
+  losses = loss.ravel() - pinned_floor
 
   def fit_floor_and_scale(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Fits the floor and the scale of the law L = floor + scale C^-exponent by
@@ -1159,14 +1160,15 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
     # The base is the first row and has a multiplier of exp(0) = 1.
     multipliers = np.exp([[0.0], [log_multiplier]])
     effective_compute = compute / unit * multipliers
-    x = effective_compute.ravel() ** -np.exp(log_exponent)
-    columns = np.stack([np.ones_like(x), x], 1)
-    constants = np.linalg.lstsq(columns, y, rcond=None)[0]
+    powers = effective_compute.ravel() ** -np.exp(log_exponent)
+    columns = np.stack([np.ones_like(powers), powers], 1)
+    constants = np.linalg.lstsq(columns, losses, rcond=None)[0]
     # A floor below 0 is no loss. Where the floor is 0, or was given and is
-    # taken off, the scale alone is the projection of y on x.
+    # taken off, the scale alone is the projection of the losses on the powers.
     if floor is not None or constants[0] < 0:
-      constants = np.array([0.0, x @ y / (x @ x)])
-    return constants, columns @ constants - y
+      scale = powers @ losses / (powers @ powers)
+      constants = np.array([0.0, scale])
+    return constants, columns @ constants - losses
 
   def residuals_of(theta: np.ndarray) -> np.ndarray:
     """Returns the residuals alone, which are minimised."""
@@ -1191,7 +1193,7 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
       exponent=exponent,
       first=compute[0].min(),
       last=compute[0].max(),
-      rms=math.sqrt(2 * fit.cost / len(y)))
+      rms=math.sqrt(2 * fit.cost / len(losses)))
   return law, multiplier
 
 
