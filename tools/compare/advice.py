@@ -52,7 +52,11 @@ def gain_of_pairing(base: Sequence[float], again: Sequence[float]) -> Factor:
   Args:
     base: the result of the base for each of n seeds.
     again: the result of the base with other initial parameters, for the same
-      seeds.
+      seeds. It must not differ from `base` by the same amount at every seed.
+
+  Returns:
+    The quotient of the standard deviations, which is above 1 if pairing lowers
+    the noise, with its interval.
   """
   from scipy.special import fdtri
   variance_of_sums = float(np.var(np.add(base, again), ddof=1))
@@ -358,6 +362,8 @@ def measure_shares_of_variance(plan: Plan, outcomes: Iterable[Outcome]
     phase did not combine each seed's data with the next seed's parameters.
   """
   noise_runs = _select_noise_runs(plan, outcomes)
+  # The runs of the base itself set no `init_seed`, and those of the base again
+  # take the parameters of the next seed.
   are_crossed = all(
       run.changes.get('init_seed', INIT_SEED_OF_NEXT_SEED)
       == INIT_SEED_OF_NEXT_SEED for run in noise_runs.outcomes.values())

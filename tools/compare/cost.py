@@ -274,7 +274,8 @@ def _multiples_around_target(cost: Callable[[int], float], target: float,
   which needs few evaluations, because costs are almost linear in a width.
 
   Args:
-    cost: a function from a value of the field to its cost, which rises.
+    cost: a function from a value of the field to its cost, which rises. It is
+      called with the same values again, so it should keep what it has computed.
     target: the cost to be reached.
     step: the step.
 

@@ -249,7 +249,7 @@ def _draw_loss_curves(axes: Any, comparison: Comparison, unit: str) -> None:
     mean = curves.mean_curve(curve_of_seeds)
     axes.plot(mean['tokens'], mean['loss'], label=label_by_name[name], **style)
   axes.set(xlabel='training tokens', ylabel=f'held-out loss{unit}',
-           title=' '.join(['loss curves', largest]))
+           title=f'loss curves {largest}')
   axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
   axes.locator_params(axis='x', nbins=4)
   axes.grid(axis='y')

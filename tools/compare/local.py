@@ -553,9 +553,10 @@ def _evaluate_runs(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
   Returns:
     The exit code: 0, or EXIT_CODE_UNFINISHED if an evaluation failed.
   """
-  # Runs of the same model and data share compiled programs. The first of them
-  # fills this dict.
-  exit_code, compiled_programs = 0, {}
+  # Runs of the same model and data share compiled programs. The evaluation of
+  # the first of them fills this dict.
+  compiled_programs = {}
+  exit_code = 0
   for folder in folders:
     with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(
         log), contextlib.redirect_stderr(log):

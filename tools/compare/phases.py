@@ -430,17 +430,17 @@ class Tune(Phase):
       A list of runs for each of search.candidates, in that order: one run for
       each seed of tuning.
     """
-    runs = []
+    runs_by_candidate = []
     for changes in search.candidates:
-      of_candidate = []
+      runs_of_candidate = []
       # Candidates share their seeds, so they are compared on the same data.
       for seed in self.seeds_of_phase(frozen.plan):
-        of_candidate.append(make_run(
+        runs_of_candidate.append(make_run(
             frozen=frozen, phase=self.name, variant=search.variant,
             size=search.size, workload=search.workload, seed=seed,
             more=changes, share=search.share))
-      runs.append(of_candidate)
-    return runs
+      runs_by_candidate.append(runs_of_candidate)
+    return runs_by_candidate
 
   def largest_set_of_runs(self, frozen):
     """Returns all runs that tuning may need, to estimate its cost before
@@ -452,14 +452,16 @@ class Tune(Phase):
     Args:
       frozen: the plan of the study.
     """
-    runs, tuning = [], frozen.plan.tuning
+    # These searches are of this estimate alone, which changes them.
+    tuning = frozen.plan.tuning
     searches = make_searches(frozen.plan)
+    runs = []
     for search in searches:
       for rung in range(tuning.rungs):
         # The rung decides how many steps its candidates train.
         search.rung = rung
-        for candidate in self.runs_of_candidates(frozen, search):
-          runs += candidate
+        for runs_of_candidate in self.runs_of_candidates(frozen, search):
+          runs += runs_of_candidate
         # Only the number of survivors is known yet. All candidates cost the
         # same, so the first ones stand for the survivors.
         survivors = num_survivors(tuning, len(search.candidates))
@@ -469,14 +471,15 @@ class Tune(Phase):
     # so the first candidate stands for them and for each of their neighbours.
     for search in searches:
       if is_carried(search):
+        # The carried values, and two neighbours by each field.
         candidates_of_check = 1 + 2 * len(tuning.fields)
         check = Search(
             plan=frozen.plan, variant=search.variant,
             size=frozen.plan.checked_size, workload=search.workload,
             rung=tuning.rungs - 1,
             candidates=search.candidates[:1] * candidates_of_check)
-        for candidate in self.runs_of_candidates(frozen, check):
-          runs += candidate
+        for runs_of_candidate in self.runs_of_candidates(frozen, check):
+          runs += runs_of_candidate
     return runs
 
   def run(self, frozen, state):

@@ -63,7 +63,8 @@ def main(args) -> int:
   Returns:
     The exit code, 0.
   """
-  folder, target = pathlib.Path(args.bundles), pathlib.Path(args.page)
+  bundle_folder = pathlib.Path(args.bundles)
+  page_file = pathlib.Path(args.page)
   # Refuse anything but a finished study before anything is written.
   content_of_bundle = {}
   for source in args.workdirs:
@@ -79,16 +80,17 @@ def main(args) -> int:
   # Write the bundles, and then the page about all bundles in the folder, the
   # newest study first.
   for name, content in content_of_bundle.items():
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.write_file(folder / name, content)
-    print(folder / name)
-  published = [_load_bundle(path) for path in folder.glob('*.tar.gz')]
+    bundle_folder.mkdir(parents=True, exist_ok=True)
+    storage.write_file(bundle_folder / name, content)
+    print(bundle_folder / name)
+  published = [_load_bundle(path) for path in bundle_folder.glob('*.tar.gz')]
   published.sort(key=lambda comparison: (comparison.frozen.time,
                                          comparison.plan.name), reverse=True)
-  storage.write_file(target, page.render(
+  text = page.render(
       'verdicts.md', date=plans.format_date, rows=rows_of_verdicts,
-      is_any_at_edge=is_any_at_edge, studies=published))
-  print(target)
+      is_any_at_edge=is_any_at_edge, studies=published)
+  storage.write_file(page_file, text)
+  print(page_file)
   return 0
 
 

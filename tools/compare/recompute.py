@@ -99,8 +99,9 @@ def recompute_results(workdir, frozen: plans.FrozenPlan) -> dict[str, Any]:
 
   # Go through the phases, as far as there are runs. A phase that lacks some
   # has added the outcomes of its other runs by then, which are taken out again.
-  trainer, missing = RunsOnDisk(workdir, frozen), ''
-  state = phases.StudyState(trainer)
+  trainer = RunsOnDisk(workdir, frozen)
+  state = phases.StudyState(trainer)  # of a study that lacks its first phase
+  missing = ''
   try:
     for state_so_far in phases.run_phases(frozen, trainer, anyway=True):
       state = state_so_far

@@ -132,8 +132,10 @@ def main(args) -> int:
   # Print it, for a program or for a person.
   if args.json:
     print(json.dumps(figures, indent=2))
+  elif args.by:
+    print(format_laws_by_field(figures))
   else:
-    print(format_laws_by_field(figures) if args.by else format_law(figures))
+    print(format_law(figures))
   return 0
 
 

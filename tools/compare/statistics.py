@@ -307,7 +307,8 @@ def mcnemar_p_value(ours: Sequence[float], theirs: Sequence[float],
   """
   from scipy.stats import binomtest
   difference = np.subtract(ours, theirs, dtype=float)
-  wins, losses = int(np.sum(difference > 0)), int(np.sum(difference < 0))
+  wins = int(np.sum(difference > 0))
+  losses = int(np.sum(difference < 0))
   # No item tells them apart.
   if wins + losses == 0:
     return 1.0
@@ -606,20 +607,24 @@ def difference_of_groups(group: GroupOfRuns, base: GroupOfRuns
     The difference, or None if a deviation is not known, or a group has fewer
     than MIN_SEEDS runs.
   """
-  squares, variances, df_of_squares = [], [], 0.0
+  # For each group s^2, and the squared standard error of its mean, q = s^2 / n.
+  variances, squared_errors = [], []
+  sum_for_df = 0.0
   for runs in (group, base):
     if runs.deviation is None or runs.num_runs < MIN_SEEDS:
       return None
+    squared_error = runs.deviation ** 2 / runs.num_runs
     variances.append(runs.deviation ** 2)
-    squares.append(runs.deviation ** 2 / runs.num_runs)
-    df_of_squares += squares[-1] ** 2 / (runs.num_runs - 1)
+    squared_errors.append(squared_error)
+    sum_for_df += squared_error ** 2 / (runs.num_runs - 1)
 
-  # The degrees of freedom are those of Welch and Satterthwaite. A difference of
-  # single runs has the variance s1^2 + s2^2.
+  # The degrees of freedom are those of Welch and Satterthwaite,
+  # (q1 + q2)^2 / (q1^2 / (n1 - 1) + q2^2 / (n2 - 1)). A difference of single
+  # runs has the variance s1^2 + s2^2.
   return MeanDifference(
       mean=group.mean - base.mean,
-      standard_error=math.sqrt(sum(squares)),
-      df=sum(squares) ** 2 / df_of_squares,
+      standard_error=math.sqrt(sum(squared_errors)),
+      df=sum(squared_errors) ** 2 / sum_for_df,
       deviation=math.sqrt(sum(variances)), df_per_run=2)
 
 
@@ -633,10 +638,15 @@ def difference_with_deviation(group: GroupOfRuns, base: GroupOfRuns,
     base: the group that is subtracted.
     pooled: the deviation of a run. Its degrees of freedom `df` are infinite if
       it is known exactly.
+
+  Returns:
+    The difference. Its `df_per_run` is infinite, since the deviation is not
+    measured by these runs alone.
   """
-  share = math.sqrt(1 / group.num_runs + 1 / base.num_runs)
+  standard_error = pooled.sd * math.sqrt(
+      1 / group.num_runs + 1 / base.num_runs)
   return MeanDifference(
-      mean=group.mean - base.mean, standard_error=pooled.sd * share,
+      mean=group.mean - base.mean, standard_error=standard_error,
       df=pooled.df, deviation=pooled.sd * math.sqrt(2), df_per_run=math.inf)
 
 
