@@ -52,7 +52,11 @@ def gain_of_pairing(base: Sequence[float], again: Sequence[float]) -> Factor:
   Args:
     base: the result of the base for each of n seeds.
     again: the result of the base with other initial parameters, for the same
-      seeds.
+      seeds. It must not differ from `base` by the same amount at every seed.
+
+  Returns:
+    The quotient of the standard deviations, which is above 1 if pairing lowers
+    the noise, with its interval.
   """
   from scipy.special import fdtri
   variance_of_sums = float(np.var(np.add(base, again), ddof=1))
@@ -90,7 +94,11 @@ def gain_over_same_pairs(name: str, before: Sequence[float],
   Args:
     name: the measure that lowers the noise, in words.
     before: the figure of each pair without this measure.
-    after: the figure of each pair with it.
+    after: the figure of each pair with it, in the same order.
+
+  Returns:
+    sd(before) / sd(after), which is above 1 if the measure lowers the noise,
+    and the ends of its interval.
   """
   from scipy.special import stdtrit
   n = len(before)
@@ -99,7 +107,9 @@ def gain_over_same_pairs(name: str, before: Sequence[float],
   t = float(stdtrit(n - 2, 0.975))
   k = 1 + 2 * (1 - r * r) * t ** 2 / (n - 2)
   reach = k + math.sqrt(k * k - 1)
-  low, high = quotient * (1 / reach), quotient * reach
+  low = quotient * (1 / reach)
+  high = quotient * reach
+  # So far all are of variances. Their roots are of standard deviations.
   return Factor(name=name, factor=math.sqrt(quotient), low=math.sqrt(low),
                 high=math.sqrt(high))
 
@@ -158,6 +168,10 @@ def shares_of_variance(base: np.ndarray, again: np.ndarray) -> list[Factor]:
     base: [sizes, seeds], as in `variance_components`, whose result is averaged
       over the sizes.
     again: [sizes, seeds], as in `variance_components`.
+
+  Returns:
+    The three shares in this order, each with its interval. They sum to 1, or
+    are all 0 where nothing varies.
   """
   def shares(base: np.ndarray, again: np.ndarray) -> np.ndarray:
     """Returns the three shares, [..., 3], of results [..., sizes, seeds]."""
@@ -169,14 +183,17 @@ def shares_of_variance(base: np.ndarray, again: np.ndarray) -> list[Factor]:
 
   # Draw results with the measured shares. As in the runs themselves, those of
   # `again` have the parameters of the next seed of `base`.
-  sizes, n = base.shape
-  rng, scale = np.random.default_rng(0), np.sqrt(measured_shares)
-  parameters = scale[0] * rng.normal(size=(BOOTSTRAP_DRAWS, sizes, n + 1))
+  num_sizes, num_seeds = base.shape
+  rng = np.random.default_rng(0)
+  sd_parameters, sd_order, sd_rest = np.sqrt(measured_shares)
+  parameters = sd_parameters * rng.normal(
+      size=(BOOTSTRAP_DRAWS, num_sizes, num_seeds + 1))
   # The order of the data is the same at all sizes.
-  order = scale[1] * rng.normal(size=(BOOTSTRAP_DRAWS, 1, n))
-  rest = scale[2] * rng.normal(size=(2, BOOTSTRAP_DRAWS, sizes, n))
-  drawn_shares = shares(parameters[..., :-1] + order + rest[0],
-                        parameters[..., 1:] + order + rest[1])
+  order = sd_order * rng.normal(size=(BOOTSTRAP_DRAWS, 1, num_seeds))
+  rest_of_base, rest_of_again = sd_rest * rng.normal(
+      size=(2, BOOTSTRAP_DRAWS, num_sizes, num_seeds))
+  drawn_shares = shares(parameters[..., :-1] + order + rest_of_base,
+                        parameters[..., 1:] + order + rest_of_again)
 
   # Take the wider interval, within 0 and 1.
   low, high = np.quantile(drawn_shares, [0.025, 0.975], axis=0)
@@ -213,6 +230,9 @@ def _select_noise_runs(plan: Plan, outcomes: Iterable[Outcome]) -> _NoiseRuns:
   Args:
     plan: the plan of the study.
     outcomes: the outcomes of its runs.
+
+  Returns:
+    The runs of this phase, and which of its seeds have all of theirs.
   """
   outcome_of = {(run.variant, run.size, run.seed): run for run in outcomes
                 if run.phase == 'noise' and run.workload == TEXT}
@@ -255,21 +275,26 @@ def measure_gains(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
     return []
   factors = [gain_of_pairing(base, again)]
 
-  # The gain by longer runs, and by means, where the curves of all runs tell it.
+  # The gain by longer runs, and by means, where the curves of all runs tell it:
+  # three evaluations or fewer are too few for that.
   for (_, _, seed), run in noise_runs.outcomes.items():
     is_used = seed in noise_runs.complete_seeds
     if is_used and len(run.curve.get('loss', ())) <= 3:
       return factors
-  half_way = np.subtract(*means_over_sizes(_loss_half_way))
-  last = np.subtract(*means_over_sizes(_last_loss))
-  late = np.subtract(*means_over_sizes(_late_loss))
+
+  # The difference of each pair of runs: base minus base again, [seeds].
+  half_way_differences = np.subtract(*means_over_sizes(_loss_half_way))
+  last_differences = np.subtract(*means_over_sizes(_last_loss))
+  late_differences = np.subtract(*means_over_sizes(_late_loss))
   factors.append(gain_over_same_pairs(
       name='twice as many steps (from half-way to the end of these runs)',
-      before=half_way, after=last))
-  if not np.array_equal(last, late):  # more than one evaluation
+      before=half_way_differences, after=last_differences))
+  # They are equal if the last quarter of each run has a single evaluation.
+  if not np.array_equal(last_differences, late_differences):
     factors.append(gain_over_same_pairs(
         name='the mean loss over the last quarter of a run (averaged '
-        'parameters, optim.ema, do no worse)', before=last, after=late))
+        'parameters, optim.ema, do no worse)', before=last_differences,
+        after=late_differences))
   return factors
 
 
@@ -337,6 +362,8 @@ def measure_shares_of_variance(plan: Plan, outcomes: Iterable[Outcome]
     phase did not combine each seed's data with the next seed's parameters.
   """
   noise_runs = _select_noise_runs(plan, outcomes)
+  # The runs of the base itself set no `init_seed`, and those of the base again
+  # take the parameters of the next seed.
   are_crossed = all(
       run.changes.get('init_seed', INIT_SEED_OF_NEXT_SEED)
       == INIT_SEED_OF_NEXT_SEED for run in noise_runs.outcomes.values())
@@ -348,12 +375,12 @@ def measure_shares_of_variance(plan: Plan, outcomes: Iterable[Outcome]
   # parameters, [sizes, seeds] each.
   tables = []
   for variant in noise_runs.variants:
-    rows = []
+    values_by_size = []
     for size in plan.sizes:
-      rows.append([
+      values_by_size.append([
           noise_runs.outcomes[variant, size, seed].values[plan.primary.name]
           for seed in noise_runs.seeds])
-    tables.append(np.array(rows))
+    tables.append(np.array(values_by_size))
   # Without any variance, there is nothing to share out.
   if np.ptp(tables) == 0:
     return []

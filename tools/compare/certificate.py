@@ -249,9 +249,10 @@ def count_recipes(configs: Mapping[str, Mapping[str, Any]],
     num_recipes = len(recipes_of_group[group])
     tuning[variant] = {'recipes tried': num_recipes}
     if num_recipes > 1:
-      tuning[variant]['seeds of each'] = min(
-          num_seeds[other] for other, group_of_other
-          in group_of_variant.items() if group_of_other == group)
+      seeds_of_members = [
+          num_seeds[member] for member, group_of_member
+          in group_of_variant.items() if group_of_member == group]
+      tuning[variant]['seeds of each'] = min(seeds_of_members)
   return tuning
 
 
@@ -362,6 +363,10 @@ def _count_costs_of_run(folder: pathlib.Path) -> cost.Cost:
   Some fields of its config were left to be derived, such as the size of the
   vocabulary, which the tokenizer gives. The run recorded their values when it
   began, so neither the tokenizer nor the data is needed here.
+
+  Args:
+    folder: the folder of the run, with the config and the derived values that
+      training saved there.
   """
   # The config that was saved is locked against new fields, and what was derived
   # may be one.
@@ -601,22 +606,22 @@ def certify_cells(name: str, cells: Mapping[str, str], base: Certificate,
   return certificate
 
 
-def _parse_number(what: str, text: str) -> float:
+def _parse_number(subject: str, text: str) -> float:
   """Returns the finite number that a cell of a CSV holds.
 
   Args:
-    what: what it is of, for the message.
+    subject: the words that the message begins with, such as 'tokens of small'.
     text: the cell.
 
   Raises:
-    RequestError: where it holds none.
+    RequestError: for a cell that is no number, is infinite or is NaN.
   """
   with contextlib.suppress(ValueError):
     number = float(text)
     if math.isfinite(number):
       return number
-  raise RequestError(f'{what} is {shorten(text)}: write a number, or {SAME!r} '
-                     'for that of the base')
+  raise RequestError(f'{subject} is {shorten(text)}: write a number, or '
+                     f'{SAME!r} for that of the base')
 
 
 # Comparing.

@@ -79,6 +79,10 @@ def check_arguments(args) -> bool:
   """Checks the arguments of `add_file_arguments`, and returns whether the file
   is that of a study, and not that of a sweep.
 
+  Args:
+    args: the parsed arguments: `file`, `parallel`, `group`, the flags of each
+      kind of file, and under 'sweep' and 'study' the defaults of these flags.
+
   Raises:
     RequestError: for a number out of its range, and for a flag that belongs to
       the other kind of file.
@@ -96,7 +100,14 @@ def check_arguments(args) -> bool:
 
 def main(args) -> int:
   """Checks every point of a sweep (a variant of its config), or the plan of a
-  study, and prints what the runs cost. Returns the exit code."""
+  study, and prints what the runs cost. Returns the exit code.
+
+  Args:
+    args: the arguments of the command `check`.
+
+  Raises:
+    RequestError: for the first point that cannot be trained.
+  """
   if check_arguments(args):
     from tools.compare import study
     return study.check(args)
@@ -111,8 +122,8 @@ def main(args) -> int:
 
   # Print the costs, with --time also the seconds of a run on this machine.
   if args.time:
-    for row in progress.show_items(description['points'], 'points timed'):
-      row['seconds'] = _seconds_of_run(description, row)
+    for point in progress.show_items(description['points'], 'points timed'):
+      point['seconds'] = _seconds_of_run(description, point)
   if args.json:
     print(json.dumps(description, indent=2))
   else:
@@ -169,26 +180,27 @@ def describe_sweep(args) -> dict:
       'points': points}
 
 
-def _seconds_of_run(description: dict, row: dict) -> float:
+def _seconds_of_run(description: dict, point: dict) -> float:
   """Estimates how many seconds a run of a sweep takes on this machine. A
   process with --dry_run times a few steps and prints its estimate.
 
   Args:
     description: the contents of sweep.json.
-    row: the entry there of the point (a variant of the config).
+    point: the entry there of the point (a variant of the config).
 
   Raises:
     RequestError: if the dry run failed; the message has its last line.
   """
+  # All seeds take as long. A dry run writes nothing into its workdir.
   words = layout.train_command(
       description=description, workdir=tempfile.gettempdir(),
-      point=row['name'], seed=row['seeds'][0])
+      point=point['name'], seed=point['seeds'][0])
   process = subprocess.run([sys.executable, *words, '--dry_run'],
                            capture_output=True, text=True)
   estimate = re.search(r'^about ([\d,]+) s in all', process.stdout, re.M)
   last_line = process.stderr.strip().rpartition('\n')[2]
   require(process.returncode == 0 and estimate is not None,
-          f'point {row["name"]!r} cannot be timed: {last_line}')
+          f'point {point["name"]!r} cannot be timed: {last_line}')
   return float(estimate[1].replace(',', ''))
 
 

@@ -341,8 +341,8 @@ def changes_from_base(frozen: plans.FrozenPlan, row: Mapping[str, Any]
   Returns:
     The value of the variant by the dotted name of the field.
   """
-  # The plan lists what each differs from the study's config in, such as the
-  # size. Changes that variant and base share say nothing about the variant.
+  # The changes of a point are from the config of the study's file, and include
+  # those of its size. What variant and base both change is left out.
   base_point = frozen.point(frozen.plan.base, row['size'], row['workload'])
   base_changes = base_point['changes']
   differing = {}
@@ -523,7 +523,8 @@ def _values_unlike_base(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]]
         workload=row['workload'])
     if row['workload'] != plans.TEXT or base_row is None:
       continue
-    # What both carry here is told at the size that it is carried from.
+    # Where muP carries the values of both from a smaller size, they are the
+    # same as there, and are named at that size alone.
     if row.get('kept') and base_row['size'] != row['size']:
       continue
     if row['changes'] != base_row['changes']:
@@ -806,11 +807,11 @@ def _sweep_plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
   """
   # The first measure is the primary one. It is always the loss, even if no run
   # has it.
-  figures = ['loss']
+  names_of_figures = ['loss']
   for run in outcomes:
-    figures += run.values
+    names_of_figures += run.values.keys()
   measures = []
-  for name in dict.fromkeys(figures):  # each once, in order
+  for name in dict.fromkeys(names_of_figures):  # each once, in order
     measures.append(plans.Measure(
         name=name, workload=plans.TEXT, figure=name, better=plans.LOWER,
         chance=math.nan))

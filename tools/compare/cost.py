@@ -72,14 +72,15 @@ def cost_of_run(config, model: ModelConfig | None = None) -> Cost:
   length = sum(objectives.find_objective(config).row_lengths(config))
   params, active_params = _count_parameters(model)
   multiplied_params, looked_up_params = _count_by_use(model)
-  rows = int(pipeline.read_ramp(config).rows_before(config.train.steps))
+  # The size of the batch may grow in stages, so rows are not steps * batch.
+  num_rows = int(pipeline.read_ramp(config).rows_before(config.train.steps))
   return Cost(
       params=params,
       active_params=active_params,
       multiplied_params=multiplied_params,
       looked_up_params=looked_up_params,
       flops_per_token=_flops_per_token(config, model),
-      tokens=rows * length)
+      tokens=num_rows * length)
 
 
 def _flops_per_token(config, model: ModelConfig) -> float:
@@ -98,6 +99,12 @@ def share_of_flops_without_vocabulary(config) -> float:
   Let f(V) be the FLOPs with a vocabulary of V tokens. Those for the logits are
   proportional to V, so they are f(2V) - f(V), and the share of the others is
   1 - (f(2V) - f(V)) / f(V) = 2 - f(2V) / f(V).
+
+  Args:
+    config: the config of the run, with the model and the length of a row.
+
+  Returns:
+    The share, between 0 and 1.
   """
   model = resolve_model(config)
   doubled = dataclasses.replace(model, vocab_size=model.vocab_size * 2)
@@ -267,7 +274,8 @@ def _multiples_around_target(cost: Callable[[int], float], target: float,
   which needs few evaluations, because costs are almost linear in a width.
 
   Args:
-    cost: a function from a value of the field to its cost, which rises.
+    cost: a function from a value of the field to its cost, which rises. It is
+      called with the same values again, so it should keep what it has computed.
     target: the cost to be reached.
     step: the step.
 

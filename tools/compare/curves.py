@@ -438,7 +438,8 @@ def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
   """
   # The config, and the fields in which it differs from sweep.json.
   folder = layout.run_folder(workdir, point, seed)
-  config, differing_fields, rows = {}, (), ()
+  config = {}
+  differing_fields = ()
   if reads_config and (folder / 'config.json').exists():
     config = run_config.flatten(run_config.load_config(folder))
     differing_fields = tuple(
@@ -454,14 +455,15 @@ def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
   # The curves. If config.json was not read, a run that has metrics gets the
   # config that sweep.json gives it.
   metrics_file = folder / 'metrics.jsonl'
+  metrics_rows = ()
   if metrics_file.exists():
-    rows = tuple(metrics.read_metrics(metrics_file))
+    metrics_rows = tuple(metrics.read_metrics(metrics_file))
     if not reads_config:
       config = run_config.flatten(description['base_config'])
       config |= layout.point_row(description, point)['changes']
   evaluations = layout.load_evaluation(folder)
   return Run(
-      seed=seed, state=state, error=error, config=config, rows=rows,
+      seed=seed, state=state, error=error, config=config, rows=metrics_rows,
       evaluations=evaluations, differing_fields=differing_fields,
       items=scores_of_items)
 

@@ -352,7 +352,6 @@ def describe_detectable_difference(plan: Plan) -> str:
   if p_of_signs > level:
     note_on_signs = ', so that differences that are all alike show nothing'
 
-
   # If a share s of all runs ended on a plateau, none of n runs would with
   # probability (1 - s)^n. The largest s for which this is 0.05 may be hidden.
   num_runs = num_seeds * len(plan.sizes)
@@ -863,7 +862,6 @@ def _trend_over_sizes(member: FamilyMember, shape: statistics.NoiseShape | None
     """Returns the slope of each seed, [seeds], from differences [seeds, sizes].
     """
     return np.polyfit(log_params, differences.T, 1)[0]
-
 
   # The pooled deviation and the shifts must be those of the slope too.
   differences = np.array([*member.differences.values()])

@@ -234,7 +234,8 @@ def _fit_curve(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
     outcome: the run.
     by: what the loss is a function of: 'flops' or 'seconds' spent.
   """
-  # Points in the warmup become NaN, which the fit leaves out.
+  # Points in the warmup become NaN, which the fit leaves out. Without 'warm',
+  # all points of a curve count.
   curve = outcome.curve
   is_warm = np.array(curve.get('warm', True), bool)
   spent = np.array(curve.get(by, []))

@@ -173,7 +173,8 @@ def shorten_labels(names: Sequence[str], most: int = 22) -> dict[str, str]:
 
 
 def draw_outcome(comparison: Comparison) -> Any:
-  """Draws what a comparison found, and returns the matplotlib figure.
+  """Draws what a comparison found, and returns the matplotlib figure, whose
+  axes are those of the left and the right panel.
 
   The left panel has the loss curves at the largest size: the held-out loss over
   the tokens, averaged over seeds. The right panel has the difference of each
@@ -184,28 +185,33 @@ def draw_outcome(comparison: Comparison) -> Any:
   """
   from matplotlib.figure import Figure
   plan = comparison.plan
-  rows = [row for row in comparison.verdicts() if page.known(row['effect'])]
-  rows.sort(key=lambda row: -plan.primary.sign * row['effect'])
+  estimates = [estimate for estimate in comparison.verdicts()
+               if page.known(estimate['effect'])]
+  # An effect times the sign is positive for an improvement.
+  estimates.sort(key=lambda estimate: -plan.primary.sign * estimate['effect'])
 
   # The figure is high enough for all bars of the right panel, which lie closer
-  # together if there are several sizes, and for eight bars at least.
+  # together if there are several sizes, and for eight bars at least. A bar has
+  # 0.17 inches, and a variant has the room of 2.6 bars at most. Titles, labels
+  # and the legend take 1.2 inches.
   bars_of_variant = len(plan.sizes) + 1 if len(plan.sizes) > 1 else 1
-  inches_of_bars = 0.17 * len(rows) * min(bars_of_variant, 2.6)
+  inches_of_bars = 0.17 * len(estimates) * min(bars_of_variant, 2.6)
   height = 1.2 + max(0.17 * 8, inches_of_bars)
 
   unit = measures.format_unit(comparison.frozen, plan.primary, ', ')
   base_label = shorten_labels(comparison.variants)[plan.base]
   with drawing_style('outcome'):
     figure = Figure(figsize=(PAGE_WIDTH, height))
-    left, right = figure.subplots(1, 2)
-    _draw_loss_curves(left, comparison, unit)
-    if left.lines:
-      figure.legend(*left.get_legend_handles_labels(), ncols=4,
+    curve_axes, effect_axes = figure.subplots(1, 2)
+    _draw_loss_curves(curve_axes, comparison, unit)
+    if curve_axes.lines:
+      figure.legend(*curve_axes.get_legend_handles_labels(), ncols=4,
                     loc='outside lower center')
-    _draw_effects(axes=right, comparison=comparison, rows=rows,
+    _draw_effects(axes=effect_axes, comparison=comparison, estimates=estimates,
                   label_by_name=shorten_labels(comparison.variants, 40))
-    right.set(xlabel=f'{plan.primary.name} minus that of {base_label}{unit}',
-              title='difference from the base')
+    effect_axes.set(
+        xlabel=f'{plan.primary.name} minus that of {base_label}{unit}',
+        title='difference from the base')
     # The figure must be laid out inside of this block, where its style holds.
     figure.draw_without_rendering()
   return figure
@@ -243,7 +249,7 @@ def _draw_loss_curves(axes: Any, comparison: Comparison, unit: str) -> None:
     mean = curves.mean_curve(curve_of_seeds)
     axes.plot(mean['tokens'], mean['loss'], label=label_by_name[name], **style)
   axes.set(xlabel='training tokens', ylabel=f'held-out loss{unit}',
-           title=' '.join(['loss curves', largest]))
+           title=f'loss curves {largest}')
   axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
   axes.locator_params(axis='x', nbins=4)
   axes.grid(axis='y')
@@ -256,7 +262,8 @@ def _draw_dots(axes: Any, x: Sequence[float], y: Sequence[float], colour: str
             markeredgewidth=0)
 
 
-def _draw_effects(axes: Any, comparison: Comparison, rows: Sequence[Mapping],
+def _draw_effects(axes: Any, comparison: Comparison,
+                  estimates: Sequence[Mapping],
                   label_by_name: Mapping[str, str]) -> None:
   """Draws a forest plot: for each variant a mark at its difference from the
   base, with a bar for the interval. If there are several sizes of the model, a
@@ -268,7 +275,8 @@ def _draw_effects(axes: Any, comparison: Comparison, rows: Sequence[Mapping],
   Args:
     axes: the matplotlib axes to draw into.
     comparison: the comparison.
-    rows: the estimates that the verdicts are about, from the top down.
+    estimates: the estimates that the verdicts are about, as
+      Comparison.estimates has them, from the top down.
     label_by_name: the label of each variant.
   """
   # The bars of a variant: the one over all sizes, named '', comes first.
@@ -278,20 +286,23 @@ def _draw_effects(axes: Any, comparison: Comparison, rows: Sequence[Mapping],
     bars += sizes
 
   # y grows downwards, by 1 for each bar.
-  y, tick_labels = 0.0, {}
-  for row in rows:
-    verdict = row['verdict']
+  y = 0.0
+  tick_labels = {}
+  for estimate in estimates:
+    variant, verdict = estimate['variant'], estimate['verdict']
     colour = _COLOUR_OF_MARK.get(page.MARKS.get(verdict), COLOUR_OF_NOISE)
     for i, size in enumerate(bars):
-      estimate = comparison.effect('confirm', row['variant'], row['measure'],
-                                   size)
-      if not estimate or not page.known(estimate['effect']):
+      at_size = comparison.effect(
+          phase='confirm', variant=variant, measure=estimate['measure'],
+          size=size)
+      if not at_size or not page.known(at_size['effect']):
         continue
-      _draw_bar(axes=axes, y=y, estimate=estimate, colour=colour,
+      # More sizes than markers begin again with the first marker.
+      _draw_bar(axes=axes, y=y, estimate=at_size, colour=colour,
                 marker=MARKERS[i % len(MARKERS)], is_main=not size)
       tick_labels[y] = size
       if not size:
-        tick_labels[y] = label_by_name[row['variant']]
+        tick_labels[y] = label_by_name[variant]
         axes.text(1.02, y, verdict, va='center', fontsize=6.5,
                   transform=axes.get_yaxis_transform(), color=colour)
       y += 1.0
@@ -370,15 +381,17 @@ def draw_verdicts(rows: Sequence[Mapping[str, Any]], xlabel: str) -> Any:
   with drawing_style('verdicts'):
     figure = Figure(figsize=(PAGE_WIDTH, 0.8 + 0.22 * len(rows)))
     axes = figure.subplots()
+    # y grows downwards, by 1 for each verdict.
+    tick_labels = {}
     for y, row in enumerate(rows):
+      tick_labels[y] = labels[row['entry']]
       colour = _COLOUR_OF_MARK.get(page.MARKS.get(row['verdict']),
                                    COLOUR_OF_NOISE)
       _draw_bar(axes=axes, y=y, estimate=row, colour=colour, marker=MARKERS[0],
                 is_main=True)
       axes.text(1.02, y, row['verdict'], va='center', fontsize=6.5,
                 transform=axes.get_yaxis_transform(), color=colour)
-    _finish_forest(axes, {y: labels[row['entry']]
-                          for y, row in enumerate(rows)}, len(rows))
+    _finish_forest(axes, tick_labels, len(rows))
     axes.set_xlabel(xlabel)
     # The figure must be laid out inside of this block, where its style holds.
     figure.draw_without_rendering()

@@ -193,17 +193,19 @@ class TrainerState:
     Args:
       file: the file.
       path: its path below the folder of all runs.
-      text: its content.
+      text: its content, an object whose log_history has an entry for each time
+        that the Trainer logged.
     """
     state = storage.parse_json_object(text, str(file), {'log_history': list})
     # The run is named after its folder, without the folder of the checkpoint.
     folders = re.sub(r'(^|/)checkpoint-\d+(?=/|$)', '', path).split('/')[:-1]
     run_path = '/'.join(folders).strip('/')
+    # A curve is {step: value}.
     curves: dict[str, dict[int, float]] = {}
-    for row in state['log_history']:
-      for name, value in row.items():
+    for entry in state['log_history']:
+      for name, value in entry.items():
         if isinstance(value, numbers.Real) and name not in ('step', 'epoch'):
-          curves.setdefault(name, {})[int(row['step'])] = float(value)
+          curves.setdefault(name, {})[int(entry['step'])] = float(value)
     # FLOPs and tokens are counted once, in the state itself. A version of
     # transformers that does not count them has 0 there.
     for name in ('total_flos', 'num_input_tokens_seen'):
@@ -232,6 +234,7 @@ class EventFile:
     """
     from tensorboard.backend.event_processing import event_accumulator
     from tensorboard.util import tensor_util
+    # A size of 0 keeps all events; by default only a sample is kept.
     events = event_accumulator.EventAccumulator(
         str(file), size_guidance={event_accumulator.SCALARS: 0,
                                   event_accumulator.TENSORS: 0})
@@ -241,12 +244,16 @@ class EventFile:
     # Read the scalars. Newer writers log them as tensors of shape ().
     curves: dict[str, dict[int, float]] = {}
     for name in events.Tags()['scalars']:
-      curves[name] = {x.step: x.value for x in events.Scalars(name)}
+      curves[name] = {event.step: event.value for event in events.Scalars(name)}
     for name in events.Tags()['tensors']:
-      values = {x.step: tensor_util.make_ndarray(x.tensor_proto)
-                for x in events.Tensors(name)}
-      if all(x.shape == () and x.dtype.kind == 'f' for x in values.values()):
-        curves[name] = {step: float(x) for step, x in values.items()}
+      array_by_step = {event.step: tensor_util.make_ndarray(event.tensor_proto)
+                       for event in events.Tensors(name)}
+      # Others are no figures: texts, pictures and histograms are tensors too.
+      are_scalars = all(array.shape == () and array.dtype.kind == 'f'
+                        for array in array_by_step.values())
+      if are_scalars:
+        curves[name] = {step: float(array)
+                        for step, array in array_by_step.items()}
 
     # If the last folder is named after a split, such as `eval`, it is not a run
     # of its own: the split becomes a part of the names of the figures.
@@ -278,20 +285,26 @@ class LmEvalSamples:
       text: its content, a JSON object for each item.
     """
     task = file.stem.removeprefix('samples_').rpartition('_')[0] or file.stem
-    rows = [storage.parse_json_object(line, str(file))
-            for line in text.splitlines()]
 
-    # Make a record for each figure and filter (a way to extract answers, which
-    # older versions do not name). Values that are no numbers, such as the parts
-    # of a perplexity, are not scores of items.
+    # Group the samples by their filter, a way to extract answers, which older
+    # versions do not name.
+    samples_by_filter: dict[str, list[dict]] = {}
+    for line in text.splitlines():
+      sample = storage.parse_json_object(line, str(file))
+      filter_name = sample.get('filter', 'none')
+      samples_by_filter.setdefault(filter_name, []).append(sample)
+
+    # Make a record for each figure and filter. Values that are no numbers, such
+    # as the parts of a perplexity, are not scores of items.
     records = {}
-    for filter_name in dict.fromkeys(row.get('filter', 'none') for row in rows):
-      filtered = [row for row in rows
-                  if row.get('filter', 'none') == filter_name]
-      names = [row.get('doc_hash', row['doc_id']) for row in filtered]
-      figures = filtered[0].get('metrics', filtered[0].keys() - {'doc_id'})
+    for filter_name, samples in samples_by_filter.items():
+      # An item is named by a hash of its content, or in older versions by its
+      # number.
+      names = [sample.get('doc_hash', sample['doc_id']) for sample in samples]
+      # The figures are those of the first sample; newer versions list them.
+      figures = samples[0].get('metrics', samples[0].keys() - {'doc_id'})
       for figure in sorted(figures):
-        scores = [row.get(figure) for row in filtered]
+        scores = [sample.get(figure) for sample in samples]
         if all(isinstance(score, numbers.Real) for score in scores):
           short_name = items.shorten_figure_name(f'{figure},{filter_name}')
           records[f'{task}/{short_name}'] = items.record_scores(scores, names)
@@ -316,22 +329,26 @@ class WandbChart:
       path: its path below the folder of all runs.
       text: its content.
     """
-    # Collect the steps and values of each run.
+    # Collect the steps and values of each run. A column 'RUN - FIGURE' is of a
+    # run; the columns of its __MIN and __MAX are passed over. The first column
+    # is the horizontal axis of the chart.
     table = _read_csv(text)
     step_column = table.fieldnames[0]
-    rows_by_run: dict[str, list] = {}
+    points_by_run: dict[str, list] = {}
     for row in table:
       for column, cell in row.items():
         run, dash, figure = column.rpartition(' - ')
-        if dash and cell and not figure.endswith(('__MIN', '__MAX')):
-          step = float(row[step_column])
-          require(step.is_integer(), f'{file} is a chart over {step_column!r}: '
-                  'export it over Step')
-          rows = rows_by_run.setdefault(run, [])
-          rows.append((int(step), {figure: float(cell)}))
+        if not dash or not cell or figure.endswith(('__MIN', '__MAX')):
+          continue
+        step = float(row[step_column])
+        require(step.is_integer(), f'{file} is a chart over {step_column!r}: '
+                'export it over Step')
+        points = points_by_run.setdefault(run, [])
+        points.append((int(step), {figure: float(cell)}))
     runs = []
-    for run, rows in rows_by_run.items():
-      runs += _runs_of_rows(_join_names(path, run), None, rows)
+    for run, points in points_by_run.items():
+      run_path = _join_names(path, run)
+      runs += _runs_of_rows(path=run_path, seed=None, rows=points)
     return runs
 
 
@@ -355,23 +372,30 @@ class ResultsTable:
       path: its path below the folder of all runs, which is not used.
       text: its content.
     """
-    # Find the columns by their usual names; None: there is none.
+    # Find the columns by their usual names. A table has those of the entry, the
+    # mean and the number of runs, or it would not be recognized. The other two
+    # are None where it has none.
     table = _read_csv(text)
-    entry, mean, num_runs, step, deviation = (
-        _find_column(table.fieldnames, name)
-        for name in ('entry', 'mean', 'num_runs', 'step', 'deviation'))
+    columns = table.fieldnames
+    entry_column = _find_column(columns, 'entry')
+    mean_column = _find_column(columns, 'mean')
+    num_runs_column = _find_column(columns, 'num_runs')
+    step_column = _find_column(columns, 'step')
+    deviation_column = _find_column(columns, 'deviation')
+
     results = []
     for row in table:
-      step_of_row = int(row[step]) if step else None
+      step = int(row[step_column]) if step_column else None
       given = {}
       for column, cell in row.items():
         quantity = quantity_of_figure(column)
-        if quantity and cell and column not in (entry, num_runs):
+        has_other_meaning = column in (entry_column, num_runs_column)
+        if quantity and cell and not has_other_meaning:
           given[quantity] = cell
       results.append(ReportedMean(
-          path=row[entry], step=step_of_row, mean=float(row[mean]),
-          num_runs=int(row[num_runs]),
-          deviation=_parse_number(row.get(deviation)), given=given))
+          path=row[entry_column], step=step, mean=float(row[mean_column]),
+          num_runs=int(row[num_runs_column]),
+          deviation=_parse_number(row.get(deviation_column)), given=given))
     return results
 
 
@@ -389,8 +413,10 @@ def _split_figures_and_words(cells: dict[str, str], no_figures: set[str]
   """
   figures, given = {}, {}
   for column, cell in cells.items():
-    # The name of a commit may look like a number.
-    quantity, value = quantity_of_figure(column), None
+    quantity = quantity_of_figure(column)
+    # What is told in words is no figure even if it looks like a number, as the
+    # name of a commit may.
+    value = None
     if quantity not in _QUANTITIES_IN_WORDS:
       value = _parse_number(cell)
     if value is None and quantity and cell:
@@ -440,14 +466,16 @@ class JsonLines:
       path: its path below the folder of all runs.
       text: its content.
     """
+    # Write each object as the row of a table, whose cells are texts.
     rows = []
+    columns: dict[str, None] = {}  # each once, in order
     for line in text.splitlines():
-      if line.strip():
-        values = storage.parse_json_object(line, str(file))
-        rows.append({name: '' if value is None else str(value)
-                     for name, value in values.items()})
-    columns: dict[str, None] = {}
-    for row in rows:
+      if not line.strip():
+        continue
+      row = {}
+      for column, value in storage.parse_json_object(line, str(file)).items():
+        row[column] = '' if value is None else str(value)
+      rows.append(row)
       columns |= dict.fromkeys(row)
     return _runs_of_table(path, [*columns], rows)
 
@@ -477,17 +505,27 @@ class LoopLog:
 
   def _read_rows(self, text: str) -> list[tuple[int, dict[str, float]]]:
     """Returns the step and the figures of each line that has both: steps where
-    any line counts them, and else epochs."""
+    any line counts them, and else epochs.
+
+    Args:
+      text: the content of the log.
+
+    Returns:
+      (step, {figure: value}) of each of these lines, in their order. A figure
+      is named SPLIT_NAME, such as 'val_loss', or NAME where no split is named.
+    """
     for counter in (self._STEP, self._EPOCH):
       rows = []
       for line in text.splitlines():
-        step = counter.search(line)
+        step_match = counter.search(line)
         figures = {}
-        for split, name, value in self._FIGURE.findall(line):
-          split = self._SHORT_SPLITS.get(split.lower(), split.lower())
-          figures[f'{split}_{name.lower()}'.strip('_')] = float(value)
-        if step is not None and figures:
-          rows.append((int(step[1]), figures))
+        for written_split, name, number in self._FIGURE.findall(line):
+          split = written_split.lower()
+          split = self._SHORT_SPLITS.get(split, split)
+          # Without a split, the name would begin with '_'.
+          figures[f'{split}_{name.lower()}'.strip('_')] = float(number)
+        if step_match is not None and figures:
+          rows.append((int(step_match[1]), figures))
       if rows:
         return rows
     return []
@@ -520,19 +558,23 @@ def _runs_of_table(path: str, columns: Sequence[str],
     path: the path of the file below the folder of all runs.
     columns: the columns of the table.
     rows: the cells of each row by column, as texts.
+
+  Returns:
+    The runs, in the order of their first rows.
   """
   named = _NamedColumns(
-      *[_find_column(columns, name) for name in _NamedColumns._fields])
+      **{meaning: _find_column(columns, meaning)
+         for meaning in _NamedColumns._fields})
 
   # Collect the rows of each run, and what the run was given, such as its
   # tokens or its code, which some columns tell in words.
   rows_by_run: dict[tuple, list] = {}
   given_to_run: dict[tuple, dict[str, str]] = {}
   for row in rows:
-    key = tuple(_cell(row, name)
-                for name in (named.entry, named.run, named.seed))
-    rows_of_run = rows_by_run.setdefault(key, [])
-    given_to_this_run = given_to_run.setdefault(key, {})
+    run_key = (_cell(row, named.entry), _cell(row, named.run),
+               _cell(row, named.seed))
+    rows_of_run = rows_by_run.setdefault(run_key, [])
+    given_to_this_run = given_to_run.setdefault(run_key, {})
     cells = {column: cell for column, cell in row.items()
              if column and column not in named}
     if named.step and not _cell(row, named.step):
@@ -544,15 +586,16 @@ def _runs_of_table(path: str, columns: Sequence[str],
 
   # Name each run by its entry, its name and its seed.
   runs = []
-  for key, rows_of_run in rows_by_run.items():
-    entry_name, run_name, seed_text = key
+  for run_key, rows_of_run in rows_by_run.items():
+    entry_name, run_name, seed_text = run_key
     seed_of_run = None
     if seed_text:
+      # A program may write the seed 3 as 3.0.
       seed_of_run = int(float(seed_text))
       seed_text = f'seed-{seed_of_run}'
     run_path = _join_names(entry_name or path, run_name, seed_text)
     for log in _runs_of_rows(run_path, seed_of_run, rows_of_run):
-      runs.append(dataclasses.replace(log, given=given_to_run[key]))
+      runs.append(dataclasses.replace(log, given=given_to_run[run_key]))
   return runs
 
 
@@ -575,12 +618,14 @@ def _read_row_of_step(row: Mapping[str, str], cells: Mapping[str, str],
   Args:
     row: its cells by column.
     cells: those of the columns that may be figures.
-    named: the other columns.
+    named: the columns that are none, by their meanings.
 
   Returns:
     The step and the figures, whose names begin with that of the split where
     there is one; and what the run was given, in words.
   """
+  # A column is no figure if its name is a usual one of some meaning, even if
+  # another column of the table has this meaning.
   no_figures: set[str] = set()
   for meaning in _NamedColumns._fields:
     no_figures.update(_COLUMN_NAMES[meaning])
@@ -695,7 +740,12 @@ def _merge_runs(results: Iterable[ForeignRun | ReportedMean]
 
 def _merge_two_runs(earlier: ForeignRun, later: ForeignRun) -> ForeignRun:
   """Merges what two files hold of one run. Where both have a value, such as the
-  loss at the same step, the later file's counts."""
+  loss at the same step, the later file's counts.
+
+  Args:
+    earlier: what the file that was read first holds.
+    later: what the other file holds. Its path and its seed are kept.
+  """
   curves = {}
   for name in earlier.curves | later.curves:
     # A curve is {step: value}.
@@ -718,6 +768,9 @@ def _runs_of_rows(path: str, seed: int | None,
     seed: the seed of the first run; None: it is not known. That of the others
       is never known.
     rows: the step and the figures of each row, in the order of the file.
+
+  Returns:
+    The runs, one or more: without rows, one that has no curves.
   """
   # Collect the curves of each run, {name of the figure: {step: value}}. Rows
   # are added to the last run.

@@ -203,18 +203,23 @@ def _make_measures(file: str, constants: Mapping, points: Sequence[Mapping],
     points: a row for each variant, size and workload (FrozenPlan.points). A
       workload is the text, or a probe (a synthetic task).
     configs: the config of each of these, in the same order.
+
+  Returns:
+    The measures in the order of MEASURES. The first is the primary one.
   """
   bytes_per_token = _check_halves_of_held_out_text(configs[0])
   workloads = [row['workload'] for row in points]
   measures = []
   for entry in constants['MEASURES']:
     # The first point of a workload is the base at the smallest size.
-    i = workloads.index(entry['workload'])
+    index = workloads.index(entry['workload'])
     is_text = entry['workload'] == plans.TEXT
     chance = measures_lib.score_of_guessing(
-        measure=entry, config=configs[i], vocab=points[i]['vocab'],
+        measure=entry, config=configs[index], vocab=points[index]['vocab'],
         bytes_per_token=bytes_per_token if is_text else 0.0, file=file)
-    measures.append(plans.Measure(**entry | {'chance': chance}))
+    # An entry that states its chance gets the same one back.
+    fields = {**entry, 'chance': chance}
+    measures.append(plans.Measure(**fields))
   return measures
 
 
@@ -399,11 +404,14 @@ def _make_tuning(file: str, entries: Mapping, base) -> plans.Tuning:
       its double are tried.
     base: the config of the base.
 
+  Returns:
+    How fields are tuned, with the values to try of each.
+
   Raises:
     RequestError: for values that cannot be tried, or numbers out of range.
   """
-  for key in entries:
-    check_choice('entry of TUNING', key, ('fields', 'keep', 'rungs', 'extend'))
+  for name in entries:
+    check_choice('entry of TUNING', name, ('fields', 'keep', 'rungs', 'extend'))
   rate = base.optim.lr
   fields = entries.get('fields', {'optim.lr': (rate / 2, rate, 2 * rate)})
   tuning = plans.Tuning(**{**entries, 'fields': fields})
@@ -420,6 +428,7 @@ def _make_tuning(file: str, entries: Mapping, base) -> plans.Tuning:
     require(has_inner_value, f'{subject} is {shorten(values)}, both of which '
             'are at an edge, with extend at 0: no verdict could follow; write '
             'three values or more, or a larger extend')
+    # Setting a value raises if the field is unknown or of another type.
     for value in values:
       spec.apply_changes(base, {field: value}, subject)
 
@@ -511,19 +520,21 @@ def _check_points(sweep: spec.Sweep, constants: Mapping) -> list[dict]:
     RequestError: for the first config that cannot be trained, and for sizes
       that do not rise.
   """
-  # List all combinations. The sort keeps their order but puts the base first,
-  # since False sorts before True.
-  combinations = []
+  # List all combinations, those of the base first.
+  of_base: list[tuple[str, str, spec.Point]] = []
+  of_variants: list[tuple[str, str, spec.Point]] = []
   for size in constants['SIZES']:
     points = _match_points_at_size(sweep, constants, size)
     for workload in constants['WORKLOADS']:
-      combinations += [(size, workload, point) for point in points]
-  combinations.sort(key=lambda row: row[2].name != sweep.base_name)
+      for point in points:
+        is_base = point.name == sweep.base_name
+        combinations = of_base if is_base else of_variants
+        combinations.append((size, workload, point))
 
   # Check each of them.
   rows = []
-  for size, workload, point in progress.show_items(combinations,
-                                                   'points checked'):
+  for size, workload, point in progress.show_items(
+      [*of_base, *of_variants], 'points checked'):
     rows.append(_check_point(sweep=sweep, constants=constants, size=size,
                              workload=workload, point=point))
 
@@ -552,17 +563,21 @@ def _check_proportions(sweep: spec.Sweep, constants: Mapping,
   Raises:
     RequestError: for a variant whose networks grow otherwise.
   """
+  # Of the fields that matching may solve for, only the width of the
+  # feed-forward networks is a share of the model's width.
   field = constants['MATCH_FIELD']
   if not constants['MATCH'] or field != spec.DEFAULT_MATCH_FIELD:
     return
+  # The first row of a variant is of its smallest size: rows come in the order
+  # of SIZES, and the caller checks that these rise.
   share_at_smallest: dict[str, float] = {}
   for row in rows:
-    model = spec.apply_changes(sweep.base, row['changes'], 'it').model
+    config = spec.apply_changes(sweep.base, row['changes'], 'it')
+    model = config.model
     if row['workload'] != plans.TEXT or model.parametrization != 'mup':
       continue
-    # The networks may have the width that is derived from the model's.
-    width = cost.resolve_model(
-        spec.apply_changes(sweep.base, row['changes'], 'it')).d_ff
+    # A width that the config does not give is derived from the model's.
+    width = cost.resolve_model(config).d_ff
     share = width / model.d_model
     name = row['variant']
     first_share = share_at_smallest.setdefault(name, share)
@@ -718,7 +733,7 @@ def _check_halves_of_held_out_text(config) -> float:
   Raises:
     RequestError: if there is no held-out text, or a half of it is empty.
   """
-  # Reading a half fails if it is empty.
+  # A half is read for its errors: making loaders raises if it is empty.
   tokenizer = tokenizers.load(config.data.tokenizer)
   require(bool(config.data.holdout_every or config.data.eval_source),
           'data.holdout_every is 0: a study needs text that is held out')

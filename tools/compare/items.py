@@ -135,6 +135,9 @@ def _test_figure(base_SQ: np.ndarray, variant_SQ: np.ndarray,
     base_SQ: the scores of the base, [seeds, items].
     variant_SQ: the scores of the variant, [seeds, items].
     weights_Q: the weights of the items; None: all count alike.
+
+  Returns:
+    A row of `compare_items`, without its 'figure' and 'p_corrected'.
   """
   num_seeds, num_items = variant_SQ.shape
   difference = statistics.estimate_over_seeds_and_items(variant_SQ - base_SQ,
@@ -143,12 +146,14 @@ def _test_figure(base_SQ: np.ndarray, variant_SQ: np.ndarray,
   # Choose the test that fits the scores.
   score_values = {*base_SQ.flat, *variant_SQ.flat}
   are_right_or_wrong = score_values <= {0.0, 1.0}
+  p = difference.p
   if num_seeds > 1:
-    test, p = 'seeds and items', difference.p
+    test = 'seeds and items'
   elif weights_Q is None and are_right_or_wrong:
-    test, p = 'McNemar', statistics.mcnemar_p_value(variant_SQ[0], base_SQ[0])
+    test = 'McNemar'
+    p = statistics.mcnemar_p_value(variant_SQ[0], base_SQ[0])
   else:
-    test, p = 'items', difference.p
+    test = 'items'
 
   # The figure itself is the weighted mean over the items.
   base_mean = np.average(base_SQ.mean(0), weights=weights_Q)
@@ -166,7 +171,12 @@ def _test_figure(base_SQ: np.ndarray, variant_SQ: np.ndarray,
 
 
 def render_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns the rows of `compare_items` as a table for a terminal."""
+  """Returns a table for a terminal with a row for each figure: its values on
+  both sides, their difference with its interval, the test and its p-values.
+
+  Args:
+    rows: the rows that `compare_items` returns.
+  """
   cells = []
   for row in rows:
     cells.append({

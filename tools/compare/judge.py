@@ -612,8 +612,6 @@ def render_answer(answer: Mapping[str, Any]) -> str:
     figures = (f'{estimate}, p {answer["p"]:.2g}, corrected p '
                f'{answer["p_corrected"]:.2g}')
   num_seeds = len(answer['seeds'])
-  # The verdict comes first, then the figures that it rests on, and warnings
-  # last.
   question = ', '.join(answer['about']) or 'nothing that was given'
   verdict = answer['verdict']
   if answer['unlike']:

@@ -245,20 +245,23 @@ def _merge_descriptions(workdir, old: dict, new: dict) -> dict:
   Raises:
     RequestError: if they describe different sweeps.
   """
-  # Compare what must not change. A source (the hash of some data) that only one
-  # of the two has is no difference, so each gets the sources of the other.
-  sources = old['sources'] | new['sources']
+  # Compare what must not change. New points may be added, so only points that
+  # the old one has are compared.
   fixed_before = _fixed_part(old)
-  fixed_before['sources'] = new['sources'] | old['sources']
-  # New points may be added, so only points that the old one has are compared.
   fixed_now = _fixed_part(new, old['points'])
+  # A source (the hash of some data) that only one of the two has is no
+  # difference, so each gets the sources that it lacks from the other. Of a
+  # source that both have, the right operand of | wins, and each keeps its own.
+  sources = old['sources'] | new['sources']
+  fixed_before['sources'] = new['sources'] | old['sources']
   fixed_now['sources'] = sources
   differing = differing_names(fixed_before, fixed_now)
   require(not differing, f'{workdir} holds another sweep, which differs in '
           f'{", ".join(differing)}: take another --workdir')
 
   # List the new points, each with the seeds of both descriptions, and then the
-  # old points that are left after the loop.
+  # old points that are left after the loop. A point without an old one counts
+  # as its own old one.
   old_point_by_name = {point['name']: point for point in old['points']}
   points = []
   for point in new['points']:
@@ -421,12 +424,16 @@ def devices_of_run(folder: pathlib.Path) -> list[str]:
   log = folder / 'log.txt'
   if not log.is_file():
     return []
-  names: dict[str, None] = {}
+  # A dict as an ordered set: a run that was resumed on the same devices has
+  # several equal lines.
+  kinds: dict[str, None] = {}
   for line in log.read_text(errors='replace').splitlines():
     name, colon, devices = line.partition(': ')
     if colon and name.strip() == 'devices':
-      names[devices.partition(', mesh')[0]] = None
-  return list(names)
+      # The line is 'devices: N of the kind KIND, mesh ...'.
+      kind, _, _ = devices.partition(', mesh')
+      kinds[kind] = None
+  return list(kinds)
 
 
 def plan_hashes_of_runs(workdir) -> set[str]:
@@ -792,11 +799,11 @@ class Ledger:
     # argument, runs of all states are wanted.
     columns = ', '.join(Run._fields)
     rows = self._select(f'SELECT {columns} FROM runs ORDER BY seed, id')
-    wanted = states or STATES
+    wanted_states = states or STATES
     runs = []
     for row in rows:
       run = Run._make(row)
-      if run.state in wanted:
+      if run.state in wanted_states:
         runs.append(run)
     return runs
 

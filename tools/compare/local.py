@@ -72,7 +72,16 @@ class Runner:
   def __init__(self, workdir, ledger: layout.Ledger, parallel: int, group: int,
                begun: Callable[[Sequence], None] = lambda runs: None,
                ended: Callable[[layout.Run], None] = lambda run: None):
-    """Enters this runner (a process that trains runs) into the ledger."""
+    """Enters this runner (a process that trains runs) into the ledger.
+
+    Args:
+      workdir: the folder of the sweep.
+      ledger: the database of its runs, which other runners may share.
+      parallel: the number of processes that train at once.
+      group: the most runs that are trained as one program.
+      begun: called with the runs that are about to be trained.
+      ended: called with each run that has ended.
+    """
     self._workdir = pathlib.Path(workdir)
     self._ledger = ledger
     self._parallel = parallel
@@ -544,9 +553,10 @@ def _evaluate_runs(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
   Returns:
     The exit code: 0, or EXIT_CODE_UNFINISHED if an evaluation failed.
   """
-  # Runs of the same model and data share compiled programs. The first of them
-  # fills this dict.
-  exit_code, compiled_programs = 0, {}
+  # Runs of the same model and data share compiled programs. The evaluation of
+  # the first of them fills this dict.
+  compiled_programs = {}
+  exit_code = 0
   for folder in folders:
     with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(
         log), contextlib.redirect_stderr(log):

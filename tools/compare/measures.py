@@ -238,6 +238,7 @@ def score_of_guessing(
   # Figures that follow from a uniform guess.
   if figure == 'loss' and guessing is not None:
     return guessing
+  # The loss of a uniform guess among n labels is log(n), and 1 / n are right.
   if figure == 'accuracy' and objective.has_labels:
     return math.exp(-guessing)
   if figure == 'perplexity':

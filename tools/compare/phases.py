@@ -386,23 +386,32 @@ class Tune(Phase):
   it, and each larger size has a search, as without muP."""
 
   def note_on_cost(self, plan):
-    # What each search may add by moving an edge.
+    """Returns words about the runs that tuning may add to those it is sure to
+    have; '' if it cannot add any.
+
+    Args:
+      plan: the plan of the study.
+    """
+    # What each search may add by moving an edge: one value at a time of each
+    # field, up to `extend` times.
     searches = make_searches(plan)
     runs_of_edges = (
         len(plan.tuning.fields) * plan.tuning.extend * plan.seeds['tune'])
     notes = []
     if runs_of_edges:
-      more = len(searches) * runs_of_edges
+      added = len(searches) * runs_of_edges
       notes.append(
-          f'at most {more} more runs, where an optimum is at an edge')
+          f'at most {added} more runs, where an optimum is at an edge')
 
-    # What it adds if the values of one search are not kept.
+    # What it adds if the values of one search are not kept: the check goes on
+    # as a search, whose first rung is run already, and each larger size has a
+    # whole one.
     if plan.checked_size is not None:
       sizes = plan.sizes[plan.sizes.index(plan.checked_size):]
-      num_searches = len(sizes) - 1
-      more = (num_searches * num_runs_of_search(plan)
-              + len(sizes) * runs_of_edges)
-      notes.append(f'{more} more at most for each variant and workload whose '
+      num_new_searches = len(sizes) - 1
+      added = (num_new_searches * num_runs_of_search(plan)
+               + len(sizes) * runs_of_edges)
+      notes.append(f'{added} more at most for each variant and workload whose '
                    f'values do not hold at {plan.checked_size}')
     if not notes:
       return ''
@@ -421,17 +430,17 @@ class Tune(Phase):
       A list of runs for each of search.candidates, in that order: one run for
       each seed of tuning.
     """
-    runs = []
+    runs_by_candidate = []
     for changes in search.candidates:
-      of_candidate = []
+      runs_of_candidate = []
       # Candidates share their seeds, so they are compared on the same data.
       for seed in self.seeds_of_phase(frozen.plan):
-        of_candidate.append(make_run(
+        runs_of_candidate.append(make_run(
             frozen=frozen, phase=self.name, variant=search.variant,
             size=search.size, workload=search.workload, seed=seed,
             more=changes, share=search.share))
-      runs.append(of_candidate)
-    return runs
+      runs_by_candidate.append(runs_of_candidate)
+    return runs_by_candidate
 
   def largest_set_of_runs(self, frozen):
     """Returns all runs that tuning may need, to estimate its cost before
@@ -443,14 +452,16 @@ class Tune(Phase):
     Args:
       frozen: the plan of the study.
     """
-    runs, tuning = [], frozen.plan.tuning
+    # These searches are of this estimate alone, which changes them.
+    tuning = frozen.plan.tuning
     searches = make_searches(frozen.plan)
+    runs = []
     for search in searches:
       for rung in range(tuning.rungs):
         # The rung decides how many steps its candidates train.
         search.rung = rung
-        for candidate in self.runs_of_candidates(frozen, search):
-          runs += candidate
+        for runs_of_candidate in self.runs_of_candidates(frozen, search):
+          runs += runs_of_candidate
         # Only the number of survivors is known yet. All candidates cost the
         # same, so the first ones stand for the survivors.
         survivors = num_survivors(tuning, len(search.candidates))
@@ -460,14 +471,15 @@ class Tune(Phase):
     # so the first candidate stands for them and for each of their neighbours.
     for search in searches:
       if is_carried(search):
+        # The carried values, and two neighbours by each field.
         candidates_of_check = 1 + 2 * len(tuning.fields)
         check = Search(
             plan=frozen.plan, variant=search.variant,
             size=frozen.plan.checked_size, workload=search.workload,
             rung=tuning.rungs - 1,
             candidates=search.candidates[:1] * candidates_of_check)
-        for candidate in self.runs_of_candidates(frozen, check):
-          runs += candidate
+        for runs_of_candidate in self.runs_of_candidates(frozen, check):
+          runs += runs_of_candidate
     return runs
 
   def run(self, frozen, state):
@@ -483,14 +495,14 @@ class Tune(Phase):
       {'tuned': what was chosen in each search}, as results.json has it.
     """
     searches = make_searches(frozen.plan)
-    next_rung = self._search(frozen, state, searches, 1)
+    next_rung = self._search(frozen, state, searches, first_rung=1)
 
     # Check the values that muP carries. All neighbours are run before the first
     # decision, since their noise is pooled.
     checks = make_checks(searches)
     if not checks:
       return {'tuned': [search.result() for search in searches]}
-    self._train_rung(frozen, state, checks, next_rung)
+    self._train_rung(frozen, state, checks, rung=next_rung)
     runs_of_tuning = tuning_lib.read_tuning_runs(frozen.plan, state.outcomes)
     for check in checks:
       point = check.variant, check.size, check.workload
@@ -499,10 +511,11 @@ class Tune(Phase):
 
     # Where values were not kept, go on from the better neighbour, and search at
     # each larger size.
-    more = make_searches_without_rules(checks)
-    self._search(frozen, state, [*checks, *more], next_rung + 1)
-    return {'tuned': [search.result()
-                      for search in (*searches, *checks, *more)]}
+    larger_searches = make_searches_without_rules(checks)
+    self._search(frozen, state, [*checks, *larger_searches],
+                 first_rung=next_rung + 1)
+    all_searches = [*searches, *checks, *larger_searches]
+    return {'tuned': [search.result() for search in all_searches]}
 
   def _search(self, frozen: plans.FrozenPlan, state: StudyState,
               searches: Sequence['Search'], first_rung: int) -> int:
@@ -812,8 +825,10 @@ class Search:
     self.kept = kept
     if not kept:
       return
-    self.best = next(row for row in self.tried
-                     if row['changes'] == self.carried)
+    # The check has run the carried values too, so there is a trial of them.
+    self.best = next(trial for trial in self.tried
+                     if trial['changes'] == self.carried)
+    # A search without candidates is over.
     self.candidates = ()
 
   def neighbours_of_best(self) -> list[Changes]:
@@ -823,10 +838,13 @@ class Search:
     best = self.best['changes']
     neighbours = []
     for field in self.plan.tuning.fields:
-      tried = sorted({row['changes'][field] for row in self.tried})
+      # Two values of each field or more are tried: freeze.py checks it.
+      tried = sorted({trial['changes'][field] for trial in self.tried})
       lower = move_edge_outwards(tried[0], tried[1])
       higher = move_edge_outwards(tried[-1], tried[-2])
       grid = [lower, *tried, higher]
+      # `lower` is equal to the first value if that has no lower one. The search
+      # begins behind it, so that there is always a value before the best.
       position = grid.index(best[field], 1)
       for value in grid[position - 1], grid[position + 1]:
         # A whole number such as 1 has no lower one.

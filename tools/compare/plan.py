@@ -411,13 +411,17 @@ def load_frozen_plan(workdir) -> FrozenPlan:
           'workdir')
 
   # Another process may write both files. The transaction keeps it from doing so
-  # between the two reads.
-  tree = last = layout.load_with_checksum(path)
+  # between the two reads. Without a ledger, or with one that has no plan,
+  # there is nothing to compare with.
+  tree = layout.load_with_checksum(path)
+  plan_of_ledger = None
   if path.with_name(layout.StudyLedger.file_name).is_file():
     with layout.StudyLedger(workdir) as ledger, ledger.transaction():
-      tree, last = layout.load_with_checksum(path), ledger.last_plan()
-  require(last in (None, tree), f'{path} is not the plan that the ledger beside'
-          ' it has: remove it, and `run` puts back what was planned')
+      tree = layout.load_with_checksum(path)
+      plan_of_ledger = ledger.last_plan()
+  require(plan_of_ledger in (None, tree), f'{path} is not the plan that the '
+          'ledger beside it has: remove it, and `run` puts back what was '
+          'planned')
   return _frozen_plan_from_json(tree)
 
 
@@ -550,31 +554,31 @@ def _check_unchanged(workdir, changed: Sequence[str], reason: str) -> None:
       '--amend=REASON, which the report will tell')
 
 
-def _check_no_other_plans(workdir, others: Mapping[str, Sequence[str]],
+def _check_no_other_plans(workdir, names_by_plan: Mapping[str, Sequence[str]],
                           reason: str) -> None:
   """Refuses to go on with a study whose folder has runs or results that were
   made by other plans, unless the user gives a reason.
 
   Args:
     workdir: the folder of the study.
-    others: the folders and files of these runs and results, by the hash of
-      their plan.
+    names_by_plan: the names of the folders and files of these runs and results,
+      by the hash of their plan.
     reason: the reason why they belong to this study, or ''.
 
   Raises:
     RequestError: if there are any, and no reason.
   """
-  if not others or reason:
+  if not names_by_plan or reason:
     return
   # Say for each plan what was made by it.
-  each = []
-  for hash, where in others.items():
-    each.append(f'{", ".join(where)} by {_name_of_plan(hash)}')
+  descriptions = []
+  for hash, names in names_by_plan.items():
+    descriptions.append(f'{", ".join(names)} by {_name_of_plan(hash)}')
   raise RequestError(
       f'{workdir} holds what is of another plan than this study has had: '
-      f'{"; ".join(each)}. Move it away, take another --workdir, or give the '
-      'reason why it is of this study by --amend=REASON, which the report will '
-      'tell')
+      f'{"; ".join(descriptions)}. Move it away, take another --workdir, or '
+      'give the reason why it is of this study by --amend=REASON, which the '
+      'report will tell')
 
 
 def record_prediction(workdir, frozen: FrozenPlan, phase: str,
@@ -593,19 +597,19 @@ def record_prediction(workdir, frozen: FrozenPlan, phase: str,
     The first prediction by this plan, as FrozenPlan.predictions has it.
   """
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
-    kept = ledger.last_plan().get('predictions', [])
-    record = None
-    for before in kept:
-      if record is None and before['plan'] == frozen.hash:
-        record = before
+    predictions = ledger.last_plan().get('predictions', [])
+    of_this_plan = [prediction for prediction in predictions
+                    if prediction['plan'] == frozen.hash]
+    record = of_this_plan[0] if of_this_plan else None
     if record is None:
       # The prediction is blind if none of the runs that it is about has begun.
       is_blind = phase not in _count_begun_seeds(workdir, ledger, frozen.plan)
       record = {
           'time': time.time(), 'plan': frozen.hash,
           'hash': layout.json_checksum(rows), 'rows': rows, 'blind': is_blind}
-      kept = [*kept, record]
-    frozen.predictions[:] = kept
+      predictions = [*predictions, record]
+    # The list is changed in place, so that all who hold it see the prediction.
+    frozen.predictions[:] = predictions
     _write_with_ledger(ledger, workdir, frozen)
   return record
 
@@ -628,16 +632,17 @@ def _results_of_other_plans(workdir, known: set[str]) -> dict[str, list[str]]:
     runs that no study started.
   """
   # The runs, and then the results.
-  others: dict[str, list[str]] = {}
-  for path in sorted(pathlib.Path(workdir).glob('*/sweep.json')):
-    for hash in sorted(layout.plan_hashes_of_runs(path.parent) - known):
-      others.setdefault(hash, []).append(path.parent.name)
-  results = pathlib.Path(workdir) / 'results.json'
-  if results.is_file():
-    hash = layout.load_with_checksum(results)['study']['hash']
+  names_by_plan: dict[str, list[str]] = {}
+  for sweep_file in sorted(pathlib.Path(workdir).glob('*/sweep.json')):
+    folder = sweep_file.parent
+    for hash in sorted(layout.plan_hashes_of_runs(folder) - known):
+      names_by_plan.setdefault(hash, []).append(folder.name)
+  results_file = pathlib.Path(workdir) / 'results.json'
+  if results_file.is_file():
+    hash = layout.load_with_checksum(results_file)['study']['hash']
     if hash not in known:
-      others.setdefault(hash, []).append(results.name)
-  return others
+      names_by_plan.setdefault(hash, []).append(results_file.name)
+  return names_by_plan
 
 
 def _count_begun_seeds(workdir, ledger, plan: Plan) -> dict[str, int]:
@@ -651,18 +656,21 @@ def _count_begun_seeds(workdir, ledger, plan: Plan) -> dict[str, int]:
     plan: the plan of the study.
   """
   # Collect pairs of a phase and a seed, from the folders and from the ledger.
+  # Several points and folders of a phase have the same seed, which counts once.
   begun = set()
   for path in pathlib.Path(workdir).glob('*/points/*/seed-*'):
     seed = int(path.name.removeprefix('seed-'))
-    begun.add((phase_of_folder(path.parents[2]), seed))
-  for folder, _, seed in ledger.begun_runs():
-    begun.add((phase_of_folder(pathlib.Path(folder)), seed))
-  seeds: dict[str, int] = {}
+    # path is WORKDIR/FOLDER/points/POINT/seed-N.
+    folder_of_phase = path.parents[2]
+    begun.add((phase_of_folder(folder_of_phase), seed))
+  for folder_name, _, seed in ledger.begun_runs():
+    begun.add((phase_of_folder(pathlib.Path(folder_name)), seed))
+  num_seeds: dict[str, int] = {}
   for phase in plan.seeds:
-    number = sum(name == phase for name, _ in begun)
-    if number:
-      seeds[phase] = number
-  return seeds
+    seeds_of_phase = {seed for name, seed in begun if name == phase}
+    if seeds_of_phase:
+      num_seeds[phase] = len(seeds_of_phase)
+  return num_seeds
 
 
 def _fixed_by_plan(frozen: FrozenPlan) -> dict:
@@ -695,7 +703,8 @@ def to_json(value: Any) -> Any:
     return {str(key): to_json(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
     return [to_json(item) for item in value]
-  if isinstance(value, float) and not abs(value) < math.inf:
+  # JSON has no infinity and no NaN.
+  if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
 

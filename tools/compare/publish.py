@@ -63,7 +63,8 @@ def main(args) -> int:
   Returns:
     The exit code, 0.
   """
-  folder, target = pathlib.Path(args.bundles), pathlib.Path(args.page)
+  bundle_folder = pathlib.Path(args.bundles)
+  page_file = pathlib.Path(args.page)
   # Refuse anything but a finished study before anything is written.
   content_of_bundle = {}
   for source in args.workdirs:
@@ -79,16 +80,17 @@ def main(args) -> int:
   # Write the bundles, and then the page about all bundles in the folder, the
   # newest study first.
   for name, content in content_of_bundle.items():
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.write_file(folder / name, content)
-    print(folder / name)
-  published = [_load_bundle(path) for path in folder.glob('*.tar.gz')]
+    bundle_folder.mkdir(parents=True, exist_ok=True)
+    storage.write_file(bundle_folder / name, content)
+    print(bundle_folder / name)
+  published = [_load_bundle(path) for path in bundle_folder.glob('*.tar.gz')]
   published.sort(key=lambda comparison: (comparison.frozen.time,
                                          comparison.plan.name), reverse=True)
-  storage.write_file(target, page.render(
+  text = page.render(
       'verdicts.md', date=plans.format_date, rows=rows_of_verdicts,
-      is_any_at_edge=is_any_at_edge, studies=published))
-  print(target)
+      is_any_at_edge=is_any_at_edge, studies=published)
+  storage.write_file(page_file, text)
+  print(page_file)
   return 0
 
 
@@ -100,9 +102,12 @@ def bundle_study(workdir, results: Mapping[str, Any]) -> bytes:
   Args:
     workdir: the folder of the study.
     results: its results, computed from the runs (recompute.recompute_results).
+
+  Returns:
+    The bytes of the tar.gz.
   """
   # Read the files of the study.
-  workdir, file = pathlib.Path(workdir), io.BytesIO()
+  workdir = pathlib.Path(workdir)
   content_of_file = {}
   for pattern in PATTERNS_OF_BUNDLED_FILES:
     for path in workdir.glob(pattern):
@@ -115,13 +120,14 @@ def bundle_study(workdir, results: Mapping[str, Any]) -> bytes:
   content_of_file[results_lib.FILE] = layout.format_with_checksum(results)
 
   # Pack them. A time of 0 and sorted names make the bytes reproducible.
-  with (gzip.GzipFile(fileobj=file, mode='wb', mtime=0) as packed,
+  bundle = io.BytesIO()
+  with (gzip.GzipFile(fileobj=bundle, mode='wb', mtime=0) as packed,
         tarfile.open(fileobj=packed, mode='w') as tar):
     for name, content in sorted(content_of_file.items()):
       member = tarfile.TarInfo(name)
       member.size = len(content)
       tar.addfile(member, io.BytesIO(content))
-  return file.getvalue()
+  return bundle.getvalue()
 
 
 def _load_bundle(path: pathlib.Path) -> Comparison:
@@ -139,14 +145,17 @@ def _load_bundle(path: pathlib.Path) -> Comparison:
     comparison = comparison_lib.load_comparison(folder)
     published = results_lib.load(folder)
 
-  # The verdicts are equal, so the code that the bundle names as their author
-  # is kept.
+  # Refuse a bundle whose verdicts this code does not find.
   statistics = published['statistics']
   codes = ', '.join(statistics['codes']) or 'code of no known commit'
-  others = '; '.join(comparison.results['unlike_saved'])
-  require(not others, f'{path} has verdicts, computed by {codes}, that do not '
-          f'follow from its runs by this code ({others}): publish {path} '
-          'again, or write the page by that code')
+  unlike_saved = '; '.join(comparison.results['unlike_saved'])
+  require(not unlike_saved,
+          f'{path} has verdicts, computed by {codes}, that do not follow from '
+          f'its runs by this code ({unlike_saved}): publish {path} again, or '
+          'write the page by that code')
+
+  # The verdicts are equal, so the code that the bundle names as their author
+  # is kept.
   results = {**comparison.results, 'statistics': statistics}
   return dataclasses.replace(comparison, results=results)
 
@@ -159,6 +168,9 @@ def _folder_of_study(path: pathlib.Path) -> Iterator[pathlib.Path]:
   Args:
     path: the folder itself, or the bundle.
 
+  Yields:
+    The folder. That of a bundle is deleted when the caller is done with it.
+
   Raises:
     RequestError: where a file is no bundle.
   """
@@ -168,6 +180,7 @@ def _folder_of_study(path: pathlib.Path) -> Iterator[pathlib.Path]:
   with tempfile.TemporaryDirectory() as folder:
     try:
       with tarfile.open(path) as tar:
+        # The filter refuses names and links that lead out of the folder.
         tar.extractall(folder, filter='data')
     except (tarfile.TarError, OSError, EOFError) as error:
       raise RequestError(f'{path} is no bundle ({error}): remove it, and '

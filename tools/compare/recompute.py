@@ -99,8 +99,9 @@ def recompute_results(workdir, frozen: plans.FrozenPlan) -> dict[str, Any]:
 
   # Go through the phases, as far as there are runs. A phase that lacks some
   # has added the outcomes of its other runs by then, which are taken out again.
-  trainer, missing = RunsOnDisk(workdir, frozen), ''
-  state = phases.StudyState(trainer)
+  trainer = RunsOnDisk(workdir, frozen)
+  state = phases.StudyState(trainer)  # of a study that lacks its first phase
+  missing = ''
   try:
     for state_so_far in phases.run_phases(frozen, trainer, anyway=True):
       state = state_so_far
@@ -170,11 +171,13 @@ def compare_verdicts(saved: Mapping[str, Any], computed: Mapping[str, Any]
     saved: the contents of results.json.
     computed: the results computed from the runs, in the same form.
   """
-  saved_rows, sentences = _verdicts_by_name(saved), []
-  for name, row in _verdicts_by_name(computed).items():
-    if name not in saved_rows:
+  # A verdict that only one of the two has is no disagreement.
+  saved_verdicts = _verdicts_by_name(saved)
+  sentences = []
+  for name, verdict in _verdicts_by_name(computed).items():
+    if name not in saved_verdicts:
       continue
-    differences = _differing_figures(saved_rows[name], row)
+    differences = _differing_figures(saved_verdicts[name], verdict)
     if differences:
       sentences.append(f'{", ".join(name)}: {", ".join(differences)}')
   return sentences
@@ -202,20 +205,23 @@ def _differing_figures(saved: Mapping[str, Any], computed: Mapping[str, Any]
     saved: the verdict in results.json, as decide.Verdict has it.
     computed: the verdict that follows from the runs.
   """
-  # Numbers may differ by rounding, as on another machine.
   differences = []
   if saved['verdict'] != computed['verdict']:
     differences.append(f'{saved["verdict"]} and not {computed["verdict"]}')
   for name in _FIGURES_OF_VERDICT:
-    old, new = saved[name], computed[name]
-    if old is None or new is None:
-      is_same = old is new
+    saved_value, computed_value = saved[name], computed[name]
+    # None is a figure that is not known. Numbers may differ by rounding, as on
+    # another machine.
+    if saved_value is None or computed_value is None:
+      is_same = saved_value is computed_value
     else:
-      is_same = math.isclose(old, new, rel_tol=LARGEST_RELATIVE_ERROR,
-                             abs_tol=1e-12)
+      is_same = math.isclose(
+          saved_value, computed_value, rel_tol=LARGEST_RELATIVE_ERROR,
+          abs_tol=1e-12)
     if not is_same:
-      old_text, new_text = (page.number(x, '.4g').text for x in (old, new))
-      differences.append(f'{name} {old_text} and not {new_text}')
+      saved_text = page.number(saved_value, '.4g').text
+      computed_text = page.number(computed_value, '.4g').text
+      differences.append(f'{name} {saved_text} and not {computed_text}')
   return differences
 
 

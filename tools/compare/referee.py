@@ -132,8 +132,10 @@ def main(args) -> int:
                  figures.FILE_FORMATS)
   if args.format:
     check_choice('--format', args.format, _FORMATS)
-  groups = group_by_entry([pathlib.Path(x) for x in args.sources],
-                          picks=args.entries, format_name=args.format)
+
+  # Read the runs, and judge them.
+  sources = [pathlib.Path(source) for source in args.sources]
+  groups = group_by_entry(sources, picks=args.entries, format_name=args.format)
   answer = judge_entries(groups, args)
 
   if args.figure:
@@ -208,6 +210,10 @@ def _parse_picks(text: str) -> list[tuple[str, int | None]]:
   Args:
     text: the path of a CSV with columns entry and steps, or a list such as
       'A,B@STEP'.
+
+  Raises:
+    RequestError: for a CSV without the column entry, or a step in the list that
+      is no whole number.
   """
   picks: list[tuple[str, int | None]] = []
   if pathlib.Path(text).is_file():
@@ -261,12 +267,17 @@ def choose_metric(groups: Mapping[str, tuple[list, int | None]], asked: str
 def _find_held_out_loss(figures: Sequence[str]) -> str:
   """Returns the one of these names of figures that is the held-out loss.
 
+  Args:
+    figures: the names of the figures that the runs have.
+
   Raises:
     RequestError: if none or several can be.
   """
+  # The usual names, the surest first.
   for name in _HELD_OUT_LOSSES:
     if name in figures:
       return name
+  # Otherwise the only one that may be a held-out loss, or the only figure.
   losses = [name for name in figures
             if 'loss' in name.lower() and 'train' not in name.lower()]
   for candidates in (losses, figures):
@@ -386,7 +397,9 @@ def _join_what_was_given(runs: Sequence[foreign.ForeignRun], step: int
   for quantity, values in values_of_quantity.items():
     if all(isinstance(value, float) for value in values):
       values = [float(np.mean(values))]
-    joined[quantity] = '; '.join(dict.fromkeys(map(str, values)))
+    texts = map(str, values)
+    different_texts = dict.fromkeys(texts)  # each once, in order
+    joined[quantity] = '; '.join(different_texts)
   return joined
 
 
@@ -473,7 +486,9 @@ def _note_assumptions(samples: Mapping[str, Sample], metric: str,
     args: the arguments of the command.
   """
   notes = []
-  if metric.lower() == 'loss' and any(x.values for x in samples.values()):
+  # An entry without values is a mean that a table reports, and has no log.
+  has_logs = any(sample.values for sample in samples.values())
+  if metric.lower() == 'loss' and has_logs:
     notes.append('the logs do not say whether their loss is held out')
   if args.sd is not None:
     notes.append(f'the standard deviation of a run is said to be {args.sd:.3g}')
@@ -551,13 +566,14 @@ def _correct_and_summarize(answer: dict[str, Any], args) -> dict[str, Any]:
     answer: the answer, with its 'comparisons' and 'alpha'.
     args: the arguments of the command. With --uncorrected, p-values stay.
   """
-  rows = answer['comparisons']
-  corrected = [row['p'] for row in rows]
+  comparisons = answer['comparisons']
+  p_values = [comparison['p'] for comparison in comparisons]
   if not args.uncorrected:
-    corrected = statistics.correct_p_values(corrected)
-  for row, p_corrected in zip(rows, corrected):
-    row['p_corrected'] = p_corrected
-    row['verdict'] = _verdict(row, answer['alpha'])
+    p_values = statistics.correct_p_values(p_values)
+  for comparison, p_corrected in zip(comparisons, p_values):
+    comparison['p_corrected'] = p_corrected
+    # The verdict is by the corrected p-value, and so comes after it.
+    comparison['verdict'] = _verdict(comparison, answer['alpha'])
   answer['summary'] = _summarize_comparisons(answer, args)
   return answer
 
@@ -740,7 +756,14 @@ def _find_first_step_below(sample: Sample, metric: str, args
     sample: the entry.
     metric: the name of the figure.
     args: the arguments of the command.
+
+  Returns:
+    The 'entry', its number of 'runs' and of 'looks'; the first such 'step' by
+    the first test with its 'p', and the p-value there by the second test,
+    'p_counted'; and the first such 'counted_step' by the second test. What is
+    not known, or never comes, is None.
   """
+  # The looks are the evaluations that all runs have.
   curves = [run.curves[metric] for run in sample.runs]
   shared_steps: list[int] = []
   if curves:
@@ -752,6 +775,8 @@ def _find_first_step_below(sample: Sample, metric: str, args
       'counted_step': None}
   if not shared_steps:
     return row
+
+  # Test the mean loss at each look. There is no test if the noise is unknown.
   losses_by_run = []
   for curve in curves:
     losses_by_run.append([curve[step] for step in shared_steps])
@@ -759,6 +784,8 @@ def _find_first_step_below(sample: Sample, metric: str, args
   looks = statistics.p_values_of_looks(losses_RL, args.target, args.sd)
   if looks is None:
     return row
+
+  # Find the first look that passes each test.
   for name, p_L in (('step', looks.p), ('counted_step', looks.p_counted)):
     passing = np.flatnonzero(p_L <= args.alpha)
     if len(passing):
@@ -902,15 +929,18 @@ def _summarize_steps(answer: Mapping[str, Any], target: float) -> str:
 
   Args:
     answer: the answer of `judge_entries`.
-    target: the target.
+    target: the loss that is to be reached.
   """
-  tested = [row for row in answer['steps'] if row['p'] is not None]
-  lost = [row['entry'] for row in tested if row['counted_step'] is None]
-  delays = [row['counted_step'] - row['step'] for row in tested
+  # Each of these entries is below by the test that takes an evaluation as if it
+  # were the only one. The test that counts all looks finds a step that is the
+  # same or later (by so many steps of training), or none.
+  below = [row for row in answer['steps'] if row['p'] is not None]
+  lost = [row['entry'] for row in below if row['counted_step'] is None]
+  delays = [row['counted_step'] - row['step'] for row in below
             if row['counted_step'] is not None]
   later = [delay for delay in delays if delay]
   sentences = [
-      f'{len(tested)} of {len(answer["steps"])} entries have an evaluation '
+      f'{len(below)} of {len(answer["steps"])} entries have an evaluation '
       f'whose mean {answer["metric"]} is below {target:g} at a level of '
       f'{answer["alpha"]:g}. With all looks at the runs counted, '
       f'{len(delays) - len(later)} are below from the same step on, '

@@ -48,13 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   """Writes the report of a sweep or a study into its folder, and prints it as
-  text or JSON. Returns the exit code, 0."""
+  text or JSON. Returns the exit code, 0.
+
+  Args:
+    args: the arguments of the command `report`.
+
+  Raises:
+    RequestError: where no sweep or study was run, or --target is out of range.
+  """
   comparison = comparison_lib.load_comparison(layout.parse_workdir(args),
                                               args.rows)
   if args.target is not None:
     check_number('--target', args.target, (('>', 0), ('<', 1e30)))
     comparison = dataclasses.replace(comparison, target=args.target)
   if args.json:
+    # Standard output has the JSON alone, for programs that read it.
     print(json.dumps(report_as_json(comparison), indent=2))
     print(*write_report(comparison), sep='\n', file=sys.stderr)
   else:
@@ -75,19 +83,25 @@ def format_report(comparison: Comparison) -> str:
     shown += [tables.cost_table(comparison), tables.other_table(comparison),
               tables.change_table(comparison)]
   shown.append(tables.excluded_table(comparison))
-  first, *others = [table for table in shown if table.rows]
-  lines = [first.text()]
-  lines += [f'- {line}' for line in comparison.warnings]
-  lines += [f'\n{table.title}\n{table.text()}' for table in others]
+  # The first is the table of verdicts, which always has the row of the base.
+  verdict_table, *further_tables = [table for table in shown if table.rows]
+  lines = [verdict_table.text()]
+  lines += [f'- {warning}' for warning in comparison.warnings]
+  lines += [f'\n{table.title}\n{table.text()}' for table in further_tables]
   return '\n'.join(lines)
 
 
 def report_as_json(comparison: Comparison) -> dict[str, Any]:
   """Returns the figures that --json prints: the estimates, what each variant
-  changes, costs and was given, and the runs that are left out."""
+  changes, costs and was given, and the runs that are left out.
+
+  Args:
+    comparison: the sweep or study.
+  """
+  # The values of the cells, and not their texts, which are rounded.
   target = []
   for row in tables.target_table(comparison).rows:
-    target.append({name: cell.value for name, cell in row.items()})
+    target.append({heading: cell.value for heading, cell in row.items()})
   return {'name': comparison.plan.name, 'file': comparison.plan.file,
           'match': comparison.plan.match,
           'base': comparison.plan.base,
@@ -289,9 +303,8 @@ def section_of_phase(comparison: Comparison,
   if phase.name == 'screen':
     paragraphs = say_what_screening_may_lose(comparison)
   rows = [row for row in comparison.estimates if row['phase'] == phase.name]
-  table = tables.estimate_table(comparison, name=f'{phase.name}-table',
-                                title=title,
-                                rows=rows)
+  table = tables.estimate_table(
+      comparison, name=f'{phase.name}-table', title=title, rows=rows)
   return Section(name=phase.name, heading=phase.name.capitalize(),
                  paragraphs=paragraphs, tables=[table])
 
@@ -351,7 +364,10 @@ def _say_excluded_effect(comparison: Comparison, row: Mapping[str, Any]) -> str:
 
   It is known if an effect of that size lies outside of the interval that holds
   for all confirmed variants at once (Bonferroni): Student's interval at the
-  level alpha / (number of variants).
+  level alpha / m, where m is the number of confirmed variants. The 95 %
+  interval of the row is widened to it by the quotient of the quantiles
+    t(1 - alpha / (2 m), n - 1) / t(0.975, n - 1),
+  where n is the number of pairs.
 
   Args:
     comparison: the study.
@@ -360,14 +376,16 @@ def _say_excluded_effect(comparison: Comparison, row: Mapping[str, Any]) -> str:
   if row['verdict'] != decide.NONE_SHOWN or not page.known(row['low']):
     return ''
   from scipy.stats import t
-  measures = [other['measure'] for other in comparison.results['confirm']]
-  family = measures.count(row['measure'])
-  degrees = row['n'] - 1
-  # Widen the 95 % interval to one that holds for all variants at once.
-  at_once = t.isf(comparison.plan.alpha / (2 * family), degrees)
-  wider = max(at_once / t.isf(0.025, degrees), 1.0)
-  half = max(row['high'] - row['effect'], row['effect'] - row['low'])
-  if abs(row['effect']) + half * wider >= comparison.plan.effect:
+  # Each confirmed variant has one row of this measure.
+  measures = [verdict['measure'] for verdict in comparison.results['confirm']]
+  num_variants = measures.count(row['measure'])
+  df = row['n'] - 1
+  quantile = t.isf(comparison.plan.alpha / (2 * num_variants), df)
+  # A large alpha must not make the interval narrower than that of the row. Its
+  # wider side counts, since it may reach further to one side.
+  factor = max(quantile / t.isf(0.025, df), 1.0)
+  half_width = max(row['high'] - row['effect'], row['effect'] - row['low'])
+  if abs(row['effect']) + half_width * factor >= comparison.plan.effect:
     return ''
   return f': an effect of {comparison.plan.effect:g} is excluded'
 
@@ -380,7 +398,8 @@ def say_what_screening_may_lose(comparison: Comparison) -> list[str]:
   Args:
     comparison: the study.
   """
-  plan, rows = comparison.plan, comparison.results.get('screen', ())
+  plan = comparison.plan
+  rows = comparison.results.get('screen', ())
   noise = first_row_with(comparison.results['noise'], phase='screen',
                          measure=plan.primary.name)
   stopped = [row for row in rows if row['verdict'] != decide.PASSED]
@@ -476,13 +495,18 @@ def _format_changes_of_size(frozen: plans.FrozenPlan,
     frozen: the plan of the study.
     row: a point of the base, as FrozenPlan.points has it.
   """
-  plan, fields = frozen.plan, row['changes']
+  plan = frozen.plan
+  changes = row['changes']
   smallest = frozen.point(plan.base, plan.sizes[0], row['workload'])['changes']
-  new = {}
-  for name, x in fields.items():
-    if name not in smallest or smallest[name] != x:
-      new[name] = x
-  is_like_it = smallest.keys() <= fields.keys()
-  if not new or len(new) == len(fields) or not is_like_it:
-    return format_changes(fields)
-  return f'as at {plan.sizes[0]}, but {format_changes(new)}'
+  differing = {}
+  for field, value in changes.items():
+    if field not in smallest or smallest[field] != value:
+      differing[field] = value
+
+  # List all fields if 'as at SMALLEST' would be wrong, since this size lacks a
+  # field of it, or would save nothing, since none or all of the fields differ.
+  has_all_of_smallest = smallest.keys() <= changes.keys()
+  all_differ = len(differing) == len(changes)
+  if not differing or all_differ or not has_all_of_smallest:
+    return format_changes(changes)
+  return f'as at {plan.sizes[0]}, but {format_changes(differing)}'

@@ -49,17 +49,26 @@ def write(workdir, frozen: plans.FrozenPlan, state: phases.StudyState) -> None:
 
 def describe_provenance(workdir) -> dict[str, Any]:
   """Returns what has trained the runs of a study: the versions of the code, the
-  devices, and the versions of packages of this process."""
-  runs: list[pathlib.Path] = []
+  devices, and the versions of packages of this process.
+
+  Args:
+    workdir: the folder of the study.
+
+  Returns:
+    The lists 'codes' and 'devices', each with what is different among the runs,
+    and 'versions' by the name of the package.
+  """
+  run_folders: list[pathlib.Path] = []
   for folder in folders(workdir):
-    runs += sorted(folder.glob('points/*/seed-*'))
+    run_folders += sorted(folder.glob('points/*/seed-*'))
   devices: list[str] = []
-  for run in runs:
-    devices += layout.devices_of_run(run)
+  for run_folder in run_folders:
+    devices += layout.devices_of_run(run_folder)
   versions = {'python': platform.python_version()}
   for name in _PACKAGES:
     versions[name] = importlib.metadata.version(name)
-  return {'codes': provenance_lib.list_codes(layout.starts_of_runs(runs)),
+  return {'codes': provenance_lib.list_codes(
+              layout.starts_of_runs(run_folders)),
           'devices': list(dict.fromkeys(devices)), 'versions': versions}
 
 
@@ -238,7 +247,8 @@ def _count_runs_of_ledger(workdir) -> tuple[dict[str, int], int, int]:
     begun_runs = ledger.begun_runs()
     ended_runs = ledger.hash_of_ended_runs()
 
-  # Each row of the ledger is one beginning of a run. All but the first count.
+  # An entry of begun_runs, (folder, point, seed), is one beginning of a run.
+  # All but the first count.
   repeated: dict[str, int] = {}
   for (folder, _, _), num_times in collections.Counter(begun_runs).items():
     if num_times > 1:

@@ -125,8 +125,9 @@ def submit(args, jobs: int) -> None:
   for flag in ('--launcher', '--jobs', '--slurm', '--amend'):
     of_this_command.add_argument(flag)
   of_this_command.add_argument('--retry', action=argparse.BooleanOptionalAction)
-  _, others = of_this_command.parse_known_args(sys.argv[1:])
-  words = [sys.executable, '-m', 'tools.compare', *others, '--launcher=local']
+  _, words_for_jobs = of_this_command.parse_known_args(sys.argv[1:])
+  words = [sys.executable, '-m', 'tools.compare', *words_for_jobs,
+           '--launcher=local']
   print('each job of the array:', shlex.join(words))
   slurm.submit([words] * jobs, folder=pathlib.Path(args.workdir) / 'slurm',
                options=args.slurm, name='compare')

@@ -132,8 +132,10 @@ def main(args) -> int:
   # Print it, for a program or for a person.
   if args.json:
     print(json.dumps(figures, indent=2))
+  elif args.by:
+    print(format_laws_by_field(figures))
   else:
-    print(format_laws_by_field(figures) if args.by else format_law(figures))
+    print(format_law(figures))
   return 0
 
 
@@ -346,6 +348,9 @@ def fit_law(params: Sequence[float], tokens: Sequence[float],
     tokens: the number of tokens D of each run.
     losses: the final loss L of each run.
 
+  Returns:
+    The law with the least Huber loss that any of the starts leads to.
+
   Raises:
     RequestError: if the runs vary too little in size and length.
   """
@@ -362,9 +367,12 @@ def fit_law(params: Sequence[float], tokens: Sequence[float],
 
   # To minimise from each of them would take long. The objective alone is cheap,
   # so it is only minimised from the starts where it is lowest.
-  errors = np.array([huber_objective(theta, x, y, z)[0] for theta in grid])
-  best_starts = np.argsort(errors, kind='stable')[:NUM_POLISHED_STARTS]
-  return _minimise_from_starts(grid[best_starts], x, y, z)
+  objectives = []
+  for theta in grid:
+    objective, _ = huber_objective(theta, x=x, y=y, z=z)
+    objectives.append(objective)
+  best_starts = np.argsort(objectives, kind='stable')[:NUM_POLISHED_STARTS]
+  return _minimise_from_starts(grid[best_starts], x=x, y=y, z=z)
 
 
 def _logarithms(*columns: Sequence[float]) -> list[np.ndarray]:
@@ -386,6 +394,9 @@ def bootstrap_laws(law: Law, runs: Runs, seed: int = 0) -> list[Law]:
     law: the law that was fitted.
     runs: the runs that it was fitted to.
     seed: the seed of the draws.
+
+  Returns:
+    NUM_DRAWS laws.
   """
   log_params, log_tokens, log_losses = _logarithms(
       runs.params, runs.tokens, runs.losses)
@@ -405,7 +416,7 @@ def bootstrap_laws(law: Law, runs: Runs, seed: int = 0) -> list[Law]:
     # One residual for each run, drawn with replacement.
     drawn_losses = fitted_losses + rng.choice(residuals, len(log_losses))
     laws.append(_minimise_from_starts(
-        [start], log_params, log_tokens, z=drawn_losses))
+        [start], x=log_params, y=log_tokens, z=drawn_losses))
   return laws
 
 
@@ -420,9 +431,9 @@ def _minimise_from_starts(starts: Sequence, x: np.ndarray, y: np.ndarray,
     y: the logarithm of the tokens of each run.
     z: the logarithm of the loss of each run.
   """
-  # The objective is not convex, so that different starts may end in different
-  # minima.
   from scipy.optimize import minimize
+  # The objective is not convex, so that different starts may end in different
+  # minima. The best of them is kept.
   best = None
   for start in starts:
     # jac=True: the objective returns its gradient as well. The tolerances are
@@ -571,11 +582,11 @@ def _figures_with_intervals(figures, law: Law, drawn) -> dict[str, dict]:
   Returns:
     A dict with 'value', 'low' and 'high' for each figure, by its name.
   """
-  figures_of_drawn = [figures(other) for other in drawn]
+  figures_of_drawn = [figures(drawn_law) for drawn_law in drawn]
   interval_of_figure = {}
   for name, value in figures(law).items():
     # The spread of the figure over the drawn laws is its interval.
-    drawn_values = [other[name] for other in figures_of_drawn]
+    drawn_values = [drawn_figures[name] for drawn_figures in figures_of_drawn]
     interval_of_figure[name] = _percentile_interval(value, drawn_values)
   return interval_of_figure
 
@@ -602,11 +613,16 @@ def _optimum_with_intervals(law: Law, drawn: Sequence[Law], cost: Cost,
     is {'budget': ...} alone if an exponent may be 0: the loss then does not
     depend on the size (or the length), and no size is the best.
   """
-  # A law has an optimum if both exponents are clearly above 0. An interval over
-  # the drawn laws that have one is meaningful only if almost all have: at most
-  # 5 % may be left out.
-  kept = [other for other in drawn if min(other.a, other.b) > 0.01]
-  if min(law.a, law.b) <= 0.01 or len(kept) < 0.95 * len(drawn):
+  def has_optimum(law: Law) -> bool:
+    """Returns whether both exponents are clearly above 0."""
+    return min(law.a, law.b) > 0.01
+
+  # An interval over the drawn laws that have an optimum is meaningful only if
+  # almost all have: at most 5 % may be left out.
+  drawn_with_optimum = [
+      drawn_law for drawn_law in drawn if has_optimum(drawn_law)]
+  have_most = len(drawn_with_optimum) >= 0.95 * len(drawn)
+  if not has_optimum(law) or not have_most:
     return {'budget': budget}
 
   def figures_at_optimum(law: Law) -> dict[str, float]:
@@ -616,7 +632,7 @@ def _optimum_with_intervals(law: Law, drawn: Sequence[Law], cost: Cost,
             'loss': law.loss(params, tokens)}
 
   return {'budget': budget} | _figures_with_intervals(
-      figures_at_optimum, law=law, drawn=kept)
+      figures_at_optimum, law=law, drawn=drawn_with_optimum)
 
 
 def format_law(figures: dict) -> str:

@@ -223,18 +223,20 @@ def apply_changes(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   """
   # Set one field after the other. A field must be declared before it is set.
   config = base.copy_and_resolve_references()
-  for key, value in changes.items():
+  for name, value in changes.items():
+    # A value that was read from JSON has lists, where the config needs tuples.
     value = run_config.lists_to_tuples(value)
-    leaf = cli.declare_field(config, key)
-    if key == 'model.kinds':
+    leaf = cli.declare_field(config, name)
+    # The kinds of layers are set as a whole, a dict of the fields of each.
+    if name == 'model.kinds':
       flat.check_kinds(value, f'{subject}: model.kinds')
       value = ml_collections.ConfigDict(value)
     elif leaf is None:
-      raise RequestError(f'{subject} sets {key!r}, which is no config field.'
-                         f'{suggest_name(key, fields.SENTENCES)}')
+      raise RequestError(f'{subject} sets {name!r}, which is no config field.'
+                         f'{suggest_name(name, fields.SENTENCES)}')
     else:
-      check_type(value, leaf.default, f'{subject}: {key}')
-    config.update_from_flattened_dict({key: value})
+      check_type(value, leaf.default, f'{subject}: {name}')
+    config.update_from_flattened_dict({name: value})
   return config.lock()
 
 

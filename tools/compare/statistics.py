@@ -307,7 +307,8 @@ def mcnemar_p_value(ours: Sequence[float], theirs: Sequence[float],
   """
   from scipy.stats import binomtest
   difference = np.subtract(ours, theirs, dtype=float)
-  wins, losses = int(np.sum(difference > 0)), int(np.sum(difference < 0))
+  wins = int(np.sum(difference > 0))
+  losses = int(np.sum(difference < 0))
   # No item tells them apart.
   if wins + losses == 0:
     return 1.0
@@ -606,20 +607,24 @@ def difference_of_groups(group: GroupOfRuns, base: GroupOfRuns
     The difference, or None if a deviation is not known, or a group has fewer
     than MIN_SEEDS runs.
   """
-  squares, variances, df_of_squares = [], [], 0.0
+  # For each group s^2, and the squared standard error of its mean, q = s^2 / n.
+  variances, squared_errors = [], []
+  sum_for_df = 0.0
   for runs in (group, base):
     if runs.deviation is None or runs.num_runs < MIN_SEEDS:
       return None
+    squared_error = runs.deviation ** 2 / runs.num_runs
     variances.append(runs.deviation ** 2)
-    squares.append(runs.deviation ** 2 / runs.num_runs)
-    df_of_squares += squares[-1] ** 2 / (runs.num_runs - 1)
+    squared_errors.append(squared_error)
+    sum_for_df += squared_error ** 2 / (runs.num_runs - 1)
 
-  # The degrees of freedom are those of Welch and Satterthwaite. A difference of
-  # single runs has the variance s1^2 + s2^2.
+  # The degrees of freedom are those of Welch and Satterthwaite,
+  # (q1 + q2)^2 / (q1^2 / (n1 - 1) + q2^2 / (n2 - 1)). A difference of single
+  # runs has the variance s1^2 + s2^2.
   return MeanDifference(
       mean=group.mean - base.mean,
-      standard_error=math.sqrt(sum(squares)),
-      df=sum(squares) ** 2 / df_of_squares,
+      standard_error=math.sqrt(sum(squared_errors)),
+      df=sum(squared_errors) ** 2 / sum_for_df,
       deviation=math.sqrt(sum(variances)), df_per_run=2)
 
 
@@ -633,10 +638,15 @@ def difference_with_deviation(group: GroupOfRuns, base: GroupOfRuns,
     base: the group that is subtracted.
     pooled: the deviation of a run. Its degrees of freedom `df` are infinite if
       it is known exactly.
+
+  Returns:
+    The difference. Its `df_per_run` is infinite, since the deviation is not
+    measured by these runs alone.
   """
-  share = math.sqrt(1 / group.num_runs + 1 / base.num_runs)
+  standard_error = pooled.sd * math.sqrt(
+      1 / group.num_runs + 1 / base.num_runs)
   return MeanDifference(
-      mean=group.mean - base.mean, standard_error=pooled.sd * share,
+      mean=group.mean - base.mean, standard_error=standard_error,
       df=pooled.df, deviation=pooled.sd * math.sqrt(2), df_per_run=math.inf)
 
 
@@ -918,7 +928,8 @@ def correct_p_values(p: Sequence[float | None], method: str = 'holm'
     The corrected p-values, in the order of `p` and with its None.
   """
   # A test that could not be done counts as one with p = 1.
-  corrected = np.array([1.0 if x is None else x for x in p])
+  corrected = np.array(
+      [1.0 if p_value is None else p_value for p_value in p])
   if method == 'holm':
     # Multiply the smallest p by n, the next by n - 1, and so on. None may be
     # below the one before it, or above 1.
@@ -929,8 +940,8 @@ def correct_p_values(p: Sequence[float | None], method: str = 'holm'
   elif len(corrected):
     from scipy import stats
     corrected = stats.false_discovery_control(corrected)
-  return [None if before is None else after
-          for before, after in zip(p, corrected.tolist())]
+  return [None if p_value is None else p_corrected
+          for p_value, p_corrected in zip(p, corrected.tolist())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1142,7 +1153,7 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
   # A floor that is given is taken off the losses, and the law above it is one
   # of floor 0.
   pinned_floor = floor or 0.0
-  y = loss.ravel() - pinned_floor
+  losses = loss.ravel() - pinned_floor
 
   def fit_floor_and_scale(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Fits the floor and the scale of the law L = floor + scale C^-exponent by
@@ -1159,14 +1170,15 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
     # The base is the first row and has a multiplier of exp(0) = 1.
     multipliers = np.exp([[0.0], [log_multiplier]])
     effective_compute = compute / unit * multipliers
-    x = effective_compute.ravel() ** -np.exp(log_exponent)
-    columns = np.stack([np.ones_like(x), x], 1)
-    constants = np.linalg.lstsq(columns, y, rcond=None)[0]
+    powers = effective_compute.ravel() ** -np.exp(log_exponent)
+    columns = np.stack([np.ones_like(powers), powers], 1)
+    constants = np.linalg.lstsq(columns, losses, rcond=None)[0]
     # A floor below 0 is no loss. Where the floor is 0, or was given and is
-    # taken off, the scale alone is the projection of y on x.
+    # taken off, the scale alone is the projection of the losses on the powers.
     if floor is not None or constants[0] < 0:
-      constants = np.array([0.0, x @ y / (x @ x)])
-    return constants, columns @ constants - y
+      scale = powers @ losses / (powers @ powers)
+      constants = np.array([0.0, scale])
+    return constants, columns @ constants - losses
 
   def residuals_of(theta: np.ndarray) -> np.ndarray:
     """Returns the residuals alone, which are minimised."""
@@ -1191,7 +1203,7 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
       exponent=exponent,
       first=compute[0].min(),
       last=compute[0].max(),
-      rms=math.sqrt(2 * fit.cost / len(y)))
+      rms=math.sqrt(2 * fit.cost / len(losses)))
   return law, multiplier
 
 

@@ -21,7 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   """Prints how far a sweep or a study is: a table with a row for each point (a
-  variant of the config), and the runs that failed. Returns the exit code, 0."""
+  variant of the config), and the runs that failed. Returns the exit code, 0.
+
+  Args:
+    args: the arguments of the command `status`.
+
+  Raises:
+    RequestError: where no sweep or study was run.
+  """
   workdir = layout.parse_workdir(args)
   if layout.is_study(workdir):
     return _study(workdir, args.json)

@@ -129,8 +129,8 @@ class Timing:
     runs = []
     for size, workload in keys:
       # Shorten runs of the plan, as many at once as a program of the
-      # confirmation has, since these share the time. The share must be below 1,
-      # so that a run is shorter than planned.
+      # confirmation has, since these share the time. A share of 1 would leave
+      # the config of a run as it is, so it must be below 1.
       share = min(TIMED_STEPS / self.steps[size, workload], 0.999)
       for seed in range(self.alike):
         runs.append(phases.make_run(
@@ -196,16 +196,17 @@ def time_training_steps(frozen: plans.FrozenPlan, parallel: int, group: int
   smallest, *larger = sorted(timing.flops, key=timing.flops.get)
   timing.train([smallest])
 
-  # At this speed, find the sizes that take at most MOST_SECONDS.
-  expected = timing.seconds[smallest] * TIMED_STEPS * timing.alike
-  most_flops = MOST_SECONDS / expected * timing.flops[smallest]
-  within = [key for key in larger if timing.flops[key] <= most_flops]
+  # At this speed, find the sizes that take at most MOST_SECONDS. To time a size
+  # takes the time of TIMED_STEPS steps of each run that is trained at once.
+  seconds_of_smallest = timing.seconds[smallest] * TIMED_STEPS * timing.alike
+  most_flops = MOST_SECONDS / seconds_of_smallest * timing.flops[smallest]
+  affordable = [key for key in larger if timing.flops[key] <= most_flops]
 
   # Measure these too, if the study takes long.
-  if within:
+  if affordable:
     costs = results.costs(frozen, group, timing.seconds_at_all_sizes())
     if sum(cost.seconds for cost in costs) > SHORT_SECONDS:
-      timing.train(within)
+      timing.train(affordable)
   return timing.seconds_at_all_sizes()
 
 
@@ -258,17 +259,18 @@ def describe_plan(frozen: plans.FrozenPlan) -> str:
   """
   plan = frozen.plan
   # The base stands for all variants of a size, whose costs are near its own.
-  rows = [('size', 'parameters', 'FLOPs a token')]
+  rows_of_sizes = [('size', 'parameters', 'FLOPs a token')]
   for size in plan.all_sizes:
     point = frozen.point(plan.base, size, plans.TEXT)
-    rows.append((size, f'{point["params"]:,}',
-                 f'{point["flops_per_token"]:,.0f}'))
-  # Paragraphs with an empty line between them.
-  parts = [f'study {plan.name}: {plan.question}']
+    rows_of_sizes.append((size, f'{point["params"]:,}',
+                          f'{point["flops_per_token"]:,.0f}'))
+
+  # Join the paragraphs with an empty line between them.
+  paragraphs = [f'study {plan.name}: {plan.question}']
   for paragraph in report.describe_methods(frozen):
-    parts.append(textwrap.fill(paragraph))
-  parts.append('\n'.join(layout.align_columns(rows)))
-  return '\n\n'.join(parts)
+    paragraphs.append(textwrap.fill(paragraph))
+  paragraphs.append('\n'.join(layout.align_columns(rows_of_sizes)))
+  return '\n\n'.join(paragraphs)
 
 
 def run_and_report_phases(workdir, frozen: plans.FrozenPlan, trainer: Any, args
@@ -324,15 +326,16 @@ def _print_phase(state: phases.StudyState, is_refused: bool) -> None:
   """
   phase = phases.PHASES[state.finished[-1]]
   runs = [run for run in state.outcomes if run.phase == phase.name]
-  diverged = sum(run.diverged for run in runs)
-  found = f'{format_count(len(runs), "run")}, {diverged} diverged'
-  if not runs:
-    found = 'no runs: no variant was left for it'
-  progress.print_result(f'{phase.name}: {found}')
+  num_diverged = sum(run.diverged for run in runs)
+  if runs:
+    count = f'{format_count(len(runs), "run")}, {num_diverged} diverged'
+  else:
+    count = 'no runs: no variant was left for it'
+  progress.print_result(f'{phase.name}: {count}')
   # Where milestones alone are printed, what a phase found is none of them.
   if not is_refused:
-    for line in phase.summary(state.records):
-      print(line, flush=True)
+    for sentence in phase.summary(state.records):
+      print(sentence, flush=True)
 
 
 def _note(workdir, frozen: plans.FrozenPlan, sentence: str) -> None:

@@ -367,27 +367,30 @@ def change_table(comparison: Comparison) -> Table:
     if len(pairs) < 2:
       continue
     # Use only the seeds that all pairs have, so that all pairs weigh the same.
-    seeds = set.intersection(*map(set, pairs))
+    seeds_of_pairs = [set(difference_by_seed) for difference_by_seed in pairs]
+    seeds = set.intersection(*seeds_of_pairs)
     if not seeds:
       continue
 
-    # For each seed, average over the pairs. The interval is over the seeds. For
-    # each pair, average over the seeds. The range of these means shows whether
-    # the effect depends on the other changes.
+    # For each seed, average over the pairs. The interval is over the seeds.
     by_seed = []
     for seed in seeds:
-      differences = [pair[seed] for pair in pairs]
+      differences = [difference_by_seed[seed] for difference_by_seed in pairs]
       by_seed.append(float(np.mean(differences)))
+
+    # For each pair, average over the seeds. The range of these means shows
+    # whether the effect depends on the other changes.
     by_pair = []
-    for pair in pairs:
-      by_pair.append(float(np.mean([*pair.values()])))
+    for difference_by_seed in pairs:
+      by_pair.append(float(np.mean([*difference_by_seed.values()])))
 
     mean, low, high, _ = statistics.student_interval(by_seed)
-    least, most = min(by_pair), max(by_pair)
+    lowest, highest = min(by_pair), max(by_pair)
     rows.append({
         'change': label(change),
         'minus base': page.estimate(mean=mean, low=low, high=high),
-        'from pair to pair': Cell(f'{least:+.4f} to {most:+.4f}', least),
+        'from pair to pair': Cell(f'{lowest:+.4f} to {highest:+.4f}',
+                                  lowest),
         'pairs': page.count(len(pairs))})
   return page.table('effects', 'Each change, whatever the others', rows)
 
@@ -414,14 +417,16 @@ def _pairs_by_change(comparison: Comparison
       changes.pop(field, None)
     declared[point['variant']] = changes
 
-  # The losses of each variant, by seed.
-  losses = {variant: comparison.values('confirm', variant, '',
-                                       comparison.plan.primary)
-            for variant in comparison.variants}
-  pairs: dict[str, list[dict[int, float]]] = {}
+  # The losses of each variant, by seed. A sweep has one size, named ''.
+  losses = {}
+  for variant in comparison.variants:
+    losses[variant] = comparison.values(
+        phase='confirm', variant=variant, size='',
+        measure=comparison.plan.primary)
 
   # Pair each variant, for each of its changes, with the variant that declares
   # exactly its other changes.
+  pairs: dict[str, list[dict[int, float]]] = {}
   for variant, changes in declared.items():
     for field, value in changes.items():
       pairs_of_change = pairs.setdefault(format_changes({field: value}), [])
@@ -633,21 +638,22 @@ def rank_table(comparison: Comparison) -> Table:
     phase = 'largest' if size == comparison.plan.largest else 'confirm'
     differences = [0.0]  # the base's own
     for variant in comparison.plan.variants:
-      effect = comparison.effect(phase, variant, comparison.plan.primary.name,
-                                 size)
+      effect = comparison.effect(
+          phase=phase, variant=variant, measure=comparison.plan.primary.name,
+          size=size)
       differences.append(effect.get('effect'))
     by_size[size] = np.array(differences, float)
 
   # Keep the sizes at which two variants or more are known besides the base. The
   # largest of them comes last, and the others are compared with it.
-  ordered = [size for size, values in by_size.items()
-             if np.isfinite(values).sum() > 2]
+  known_sizes = [size for size, differences in by_size.items()
+                 if np.isfinite(differences).sum() > 2]
   rows = []
-  for size in ordered[:-1]:
-    last = ordered[-1]
+  for size in known_sizes[:-1]:
+    largest = known_sizes[-1]
     # Variants that are not known at both sizes are left out.
-    tau, _ = kendalltau(by_size[size], by_size[last], nan_policy='omit')
-    rows.append({'size': label(size), 'compared with': label(last),
+    tau, _ = kendalltau(by_size[size], by_size[largest], nan_policy='omit')
+    rows.append({'size': label(size), 'compared with': label(largest),
                  'Kendall\'s tau': page.number(float(tau), '.2f')})
   return page.table('ranks', 'Is the order that of the largest size?', rows)
 
@@ -668,12 +674,13 @@ def prediction_table(comparison: Comparison) -> Table:
   # Collect what was observed in the same terms as the predictions: the loss of
   # the base, and the difference of each variant from it.
   observations = {}
-  for row in comparison.estimates:
-    if (row['phase'], row['measure']) == ('largest',
-                                          comparison.plan.primary.name):
-      is_base = row['variant'] == comparison.plan.base
-      observations[row['variant']] = (
-          row['mean'] if is_base else row['effect'])
+  primary = comparison.plan.primary.name
+  for estimate in comparison.estimates:
+    is_primary = estimate['measure'] == primary
+    if estimate['phase'] == 'largest' and is_primary:
+      is_base = estimate['variant'] == comparison.plan.base
+      figure = 'mean' if is_base else 'effect'
+      observations[estimate['variant']] = estimate[figure]
 
   # Compare each prediction with it. An array of floats turns None into NaN, and
   # so a difference from an unknown value is NaN too.
@@ -681,8 +688,7 @@ def prediction_table(comparison: Comparison) -> Table:
   for row in prediction['rows']:
     observed, predicted, low, high = np.array(
         [observations.get(row['variant']), row['value'], row['low'],
-         row['high']],
-        float)
+         row['high']], float)
     inside = 'yes' if low <= observed <= high else 'no'
     # If either is not known, it is neither inside nor outside.
     if np.isnan(observed - low):
@@ -789,23 +795,25 @@ def provenance_table(comparison: Comparison) -> Table:
   Args:
     comparison: the sweep or study.
   """
-  # A row is a kind of thing, and which one it is. There may be several rows of
-  # a kind.
+  # Collect pairs of a kind of thing, and which one it is. There may be several
+  # of a kind.
   provenance = comparison.results['provenance']
-  rows = []
+  things = []
   # Only a study was planned beforehand.
   if comparison.is_study:
     commit = comparison.frozen.code.get('commit')
-    rows.append(('plan', f'{comparison.frozen.hash}, frozen on '
-                 f'{plans.format_date(comparison.frozen.time)} at commit '
-                 f'{commit}'))
+    date = plans.format_date(comparison.frozen.time)
+    things.append(('plan', f'{comparison.frozen.hash}, frozen on {date} at '
+                   f'commit {commit}'))
   for code in provenance['codes']:
-    rows.append(('code', code))
+    things.append(('code', code))
   for device in provenance['devices']:
-    rows.append(('device', device))
+    things.append(('device', device))
   for name, version in provenance['versions'].items():
-    rows.append(('version', f'{name} {version}'))
+    things.append(('version', f'{name} {version}'))
   for name, digest in comparison.frozen.sources.items():
-    rows.append(('hash', f'{name}: {digest}'))
-  cells = [{'what': label(what), 'which': Cell(which)} for what, which in rows]
-  return page.table('code', 'Code, machines and data', cells)
+    things.append(('hash', f'{name}: {digest}'))
+  rows = []
+  for kind, which in things:
+    rows.append({'what': label(kind), 'which': Cell(which)})
+  return page.table('code', 'Code, machines and data', rows)

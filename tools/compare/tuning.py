@@ -298,13 +298,19 @@ def _table_of_whole_runs(losses: Mapping[Values, LossesBySteps]) -> np.ndarray:
   """
   if not losses:
     return np.zeros((0, 0))
+  # Only whole runs have the largest number of steps.
   all_steps: set[float] = set()
-  for by_steps in losses.values():
-    all_steps.update(by_steps)
-  whole_run = max(all_steps)
-  rows = [losses[candidate][whole_run] for candidate in sorted(losses)
-          if whole_run in losses[candidate]]
-  return np.array(rows)
+  for losses_by_steps in losses.values():
+    all_steps.update(losses_by_steps)
+  steps_of_whole_run = max(all_steps)
+
+  # The candidates are in rising order of their values.
+  losses_by_candidate = []
+  for candidate in sorted(losses):
+    losses_by_steps = losses[candidate]
+    if steps_of_whole_run in losses_by_steps:
+      losses_by_candidate.append(losses_by_steps[steps_of_whole_run])
+  return np.array(losses_by_candidate)
 
 
 def _differences_of_noise(plan: plans.Plan, runs: pairing.Runs, size: str,
